@@ -1,0 +1,7 @@
+"""Fused kernels, drop-in modules and whole networks for the MobileViT family (v1, v2, v3)."""
+
+from . import ops
+from .ops.dispatch import BackendError, backend
+
+__version__ = "0.1.0"
+__all__ = ["BackendError", "backend", "ops"]

@@ -1,0 +1,111 @@
+"""Argument checks shared by the ops: each names the argument, what came and what is allowed, before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .types import ACTIVATIONS, BatchNorm, LayerNorm, Linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_map(name: str, x: Tensor) -> None:
+    """A feature map: floating-point (B, H, W, C)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.ndim != 4:
+        raise ValueError(f"{name} must be a feature map (B, H, W, C), got shape {tuple(x.shape)}")
+
+
+def check_same(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """A second feature map that must match `like` in dtype and device and have `shape`."""
+    check_map(name, t)
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+    if t.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {like.dtype}, got {t.dtype}")
+    _check_device(name, t, like)
+
+
+def check_parameter(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """A parameter of known shape, floating-point, on the device of `x`; its dtype may differ (float32 beside bfloat16 activations)."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    _check_device(name, t, x)
+
+
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def check_activation(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+
+def check_eps(name: str, eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"{name} must be at least 0, got {eps}")
+
+
+def check_batch_norm(name: str, norm: BatchNorm, rows: int, channels: int, x: Tensor) -> None:
+    """`norm` for `rows` values per channel."""
+    check_parameter(f"{name}.weight", norm.weight, (channels,), x)
+    check_parameter(f"{name}.bias", norm.bias, (channels,), x)
+    check_eps(f"{name}.eps", norm.eps)
+    if norm.training:
+        if rows == 1:
+            raise ValueError(f"{name}.training needs more than 1 value per channel, got 1 (batch 1 of a 1x1 map)")
+        return
+    for field in ("running_mean", "running_var"):
+        t = getattr(norm, field)
+        if t is None:
+            raise ValueError(f"{name}.{field} must be given when {name}.training is False, got None")
+        check_parameter(f"{name}.{field}", t, (channels,), x)
+
+
+def check_layer_norm(name: str, norm: LayerNorm, channels: int, x: Tensor) -> None:
+    check_parameter(f"{name}.weight", norm.weight, (channels,), x)
+    check_parameter(f"{name}.bias", norm.bias, (channels,), x)
+    check_eps(f"{name}.eps", norm.eps)
+
+
+def check_linear(name: str, linear: Linear, inputs: int, outputs: int | None, x: Tensor) -> int:
+    """Checks weight (outputs, inputs) or (outputs, inputs, 1, 1) and bias; returns the number of outputs."""
+    weight, bias = linear
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}.weight must be a Tensor, got {type(weight).__name__}")
+    found = weight.shape[0] if weight.ndim in (2, 4) else 0
+    rows = found if outputs is None else outputs
+    if tuple(weight.shape) not in ((rows, inputs), (rows, inputs, 1, 1)) or rows == 0:
+        raise ValueError(f"{name}.weight must have shape ({outputs or 'any'}, {inputs}) or that with (1, 1) behind it, got {tuple(weight.shape)}")
+    check_parameter(f"{name}.weight", weight, tuple(weight.shape), x)
+    if bias is not None:
+        check_parameter(f"{name}.bias", bias, (rows,), x)
+    return rows
+
+
+def check_patches(x_name: str, x: Tensor, patch_size: tuple[int, int]) -> None:
+    ph, pw = patch_size
+    if ph < 1 or pw < 1:
+        raise ValueError(f"patch_size must be two positive integers, got {tuple(patch_size)}")
+    if x.shape[1] % ph or x.shape[2] % pw:
+        raise ValueError(f"{x_name} of height {x.shape[1]} and width {x.shape[2]} must be a multiple of patch_size {tuple(patch_size)}")
+
+
+def check_probability(name: str, p: float, seed: Tensor | None) -> None:
+    """A dropout probability; a positive one needs the seed that makes the call reproducible."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
+    if p > 0 and seed is None:
+        raise ValueError(f"seed must be given when {name} is positive: an int64 tensor of shape (), drawn from torch's generator")
+    if seed is not None and (seed.dtype != torch.int64 or seed.ndim != 0):
+        raise ValueError(f"seed must be an int64 tensor of shape (), got {seed.dtype} of shape {tuple(seed.shape)}")

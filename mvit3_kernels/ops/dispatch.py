@@ -1,0 +1,142 @@
+"""Which backend runs a call, and why another one cannot.
+
+An op has a reference (plain PyTorch, runs anywhere) and any number of kernels. Each kernel carries one predicate; the same predicate
+answers "take this kernel?" when the backend is chosen freely and "why not?" when the user forces one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+ENVIRONMENT = "MVIT3_BACKEND"
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's own switch: kernels run on CPU tensors, step by step. It takes the place of the compiled CPU kernels, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot take the call; the message names the op, the backend and the reason."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    `why_not` takes the op's tensors and returns None when the kernel can run the call, else the reason why it cannot.
+    """
+
+    backend: str
+    why_not: Callable[..., str | None]
+
+    def can_run(self, *args: object) -> bool:
+        return self.why_not(*args) is None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# A ContextVar, not a thread-local: torch.compile guards on it, so that a change of backend recompiles instead of being ignored.
+_forced: ContextVar[str | None] = ContextVar("mvit3_backend", default=None)
+_environment: str | None = None
+if os.environ.get(ENVIRONMENT):
+    _environment = _checked(os.environ[ENVIRONMENT], f"environment variable {ENVIRONMENT}")
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `backend(...)` or, outside of it, by MVIT3_BACKEND; None when the choice is free."""
+    name = _forced.get()
+    return _environment if name is None else name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force every op called inside the `with` block (in this thread) to one of "reference", "cpu", "triton", "cuda".
+
+    A forced backend that cannot take a call raises `BackendError` with the reason. The backward pass of a call uses the backend that
+    its forward pass used.
+    """
+    token = _forced.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def writes_aten() -> bool:
+    """Whether the program is being exported: an exporter must see plain ATen, so every op is its reference there."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+
+
+def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
+    """The kernel that runs this call of `op`, or None for the reference.
+
+    Raises:
+        BackendError: a backend is forced that has no kernel for this op, or whose kernel cannot take the call.
+    """
+    forced = forced_backend()
+    if forced == "reference" or writes_aten():
+        return None
+    reason = None
+    for kernel in kernels:
+        if forced is None or kernel.backend == forced:
+            reason = kernel.why_not(*args)
+            if reason is None:
+                return kernel
+    if forced is None:
+        return None
+    raise BackendError(f"{op} cannot run on backend {forced!r}: {reason or 'the op has no kernel for this backend'}")
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` as a matrix product sees it: in autocast's lower precision where autocast is on, unchanged elsewhere."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype is torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _dtype_why_not(x: Tensor) -> str | None:
+    return None if x.dtype in KERNEL_DTYPES else f"its kernels take float32, bfloat16 and float16, x is {x.dtype}"
+
+
+def cpu_why_not(x: Tensor) -> str | None:
+    """Why the compiled CPU kernels cannot take a call on `x`."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    return _native.why_not() or _dtype_why_not(x)
+
+
+def triton_why_not(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take a call on `x`."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if x.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"x is on {x.device}" + (" and TRITON_INTERPRET=1 is set" if INTERPRETED else "")
+    if x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has compute capability below 8.0"
+    return _dtype_why_not(x)
+
+
+def register_triton(op: str, package: str) -> None:
+    """Registers the function `op` of `package`.triton as the GPU kernel of torch.ops.mvit3.<op>; triton is imported at the first call."""
+
+    def launch(*args: object) -> object:
+        return getattr(importlib.import_module(f"{package}.triton"), op)(*args)
+
+    torch.library.impl(f"mvit3::{op}", "CPU" if INTERPRETED else "CUDA")(launch)
