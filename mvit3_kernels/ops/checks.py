@@ -109,3 +109,13 @@ def check_probability(name: str, p: float, seed: Tensor | None) -> None:
         raise ValueError(f"seed must be given when {name} is positive: an int64 tensor of shape (), drawn from torch's generator")
     if seed is not None and (seed.dtype != torch.int64 or seed.ndim != 0):
         raise ValueError(f"seed must be an int64 tensor of shape (), got {seed.dtype} of shape {tuple(seed.shape)}")
+
+
+def check_depthwise(name: str, weight: Tensor, x: Tensor, stride: int, dilation: int, channels: int | None = None) -> int:
+    """Checks a depth-wise 3x3 weight and its geometry; returns the number of values per channel of the output."""
+    check_parameter(name, weight, (x.shape[-1] if channels is None else channels, 1, 3, 3), x)
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}")
+    if dilation < 1:
+        raise ValueError(f"dilation must be at least 1, got {dilation}")
+    return x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
