@@ -1,7 +1,8 @@
 """Fused kernels, drop-in modules and whole networks for the MobileViT family (v1, v2, v3)."""
 
-from . import ops
+from . import models, nn, ops
+from .models import create_model, list_models
 from .ops.dispatch import BackendError, backend
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "ops"]
+__all__ = ["BackendError", "backend", "create_model", "list_models", "models", "nn", "ops"]

@@ -25,7 +25,7 @@ KERNELS: tuple[dispatch.Kernel, ...] = ()
 def global_representation(
     x: Tensor,
     layers: Sequence[Layer],
-    norm: LayerNorm,
+    norm: LayerNorm | None = None,
     num_heads: int | None = None,
     patch_size: tuple[int, int] = (2, 2),
     attention_dropout: float = 0.0,
@@ -41,7 +41,7 @@ def global_representation(
     Args:
         x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under autocast.
         layers: the parameters of each layer; shapes as in the ops named above and in `feed_forward`.
-        norm: the final norm, weight and bias (D,).
+        norm: the final norm, weight and bias (D,), or None.
         num_heads: divides D; None for separable attention.
         patch_size: (ph, pw); H and W are multiples of them.
         attention_dropout: probability of dropping an attention probability or a score.
@@ -68,7 +68,8 @@ def global_representation(
         check_layer_norm(f"layers[{i}].norm2", layer.norm2, width, x)
         hidden = check_linear(f"layers[{i}].fc1", layer.fc1, width, None, x)
         check_linear(f"layers[{i}].fc2", layer.fc2, hidden, width, x)
-    check_layer_norm("norm", norm, width, x)
+    if norm is not None:
+        check_layer_norm("norm", norm, width, x)
     if num_heads is not None and (num_heads < 1 or width % num_heads):
         raise ValueError(f"num_heads must be positive and divide the {width} channels of x, got {num_heads}")
     check_patches("x", x, patch_size)
@@ -95,7 +96,7 @@ def global_representation(
 
 @register(
     "global_representation",
-    "(Tensor x, Tensor?[] layers, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, int? num_heads, int[2] patch_size, "
+    "(Tensor x, Tensor?[] layers, Tensor? norm_weight, Tensor? norm_bias, float eps, bool per_sample, int? num_heads, int[2] patch_size, "
     "float attention_dropout, float hidden_dropout, float output_dropout, Tensor? seed) -> Tensor",
 )
 def _op(x, layers, norm_weight, norm_bias, eps, per_sample, num_heads, patch_size, *dropout):
@@ -108,4 +109,5 @@ def _op(x, layers, norm_weight, norm_bias, eps, per_sample, num_heads, patch_siz
     unpacked = [
         Layer(*(part(layers[i + 2 * k], layers[i + 2 * k + 1]) for k, part in enumerate(parts))) for i in range(0, len(layers), 12)
     ]
-    return global_representation(x, unpacked, norm(norm_weight, norm_bias), num_heads, tuple(patch_size), *dropout)
+    final = None if norm_weight is None else norm(norm_weight, norm_bias)
+    return global_representation(x, unpacked, final, num_heads, tuple(patch_size), *dropout)

@@ -18,7 +18,7 @@ from ..types import Layer, LayerNorm
 def global_representation(
     x: Tensor,
     layers: Sequence[Layer],
-    norm: LayerNorm,
+    norm: LayerNorm | None,
     num_heads: int | None,
     patch_size: tuple[int, int],
     attention_dropout: float,
@@ -43,4 +43,4 @@ def global_representation(
                 branch, _ = pointwise_conv(tokens, layer.out_proj, None, "identity", None)
                 x = x + dropout(branch, output_dropout, seeds[1], site=0)
         x = feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden_dropout, output_dropout, seeds[2])
-    return layer_norm(x, norm)
+    return x if norm is None else layer_norm(x, norm)

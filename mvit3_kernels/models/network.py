@@ -1,0 +1,219 @@
+"""The network that all families share: stem, two stages of inverted residuals, three stages with a MobileViT block, head."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import ConvNormAct, InvertedResidual
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of layer_3, layer_4, layer_5: output channels, width and hidden width of the attention layers, and their number."""
+
+    channels: int
+    dim: int
+    ffn_dim: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A published network. `block(channels, dim, ffn_dim, depth, *, dilation, **dropouts)` builds its MobileViT block."""
+
+    stem: int
+    layer_1: int
+    layer_2: int
+    layer_2_depth: int
+    stages: tuple[Stage, Stage, Stage]
+    expand_ratio: int
+    block: Callable[..., nn.Module]
+    head_channels: int | None  # of conv_1x1_exp; None: the network has none and its classifier is called "1", not "fc"
+    init: Callable[[nn.Module], None]
+    drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+
+
+def make_divisible(value: float, divisor: int, minimum: int | None = None) -> int:
+    """The multiple of `divisor` nearest to `value` (half up), at least `minimum`, one step up where it falls below 90 % of `value`."""
+    rounded = max(divisor if minimum is None else minimum, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+class GlobalPool(nn.Module):
+    """Mean over height and width: (B, C, H, W) to (B, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+class FeatureInfo:
+    """Channels, stride and name of each feature map that a `features_only` model returns."""
+
+    def __init__(self, info: Sequence[dict[str, object]], out_indices: Sequence[int]) -> None:
+        self.info, self.out_indices = list(info), tuple(out_indices)
+
+    def _get(self, key: str, index: int | Sequence[int] | None) -> object:
+        if isinstance(index, int):
+            return self.info[index][key]
+        return [self.info[i][key] for i in (self.out_indices if index is None else index)]
+
+    def channels(self, index: int | Sequence[int] | None = None) -> object:
+        return self._get("num_chs", index)
+
+    def reduction(self, index: int | Sequence[int] | None = None) -> object:
+        """Strides with respect to the image."""
+        return self._get("reduction", index)
+
+    def module_name(self, index: int | Sequence[int] | None = None) -> object:
+        return self._get("module", index)
+
+    def get_dicts(self) -> list[dict[str, object]]:
+        return [self.info[i] for i in self.out_indices]
+
+
+class MobileViT(nn.Module):
+    """A network of the MobileViT family, on images (B, in_chans, H, W) of any size and memory format.
+
+    Without `features_only`, returns logits (B, num_classes), or pooled features (B, num_features) with num_classes 0. With it, returns the
+    list of feature maps (B, C, H / stride, W / stride) of the stages in `out_indices` and has no head. State-dict keys are the published ones.
+    Use `create_model`, which documents the arguments.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        drop_rate: float | None = None,
+        proj_drop_rate: float | None = None,
+        attn_drop_rate: float = 0.0,
+        ffn_drop_rate: float = 0.0,
+        output_stride: int = 32,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        arch = architecture
+        rates = {
+            "drop_rate": arch.drop_rate if drop_rate is None else drop_rate,
+            "proj_drop_rate": arch.proj_drop_rate if proj_drop_rate is None else proj_drop_rate,
+            "attn_drop_rate": attn_drop_rate,
+            "ffn_drop_rate": ffn_drop_rate,
+        }
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        if num_classes < 0 or in_chans < 1:
+            raise ValueError(f"num_classes must be at least 0 and in_chans at least 1, got {num_classes} and {in_chans}")
+        if out_indices is not None and not features_only:
+            raise ValueError("out_indices needs features_only=True")
+        indices = tuple(range(5)) if out_indices is None else tuple(i % 5 if -5 <= i < 5 else i for i in out_indices)
+        if any(i > 4 for i in indices) or not indices:
+            raise ValueError(f"out_indices must name stages 0 to 4 (or -5 to -1), got {tuple(out_indices)}")
+
+        self._architecture = arch
+        self.features_only = features_only
+        self.drop_rate = rates["drop_rate"]
+        dropouts = {
+            "dropout": rates["proj_drop_rate"],
+            "attn_dropout": attn_drop_rate,
+            "ffn_dropout": ffn_drop_rate,
+        }
+
+        def inverted_residual(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> InvertedResidual:
+            return InvertedResidual(inputs, outputs, make_divisible(inputs * arch.expand_ratio, 8), stride, dilation)
+
+        self.conv_1 = ConvNormAct(in_chans, arch.stem, 3, stride=2)
+        self.layer_1 = nn.Sequential(inverted_residual(arch.stem, arch.layer_1))
+        self.layer_2 = nn.Sequential(
+            inverted_residual(arch.layer_1, arch.layer_2, stride=2),
+            *(inverted_residual(arch.layer_2, arch.layer_2) for _ in range(arch.layer_2_depth - 1)),
+        )
+        info = [
+            {"num_chs": arch.layer_1, "reduction": 2, "module": "layer_1"},
+            {"num_chs": arch.layer_2, "reduction": 4, "module": "layer_2"},
+        ]
+        channels, reduction, dilation = arch.layer_2, 4, 1
+        for number, stage in enumerate(arch.stages, start=3):
+            # Past the output stride a stage keeps its resolution; its inverted residual still has the previous dilation.
+            stride = 2 if reduction < output_stride else 1
+            block_dilation = dilation if stride == 2 else 2 * dilation
+            block = arch.block(stage.channels, stage.dim, stage.ffn_dim, stage.depth, dilation=block_dilation, **dropouts)
+            setattr(self, f"layer_{number}", nn.Sequential(inverted_residual(channels, stage.channels, stride, dilation), block))
+            channels, reduction, dilation = stage.channels, reduction * stride, block_dilation
+            info.append({"num_chs": channels, "reduction": reduction, "module": f"layer_{number}"})
+        self.feature_info = FeatureInfo(info, indices)
+
+        self.num_features = channels
+        self.num_classes = 0
+        self.conv_1x1_exp = self.classifier = None
+        if not features_only:
+            self.conv_1x1_exp = nn.Identity()
+            if arch.head_channels is not None:
+                self.conv_1x1_exp = ConvNormAct(channels, arch.head_channels)
+                self.num_features = arch.head_channels
+            pool = OrderedDict(global_pool=GlobalPool())
+            if self.drop_rate > 0:
+                pool["dropout"] = nn.Dropout(self.drop_rate)
+            if arch.head_channels is None:
+                pool = OrderedDict({"0": nn.Sequential(pool)})  # the classifier of this family is called "1"
+            self.classifier = nn.Sequential(pool)
+        arch.init(self)
+        if not features_only:
+            self.reset_classifier(num_classes)
+        elif num_classes not in (0, 1000):
+            raise ValueError(f"num_classes has no meaning with features_only=True, got {num_classes}")
+
+    def get_classifier(self) -> nn.Module | None:
+        """The last linear layer (nn.Identity with num_classes 0; None with features_only)."""
+        return None if self.classifier is None else self.classifier[-1]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier of `num_classes` outputs, initialised as published; 0 removes it. The pooling is always the mean."""
+        if self.classifier is None:
+            raise ValueError("reset_classifier: a features_only model has no classifier")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
+        reference = self.conv_1.block.conv.weight
+        layer = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self._architecture.init(layer)
+        name = "1" if self._architecture.head_channels is None else "fc"
+        setattr(self.classifier, name, layer.to(reference.device, reference.dtype))
+        self.num_classes = num_classes
+
+    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
+        """The outputs of layer_1 to layer_5."""
+        x = self.conv_1(x.contiguous(memory_format=torch.channels_last))
+        maps = []
+        for layer in (self.layer_1, self.layer_2, self.layer_3, self.layer_4, self.layer_5):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map, (B, num_features, H / 32, W / 32)."""
+        x = self.forward_intermediates(x)[-1]
+        return x if self.conv_1x1_exp is None else self.conv_1x1_exp(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooling, dropout and, unless `pre_logits`, the classifier."""
+        for layer in self.classifier[:-1] if pre_logits else self.classifier:
+            x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if self.features_only:
+            maps = self.forward_intermediates(x)
+            return [maps[i] for i in self.feature_info.out_indices]
+        return self.forward_head(self.forward_features(x))

@@ -1,0 +1,31 @@
+"""The border between PyTorch's module convention and the ops: modules take and return (B, C, H, W), ops work on (B, H, W, C).
+
+In channels_last memory both are views of the same bytes, so crossing the border costs nothing; other layouts are copied once.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    """(B, C, H, W) of any strides to contiguous (B, H, W, C)."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """(B, H, W, C) to (B, C, H, W) in channels_last memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Bilinear resize of (B, H, W, C) to (B, *size, C); the same tensor where the size already fits."""
+    if tuple(x.shape[1:3]) == tuple(size):
+        return x
+    return to_nhwc(F.interpolate(to_nchw(x), size, mode="bilinear", align_corners=align_corners))
+
+
+def whole_patches(x: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest multiple of the patch size that covers the map (B, H, W, C)."""
+    return tuple(-(-side // patch) * patch for side, patch in zip(x.shape[1:3], patch_size, strict=True))
