@@ -28,9 +28,9 @@ def _parameters(norm: nn.BatchNorm2d | None) -> BatchNorm | None:
 
 
 @torch.no_grad()
-def _update_running(norm: nn.BatchNorm2d, moments: Moments | None, rows: int) -> None:
+def _update_running(norm: nn.BatchNorm2d, moments: Moments, rows: int) -> None:
     """What nn.BatchNorm2d does to its buffers after a batch of `rows` values per channel."""
-    if moments is None or not norm.training or norm.running_mean is None or rows == 0:
+    if norm.running_mean is None or rows == 0:
         return
     norm.num_batches_tracked.add_(1)
     momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
@@ -95,7 +95,7 @@ class ConvNormAct(nn.Module):
             y, moments = ops.batch_norm_act(to_nhwc(conv(to_nchw(x))), params, self.act, residual)
         else:
             return self._forward_modules(x, residual)
-        if norm is not None:
+        if moments is not None:
             _update_running(norm, moments, y.shape[:-1].numel())
         return y
 
@@ -105,7 +105,8 @@ class ConvNormAct(nn.Module):
         if conv.kernel_size != (1, 1) or norm is None or not _is_plain(norm):
             return self.forward_nhwc(torch.cat((a, b), -1), residual)
         y, moments = ops.pointwise_fusion(a, b, conv.weight, _parameters(norm), self.act, residual)
-        _update_running(norm, moments, y.shape[:-1].numel())
+        if moments is not None:
+            _update_running(norm, moments, y.shape[:-1].numel())
         return y
 
     def _forward_modules(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -146,5 +147,6 @@ class InvertedResidual(nn.Module):
         depthwise = layers[1].block.conv
         y, moments = ops.inverted_residual(x, *convs, stride=depthwise.stride[0], dilation=depthwise.dilation[0], act=layers[0].act)
         for layer, measured, rows in zip(layers, moments, (x.shape[:-1].numel(), y.shape[:-1].numel(), y.shape[:-1].numel()), strict=True):
-            _update_running(layer.norm, measured, rows)
+            if measured is not None:
+                _update_running(layer.norm, measured, rows)
         return y
