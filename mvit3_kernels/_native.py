@@ -2,7 +2,80 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import torch
+
+ISAS = ("generic", "avx2", "avx512")
+ENVIRONMENT = "MVIT3_ISA"
+_FOLDER = Path(__file__).parent
+_FAILURE_FILE = _FOLDER / "_build_failure.txt"  # written by setup.py where it could not compile
+
+_isa: str | None = None
+_reason: str | None = None
+_build: dict[str, str] = {}
+
 
 def why_not() -> str | None:
     """None when the compiled CPU kernels are loaded, else the reason."""
-    return "the extension is not built"
+    return _reason
+
+
+def isa() -> str | None:
+    """The instruction set of the loaded kernels: "avx512", "avx2" or "generic"; None when none are loaded."""
+    return _isa
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, flags and torch version that the extension was built with; empty when there is no extension."""
+    return dict(_build)
+
+
+def _not_built() -> str:
+    cause = _FAILURE_FILE.read_text().strip() if _FAILURE_FILE.exists() else f"no compiled file in {_FOLDER}"
+    return f"the extension was not built: {cause}"
+
+
+def _variant(name: str) -> Path | None:
+    return next(_FOLDER.glob(f"_cpu_{name}.*"), None)
+
+
+def _choose(supported: list[str]) -> str:
+    """The variant to load: the one that MVIT3_ISA names, else the best that is built and that this CPU supports."""
+    wanted = os.environ.get(ENVIRONMENT)
+    if not wanted:
+        return next((name for name in supported if _variant(name)), supported[0])
+    if wanted not in supported:
+        raise RuntimeError(f"environment variable {ENVIRONMENT}={wanted}: this CPU supports only {', '.join(supported)}")
+    return wanted
+
+
+def _load() -> None:
+    global _isa, _reason, _build
+    wanted = os.environ.get(ENVIRONMENT)
+    if wanted and wanted not in ISAS:
+        raise ValueError(f"environment variable {ENVIRONMENT} must be one of {', '.join(ISAS)}, got {wanted!r}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _reason = "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors instead"
+        return
+    try:
+        from . import _host
+    except ImportError as error:
+        _reason = _not_built() if not list(_FOLDER.glob("_host.*")) else f"the extension's host module does not load: {error}"
+        return
+    _build = _host.build_info()
+    name = _choose(_host.supported_isas())
+    file = _variant(name)
+    if file is None:
+        _reason = _not_built()
+        return
+    try:
+        torch.ops.load_library(str(file))
+    except (OSError, RuntimeError) as error:
+        _reason = f"{file.name} does not load: {error}"
+        return
+    _isa = name
+
+
+_load()

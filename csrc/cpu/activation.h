@@ -1,0 +1,41 @@
+// Activations by their code, the position in mvit3_kernels.ops.types.ACTIVATIONS.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <type_traits>
+
+#include "vec.h"
+
+namespace mvit3 {
+
+enum Activation : int { kIdentity = 0, kSilu = 1, kRelu = 2 };
+
+template <int Act>
+MVIT3_INLINE Vec activate(Vec x) {
+  if constexpr (Act == kSilu) return x * sigmoid(x);
+  if constexpr (Act == kRelu) return select_greater(Vec(0.0f), x, 0.0f, x);  // NaN stays NaN
+  return x;
+}
+
+// The gradient of activate(x) for the gradient `dy` of its result.
+template <int Act>
+MVIT3_INLINE Vec activate_backward(Vec x, Vec dy) {
+  if constexpr (Act == kSilu) {
+    const Vec s = sigmoid(x);
+    return dy * (s * fma(x, Vec(1.0f) - s, 1.0f));
+  }
+  if constexpr (Act == kRelu) return select_greater(x, 0.0f, dy, 0.0f);
+  return dy;
+}
+
+// Calls f with the activation as a compile-time constant.
+template <typename F>
+auto dispatch_activation(int64_t act, F&& f) {
+  STD_TORCH_CHECK(act >= kIdentity && act <= kRelu, "act must be 0 (identity), 1 (silu) or 2 (relu), got ", act);
+  if (act == kSilu) return f(std::integral_constant<int, kSilu>{});
+  if (act == kRelu) return f(std::integral_constant<int, kRelu>{});
+  return f(std::integral_constant<int, kIdentity>{});
+}
+
+}  // namespace mvit3

@@ -1,0 +1,387 @@
+// Batch normalisation, activation and residual on NHWC maps. Meaning: mvit3_kernels/ops/batch_norm_act/reference.py.
+//
+// Memory is the limit, so a pass is one sequential walk. A map is M rows of C channels; rows are grouped into "periods", the shortest
+// run of rows that is a whole number of cache lines, so that any C is handled by full vectors and only the last, partial period is
+// copied out. Per-channel values are repeated along one period. Within a tile of periods the loops run down the columns, which keeps
+// parameters and accumulators in registers. The second pass walks against the first: what was read last is still in the cache.
+
+#include <cmath>
+#include <numeric>
+
+#include "activation.h"
+#include "parallel.h"
+#include "tensor.h"
+
+namespace mvit3 {
+namespace {
+
+constexpr int64_t kLine = 64;
+constexpr int64_t kTileBytes = 32768;
+
+// A map as periods: `full` of them and `tail` elements of one more.
+struct Periods {
+  int64_t rows, channels, length, full, tail, tile, parts;
+
+  Periods(const Tensor& x, int64_t element_size) {
+    channels = x.size(x.dim() - 1);
+    rows = channels ? x.numel() / channels : 0;
+    length = std::lcm(std::max<int64_t>(channels, 1), kLine / element_size);
+    full = x.numel() / length;
+    tail = x.numel() % length;
+    tile = std::clamp<int64_t>(kTileBytes / (length * element_size), 8, 256);
+    parts = count_parts(x.numel());
+  }
+
+  Range part(int64_t index) const { return part_range(full, index, parts); }
+
+  // f(first period, number of periods, elements from here to the tile that comes next) for each tile of a part.
+  template <typename F>
+  void for_each_tile(int64_t index, bool descending, const F& f) const {
+    const Range range = part(index);
+    const int64_t tiles = (range.size() + tile - 1) / tile;
+    const int64_t ahead = (descending ? -tile : tile) * length;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t first = range.begin + (descending ? tiles - 1 - i : i) * tile;
+      f(first, std::min(tile, range.end - first), ahead);
+    }
+  }
+};
+
+// `values`, one per channel, repeated along a period.
+void repeat(const std::vector<double>& values, const Periods& p, float* out) {
+  if (p.channels == 0) return;
+  for (int64_t i = 0; i < p.length; i += p.channels) std::copy(values.begin(), values.end(), out + i);
+}
+
+// One period that holds the tail of `x`, zeros behind it.
+template <typename T>
+Scratch<T> padded_tail(const T* x, const Periods& p) {
+  Scratch<T> out(p.length, T{});
+  std::copy_n(x + p.full * p.length, p.tail, out.data());
+  return out;
+}
+
+// Sums over the periods of one part, in float64, of each lane's distance to its pivot (its first value) and of the distance squared.
+// The pivot keeps the sums small, so that a mean of many deviations cancels without harm and a constant channel has variance 0.
+struct LaneSums {
+  Scratch<double> pivot, sum, square;
+
+  explicit LaneSums(int64_t length) : pivot(length), sum(length, 0.0), square(length, 0.0) {}
+};
+
+template <typename T>
+void moments_tile(const T* x, int64_t count, int64_t length, int64_t ahead, LaneSums& sums) {
+  for (int64_t col = 0; col < length; col += kLanes) {
+    const Wide pivot = load(sums.pivot.data() + col);
+    Wide sum = load(sums.sum.data() + col), square = load(sums.square.data() + col);
+    for (int64_t at = col; at < count * length; at += length) {
+      prefetch(x + at + ahead);
+      const Wide distance = widen(load(x + at)) - pivot;
+      sum += distance;
+      square = fma(distance, distance, square);
+    }
+    store(sums.sum.data() + col, sum);
+    store(sums.square.data() + col, square);
+  }
+}
+
+template <typename T>
+void moments_part(const T* x, const Periods& p, int64_t part, LaneSums& sums) {
+  const Range range = p.part(part);
+  if (range.size() == 0) return;
+  for (int64_t i = 0; i < p.length; ++i) sums.pivot[i] = to_float(x[range.begin * p.length + i]);
+  p.for_each_tile(part, true, [&](int64_t first, int64_t count, int64_t ahead) {
+    moments_tile(x + first * p.length, count, p.length, ahead, sums);
+  });
+}
+
+// Mean and biased variance of each channel: the sums of all parts and lanes and the elements of the tail, put together by the formula
+// of Chan, Golub and LeVeque.
+template <typename T>
+void combine_moments(const T* x, const Periods& p, std::vector<LaneSums>& parts, std::vector<double>& mean, std::vector<double>& var) {
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double n = 0, average = 0, squares = 0;
+    const auto add = [&](double count, double other, double other_squares) {
+      const double delta = other - average;
+      n += count;
+      average += delta * count / n;
+      squares += other_squares + delta * delta * (n - count) * count / n;
+    };
+    for (int64_t part = 0; part < p.parts; ++part) {
+      const double count = double(p.part(part).size());
+      LaneSums& sums = parts[part];
+      for (int64_t lane = c; count && lane < p.length; lane += p.channels) {
+        const double offset = sums.sum[lane] / count;
+        add(count, sums.pivot[lane] + offset, sums.square[lane] - sums.sum[lane] * offset);
+      }
+    }
+    for (int64_t lane = c; lane < p.tail; lane += p.channels) add(1, to_float(x[p.full * p.length + lane]), 0);
+    mean[c] = average;
+    var[c] = n ? squares / n : 0;
+  }
+}
+
+template <typename T>
+void batch_moments(const T* x, const Periods& p, std::vector<double>& mean, std::vector<double>& var) {
+  std::vector<LaneSums> parts;
+  parts.reserve(p.parts);
+  for (int64_t i = 0; i < p.parts; ++i) parts.emplace_back(p.length);
+  for_each_part(p.parts, [&](int64_t part) { moments_part(x, p, part, parts[part]); });
+  combine_moments(x, p, parts, mean, var);
+}
+
+// Per-channel values along a period: pre-activation = (x - mean) * scale + shift.
+struct Affine {
+  Scratch<float> mean, scale, shift;
+
+  // The mean is rounded to float32 for the subtraction, which is then exact where it matters; the shift carries the rest of it.
+  Affine(const Periods& p, const std::vector<double>& mean64, const std::vector<double>& scale64, std::vector<double> bias)
+      : mean(p.length), scale(p.length), shift(p.length) {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const double rest = double(float(mean64[c])) - mean64[c];
+      if (std::isfinite(rest)) bias[c] += rest * scale64[c];
+    }
+    repeat(mean64, p, mean.data());
+    repeat(scale64, p, scale.data());
+    repeat(bias, p, shift.data());
+  }
+};
+
+template <bool Stream, typename T>
+MVIT3_INLINE void put(T* p, Vec v) {
+  if constexpr (Stream)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+// A line of a column at a time (one vector of float32, two of 16-bit types), so that streaming stores fill whole cache lines.
+template <typename T, int Act, bool Residual, bool Stream>
+void forward_tile(const T* x, const T* residual, T* y, int64_t count, int64_t length, int64_t ahead, Affine& affine) {
+  constexpr int kVecs = kLine / sizeof(T) / kLanes;
+  for (int64_t col = 0; col < length; col += kVecs * kLanes) {
+    Vec mean[kVecs], scale[kVecs], shift[kVecs];
+    for (int u = 0; u < kVecs; ++u) {
+      mean[u] = load(affine.mean.data() + col + u * kLanes);
+      scale[u] = load(affine.scale.data() + col + u * kLanes);
+      shift[u] = load(affine.shift.data() + col + u * kLanes);
+    }
+    for (int64_t at = col; at < count * length; at += length) {
+      prefetch(x + at + ahead);
+      if constexpr (Residual) prefetch(residual + at + ahead);
+      for (int u = 0; u < kVecs; ++u) {
+        Vec v = activate<Act>(fma(load(x + at + u * kLanes) - mean[u], scale[u], shift[u]));
+        if constexpr (Residual) v += load(residual + at + u * kLanes);
+        put<Stream>(y + at + u * kLanes, v);
+      }
+    }
+  }
+}
+
+template <typename T, int Act, bool Residual, bool Stream>
+void forward_map(const T* x, const T* residual, T* y, const Periods& p, Affine& affine) {
+  for_each_part(p.parts, [&](int64_t part) {
+    p.for_each_tile(part, false, [&](int64_t first, int64_t count, int64_t ahead) {
+      const int64_t at = first * p.length;
+      forward_tile<T, Act, Residual, Stream>(x + at, Residual ? residual + at : nullptr, y + at, count, p.length, ahead, affine);
+    });
+    if constexpr (Stream) stream_fence();
+  });
+  if (p.tail == 0) return;
+  Scratch<T> x_tail = padded_tail(x, p), y_tail(p.length);
+  Scratch<T> residual_tail = padded_tail(Residual ? residual : x, p);
+  forward_tile<T, Act, Residual, false>(x_tail.data(), residual_tail.data(), y_tail.data(), 1, p.length, 0, affine);
+  std::copy_n(y_tail.data(), p.tail, y + p.full * p.length);
+}
+
+std::vector<double> reciprocal_deviation(const std::vector<double>& var, double eps) {
+  std::vector<double> rstd(var.size());
+  for (size_t c = 0; c < var.size(); ++c) rstd[c] = 1 / std::sqrt(var[c] + eps);
+  return rstd;
+}
+
+std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b, double factor = 1) {
+  std::vector<double> out(a.size());
+  for (size_t c = 0; c < a.size(); ++c) out[c] = a[c] * b[c] * factor;
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act(
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias,
+    std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var,
+    bool training,
+    double eps,
+    int64_t act,
+    std::optional<Tensor> residual) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  return dispatch_dtype("x", x, [&](auto type) {
+    using T = decltype(type);
+    const Tensor dense = torch::stable::contiguous(x);
+    const Periods p(dense, sizeof(T));
+    std::vector<double> mean(p.channels), var(p.channels);
+    const auto* input = static_cast<const T*>(dense.data_ptr());
+    if (training) {
+      batch_moments(input, p, mean, var);
+    } else {
+      STD_TORCH_CHECK(running_mean && running_var, "running_mean and running_var must be given when training is False");
+      mean = read_channels("running_mean", *running_mean, p.channels);
+      var = read_channels("running_var", *running_var, p.channels);
+    }
+    const auto scale = product(read_channels("weight", weight, p.channels), reciprocal_deviation(var, eps));
+    Affine affine(p, mean, scale, read_channels("bias", bias, p.channels));
+
+    Tensor y = new_output(dense);
+    const Tensor dense_residual = residual ? contiguous_like("residual", *residual, x) : dense;
+    const auto* added = static_cast<const T*>(dense_residual.data_ptr());
+    auto* output = static_cast<T*>(y.mutable_data_ptr());
+    const bool past_cache = exceeds_cache(dense.numel() * int64_t(sizeof(T))) && is_aligned(output);
+    dispatch_activation(act, [&](auto code) {
+      dispatch_bool(residual.has_value(), [&](auto has_residual) {
+        dispatch_bool(past_cache, [&](auto streams) {
+          forward_map<T, code, has_residual, streams>(input, added, output, p, affine);
+        });
+      });
+    });
+    if (!training) mean.clear(), var.clear();
+    const Tensor like = torch::stable::new_empty(x, {0}, ScalarType::Float);
+    return std::make_tuple(y, write_channels(mean, like), write_channels(var, like));
+  });
+}
+
+// What a walk of the backward pass does: sum the parameter gradients, write dx from the finished sums, or, where the statistics are
+// constants and dx needs no sums, both at once.
+enum Walk { kSum, kWrite, kSumAndWrite };
+
+struct BackwardTerms {
+  Affine affine;
+  Scratch<float> slope, offset;  // training: dx = scale * grad - (x - mean) * slope - offset
+};
+
+template <typename T, int Act, Walk Mode, bool Stream>
+void backward_tile(
+    const T* dy, const T* x, T* dx, int64_t count, int64_t length, int64_t ahead, BackwardTerms& terms, double* sum, double* dot) {
+  constexpr int kVecs = kLine / sizeof(T) / kLanes;
+  for (int64_t col = 0; col < length; col += kVecs * kLanes) {
+    Vec mean[kVecs], scale[kVecs], shift[kVecs], slope[kVecs], offset[kVecs], s[kVecs], d[kVecs];
+    for (int u = 0; u < kVecs; ++u) {
+      const int64_t lane = col + u * kLanes;
+      mean[u] = load(terms.affine.mean.data() + lane);
+      scale[u] = load(terms.affine.scale.data() + lane);
+      shift[u] = load(terms.affine.shift.data() + lane);
+      if constexpr (Mode == kWrite) {
+        slope[u] = load(terms.slope.data() + lane);
+        offset[u] = load(terms.offset.data() + lane);
+      }
+      s[u] = d[u] = 0.0f;
+    }
+    for (int64_t at = col; at < count * length; at += length) {
+      prefetch(x + at + ahead);
+      prefetch(dy + at + ahead);
+      for (int u = 0; u < kVecs; ++u) {
+        const Vec centred = load(x + at + u * kLanes) - mean[u];
+        const Vec grad = activate_backward<Act>(fma(centred, scale[u], shift[u]), load(dy + at + u * kLanes));
+        if constexpr (Mode != kWrite) {
+          s[u] += grad;
+          d[u] = fma(grad, centred, d[u]);
+        }
+        if constexpr (Mode == kWrite) put<Stream>(dx + at + u * kLanes, fnma(centred, slope[u], fma(grad, scale[u], Vec(0.0f) - offset[u])));
+        if constexpr (Mode == kSumAndWrite) put<Stream>(dx + at + u * kLanes, grad * scale[u]);
+      }
+    }
+    if constexpr (Mode == kWrite) continue;
+    alignas(64) float values[2][kLanes];
+    for (int u = 0; u < kVecs; ++u) {
+      store(values[0], s[u]);
+      store(values[1], d[u]);
+      for (int i = 0; i < kLanes; ++i) {
+        sum[col + u * kLanes + i] += values[0][i];
+        dot[col + u * kLanes + i] += values[1][i];
+      }
+    }
+  }
+}
+
+// One walk over the map; `sums` holds 2 * parts rows of a period each (the sum of grad, and of grad * (x - mean)).
+template <typename T, int Act, Walk Mode, bool Stream>
+void backward_map(const T* dy, const T* x, T* dx, const Periods& p, BackwardTerms& terms, double* sums) {
+  for_each_part(p.parts, [&](int64_t part) {
+    double* sum = sums + 2 * part * p.length;
+    p.for_each_tile(part, Mode == kSum, [&](int64_t first, int64_t count, int64_t ahead) {
+      const int64_t at = first * p.length;
+      backward_tile<T, Act, Mode, Stream>(dy + at, x + at, dx + at, count, p.length, ahead, terms, sum, sum + p.length);
+    });
+    if constexpr (Stream) stream_fence();
+  });
+  if (p.tail == 0) return;
+  Scratch<T> dy_tail = padded_tail(dy, p), x_tail = padded_tail(x, p), dx_tail(p.length);  // a zero dy adds nothing to the sums
+  backward_tile<T, Act, Mode, false>(dy_tail.data(), x_tail.data(), dx_tail.data(), 1, p.length, 0, terms, sums, sums + p.length);
+  if constexpr (Mode != kSum) std::copy_n(dx_tail.data(), p.tail, dx + p.full * p.length);
+}
+
+std::vector<double> add_up(const double* sums, const Periods& p) {
+  std::vector<double> out(p.channels, 0.0);
+  for (int64_t part = 0; part < p.parts; ++part)
+    for (int64_t lane = 0; p.channels && lane < p.length; ++lane) out[lane % p.channels] += sums[2 * part * p.length + lane];
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& bias,
+    const Tensor& mean,
+    const Tensor& var,
+    bool training,
+    double eps,
+    int64_t act) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  return dispatch_dtype("x", x, [&](auto type) {
+    using T = decltype(type);
+    const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, x);
+    const Periods p(dense, sizeof(T));
+    const auto mean64 = read_channels("mean", mean, p.channels);
+    const auto rstd = reciprocal_deviation(read_channels("var", var, p.channels), eps);
+    const auto scale = product(read_channels("weight", weight, p.channels), rstd);
+    BackwardTerms terms{Affine(p, mean64, scale, read_channels("bias", bias, p.channels)), Scratch<float>(p.length), Scratch<float>(p.length)};
+
+    Tensor dx = new_output(dense);
+    const auto* grad = static_cast<const T*>(dense_dy.data_ptr());
+    const auto* input = static_cast<const T*>(dense.data_ptr());
+    auto* output = static_cast<T*>(dx.mutable_data_ptr());
+    const bool past_cache = exceeds_cache(dense.numel() * int64_t(sizeof(T))) && is_aligned(output);
+    Scratch<double> sums(2 * p.parts * p.length, 0.0);
+    std::vector<double> dbias, dweight;
+    const auto finish_sums = [&] {
+      dbias = add_up(sums.data(), p);
+      dweight = product(add_up(sums.data() + p.length, p), rstd);
+    };
+    dispatch_activation(act, [&](auto code) {
+      dispatch_bool(past_cache, [&](auto streams) {
+        if (training) {
+          backward_map<T, code, kSum, false>(grad, input, output, p, terms, sums.data());
+          finish_sums();
+          const double share = 1.0 / std::max<int64_t>(p.rows, 1);
+          repeat(product(scale, product(rstd, dweight), share), p, terms.slope.data());
+          repeat(product(scale, dbias, share), p, terms.offset.data());
+          backward_map<T, code, kWrite, streams>(grad, input, output, p, terms, sums.data());
+        } else {
+          backward_map<T, code, kSumAndWrite, streams>(grad, input, output, p, terms, sums.data());
+          finish_sums();
+        }
+      });
+    });
+    return std::make_tuple(dx, write_channels(dweight, weight), write_channels(dbias, bias));
+  });
+}
+
+}  // namespace
+}  // namespace mvit3
+
+STABLE_TORCH_LIBRARY_IMPL(mvit3, CPU, m) {
+  m.impl("batch_norm_act", TORCH_BOX(&mvit3::batch_norm_act));
+  m.impl("batch_norm_act_backward", TORCH_BOX(&mvit3::batch_norm_act_backward));
+}

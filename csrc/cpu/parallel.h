@@ -1,0 +1,36 @@
+// Threads: work is cut into parts, a fixed cut for a fixed number of threads, so that results repeat from run to run.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace mvit3 {
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// How many parts `elements` of work are worth: one per thread of torch's pool, fewer where a part would be too small to pay.
+inline int64_t count_parts(int64_t elements, int64_t least_per_part = 32768) {
+  return std::clamp<int64_t>(elements / least_per_part, 1, torch::stable::get_num_threads());
+}
+
+// The part'th of `parts` almost equal ranges of 0..total.
+inline Range part_range(int64_t total, int64_t part, int64_t parts) { return {total * part / parts, total * (part + 1) / parts}; }
+
+// f(part) for every part, on torch's own thread pool. `f` must not throw.
+template <typename F>
+void for_each_part(int64_t parts, const F& f) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) f(part);
+  };
+  if (parts == 1)
+    run(0, 1);
+  else
+    torch::stable::parallel_for(0, parts, 1, run);
+}
+
+}  // namespace mvit3

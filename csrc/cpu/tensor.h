@@ -1,0 +1,136 @@
+// What every CPU kernel does with its arguments: check them, make them contiguous, read per-channel parameters, allocate outputs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include "convert.h"
+
+namespace mvit3 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Scratch memory on a cache line boundary, for plain numbers; uninitialised unless a value is given.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), kAlign))) {}
+  Scratch(int64_t size, T value) : Scratch(size) { std::fill_n(data(), size, value); }
+  T* data() { return data_.get(); }
+  T& operator[](int64_t i) { return data()[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Calls f with a value of the storage type of `x` (float, BFloat16 or Float16).
+template <typename F>
+auto dispatch_dtype(const char* name, const Tensor& x, F&& f) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      name,
+      " must be float32, bfloat16 or float16 for the compiled CPU kernels");
+  if (dtype == ScalarType::Float) return f(float{});
+  if (dtype == ScalarType::BFloat16) return f(BFloat16{});
+  return f(Float16{});
+}
+
+// Calls f with std::true_type or std::false_type.
+template <typename F>
+auto dispatch_bool(bool value, F&& f) {
+  return value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// `t`, contiguous, after checking that it can stand beside `x`: same shape, dtype and device.
+inline Tensor contiguous_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, name, " must have the shape of x");
+  return torch::stable::contiguous(t);
+}
+
+template <typename T, typename F>
+void copy_channels(const Tensor& t, int64_t channels, F&& to_double, double* out) {
+  const T* data = static_cast<const T*>(t.data_ptr());
+  for (int64_t i = 0; i < channels; ++i) out[i] = to_double(data[i]);
+}
+
+// A parameter (channels,) of any floating-point dtype, as float64.
+inline std::vector<double> read_channels(const char* name, const Tensor& t, int64_t channels) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must have shape (", channels, ",), one value per channel of x");
+  std::vector<double> values(static_cast<size_t>(channels));
+  const Tensor dense = torch::stable::contiguous(t);
+  if (t.scalar_type() == ScalarType::Double) {
+    copy_channels<double>(dense, channels, [](double v) { return v; }, values.data());
+  } else {
+    dispatch_dtype(name, dense, [&](auto type) {
+      copy_channels<decltype(type)>(dense, channels, [](auto v) { return double(to_float(v)); }, values.data());
+    });
+  }
+  return values;
+}
+
+// `values` as a tensor (channels,) of the dtype of `like`.
+inline Tensor write_channels(const std::vector<double>& values, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
+  if (like.scalar_type() == ScalarType::Double) {
+    std::copy(values.begin(), values.end(), static_cast<double*>(out.mutable_data_ptr()));
+  } else {
+    dispatch_dtype("parameter", like, [&](auto type) {
+      using T = decltype(type);
+      T* data = static_cast<T*>(out.mutable_data_ptr());
+      for (size_t i = 0; i < values.size(); ++i) data[i] = from_float<T>(float(values[i]));
+    });
+  }
+  return out;
+}
+
+// A new contiguous tensor like `x`. A large one asks the kernel for huge pages: the first touch of a fresh buffer otherwise costs a
+// page fault per 4 KiB, which is more time than the arithmetic.
+inline Tensor new_output(const Tensor& x) {
+  Tensor out = torch::stable::new_empty(x, x.sizes());
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t end = begin + uintptr_t(out.numel()) * uintptr_t(out.element_size());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failure changes nothing
+#endif
+  return out;
+}
+
+// Whether an output of this size is better written past the cache.
+inline bool exceeds_cache(int64_t bytes) {
+#if defined(__linux__) && defined(_SC_LEVEL3_CACHE_SIZE)
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), int64_t(1) << 23);
+#else
+  static const int64_t cache = int64_t(1) << 23;
+#endif
+  return bytes > cache / 2;
+}
+
+inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
+}  // namespace mvit3
