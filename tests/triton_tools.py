@@ -1,0 +1,78 @@
+"""Tools for testing Triton kernels where there is no GPU: the interpreter, and compilation for a GPU that is not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+SHARED_MEMORY_LIMITS = {80: 166912, 86: 101376, 90: 232448}  # bytes that one block may use, by compute capability
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_interpreted(module: str) -> None:
+    """Runs a test module with Triton's interpreter, in a process of its own: TRITON_INTERPRET is read when a kernel is defined.
+
+    Name the module without the prefix `test_`, so that pytest does not collect it by itself.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / module)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
+    )
+    if result.returncode:
+        raise AssertionError(f"{module} failed under the interpreter:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel needs on the GPU. stack: bytes per thread; above 0 the kernel spills registers to memory. shared: bytes per block."""
+
+    registers: int
+    stack: int
+    shared: int
+    # Widest global load, in bits per thread.
+    load_bits: int
+
+
+@contextmanager
+def offline(architecture: int | str) -> Iterator[None]:
+    """Inside, `kernel.warmup(..., grid=(1,))` compiles for a GPU that need not be there: 90 is NVIDIA sm_90, "gfx942" an AMD GPU.
+    For a pointer, pass its torch dtype."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    nvidia = isinstance(architecture, int)
+    target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
+    stub = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"offline {architecture}",  # the key of the kernel cache: never that of a real device
+        get_current_stream=lambda device: 0,
+    )
+    previous = driver._active  # not driver.active, which looks for a GPU
+    driver.set_active(stub)
+    try:
+        yield
+    finally:
+        driver.set_active(previous)
+
+
+def resources(kernel) -> Resources:
+    """Reads the resources off a kernel compiled for NVIDIA."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
+    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    return Resources(registers, stack, kernel.metadata.shared, max((int(n or 1) * int(bits) for n, bits in loads), default=0))
