@@ -31,6 +31,23 @@ def run_interpreted(module: str) -> None:
         raise AssertionError(f"{module} failed under the interpreter:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
 
 
+def round_like_a_gpu() -> None:
+    """From here on the interpreter rounds float32 to the nearest bfloat16, as a GPU does, where by itself it cuts digits off."""
+    import numpy
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        return torch.from_numpy(numpy.array(data, numpy.float32)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+
+    interpreter._convert_float = rounding
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one kernel needs on the GPU. stack: bytes per thread; above 0 the kernel spills registers to memory. shared: bytes per block."""

@@ -219,9 +219,10 @@ def batch_norm_act(
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    moments = torch.empty((2, channels if training else 0), dtype=torch.float32, device=x.device)
+    # Two tensors, not two halves of one: the outputs of an op may not share memory.
+    moments = [torch.empty(channels if training else 0, dtype=torch.float32, device=x.device) for _ in range(2)]
     if x.numel() == 0:
-        return y, *moments.zero_().unbind()
+        return y, *(m.zero_() for m in moments)
 
     rows = x.numel() // channels
     config = configuration(channels, x.element_size(), 1 if residual is None else 2)
@@ -229,7 +230,7 @@ def batch_norm_act(
     part, parts, rows_per_part = None, 0, 0
     with on_device(x):
         if training:
-            mean, var = moments.unbind()
+            mean, var = moments
             reduction = configuration(channels, x.element_size(), 1)
             parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * sms // columns, reduction["BLOCK_M"])
             part = _workspace(x, parts, channels)
@@ -242,7 +243,7 @@ def batch_norm_act(
             x, residual, weight, bias, y, mean, var, part, parts, rows_per_part, rows, rows_per_program, eps,
             ACT=act, TRAINING=training, C=channels, **config,
         )  # fmt: skip
-    return y, *moments.unbind()
+    return y, *moments
 
 
 def batch_norm_act_backward(
