@@ -1,0 +1,57 @@
+# Everything sets itself up: a virtual environment in .venv, the libraries, the compiled extension. The second run starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/digits
+
+LIBRARIES := $(VENV)/.libraries
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help setup test demo lint format bench report clean
+help:
+	@echo "make demo    train mobilevitv3_xxs on handwritten digits with reference and with fused ops, then evaluate the checkpoint"
+	@echo "make test    lint and the whole test suite"
+	@echo "make bench   the CPU benchmarks; make report puts their results into the README"
+	@echo "make setup   only the virtual environment in $(VENV);  make clean removes it"
+
+setup: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "the venv module is needed (Debian: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }
+
+# The build needs torch, so torch comes before the package. The registry's plain torch is the CUDA build, which torchvision goes with.
+$(LIBRARIES): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja pybind11 "torch>=2.11"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[app,test]"
+	@touch $@ $(INSTALLED)
+
+$(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m mvit3_kernels.info
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(INSTALLED)
+	$(BIN)/mvit3 train --output $(DEMO)
+	$(BIN)/mvit3 evaluate --checkpoint $(DEMO)/fused.pt
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_batch_norm_act.py
+	$(BIN)/python benchmarks/bench_models.py
+
+report: $(INSTALLED)
+	$(BIN)/python benchmarks/report.py
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info python/*.egg-info mvit3_kernels/*.so mvit3_kernels/_build_failure.txt
