@@ -1,0 +1,50 @@
+"""The logic of benchmarks/gpu_baselines.py and gpu_all.sh, on a CPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def gpu_baselines():
+    spec = importlib.util.spec_from_file_location("gpu_baselines", ROOT / "benchmarks" / "gpu_baselines.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("piece", ["train", "infer"])
+def test_networks(gpu_baselines, piece, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "copy"))
+    flags = ["--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--candidates", "eager_channels_last", "ours"]
+    gpu_baselines.main([piece, *flags, "--out", str(tmp_path)])
+    name = f"gpu_{piece}_mobilevitv3_xxs_b2.json"
+    result = json.loads((tmp_path / name).read_text())
+    assert result == json.loads((tmp_path / "copy" / name).read_text())
+    final = [row for row in result["rows"] if row.get("interleaved")]
+    assert [row["candidate"] for row in final] == ["eager_channels_last", "ours"]
+    assert all(row["correct"] and row["images_per_s"] > 0 for row in final)
+
+
+def test_ops(gpu_baselines, tmp_path):
+    pytest.importorskip("triton")
+    report = gpu_baselines.main(["ops", "--device", "cpu", "--tiny", "--out", str(tmp_path)])
+    rows = [row for row in report.rows if "op" in row]
+    assert {row["candidate"] for row in rows} == {"eager", "compile", "ours"}
+    assert {row["mode"] for row in rows} == {"step", "forward", "evaluation"}
+
+
+def test_shell(tmp_path):
+    folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "ARGUMENTS": f"--device cpu --tiny --out {tmp_path}"}
+    script = str(ROOT / "benchmarks" / "gpu_all.sh")
+    subprocess.run([script, "ceilings"], check=True, env=environment, capture_output=True)
+    assert (tmp_path / "gpu_ceilings.json").exists()
+    assert subprocess.run([script, "nothing"], env=environment, capture_output=True).returncode == 2
