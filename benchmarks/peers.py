@@ -1,0 +1,151 @@
+"""The networks as a user would write them without this library: plain PyTorch modules in NCHW, the eager peer of every benchmark.
+
+`plain(model)` rebuilds a network of ours from nn.Conv2d, nn.BatchNorm2d, F.scaled_dot_product_attention and reshapes around the
+transformer (unfold once per block, fold once, as timm does), with copies of its parameters. It runs in either memory format.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvit3_kernels.models import MobileViT
+from mvit3_kernels.nn import (
+    ConvNormAct,
+    GlobalRepresentation,
+    InvertedResidual,
+    MobileViTBlock,
+    MobileViTV2Block,
+    MobileViTV3Block,
+    MobileViTV3SeparableBlock,
+)
+
+
+class Apply(nn.Module):
+    """A function of one map that owns the modules it uses."""
+
+    def __init__(self, function: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def conv(layer: ConvNormAct) -> nn.Sequential:
+    return nn.Sequential(*layer.block, {"silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}[layer.act]())
+
+
+def inverted_residual(block: InvertedResidual) -> nn.Module:
+    layers = nn.Sequential(*(conv(layer) for layer in block.block))
+    return Apply(lambda m, x: x + m.layers(x), layers=layers) if block.has_skip else layers
+
+
+def unfold(x: Tensor) -> Tensor:
+    """(B, D, H, W) to (B, D, P, N) with 2x2 patches."""
+    b, d, h, w = x.shape
+    x = x.reshape(b * d * (h // 2), 2, w // 2, 2).transpose(1, 2)
+    return x.reshape(b, d, (h // 2) * (w // 2), 4).transpose(2, 3)
+
+
+def fold(x: Tensor, size: tuple[int, int]) -> Tensor:
+    (b, d), (h, w) = x.shape[:2], size
+    x = x.transpose(2, 3).reshape(b * d * (h // 2), w // 2, 2, 2).transpose(1, 2)
+    return x.reshape(b, d, h, w)
+
+
+def transformer(stack: GlobalRepresentation) -> nn.Module:
+    *layers, norm = stack
+
+    def attend(layer: nn.Module, t: Tensor) -> Tensor:
+        pre_norm, attention, dropout = layer.pre_norm_mha
+        qkv = attention.qkv_proj(pre_norm(t)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        p = attention.dropout.p if layer.training else 0.0
+        out = F.scaled_dot_product_attention(*qkv.unbind(), dropout_p=p).transpose(1, 2).flatten(2)
+        return t + dropout(attention.out_proj(out))
+
+    def run(m: Apply, x: Tensor) -> Tensor:
+        b, d, h, w = x.shape
+        t = unfold(x).permute(0, 2, 3, 1).reshape(b * 4, -1, d)
+        for layer in m.layers:
+            t = attend(layer, t)
+            t = t + layer.pre_norm_ffn(t)
+        t = m.norm(t).reshape(b, 4, -1, d).permute(0, 3, 1, 2)
+        return fold(t, (h, w))
+
+    return Apply(run, layers=nn.ModuleList(layers), norm=norm)
+
+
+def separable(stack: GlobalRepresentation) -> nn.Module:
+    *layers, norm = stack
+
+    def run(m: Apply, x: Tensor) -> Tensor:
+        d, size = x.shape[1], x.shape[2:]
+        t = unfold(x)
+        for layer in m.layers:
+            pre_norm, attention, dropout = layer.pre_norm_attn
+            q, k, v = attention.qkv_proj.block(pre_norm(t)).split([1, d, d], 1)
+            context = (k * attention.dropout(q.softmax(-1))).sum(-1, keepdim=True)
+            t = t + dropout(attention.out_proj.block(F.relu(v) * context))
+            norm2, fc1, hidden, fc2, output = layer.pre_norm_ffn
+            t = t + output(fc2.block(hidden(F.silu(fc1.block(norm2(t))))))
+        return fold(m.norm(t), size)
+
+    return Apply(run, layers=nn.ModuleList(layers), norm=norm)
+
+
+def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+
+
+def even(x: Tensor) -> tuple[int, int]:
+    return tuple(side + side % 2 for side in x.shape[2:])
+
+
+def block(module: nn.Module) -> nn.Module:
+    if isinstance(module, (MobileViTBlock, MobileViTV3Block)):
+
+        def run(m: Apply, x: Tensor) -> Tensor:
+            local = m.local_rep(x)
+            tokens = resize(m.global_rep(resize(local, even(local), False)), local.shape[2:], False)
+            first = local if m.v3 else x
+            y = m.fusion(torch.cat((first, m.conv_proj(tokens)), 1))
+            return x + y if m.v3 else y
+
+        modules = {"global_rep": transformer(module.global_rep), "fusion": conv(module.fusion)}
+    else:
+
+        def run(m: Apply, x: Tensor) -> Tensor:
+            x = resize(x, even(x), True)
+            local = m.local_rep(x)
+            tokens = m.global_rep(local)
+            return x + m.conv_proj(torch.cat((tokens, local), 1)) if m.v3 else m.conv_proj(tokens)
+
+        modules = {"global_rep": separable(module.global_rep)}
+    local_rep = nn.Sequential(*(conv(layer) for layer in module.local_rep))
+    peer = Apply(run, local_rep=local_rep, conv_proj=conv(module.conv_proj), **modules)
+    peer.v3 = isinstance(module, (MobileViTV3Block, MobileViTV3SeparableBlock))
+    return peer
+
+
+def _rebuild(module: nn.Module) -> nn.Module:
+    if isinstance(module, ConvNormAct):
+        return conv(module)
+    if isinstance(module, InvertedResidual):
+        return inverted_residual(module)
+    if isinstance(module, (MobileViTBlock, MobileViTV2Block, MobileViTV3Block, MobileViTV3SeparableBlock)):
+        return block(module)
+    return nn.Sequential(*(_rebuild(child) for child in module)) if isinstance(module, nn.Sequential) else module
+
+
+def plain(model: MobileViT) -> nn.Sequential:
+    """`model` (a classifier) in plain PyTorch, with its own copies of parameters and buffers, in the same mode."""
+    model = copy.deepcopy(model)
+    stages = (model.conv_1, model.layer_1, model.layer_2, model.layer_3, model.layer_4, model.layer_5, model.conv_1x1_exp, model.classifier)
+    return nn.Sequential(*(_rebuild(stage) for stage in stages)).train(model.training)

@@ -1,0 +1,25 @@
+"""The plain networks that benchmarks compare with compute the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.peers import plain
+from mvit3_kernels import create_model
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050", "mobilevitv3_xxs", "mobilevitv3_050"])
+@pytest.mark.parametrize("training", [True, False])
+def test_plain_network_is_the_network(name, training):
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, drop_rate=0.0, proj_drop_rate=0.0).double().train(training)
+    peer = plain(model)
+    x = torch.randn(2, 3, 72, 104, dtype=torch.float64)
+    want, got = model(x), peer(x)
+    assert torch.allclose(got, want, rtol=0, atol=1e-10 * want.abs().max().item())
+    want.square().sum().backward(), got.square().sum().backward()
+    ours, theirs = (sorted(p.grad.norm().item() for p in m.parameters()) for m in (model, peer))
+    assert ours == pytest.approx(theirs, rel=1e-7, abs=1e-9)
+    buffers = (sorted(b.double().norm().item() for b in m.buffers()) for m in (model, peer))
+    assert next(buffers) == pytest.approx(next(buffers), rel=1e-9)
