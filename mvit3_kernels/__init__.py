@@ -1,8 +1,19 @@
 """Fused kernels, drop-in modules and whole networks for the MobileViT family (v1, v2, v3)."""
 
 from . import models, nn, ops
-from .models import create_model, list_models
+from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backend", "create_model", "list_models", "models", "nn", "ops"]
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "LoadReport",
+    "backend",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "models",
+    "nn",
+    "ops",
+]
