@@ -9,8 +9,8 @@ Candidates of one table run interleaved in one process, timed by CUDA events; a 
 after every row (benchmarks/results/gpu_<piece>.json, for networks gpu_<piece>_<model>_b<batches>.json, and $OUT if that is set), so a run
 that is cut short loses only its last row. `--device cpu --tiny` runs the same code in seconds, to test it; its times mean nothing.
 
-The eager and the compiled peer of a network are the same network on the reference ops, which keeps channels_last memory throughout. For
-the names that timm has too, timm's own network stands beside it (NCHW, channels_last, compiled), its candidates prefixed "timm_".
+The eager and the compiled peer of a network are the same network in plain PyTorch modules (benchmarks/peers.py). For the names that timm
+has too, timm's own network stands beside it, its candidates prefixed "timm_".
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvit3_kernels
+from benchmarks.peers import plain
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 
 RESULTS = Path(__file__).parent / "results"
@@ -305,25 +306,22 @@ def _networks(name: str, seed: int = 0) -> Iterator[tuple[str, Callable[[], nn.M
             yield "timm_", theirs
 
 
-def _variants(options: argparse.Namespace) -> list[tuple[str, str, bool, str | None]]:
-    """(name, backend, channels_last, torch.compile's mode)."""
-    return [
-        ("eager_nchw", "reference", False, None),
-        ("eager_channels_last", "reference", True, None),
-        ("ours", "free", True, None),
-        ("compile", "reference", True, "default"),
-        ("ours_compile", "free", True, "default"),
-        ("max_autotune", "reference", True, "max-autotune"),
-    ]
+# (name, channels_last, torch.compile's mode); the names that begin with "ours" are our network, the others its plain peer.
+VARIANTS = (
+    ("eager_nchw", False, None),
+    ("eager_channels_last", True, None),
+    ("ours", True, None),
+    ("compile", True, "default"),
+    ("ours_compile", True, "default"),
+    ("max_autotune", True, "max-autotune"),
+)
 
 
 class Candidate:
     """A network, its input and one step: forward, or forward, backward and AdamW."""
 
-    def __init__(
-        self, build: Callable, backend: str, channels_last: bool, mode: str | None, x: Tensor, options: argparse.Namespace
-    ) -> None:
-        self.training, self.device, self.backend = options.piece == "train", options.device, backend
+    def __init__(self, build: Callable, channels_last: bool, mode: str | None, x: Tensor, options: argparse.Namespace) -> None:
+        self.training, self.device = options.piece == "train", options.device
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = build().to(options.device, memory_format=layout).train(self.training)
         self.x, self.target = x.contiguous(memory_format=layout), torch.arange(x.shape[0], device=x.device) % 1000
@@ -335,8 +333,7 @@ class Candidate:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=options.device == "cuda")
 
     def forward(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        backend = contextlib.nullcontext() if self.backend == "free" else mvit3_kernels.backend(self.backend)
-        with backend, torch.autocast(self.device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(self.device, dtype, enabled=dtype != torch.float32):
             return self.run(self.x)
 
     def step(self) -> None:
@@ -373,18 +370,17 @@ def networks(options: argparse.Namespace, report: Report) -> None:
             torch._dynamo.reset()
             steps: dict[str, Step] = {}
             rows: dict[str, Row] = {}
-            exact = Candidate(build, "reference", True, None, x, options).evidence(torch.float32)
-            for name, backend, channels_last, mode in _variants(options):
-                # Our networks are channels_last inside whatever comes in, and only ours have backends.
-                if (prefix == "" and name == "eager_nchw") or (prefix and backend == "free"):
-                    continue
-                if options.candidates and name not in options.candidates:
+            peer = build if prefix else lambda build=build: plain(build())
+            exact = Candidate(peer, True, None, x, options).evidence(torch.float32)
+            for name, channels_last, mode in VARIANTS:
+                is_ours = name.startswith("ours")
+                if (prefix and is_ours) or (options.candidates and name not in options.candidates):
                     continue
                 name = prefix + name
                 row = {"model": options.model, "batch": batch, "candidate": name}
                 try:
                     start = time.perf_counter()
-                    candidate = Candidate(build, backend, channels_last, mode, x, options)
+                    candidate = Candidate(build if is_ours else peer, channels_last, mode, x, options)
                     row["error"] = _error(candidate.evidence(), exact)
                     for _ in range(1 if options.tiny else 4):
                         candidate.step()

@@ -118,7 +118,7 @@ def block(module: nn.Module) -> nn.Module:
             y = m.fusion(torch.cat((first, m.conv_proj(tokens)), 1))
             return x + y if m.v3 else y
 
-        modules = {"global_rep": transformer(module.global_rep), "fusion": conv(module.fusion)}
+        global_rep, fusion = transformer(module.global_rep), {"fusion": conv(module.fusion)}
     else:
 
         def run(m: Apply, x: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ def block(module: nn.Module) -> nn.Module:
             tokens = m.global_rep(local)
             return x + m.conv_proj(torch.cat((tokens, local), 1)) if m.v3 else m.conv_proj(tokens)
 
-        modules = {"global_rep": separable(module.global_rep)}
+        global_rep, fusion = separable(module.global_rep), {}
     local_rep = nn.Sequential(*(conv(layer) for layer in module.local_rep))
-    peer = Apply(run, local_rep=local_rep, conv_proj=conv(module.conv_proj), **modules)
+    peer = Apply(run, local_rep=local_rep, global_rep=global_rep, conv_proj=conv(module.conv_proj), **fusion)
     peer.v3 = isinstance(module, (MobileViTV3Block, MobileViTV3SeparableBlock))
     return peer
 
@@ -145,7 +145,7 @@ def _rebuild(module: nn.Module) -> nn.Module:
 
 
 def plain(model: MobileViT) -> nn.Sequential:
-    """`model` (a classifier) in plain PyTorch, with its own copies of parameters and buffers, in the same mode."""
+    """`model` (a classifier) in plain PyTorch, with its own copies of parameters and buffers in the same order, in the same mode."""
     model = copy.deepcopy(model)
     stages = (model.conv_1, model.layer_1, model.layer_2, model.layer_3, model.layer_4, model.layer_5, model.conv_1x1_exp, model.classifier)
     return nn.Sequential(*(_rebuild(stage) for stage in stages)).train(model.training)

@@ -23,9 +23,6 @@ def transformer_architecture(
 ) -> Architecture:
     """A network with softmax attention: 4 heads everywhere, hidden width 2 D, head of 4 C5 (at most 960) channels."""
 
-    def build(*args: int, dilation: int, **dropouts: float) -> nn.Module:
-        return block(*args, **dropouts)  # the release never hands the dilation to this block
-
     stages = tuple(Stage(c, d, 2 * d, n) for c, d, n in zip(channels, dims, depths, strict=True))
     return Architecture(
         stem=16,
@@ -34,7 +31,8 @@ def transformer_architecture(
         layer_2_depth=3,
         stages=stages,
         expand_ratio=expand_ratio,
-        block=build,
+        block=block,
+        dilate_block=False,
         head_channels=min(4 * channels[-1], 960),
         init=init_kaiming,
         drop_rate=0.1,

@@ -24,6 +24,7 @@ def separable_architecture(block: type[nn.Module], width: float) -> Architecture
         stages=(stage(256, 128, 2), stage(384, 192, 4), stage(512, 256, 3)),
         expand_ratio=2,
         block=block,
+        dilate_block=True,
         head_channels=None,
         init=init_default,
     )

@@ -24,7 +24,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A published network. `block(channels, dim, ffn_dim, depth, *, dilation, **dropouts)` builds its MobileViT block."""
+    """A published network."""
 
     stem: int
     layer_1: int
@@ -32,7 +32,8 @@ class Architecture:
     layer_2_depth: int
     stages: tuple[Stage, Stage, Stage]
     expand_ratio: int
-    block: Callable[..., nn.Module]
+    block: type[nn.Module]  # built as block(channels, dim, ffn_dim, depth, **dropouts)
+    dilate_block: bool  # whether an output stride below 32 dilates the block's own convolution: the releases differ
     head_channels: int | None  # of conv_1x1_exp; None: the network has none and its classifier is called "1", not "fc"
     init: Callable[[nn.Module], None]
     drop_rate: float = 0.0
@@ -147,7 +148,8 @@ class MobileViT(nn.Module):
             # Past the output stride a stage keeps its resolution; its inverted residual still has the previous dilation.
             stride = 2 if reduction < output_stride else 1
             block_dilation = dilation if stride == 2 else 2 * dilation
-            block = arch.block(stage.channels, stage.dim, stage.ffn_dim, stage.depth, dilation=block_dilation, **dropouts)
+            options = dropouts | ({"dilation": block_dilation} if arch.dilate_block else {})
+            block = arch.block(stage.channels, stage.dim, stage.ffn_dim, stage.depth, **options)
             setattr(self, f"layer_{number}", nn.Sequential(inverted_residual(channels, stage.channels, stride, dilation), block))
             channels, reduction, dilation = stage.channels, reduction * stride, block_dilation
             info.append({"num_chs": channels, "reduction": reduction, "module": f"layer_{number}"})

@@ -79,6 +79,16 @@ def test_head(name):
         model.reset_classifier(-2)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_a_whole_model_can_be_saved_and_copied(name, tmp_path):
+    model = create_model(name, num_classes=3).eval()
+    torch.save(model, tmp_path / "model.pt")
+    x = torch.randn(1, 3, 32, 32)
+    want = model(x)
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), want)
+    assert torch.equal(copy.deepcopy(model)(x), want)
+
+
 def test_published_dropouts_and_overrides():
     def rates(model: nn.Module) -> set[float]:
         return {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
