@@ -10,6 +10,12 @@ from .types import ACTIVATIONS, BatchNorm, LayerNorm, Linear
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_group(name: str, value: object, group: type) -> None:
+    """One of the tuples of `types`."""
+    if not isinstance(value, group):
+        raise TypeError(f"{name} must be a {group.__name__}, got {type(value).__name__}")
+
+
 def check_map(name: str, x: Tensor) -> None:
     """A feature map: floating-point (B, H, W, C)."""
     if not isinstance(x, Tensor):
@@ -26,16 +32,16 @@ def check_same(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> No
     if tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
     if t.dtype != like.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {like.dtype}, got {t.dtype}")
+        raise TypeError(f"{name} must have the dtype of the input, {like.dtype}, got {t.dtype}")
     _check_device(name, t, like)
 
 
 def check_parameter(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """A parameter of known shape, floating-point, on the device of `x`; its dtype may differ (float32 beside bfloat16 activations)."""
+    """A parameter of known shape on the device of `x`, of its dtype or float32 (float32 parameters beside bfloat16 activations)."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"{name} must have dtype torch.float32 or that of the input, {x.dtype}, got {t.dtype}")
     if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
     _check_device(name, t, x)
@@ -43,7 +49,7 @@ def check_parameter(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> 
 
 def _check_device(name: str, t: Tensor, x: Tensor) -> None:
     if t.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+        raise ValueError(f"{name} must be on the device of the input, {x.device}, got {t.device}")
 
 
 def check_activation(act: str) -> None:
@@ -58,6 +64,7 @@ def check_eps(name: str, eps: float) -> None:
 
 def check_batch_norm(name: str, norm: BatchNorm, rows: int, channels: int, x: Tensor) -> None:
     """`norm` for `rows` values per channel."""
+    check_group(name, norm, BatchNorm)
     check_parameter(f"{name}.weight", norm.weight, (channels,), x)
     check_parameter(f"{name}.bias", norm.bias, (channels,), x)
     check_eps(f"{name}.eps", norm.eps)
@@ -73,42 +80,57 @@ def check_batch_norm(name: str, norm: BatchNorm, rows: int, channels: int, x: Te
 
 
 def check_layer_norm(name: str, norm: LayerNorm, channels: int, x: Tensor) -> None:
+    check_group(name, norm, LayerNorm)
     check_parameter(f"{name}.weight", norm.weight, (channels,), x)
     check_parameter(f"{name}.bias", norm.bias, (channels,), x)
     check_eps(f"{name}.eps", norm.eps)
 
 
-def check_linear(name: str, linear: Linear, inputs: int, outputs: int | None, x: Tensor) -> int:
-    """Checks weight (outputs, inputs) or (outputs, inputs, 1, 1) and bias; returns the number of outputs."""
-    weight, bias = linear
+def check_weight(name: str, weight: Tensor, inputs: int, outputs: int | None, x: Tensor) -> int:
+    """Checks the weight of a linear map, (outputs, inputs) or (outputs, inputs, 1, 1); returns the number of outputs."""
     if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}.weight must be a Tensor, got {type(weight).__name__}")
+        raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
     found = weight.shape[0] if weight.ndim in (2, 4) else 0
     rows = found if outputs is None else outputs
     if tuple(weight.shape) not in ((rows, inputs), (rows, inputs, 1, 1)) or rows == 0:
-        raise ValueError(f"{name}.weight must have shape ({outputs or 'any'}, {inputs}) or that with (1, 1) behind it, got {tuple(weight.shape)}")
-    check_parameter(f"{name}.weight", weight, tuple(weight.shape), x)
-    if bias is not None:
-        check_parameter(f"{name}.bias", bias, (rows,), x)
+        raise ValueError(f"{name} must have shape ({outputs or 'any'}, {inputs}) or that with (1, 1) behind it, got {tuple(weight.shape)}")
+    check_parameter(name, weight, tuple(weight.shape), x)
+    return rows
+
+
+def check_linear(name: str, linear: Linear, inputs: int, outputs: int | None, x: Tensor) -> int:
+    """Checks weight and bias; returns the number of outputs."""
+    check_group(name, linear, Linear)
+    rows = check_weight(f"{name}.weight", linear.weight, inputs, outputs, x)
+    if linear.bias is not None:
+        check_parameter(f"{name}.bias", linear.bias, (rows,), x)
     return rows
 
 
 def check_patches(x_name: str, x: Tensor, patch_size: tuple[int, int]) -> None:
-    ph, pw = patch_size
-    if ph < 1 or pw < 1:
+    if not isinstance(patch_size, (tuple, list)):
+        raise TypeError(f"patch_size must be two positive integers, got {type(patch_size).__name__}")
+    if len(patch_size) != 2 or min(patch_size) < 1:
         raise ValueError(f"patch_size must be two positive integers, got {tuple(patch_size)}")
+    ph, pw = patch_size
     if x.shape[1] % ph or x.shape[2] % pw:
         raise ValueError(f"{x_name} of height {x.shape[1]} and width {x.shape[2]} must be a multiple of patch_size {tuple(patch_size)}")
 
 
-def check_probability(name: str, p: float, seed: Tensor | None) -> None:
-    """A dropout probability; a positive one needs the seed that makes the call reproducible."""
-    if not 0 <= p < 1:
-        raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
-    if p > 0 and seed is None:
-        raise ValueError(f"seed must be given when {name} is positive: an int64 tensor of shape (), drawn from torch's generator")
-    if seed is not None and (seed.dtype != torch.int64 or seed.ndim != 0):
-        raise ValueError(f"seed must be an int64 tensor of shape (), got {seed.dtype} of shape {tuple(seed.shape)}")
+def check_dropout(seed: Tensor | None, x: Tensor, **probabilities: float) -> None:
+    """Dropout probabilities; a positive one needs the seed that makes the call reproducible."""
+    for name, p in probabilities.items():
+        if not 0 <= p < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
+        if p > 0 and seed is None:
+            raise ValueError(f"seed must be given when {name} is positive: an int64 tensor of shape () from torch's generator; got None")
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int64 tensor of shape (), got {seed.dtype if isinstance(seed, Tensor) else type(seed).__name__}")
+    if seed.ndim != 0:
+        raise ValueError(f"seed must be an int64 tensor of shape (), got shape {tuple(seed.shape)}")
+    _check_device("seed", seed, x)
 
 
 def check_depthwise(name: str, weight: Tensor, x: Tensor, stride: int, dilation: int, channels: int | None = None) -> int:

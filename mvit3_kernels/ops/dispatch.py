@@ -106,7 +106,7 @@ def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
 def autocast(x: Tensor) -> Tensor:
     """`x` as a matrix product sees it: in autocast's lower precision where autocast is on, unchanged elsewhere."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is torch.float32:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is torch.float32:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

@@ -20,13 +20,13 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def _mix(h: Tensor, shift: int, multiplier: int) -> Tensor:
-    """One round on 32-bit words held in int64, where no product overflows into the sign."""
+    """One round on 32-bit words held in int64: a product may overflow into the sign, its low 32 bits stay right."""
     return ((h ^ (h >> shift)) * multiplier) & 0xFFFFFFFF
 
 
 def random_words(seed: Tensor, site: int, samples: int, elements: int) -> Tensor:
     """Uniform 32-bit words as int64, (samples, elements). `site` separates the dropouts of one call."""
-    low, high = seed & 0xFFFFFFFF, seed >> 32
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     sample = torch.arange(samples, dtype=torch.int64, device=seed.device)[:, None]
     key = _mix(_mix((low + sample * _GOLDEN) & 0xFFFFFFFF, 16, _MULTIPLIERS[0]) ^ high ^ site, 15, _MULTIPLIERS[1])
     h = torch.arange(elements, dtype=torch.int64, device=seed.device)[None]

@@ -45,7 +45,8 @@ def batch_norm_act(x: Tensor, norm: BatchNorm, act: str = "identity", residual: 
     if residual is not None:
         check_same("residual", residual, x.shape, x)
     if dispatch.select("batch_norm_act", KERNELS, x) is None:
-        return reference.batch_norm_act(x, norm, act, residual)
+        y, moments = reference.batch_norm_act(x, norm, act, residual)
+        return y.contiguous(), moments
     y, mean, var = torch.ops.mvit3.batch_norm_act(x, *norm, ACTIVATIONS.index(act), residual)
     return y, Moments(mean, var) if norm.training else None
 
@@ -68,7 +69,8 @@ dispatch.register_triton("batch_norm_act_backward", __name__)
 def _forward(x, weight, bias, running_mean, running_var, training, eps, act, residual):
     norm = BatchNorm(weight, bias, running_mean, running_var, training, eps)
     y, moments = reference.batch_norm_act(x, norm, ACTIVATIONS[act], residual)
-    mean, var = moments or (x.new_empty(0), x.new_empty(0))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, var = moments or (x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype))
     return y.contiguous(), mean, var
 
 
@@ -104,4 +106,10 @@ def _autograd(ctx, dy, *_):
     return dx, dweight, dbias, None, None, None, None, None, dy if ctx.has_residual else None
 
 
+def _second_derivative(ctx, *_):
+    raise NotImplementedError('batch_norm_act has second derivatives on the reference only: use mvit3_kernels.backend("reference")')
+
+
 torch.library.register_autograd("mvit3::batch_norm_act", _autograd, setup_context=_setup_context)
+# Without a formula PyTorch would hand out second derivatives that silently lack this op's part.
+torch.library.register_autograd("mvit3::batch_norm_act_backward", _second_derivative)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_layer_norm, check_linear, check_map, check_probability
+from ..checks import check_dropout, check_layer_norm, check_linear, check_map
 from ..norm_linear import norm_linear
 from ..registry import register
 from ..types import LayerNorm, Linear
@@ -50,8 +50,7 @@ def feed_forward(
     check_layer_norm("norm", norm, width, x)
     hidden = check_linear("fc1", fc1, width, None, x)
     check_linear("fc2", fc2, hidden, width, x)
-    check_probability("hidden_dropout", hidden_dropout, seed)
-    check_probability("output_dropout", output_dropout, seed)
+    check_dropout(seed, x, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
     dispatch.select("feed_forward", KERNELS, x)
     return reference.feed_forward(x, norm, fc1, fc2, hidden_dropout, output_dropout, seed, norm_linear=norm_linear)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_layer_norm, check_linear, check_map, check_patches, check_probability
+from ..checks import check_dropout, check_group, check_layer_norm, check_linear, check_map, check_patches
 from ..feed_forward import feed_forward
 from ..norm_linear import norm_linear
 from ..patch_attention import patch_attention
@@ -62,6 +62,7 @@ def global_representation(
     x = dispatch.autocast(x)
     width = x.shape[-1]
     for i, layer in enumerate(layers):
+        check_group(f"layers[{i}]", layer, Layer)
         check_layer_norm(f"layers[{i}].norm1", layer.norm1, width, x)
         check_linear(f"layers[{i}].qkv", layer.qkv, width, 1 + 2 * width if num_heads is None else 3 * width, x)
         check_linear(f"layers[{i}].out_proj", layer.out_proj, width, width, x)
@@ -73,8 +74,7 @@ def global_representation(
     if num_heads is not None and (num_heads < 1 or width % num_heads):
         raise ValueError(f"num_heads must be positive and divide the {width} channels of x, got {num_heads}")
     check_patches("x", x, patch_size)
-    for name, p in (("attention_dropout", attention_dropout), ("hidden_dropout", hidden_dropout), ("output_dropout", output_dropout)):
-        check_probability(name, p, seed)
+    check_dropout(seed, x, attention_dropout=attention_dropout, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
     dispatch.select("global_representation", KERNELS, x)
     return reference.global_representation(
         x,

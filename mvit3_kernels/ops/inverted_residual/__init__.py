@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_activation, check_batch_norm, check_depthwise, check_linear, check_map
+from ..checks import check_activation, check_batch_norm, check_depthwise, check_group, check_map, check_weight
 from ..depthwise_conv import depthwise_conv
 from ..pointwise_conv import pointwise_conv
 from ..registry import batch_norm_schema, flat, register
-from ..types import ACTIVATIONS, BatchNorm, ConvNorm, Linear, Moments
+from ..types import ACTIVATIONS, BatchNorm, ConvNorm, Moments
 from . import reference
 
 __all__ = ["inverted_residual"]
@@ -41,11 +41,13 @@ def inverted_residual(
     """
     check_map("x", x)
     x = dispatch.autocast(x)
-    wide = check_linear("expand", Linear(expand.weight), x.shape[-1], None, x)
+    for name, part in (("expand", expand), ("depthwise", depthwise), ("project", project)):
+        check_group(name, part, ConvNorm)
+    wide = check_weight("expand.weight", expand.weight, x.shape[-1], None, x)
     check_batch_norm("expand.norm", expand.norm, x.shape[:-1].numel(), wide, x)
     rows = check_depthwise("depthwise.weight", depthwise.weight, x, stride, dilation, wide)
     check_batch_norm("depthwise.norm", depthwise.norm, rows, wide, x)
-    outputs = check_linear("project", Linear(project.weight), wide, None, x)
+    outputs = check_weight("project.weight", project.weight, wide, None, x)
     check_batch_norm("project.norm", project.norm, rows, outputs, x)
     check_activation(act)
     dispatch.select("inverted_residual", KERNELS, x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_map, check_patches, check_probability
+from ..checks import check_dropout, check_map, check_patches
 from ..registry import register
 from . import reference
 
@@ -43,7 +43,7 @@ def patch_attention(
     if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"num_heads must be positive and 3 * num_heads must divide the {qkv.shape[-1]} channels of qkv, got {num_heads}")
     check_patches("qkv", qkv, patch_size)
-    check_probability("dropout", dropout, seed)
+    check_dropout(seed, qkv, dropout=dropout)
     qkv = dispatch.autocast(qkv)
     dispatch.select("patch_attention", KERNELS, qkv)
     return reference.patch_attention(qkv, num_heads, patch_size, dropout, seed)

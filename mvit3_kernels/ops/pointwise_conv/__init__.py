@@ -45,6 +45,7 @@ def pointwise_conv(
         check_batch_norm("norm", norm, x.shape[:-1].numel(), outputs, x)
     check_activation(act)
     if residual is not None:
+        check_map("residual", residual)
         residual = dispatch.autocast(residual)
         check_same("residual", residual, shape, x)
     dispatch.select("pointwise_conv", KERNELS, x)

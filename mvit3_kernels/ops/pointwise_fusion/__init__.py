@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_activation, check_batch_norm, check_linear, check_map, check_same
+from ..checks import check_activation, check_batch_norm, check_map, check_same, check_weight
 from ..pointwise_conv import pointwise_conv
 from ..registry import batch_norm_schema, flat, register
-from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
+from ..types import ACTIVATIONS, BatchNorm, Moments
 from . import reference
 
 __all__ = ["pointwise_fusion"]
@@ -39,13 +39,14 @@ def pointwise_fusion(
     Source: MobileViTv3, arXiv 2209.15159, section 3.
     """
     check_map("a", a)
-    a, b = dispatch.autocast(a), dispatch.autocast(b)
     check_map("b", b)
+    a, b = dispatch.autocast(a), dispatch.autocast(b)
     check_same("b", b, (*a.shape[:-1], b.shape[-1]), a)
-    outputs = check_linear("fusion", Linear(weight), a.shape[-1] + b.shape[-1], None, a)
+    outputs = check_weight("weight", weight, a.shape[-1] + b.shape[-1], None, a)
     check_batch_norm("norm", norm, a.shape[:-1].numel(), outputs, a)
     check_activation(act)
     if residual is not None:
+        check_map("residual", residual)
         residual = dispatch.autocast(residual)
         check_same("residual", residual, (*a.shape[:-1], outputs), a)
     dispatch.select("pointwise_fusion", KERNELS, a)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_layer_norm, check_linear, check_map, check_patches, check_probability
+from ..checks import check_dropout, check_layer_norm, check_linear, check_map, check_patches
 from ..norm_linear import norm_linear
 from ..registry import register
 from ..types import LayerNorm, Linear
@@ -56,8 +56,7 @@ def separable_attention(
     check_linear("qkv", qkv, width, 1 + 2 * width, x)
     check_linear("out_proj", out_proj, width, width, x)
     check_patches("x", x, patch_size)
-    check_probability("attention_dropout", attention_dropout, seed)
-    check_probability("output_dropout", output_dropout, seed)
+    check_dropout(seed, x, attention_dropout=attention_dropout, output_dropout=output_dropout)
     dispatch.select("separable_attention", KERNELS, x)
     return reference.separable_attention(x, norm, qkv, out_proj, patch_size, attention_dropout, output_dropout, seed, norm_linear=norm_linear)
 
