@@ -1,0 +1,233 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+"""What every op is held to, written once. A test class names the op, its cases and its plain meaning; the tests below do the rest."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import mvit3_kernels
+from mvit3_kernels.ops.dispatch import BACKENDS
+
+from .inputs import Arguments, Bad, Draw, mapped, named, replaced
+from .measure import Call, assert_same, evaluate, pooled, relative_errors, tensors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+
+
+class Contract:
+    op: Callable  # the public function
+    maps: tuple[str, ...] = ("x",)  # the arguments that are feature maps
+    cases: dict[str, Arguments]  # options of `arguments`
+    batch_norms: tuple[str, ...] = ()
+    compilers: tuple[str, ...] = ("aot_eager",)
+    roundings = 16  # how many relative roundings the reference may err by
+    symbolic = True  # whether tracing with symbolic height and width takes seconds; with patches it takes a minute
+    twice: str | None = None  # the case for second derivatives, the first one if None
+    autocast_dtype = torch.bfloat16
+    bad_case: Arguments = {}  # options that make every argument present
+    bad: tuple[Bad, ...] = ()
+
+    arguments: Callable[..., Arguments]  # (draw, batch=2, height=..., width=..., **options): arguments of the public function
+    plain: Callable  # the meaning, written independently, with the public function's parameters
+    raw: Callable[..., tuple]  # the public function's arguments as those of torch.ops.mvit3.<op>
+
+    def pytest_generate_tests(self, metafunc):
+        values = {"case": self.cases, "dtype": DTYPES, "device": DEVICES, "compiler": self.compilers, "bad": self.bad}
+        for name in (name for name in values if name in metafunc.fixturenames):
+            ids = [f"{b.name}-{i}" for i, b in enumerate(self.bad)] if name == "bad" else str
+            metafunc.parametrize(name, list(values[name]), ids=ids)
+
+    @property
+    def name(self) -> str:
+        return self.op.__name__
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.cases))
+
+    def make(self, case: str, grad: bool = True, **size: int) -> Arguments:
+        def leaf(name: str, t: Tensor) -> Tensor:
+            return t.requires_grad_(grad and t.is_floating_point() and "running" not in name)
+
+        return mapped(self.arguments(Draw(), **{**self.cases[case], **size}), leaf)
+
+    def cast(self, arguments: Arguments, maps: torch.dtype, parameters: torch.dtype, device: str = "cpu") -> Arguments:
+        def leaf(name: str, t: Tensor) -> Tensor:
+            if t.is_floating_point():
+                return t.detach().to(device, maps if name in self.maps else parameters).requires_grad_(t.requires_grad)
+            return t.to(device)
+
+        return mapped(arguments, leaf)
+
+    def test_meaning(self, case):
+        assert_same(evaluate(self.op, self.make(case)), evaluate(self.plain, self.make(case)), 1e-12)
+
+    def test_batch_of_one_sample(self, case):
+        assert_same(evaluate(self.op, self.make(case, batch=1)), evaluate(self.plain, self.make(case, batch=1)), 1e-12)
+
+    def test_batch_of_no_sample(self, case):
+        got, one = evaluate(self.op, self.make(case, batch=0)), evaluate(self.op, self.make(case, batch=1))
+        assert got.keys() == one.keys()
+        assert got["y[0]"].shape == (0, *one["y[0]"].shape[1:])
+        for name, t in got.items():
+            assert not t.any() and t.dtype == one[name].dtype, name
+
+    def test_gradcheck(self, case):
+        leaves, spec = tree_flatten(self.make(case))
+        assert gradcheck(lambda *leaves: tensors(self.op(**tree_unflatten(leaves, spec))), leaves, fast_mode=True)
+
+    def test_second_derivative(self):
+        leaves, spec = tree_flatten(self.make(self.twice or self.first))
+        assert gradgradcheck(lambda *leaves: tensors(self.op(**tree_unflatten(leaves, spec)))[0], leaves, fast_mode=True)
+
+    def test_registration(self, case):
+        op = getattr(torch.ops.mvit3, self.name).default
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        traced = "test_aot_dispatch_dynamic" if self.symbolic else "test_aot_dispatch_static"
+        torch.library.opcheck(op, self.raw(**self.cast(self.make(case), torch.float32, torch.float32)), test_utils=(*tests, traced))
+        torch.library.opcheck(op, self.raw(**self.cast(self.make(case), torch.bfloat16, torch.float32)), test_utils=tests)
+
+    def test_registered_op_is_the_public_function(self, case):
+        arguments = self.cast(self.make(case), torch.float32, torch.float32)
+        got = getattr(torch.ops.mvit3, self.name)(*self.raw(**arguments))
+        got = [t for t in tensors(got) if t.numel()]  # the op returns empty moments where there are none
+        torch.testing.assert_close(got, tensors(self.op(**arguments)), rtol=0, atol=1e-6)
+
+    def test_compile(self, compiler):
+        torch._dynamo.reset()
+        compiled = torch.compile(self.op, fullgraph=True, dynamic=self.symbolic, backend=compiler)
+        # No size equals another one, or dynamo would take them for the same.
+        shapes = ({"batch": 7, "height": 16, "width": 20}, {"batch": 11, "height": 12, "width": 22})
+        for i, shape in enumerate((*shapes, *shapes)):
+            # Neither a second call nor, where sizes are symbolic, another batch, height and width may compile again.
+            with torch.compiler.set_stance("fail_on_recompile") if i >= (1 if self.symbolic else 2) else nullcontext():
+                got = evaluate(compiled, self.make(self.first, **shape))
+            assert_same(got, evaluate(self.op, self.make(self.first, **shape)), 1e-10)
+        # Float64 runs on no kernel, so a forced one is refused: the compiled code notices the change of backend.
+        with mvit3_kernels.backend("cuda"), pytest.raises(RuntimeError, match=f"{self.name} cannot run on backend"):
+            compiled(**self.make(self.first))
+        with mvit3_kernels.backend("reference"):
+            assert_same(evaluate(compiled, self.make(self.first)), evaluate(self.op, self.make(self.first)), 1e-10)
+
+    def test_export_is_aten(self, case):
+        arguments = self.cast(self.make(case, grad=False), torch.float32, torch.float32)
+        inputs = tuple(t for name, t in named(arguments).items() if name in self.maps)
+        program = torch.export.export(Call(self.op, self.maps, arguments), inputs)
+        calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        assert {getattr(target, "namespace", "builtin") for target in calls} <= {"aten", "builtin"}
+        with mvit3_kernels.backend("reference"):
+            want = self.op(**arguments)
+        torch.testing.assert_close(tensors(program.module()(*inputs)), tensors(want))
+
+    @pytest.mark.parametrize("layout", ["nchw", "sliced"])
+    def test_strides(self, case, layout):
+        def leaf(name: str, t: Tensor) -> Tensor:
+            if name not in self.maps:
+                return t
+            if layout == "nchw":
+                return t.detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
+            batch, height, width, channels = t.shape
+            wide = torch.full((batch, height + 1, 2 * width, channels + 2), float("nan"), dtype=t.dtype)
+            wide[:, 1:, ::2, 1:-1] = t.detach()
+            return wide[:, 1:, ::2, 1:-1].requires_grad_()
+
+        assert_same(evaluate(self.op, mapped(self.make(case), leaf)), evaluate(self.op, self.make(case)), 1e-12)
+
+    @pytest.mark.parametrize("parameters", ["same", "float32"])
+    def test_precision(self, case, dtype, parameters, device):
+        """Every backend that can run the call errs at most twice as much as the reference, which errs by a few roundings."""
+        given = self.cast(self.make(case), dtype, torch.float32 if parameters == "float32" else dtype, device)
+        truth = evaluate(self.op, self.cast(given, torch.float64, torch.float64, device))
+        with mvit3_kernels.backend("reference"):
+            reference = evaluate(self.op, given)
+        assert reference["y[0]"].dtype == dtype
+        assert all(reference[f"d {name}"].dtype == t.dtype for name, t in named(given).items() if t.requires_grad)
+        allowed = relative_errors(reference, truth)
+        roundings = torch.finfo(dtype).eps
+        assert all(error <= self.roundings * roundings for error in allowed.values()), allowed
+        for context in (nullcontext(), *(mvit3_kernels.backend(b) for b in self.runnable(given))):
+            with context:
+                got = evaluate(self.op, given)
+            errors = relative_errors(got, truth)
+            for gradients in (False, True):
+                # Half a rounding is what storing the exact result costs.
+                assert pooled(errors, gradients) <= 2 * pooled(allowed, gradients) + roundings / 2, (errors, allowed)
+
+    def runnable(self, arguments: Arguments) -> list[str]:
+        return [b for b in BACKENDS[1:] if self.refusal(b, arguments) is None]
+
+    def refusal(self, backend: str, arguments: Arguments) -> str | None:
+        try:
+            with mvit3_kernels.backend(backend):
+                self.op(**arguments)
+        except mvit3_kernels.BackendError as error:
+            return str(error)
+        return None
+
+    def test_forced_backend(self):
+        """Float64 is refused by every kernel, and other dtypes where there is no kernel, with the reason."""
+        kernels = {kernel.backend for kernel in importlib.import_module(f"mvit3_kernels.ops.{self.name}").KERNELS}
+        with mvit3_kernels.backend("reference"):
+            assert_same(evaluate(self.op, self.make(self.first)), evaluate(self.plain, self.make(self.first)), 1e-12)
+        for backend in BACKENDS[1:]:
+            head, _, reason = self.refusal(backend, self.make(self.first)).partition(": ")
+            assert head == f"{self.name} cannot run on backend {backend!r}"
+            assert reason
+            if backend not in kernels:
+                assert reason == "the op has no kernel for this backend"
+                assert self.refusal(backend, self.cast(self.make(self.first), torch.float32, torch.float32))
+
+    def test_autocast(self, case):
+        arguments = self.cast(self.make(case), torch.float32, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = evaluate(self.op, arguments)
+        assert got.pop("y[0]").dtype == self.autocast_dtype
+        assert {t.dtype for t in got.values()} <= {torch.float32}
+        truth = evaluate(self.op, self.cast(arguments, torch.float64, torch.float64))
+        errors = relative_errors(got, {name: truth[name] for name in got})
+        assert all(error <= self.roundings * torch.finfo(torch.bfloat16).eps for error in errors.values()), errors
+
+    def test_purity(self, case):
+        for dtype in (torch.float64, *DTYPES):
+            arguments = self.cast(self.make(case), dtype, dtype)
+            before = [(t.clone(), t._version) for t in tensors(arguments)]
+            y, *moments = tensors(self.op(**arguments))
+            y.sum().backward()
+            assert not any(t.requires_grad for t in moments)
+            for t, (copy, version) in zip(tensors(arguments), before, strict=True):
+                assert torch.equal(t, copy) and t._version == version
+
+    def test_bad_argument(self, bad):
+        arguments = mapped(self.arguments(Draw(), **self.bad_case), lambda _, t: t)
+        self.op(**arguments)
+        before = [t.clone() for t in tensors(arguments)]
+        changed, came = bad.apply(arguments)
+        with pytest.raises(bad.error) as info:
+            self.op(**changed)
+        assert type(info.value) is bad.error
+        for word in (bad.name, came, bad.allowed):
+            assert word in str(info.value)
+        torch.testing.assert_close(tensors(arguments), before, rtol=0, atol=0)
+
+    def test_meta_device(self, case):
+        """Shapes and dtypes without any data, as tools that count operations ask for them."""
+        arguments = self.cast(self.make(case), torch.float32, torch.float32)
+        got = evaluate(self.op, self.cast(arguments, torch.float32, torch.float32, "meta"))
+        want = evaluate(self.op, arguments)
+        assert {name: (t.shape, t.dtype) for name, t in got.items()} == {name: (t.shape, t.dtype) for name, t in want.items()}
+
+    def test_one_value_per_channel(self):
+        for norm in self.batch_norms:
+            alone = self.arguments(Draw(), batch=1, height=1, width=1, training=False)
+            self.op(**alone)
+            with pytest.raises(ValueError, match=rf"{norm}\.training needs more than 1 value per channel, got 1"):
+                self.op(**replaced(alone, f"{norm}.training", lambda _: True)[0])

@@ -1,0 +1,67 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+from mvit3_kernels.ops import pointwise_conv
+from mvit3_kernels.ops.types import ACTIVATIONS
+
+from . import plain
+from .contract import Contract
+from .inputs import bad_activation, bad_batch_norm, bad_linear, bad_map
+
+
+class TestPointwiseConv(Contract):
+    op = staticmethod(pointwise_conv)
+    maps = ("x", "residual")
+    batch_norms = ("norm",)
+    cases = {
+        "silu-residual": {"act": "silu", "residual": True},
+        "bias": {"bias": True, "conv": False},
+        "eval-silu": {"training": False, "act": "silu", "bias": True},
+        "eval-residual": {"training": False, "residual": True},
+        "plain": {"norm": False},
+        "bias-relu-residual": {"norm": False, "act": "relu", "bias": True, "residual": True},
+        "odd-map": {"act": "silu", "height": 7, "width": 13, "channels": 15, "outputs": 9},
+        "one-channel": {"channels": 1, "outputs": 1, "act": "silu", "eps": 0.1},
+    }
+    bad_case = {"training": False, "residual": True, "bias": True}
+    bad = (
+        *bad_map("x"),
+        *bad_linear("conv", 4, 3, any_outputs=True),
+        *bad_batch_norm("norm", 3),
+        *bad_activation(),
+        *bad_map("residual", first=False),
+    )
+
+    @staticmethod
+    def arguments(
+        draw,
+        batch=2,
+        height=3,
+        width=5,
+        channels=4,
+        outputs=3,
+        conv=True,
+        bias=False,
+        norm=True,
+        training=True,
+        act="identity",
+        residual=False,
+        eps=1e-5,
+    ):
+        return {
+            "x": draw(batch, height, width, channels),
+            "conv": draw.linear(outputs, channels, bias, conv),
+            "norm": draw.batch_norm(outputs, training, eps) if norm else None,
+            "act": act,
+            "residual": draw(batch, height, width, outputs) if residual else None,
+        }
+
+    @staticmethod
+    def plain(x, conv, norm, act, residual):
+        y, moments = plain.conv1x1(plain.nchw(x), *conv), None
+        if norm is not None:
+            y, moments = plain.batch_norm(y, norm)
+        y = plain.nhwc(plain.activate(y, act))
+        return (y if residual is None else y + residual), moments
+
+    @staticmethod
+    def raw(x, conv, norm, act, residual):
+        return x, *conv, *(norm or (None, None, None, None, False, 0.0)), ACTIVATIONS.index(act), residual
