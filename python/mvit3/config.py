@@ -86,7 +86,7 @@ class TrainConfig(Options):
     ops: Annotated[str, Option("fused ops, reference ops, or both from the same seed", ("fused", "reference", "both"))] = "both"
     epochs: Annotated[int, Option("passes over the training images", minimum=1)] = 20
     batch_size: Annotated[int, Option("images per step; a ragged last batch is left out", minimum=2)] = 64
-    lr: Annotated[float, Option("peak of AdamW's learning rate: linear warm-up, then half a cosine", minimum=1e-7, below=1)] = 2e-3
+    lr: Annotated[float, Option("peak of AdamW's learning rate: linear warm-up, then half a cosine", minimum=1e-7, below=1)] = 3e-3
     warmup_epochs: Annotated[float, Option("epochs of warm-up", minimum=0)] = 2.0
     weight_decay: Annotated[float, Option("decay of matrices and filters, not of norms and biases", minimum=0)] = 0.05
     label_smoothing: Annotated[float, Option("share of the target spread over all classes", minimum=0, below=1)] = 0.1

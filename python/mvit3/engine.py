@@ -160,7 +160,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        value = loss.item()  # waits for a GPU's forward pass; the price of a loss in the progress bar and of the check below
+        value = loss.item()  # waits until a GPU has finished the step, so that the time of a step is its own
         if not math.isfinite(value):
             raise TrainingError(f"the loss of the {self.ops} run is {value} at step {step + 1} of {self.total_steps}; try a lower --lr")
         self.history.losses.append(value)

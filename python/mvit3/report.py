@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from .engine import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # imported for a plot only, it takes a second
 
 COLORS = {"reference": "#E69F00", "fused": "#0072B2"}  # Okabe and Ito: told apart by everyone, and in print
 
@@ -62,6 +67,8 @@ def summary(runs: list[Run], backends: dict[str, str], seconds: float, output: P
         "batch_size": config.batch_size,
         "seed": config.seed,
         "train_images": len(runs[0].data.train),
+        "device": runs[0].data.train.images.device.type,
+        "threads": torch.get_num_threads(),
         "seconds": seconds,
         "curves": str(output / "curves.png"),
         "runs": {},
@@ -96,7 +103,8 @@ def summary_text(result: dict[str, object]) -> str:
         ])  # fmt: skip
     lines = [
         f"{result['model']} on {result['data']}: {result['train_images']} training images, {result['epochs']} epochs "
-        f"of batch {result['batch_size']}, seed {result['seed']}, {result['seconds']:.0f} s in all",
+        f"of batch {result['batch_size']}, seed {result['seed']}; {result['device']}, {result['threads']} CPU threads, "
+        f"{result['seconds']:.0f} s in all",
         "",
         table(rows),
         "",
@@ -109,6 +117,19 @@ def summary_text(result: dict[str, object]) -> str:
     lines += ["", f"curves      {result['curves']}"]
     lines += [f"checkpoint  {run['checkpoint']}" for run in result["runs"].values()]
     return "\n".join(lines)
+
+
+def _zoom(axis: Axes, runs: list[Run]) -> list[Axes]:
+    """An inset with the second half of the epochs, where accuracies differ by less than a line's width; none for a short run."""
+    first = runs[0].epochs // 2 + 1
+    late = [e.accuracy for run in runs for e in run.history.evaluations[first - 1 :]]
+    if len(late) < 8 * len(runs):
+        return []
+    margin = max(0.002, 0.15 * (max(late) - min(late)))
+    inset = axis.inset_axes((0.36, 0.3, 0.61, 0.44), xlim=(first, runs[0].epochs + 0.2), ylim=(min(late) - margin, max(late) + margin))
+    inset.set_title("second half, enlarged", fontsize=9)
+    inset.tick_params(labelsize=8)
+    return [inset]
 
 
 def plot(runs: list[Run], path: Path) -> None:
@@ -131,27 +152,33 @@ def plot(runs: list[Run], path: Path) -> None:
         figure, (loss, accuracy, speed) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(3, 3, 2), layout="constrained")
         config = runs[0].config
         figure.suptitle(f"{config.model} on {config.data}, seed {config.seed}", fontsize=12, fontweight="bold")
+        zoom = _zoom(accuracy, runs)
         for run in runs:
             # The runs often coincide: the fused one is drawn thin and dashed over a broad reference, so that both remain visible.
             color = COLORS[run.ops]
             look = {"color": color, "lw": 4, "alpha": 0.55} if run.ops == "reference" else {"color": color, "lw": 1.6, "ls": (0, (4, 2))}
-            epochs = range(1, run.epochs + 1)
-            per_epoch, steps = run.steps_per_epoch, len(run.history.losses)
-            loss.plot([(i + 1) / per_epoch for i in range(steps)], run.history.losses, color=color, alpha=0.25, lw=0.8)
+            look["marker"] = "o" if run.epochs < 3 else ""  # a line needs two points
+            per_epoch, epochs = run.steps_per_epoch, range(1, run.epochs + 1)
+            loss.plot([(i + 1) / per_epoch for i in range(len(run.history.losses))], run.history.losses, color=color, alpha=0.25, lw=0.8)
             loss.plot([e - 0.5 for e in epochs], [run.epoch_loss(e - 1) for e in epochs], label=run.ops, **look)
-            last = run.history.evaluations[-1]
-            label = f"{run.ops}: {last.accuracy:.2%}"
-            accuracy.plot(epochs, [e.accuracy for e in run.history.evaluations], label=label, **look)
+            accuracies = [e.accuracy for e in run.history.evaluations]
+            for axis in (accuracy, *zoom):
+                axis.plot(epochs, accuracies, label=f"{run.ops}: {accuracies[-1]:.2%}", **look)
+        highest = max(max(run.history.losses) for run in runs)
         loss.set(title="training loss", xlabel="epoch", ylabel="cross-entropy, smoothed labels")
-        accuracy.set(title="validation accuracy", xlabel="epoch")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-        for axis in (loss, accuracy):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.legend(frameon=False)
+        loss.set(xlim=(0, 1.02 * config.epochs), ylim=(0, 1.05 * highest))
+        accuracy.set(title="validation accuracy", xlabel="epoch", xlim=(0, 1.02 * config.epochs), ylim=(0, 1.03))
+        for axis in (loss, accuracy, *zoom):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=8 if axis in (loss, accuracy) else 4))
+        for axis in (accuracy, *zoom):
+            axis.yaxis.set_major_formatter(PercentFormatter(1))
+        loss.legend(frameon=False)
+        accuracy.legend(frameon=False, loc="lower right")
         bars = speed.bar([run.ops for run in runs], [run.images_per_second for run in runs], 0.6, color=[COLORS[run.ops] for run in runs])
         speed.bar_label(bars, fmt="%.0f", padding=2)
         speed.set(title="training speed", ylabel="images per second, median step")
         speed.margins(x=0.3, y=0.12)
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
         speed.grid(axis="x", visible=False)
         figure.savefig(path, dpi=130)
         plt.close(figure)
