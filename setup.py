@@ -37,50 +37,58 @@ except Exception as error:  # torch's import may fail in many ways, all of them 
 
 def compiler_version(command: list[str]) -> str:
     done = subprocess.run([*command, "--version"], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        raise RuntimeError(f"the C++ compiler {' '.join(command)!r} does not run: {(done.stderr or done.stdout).strip() or 'no output'}")
-    return lines[0]
+    first_line = (done.stdout or done.stderr or "no output").splitlines()[0]
+    if done.returncode:
+        raise RuntimeError(f"the C++ compiler {' '.join(command)!r} does not run: {first_line}")
+    return first_line
 
 
 class BuildOrExplain(BuildExtension):
     """Builds what can be built; a failure is printed and recorded, and does not fail the install."""
 
     def run(self) -> None:
-        self.failures = [] if NO_BUILD is None else [NO_BUILD]
-        planned = list(self.extensions)
-        try:
-            super().run()
-        except Exception as error:
-            self.failures.append(f"{type(error).__name__}: {error}")
-            self.extensions = [e for e in planned if Path(self.get_ext_fullpath(e.name)).exists()]
+        self.failures: list[str] = []
+        super().run()
         self.record()
 
     def build_extensions(self) -> None:
-        version = compiler_version(self.compiler.compiler_so_cxx[:1] if hasattr(self.compiler, "compiler_so_cxx") else ["c++"])
+        try:
+            if NO_BUILD is not None:
+                raise RuntimeError(NO_BUILD)
+            self.write_build_info()
+            super().build_extensions()
+        except Exception as error:
+            self.failures.append(f"{type(error).__name__}: {error}")
+            for extension in self.extensions:
+                extension.optional = True  # setuptools then accepts that its file is missing
+
+    def write_build_info(self) -> None:
+        version = compiler_version(getattr(self.compiler, "compiler_so_cxx", ["c++"])[:1])
+        facts = {"COMPILER": version, "FLAGS": " ".join(FLAGS), "TORCH": torch.__version__}
         header = Path(self.build_temp) / "build_info.h"
         header.parent.mkdir(parents=True, exist_ok=True)
-        header.write_text(f'#define MVIT3_COMPILER "{version}"\n#define MVIT3_FLAGS "{" ".join(FLAGS)}"\n#define MVIT3_TORCH "{torch.__version__}"\n')
+        header.write_text("".join(f'#define MVIT3_{name} "{value}"\n' for name, value in facts.items()))
         for extension in self.extensions:
             extension.include_dirs.append(str(header.parent.resolve()))
-        super().build_extensions()
 
     def build_extension(self, extension: Extension) -> None:
         try:
             super().build_extension(extension)
         except Exception as error:
             self.failures.append(f"{extension.name}: {error}")
-            extension.optional = True  # setuptools then accepts that its file is missing
+            extension.optional = True
 
     def record(self) -> None:
-        folder = Path(__file__).parent / PACKAGE if self.inplace or getattr(self, "editable_mode", False) else Path(self.build_lib) / PACKAGE
-        file = folder / FAILURE_FILE
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        file = (Path(__file__).parent if in_place else Path(self.build_lib)) / PACKAGE / FAILURE_FILE
         file.unlink(missing_ok=True)
         if self.failures:
             reason = "\n".join(self.failures)
-            folder.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(reason + "\n")
-            print(f"\n{PACKAGE}: the compiled CPU kernels were NOT built; the pure-Python reference runs instead. Reason:\n{reason}\n", flush=True)
+            print(
+                f"\n{PACKAGE}: compiled CPU kernels were NOT built, the pure-Python reference runs instead.\nReason: {reason}\n", flush=True
+            )
 
 
 def extensions() -> list[Extension]:

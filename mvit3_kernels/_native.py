@@ -15,6 +15,7 @@ _FAILURE_FILE = _FOLDER / "_build_failure.txt"  # written by setup.py where it c
 _isa: str | None = None
 _reason: str | None = None
 _build: dict[str, str] = {}
+_supported: list[str] = []
 
 
 def why_not() -> str | None:
@@ -30,6 +31,11 @@ def isa() -> str | None:
 def build_info() -> dict[str, str]:
     """Compiler, flags and torch version that the extension was built with; empty when there is no extension."""
     return dict(_build)
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets that this CPU supports, best first; empty when there is no extension to ask."""
+    return list(_supported)
 
 
 def _not_built() -> str:
@@ -52,7 +58,7 @@ def _choose(supported: list[str]) -> str:
 
 
 def _load() -> None:
-    global _isa, _reason, _build
+    global _isa, _reason, _build, _supported
     wanted = os.environ.get(ENVIRONMENT)
     if wanted and wanted not in ISAS:
         raise ValueError(f"environment variable {ENVIRONMENT} must be one of {', '.join(ISAS)}, got {wanted!r}")
@@ -64,8 +70,8 @@ def _load() -> None:
     except ImportError as error:
         _reason = _not_built() if not list(_FOLDER.glob("_host.*")) else f"the extension's host module does not load: {error}"
         return
-    _build = _host.build_info()
-    name = _choose(_host.supported_isas())
+    _build, _supported = _host.build_info(), _host.supported_isas()
+    name = _choose(_supported)
     file = _variant(name)
     if file is None:
         _reason = _not_built()

@@ -264,8 +264,9 @@ template <typename T, int Act, Walk Mode, bool Stream>
 void backward_tile(
     const T* dy, const T* x, T* dx, int64_t count, int64_t length, int64_t ahead, BackwardTerms& terms, double* sum, double* dot) {
   constexpr int kVecs = kLine / sizeof(T) / kLanes;
+  constexpr int64_t kRun = 8;  // so many rows are added in float32 before float64 takes over: exact enough, and hardly slower
   for (int64_t col = 0; col < length; col += kVecs * kLanes) {
-    Vec mean[kVecs], scale[kVecs], shift[kVecs], slope[kVecs], offset[kVecs], s[kVecs], d[kVecs];
+    Vec mean[kVecs], scale[kVecs], shift[kVecs], slope[kVecs], offset[kVecs];
     for (int u = 0; u < kVecs; ++u) {
       const int64_t lane = col + u * kLanes;
       mean[u] = load(terms.affine.mean.data() + lane);
@@ -275,30 +276,29 @@ void backward_tile(
         slope[u] = load(terms.slope.data() + lane);
         offset[u] = load(terms.offset.data() + lane);
       }
-      s[u] = d[u] = 0.0f;
     }
-    for (int64_t at = col; at < count * length; at += length) {
-      prefetch(x + at + ahead);
-      prefetch(dy + at + ahead);
-      for (int u = 0; u < kVecs; ++u) {
-        const Vec centred = load(x + at + u * kLanes) - mean[u];
-        const Vec grad = activate_backward<Act>(fma(centred, scale[u], shift[u]), load(dy + at + u * kLanes));
-        if constexpr (Mode != kWrite) {
-          s[u] += grad;
-          d[u] = fma(grad, centred, d[u]);
+    for (int64_t row = 0; row < count; row += kRun) {
+      Vec s[kVecs], d[kVecs];
+      for (int u = 0; u < kVecs; ++u) s[u] = d[u] = 0.0f;
+      const int64_t end = std::min(row + kRun, count) * length;
+      for (int64_t at = row * length + col; at < end; at += length) {
+        prefetch(x + at + ahead);
+        prefetch(dy + at + ahead);
+        for (int u = 0; u < kVecs; ++u) {
+          const int64_t here = at + u * kLanes;
+          const Vec centred = load(x + here) - mean[u];
+          const Vec grad = activate_backward<Act>(fma(centred, scale[u], shift[u]), load(dy + here));
+          if constexpr (Mode != kWrite) {
+            s[u] += grad;
+            d[u] = fma(grad, centred, d[u]);
+          }
+          if constexpr (Mode == kWrite) put<Stream>(dx + here, fnma(centred, slope[u], fma(grad, scale[u], Vec(0.0f) - offset[u])));
+          if constexpr (Mode == kSumAndWrite) put<Stream>(dx + here, grad * scale[u]);
         }
-        if constexpr (Mode == kWrite) put<Stream>(dx + at + u * kLanes, fnma(centred, slope[u], fma(grad, scale[u], Vec(0.0f) - offset[u])));
-        if constexpr (Mode == kSumAndWrite) put<Stream>(dx + at + u * kLanes, grad * scale[u]);
       }
-    }
-    if constexpr (Mode == kWrite) continue;
-    alignas(64) float values[2][kLanes];
-    for (int u = 0; u < kVecs; ++u) {
-      store(values[0], s[u]);
-      store(values[1], d[u]);
-      for (int i = 0; i < kLanes; ++i) {
-        sum[col + u * kLanes + i] += values[0][i];
-        dot[col + u * kLanes + i] += values[1][i];
+      for (int u = 0; Mode != kWrite && u < kVecs; ++u) {
+        accumulate(sum + col + u * kLanes, s[u]);
+        accumulate(dot + col + u * kLanes, d[u]);
       }
     }
   }

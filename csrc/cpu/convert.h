@@ -1,6 +1,8 @@
 // Storage types: float32, bfloat16 and float16 in memory, float32 in registers.
 #pragma once
 
+#include <cstring>
+
 #include "vec.h"
 
 namespace mvit3 {
@@ -94,7 +96,7 @@ MVIT3_INLINE Vec load(const Float16* p) {
   Vec r;
 #if defined(__AVX512F__)
   r.part[0] = NativeFloat(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   for (int i = 0; i < 2; ++i)
     r.part[i] = NativeFloat(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i))));
 #else
@@ -105,46 +107,51 @@ MVIT3_INLINE Vec load(const Float16* p) {
   return r;
 }
 
-MVIT3_INLINE void store(BFloat16* p, Vec v) {
+#if defined(__AVX2__)
+// Sixteen floats rounded to 16 bits, in one register.
+MVIT3_INLINE __m256i narrow(Vec v, BFloat16) {
 #if defined(__AVX512BW__)
-  const __m512i bits = _mm512_castps_si512(__m512(v.part[0]));
+  const __m512 value = __m512(v.part[0]);
+  const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(__m512(v.part[0]), __m512(v.part[0]), _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-#elif defined(__AVX2__)
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(sum, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+#else
   __m256i rounded[2];
   for (int i = 0; i < 2; ++i) {
-    const __m256 part = __m256(v.part[i]);
-    const __m256i bits = _mm256_castps_si256(part);
+    const __m256 value = __m256(v.part[i]);
+    const __m256i bits = _mm256_castps_si256(value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(part, part, _CMP_UNORD_Q));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
     rounded[i] = _mm256_srli_epi32(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), nan), 16);
   }
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded[0], rounded[1]), 0xd8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
-#else
-  float values[kLanes];
-  store(values, v);
-  for (int i = 0; i < kLanes; ++i) p[i] = from_float<BFloat16>(values[i]);
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded[0], rounded[1]), 0xd8);
 #endif
 }
 
-MVIT3_INLINE void store(Float16* p, Vec v) {
+MVIT3_INLINE __m256i narrow(Vec v, Float16) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #if defined(__AVX512F__)
-  const __m256i half = _mm512_cvtps_ph(__m512(v.part[0]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
-#elif defined(__F16C__)
-  for (int i = 0; i < 2; ++i)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i), _mm256_cvtps_ph(__m256(v.part[i]), _MM_FROUND_TO_NEAREST_INT));
+  return _mm512_cvtps_ph(__m512(v.part[0]), kNearest);
 #else
-  float values[kLanes];
-  store(values, v);
-  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Float16>(values[i]);
+  return _mm256_set_m128i(_mm256_cvtps_ph(__m256(v.part[1]), kNearest), _mm256_cvtps_ph(__m256(v.part[0]), kNearest));
 #endif
 }
+
+template <typename Half>
+MVIT3_INLINE void store(Half* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, Half{}));
+}
+#else
+template <typename Half>
+MVIT3_INLINE void store(Half* p, Vec v) {
+  float values[kLanes];
+  store(values, v);
+  for (int i = 0; i < kLanes; ++i) p[i] = from_float<Half>(values[i]);
+}
+#endif
 
 // A store that goes past the cache: for an output so large that it would only push out what is still needed. `p` must be aligned to
 // 64 bytes, and `stream_fence` must run before another thread reads what was written.
@@ -162,13 +169,8 @@ MVIT3_INLINE void stream(float* p, Vec v) {
 
 template <typename Half>
 MVIT3_INLINE void stream(Half* p, Vec v) {
-#if defined(__SSE2__)
-  Half rounded[kLanes];
-  store(rounded, v);
-  __m128i parts[2];
-  std::memcpy(parts, rounded, sizeof(parts));
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), parts[0]);
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p) + 1, parts[1]);
+#if defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, Half{}));
 #else
   store(p, v);
 #endif

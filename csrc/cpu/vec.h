@@ -5,10 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
-#if defined(__AVX2__) || defined(__F16C__) || defined(__SSE2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -75,13 +74,18 @@ MVIT3_INLINE Vec select_greater(Vec test, Vec bound, Vec yes, Vec no) {
   return r;
 }
 
+// Part by part: GCC would take a copy of the whole struct through the stack.
+typedef NativeFloat UnalignedFloat __attribute__((aligned(4), may_alias));
+
 MVIT3_INLINE Vec load(const float* p) {
   Vec r;
-  std::memcpy(&r, p, sizeof(r));
+  for (int i = 0; i < kParts; ++i) r.part[i] = *reinterpret_cast<const UnalignedFloat*>(p + i * kWidth);
   return r;
 }
 
-MVIT3_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+MVIT3_INLINE void store(float* p, Vec v) {
+  for (int i = 0; i < kParts; ++i) *reinterpret_cast<UnalignedFloat*>(p + i * kWidth) = v.part[i];
+}
 
 MVIT3_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -93,21 +97,39 @@ struct Wide {
 };
 
 MVIT3_INLINE Wide widen(Vec v) {
-  typedef float Half __attribute__((vector_size(kWidth * 2)));
-  Half halves[2 * kParts];
-  std::memcpy(halves, &v, sizeof(v));
   Wide r;
-  for (int i = 0; i < 2 * kParts; ++i) r.part[i] = __builtin_convertvector(halves[i], NativeDouble);
+  for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+    const __m512 part = __m512(v.part[i]);
+    r.part[2 * i] = NativeDouble(_mm512_cvtps_pd(_mm512_castps512_ps256(part)));
+    r.part[2 * i + 1] = NativeDouble(_mm512_cvtps_pd(_mm512_extractf32x8_ps(part, 1)));
+#elif defined(__AVX2__)
+    const __m256 part = __m256(v.part[i]);
+    r.part[2 * i] = NativeDouble(_mm256_cvtps_pd(_mm256_castps256_ps128(part)));
+    r.part[2 * i + 1] = NativeDouble(_mm256_cvtps_pd(_mm256_extractf128_ps(part, 1)));
+#elif defined(__SSE2__)
+    const __m128 part = __m128(v.part[i]);
+    r.part[2 * i] = NativeDouble(_mm_cvtps_pd(part));
+    r.part[2 * i + 1] = NativeDouble(_mm_cvtps_pd(_mm_movehl_ps(part, part)));
+#else
+    r.part[2 * i] = NativeDouble{v.part[i][0], v.part[i][1]};
+    r.part[2 * i + 1] = NativeDouble{v.part[i][2], v.part[i][3]};
+#endif
+  }
   return r;
 }
+
+typedef NativeDouble UnalignedDouble __attribute__((aligned(8), may_alias));
 
 MVIT3_INLINE Wide load(const double* p) {
   Wide r;
-  std::memcpy(&r, p, sizeof(r));
+  for (int i = 0; i < 2 * kParts; ++i) r.part[i] = *reinterpret_cast<const UnalignedDouble*>(p + i * (kWidth / 2));
   return r;
 }
 
-MVIT3_INLINE void store(double* p, Wide v) { std::memcpy(p, &v, sizeof(v)); }
+MVIT3_INLINE void store(double* p, Wide v) {
+  for (int i = 0; i < 2 * kParts; ++i) *reinterpret_cast<UnalignedDouble*>(p + i * (kWidth / 2)) = v.part[i];
+}
 
 MVIT3_INLINE Wide operator-(Wide a, Wide b) {
   for (int i = 0; i < 2 * kParts; ++i) a.part[i] -= b.part[i];
@@ -124,32 +146,59 @@ MVIT3_INLINE Wide fma(Wide a, Wide b, Wide c) {
   return c;
 }
 
-// exp(x), within 2 ulp; inf from 88.38 up (the largest finite results are lost), 1.2e-38 below -87.3, NaN for NaN.
+MVIT3_INLINE void accumulate(double* p, Vec v) {
+  Wide sum = load(p);
+  sum += widen(v);
+  store(p, sum);
+}
+
+// x limited to low..high; NaN stays NaN.
+MVIT3_INLINE Vec clamp(Vec x, Vec low, Vec high) {
+#if defined(__AVX512F__)  // min and max return their second operand where one of the two is NaN
+  x.part[0] = NativeFloat(_mm512_max_ps(__m512(low.part[0]), _mm512_min_ps(__m512(high.part[0]), __m512(x.part[0]))));
+  return x;
+#elif defined(__AVX2__)
+  for (int i = 0; i < kParts; ++i)
+    x.part[i] = NativeFloat(_mm256_max_ps(__m256(low.part[i]), _mm256_min_ps(__m256(high.part[i]), __m256(x.part[i]))));
+  return x;
+#elif defined(__SSE2__)
+  for (int i = 0; i < kParts; ++i)
+    x.part[i] = NativeFloat(_mm_max_ps(__m128(low.part[i]), _mm_min_ps(__m128(high.part[i]), __m128(x.part[i]))));
+  return x;
+#else
+  x = select_greater(x, high, high, x);
+  return select_greater(low, x, low, x);
+#endif
+}
+
+// exp(x), within 2 ulp; inf above 88.72 (88.37 where there is no AVX-512), 1.2e-38 below -87.3, NaN for NaN.
 MVIT3_INLINE Vec exp(Vec x) {
-  constexpr float kMax = 88.376f, kMin = -87.336f;
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
-  Vec clamped = select_greater(x, kMax, kMax, x);
-  clamped = select_greater(Vec(kMin), clamped, kMin, clamped);
-  const Vec shifted = fma(clamped, 1.44269504088896341f, kMagic);
-  const Vec n = shifted - kMagic;
-  Vec r = fnma(n, 0.693145751953125f, clamped);  // ln 2 in two parts
-  r = fnma(n, 1.42860682030941723212e-6f, r);
-  Vec p = 1.38888889e-3f;
-  p = fma(p, r, 8.33333333e-3f);
-  p = fma(p, r, 4.16666667e-2f);
-  p = fma(p, r, 1.66666667e-1f);
-  p = fma(p, r, 0.5f);
+  const Vec log2e = 1.44269504f, ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;
+#if defined(__AVX512F__)
+  const Vec v = clamp(x, -87.33f, 104.0f);
+  Vec n = v * log2e;
+  n.part[0] = NativeFloat(_mm512_roundscale_ps(__m512(n.part[0]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Vec v = clamp(x, -87.33f, 88.37f);
+  const Vec magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
+  const Vec shifted = fma(v, log2e, magic);
+  const Vec n = shifted - magic;
+#endif
+  const Vec r = fnma(n, ln2_low, fnma(n, ln2_high, v));
+  Vec p = 1.38145394e-3f;  // minimax for exp on -ln 2 / 2 .. ln 2 / 2, relative error 3e-9
+  p = fma(p, r, 8.36874545e-3f);
+  p = fma(p, r, 4.1668389e-2f);
+  p = fma(p, r, 0.166665211f);
+  p = fma(p, r, 0.49999994f);
   p = fma(p, r, 1.0f);
   p = fma(p, r, 1.0f);
-  Vec scaled;
-  for (int i = 0; i < kParts; ++i) {
-    NativeInt exponent, bits;
-    std::memcpy(&exponent, &shifted.part[i], sizeof(exponent));
-    std::memcpy(&bits, &p.part[i], sizeof(bits));
-    bits += exponent << 23;
-    std::memcpy(&scaled.part[i], &bits, sizeof(bits));
-  }
-  return select_greater(x, kMax, std::numeric_limits<float>::infinity(), scaled);
+#if defined(__AVX512F__)
+  p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(n.part[0])));
+  return p;
+#else
+  for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(shifted.part[i]) << 23));
+  return select_greater(x, 88.37f, std::numeric_limits<float>::infinity(), p);
+#endif
 }
 
 MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / (Vec(1.0f) + exp(Vec(0.0f) - x)); }

@@ -1,0 +1,154 @@
+"""The loader of the compiled extension, and the build where there is no compiler. Each case runs in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mvit3_kernels
+from mvit3_kernels import _native
+
+PACKAGE = Path(mvit3_kernels.__file__).parent
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+needs_kernels = pytest.mark.skipif(_native.why_not() is not None, reason=f"no compiled kernels: {_native.why_not()}")
+
+STATE = "from mvit3_kernels import _native; print(_native.isa(), _native.why_not(), sep='|')"
+RESULT = """
+import torch, mvit3_kernels
+from mvit3_kernels.ops import BatchNorm, batch_norm_act
+generator = torch.Generator().manual_seed(0)
+x = torch.randn(2, 9, 11, 24, generator=generator, requires_grad=True)
+with mvit3_kernels.backend("cpu"):
+    y, moments = batch_norm_act(x, BatchNorm(torch.linspace(0.5, 1, 24), torch.linspace(-1, 1, 24), None, None, True), "silu")
+y.backward(torch.randn(y.shape, generator=generator))
+torch.save((y.detach(), *moments, x.grad), PATH)
+"""
+
+
+def python(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `code` with the package in `folder`, without the settings of this process."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MVIT3_") and k != "TRITON_INTERPRET"}
+    env = {**kept, "PYTHONPATH": str(folder), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=folder)
+
+
+def state(folder: Path = PACKAGE.parent, **environment: str) -> tuple[str, str]:
+    done = python(STATE, folder, **environment)
+    assert done.returncode == 0, done.stderr
+    isa, reason = done.stdout.strip().split("|", 1)
+    return isa, reason
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package, whose files a test may damage."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@needs_kernels
+def test_loaded():
+    assert _native.isa() in _native.supported_isas()
+    assert _native.supported_isas()[-1] == "generic"
+    assert _native.build_info().keys() == {"compiler", "flags", "torch"}
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", _native.ISAS)
+def test_isa_is_chosen_and_agrees(isa, tmp_path):
+    if isa not in _native.supported_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    assert state(MVIT3_ISA=isa) == (isa, "None")
+    results = {}
+    for name in ("generic", isa):
+        path = tmp_path / f"{name}.pt"
+        done = python(RESULT.replace("PATH", repr(str(path))), MVIT3_ISA=name)
+        assert done.returncode == 0, done.stderr
+        results[name] = torch.load(path)
+    torch.testing.assert_close(results[isa], results["generic"], rtol=2e-6, atol=2e-6)
+
+
+def test_bad_isa():
+    done = python(STATE, MVIT3_ISA="sse9")
+    assert done.returncode != 0
+    assert "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, got 'sse9'" in done.stderr
+
+
+@needs_kernels
+def test_isa_that_the_cpu_lacks(copy):
+    """Played with a host module that knows only the generic instruction set."""
+    for file in (copy / PACKAGE.name).glob("_host.*"):
+        file.unlink()
+    (copy / PACKAGE.name / "_host.py").write_text("def supported_isas(): return ['generic']\ndef build_info(): return {}\n")
+    assert state(copy) == ("generic", "None")
+    done = python(STATE, copy, MVIT3_ISA="avx2")
+    assert done.returncode != 0
+    assert "MVIT3_ISA=avx2: this CPU supports only generic" in done.stderr
+
+
+@needs_kernels
+def test_missing_variant_falls_back(copy):
+    best = _native.supported_isas()[0]
+    for file in (copy / PACKAGE.name).glob(f"_cpu_{best}.*"):
+        file.unlink()
+    assert state(copy)[0] == [*_native.supported_isas(), "None"][1]
+    for file in (copy / PACKAGE.name).glob("_cpu_*"):
+        file.unlink()
+    isa, reason = state(copy)
+    assert isa == "None" and reason.startswith("the extension was not built: no compiled file in")
+
+
+@needs_kernels
+def test_missing_extension(copy):
+    for file in [*(copy / PACKAGE.name).glob("_cpu_*"), *(copy / PACKAGE.name).glob("_host.*")]:
+        file.unlink()
+    (copy / PACKAGE.name / "_build_failure.txt").write_text("no compiler\n")
+    assert state(copy) == ("None", "the extension was not built: no compiler")
+    done = python(RESULT.replace("PATH", "None"), copy)
+    assert "BackendError: batch_norm_act cannot run on backend 'cpu': the extension was not built: no compiler" in done.stderr
+
+
+@needs_kernels
+def test_damaged_file(copy):
+    for file in (copy / PACKAGE.name).glob("_cpu_*"):
+        file.unlink()
+        file.write_bytes(b"not a library")
+    isa, reason = state(copy)
+    assert isa == "None" and "does not load" in reason and "_cpu_" in reason
+
+
+def test_interpreter_takes_the_place_of_the_kernels():
+    assert state(TRITON_INTERPRET="1") == ("None", "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors instead")
+
+
+COMPILERS = {
+    "does not run": "#!/bin/sh\nexit 1\n",
+    "Error compiling objects": '#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\necho no header >&2\nexit 1\n',
+}
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
+@pytest.mark.skipif(sys.platform == "win32", reason="the fake compilers are shell scripts")
+@pytest.mark.parametrize("expected", COMPILERS)
+def test_build_without_a_compiler(expected, tmp_path):
+    """The build ends well, says why, and leaves a package that works and repeats the reason."""
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(SETUP.with_name(name), tmp_path)
+    for name in ("csrc", "mvit3_kernels", "python"):
+        shutil.copytree(SETUP.with_name(name), tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt"))
+    compiler = tmp_path / "fake"
+    compiler.write_text(COMPILERS[expected])
+    compiler.chmod(0o755)
+    env = {**os.environ, "CC": str(compiler), "CXX": str(compiler)}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compiled CPU kernels were NOT built" in done.stdout and expected in done.stdout
+    isa, reason = state(tmp_path)
+    assert isa == "None" and reason.startswith("the extension was not built:") and expected in reason
