@@ -1,4 +1,5 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
+import pytest
 import torch
 from torch import nn
 
@@ -7,7 +8,7 @@ from mvit3_kernels.ops.types import ACTIVATIONS
 
 from . import plain
 from .contract import Contract
-from .inputs import Draw, bad_activation, bad_batch_norm, bad_map
+from .inputs import bad_activation, bad_batch_norm, bad_map
 
 
 class TestBatchNormAct(Contract):
@@ -77,5 +78,10 @@ class TestBatchNormAct(Contract):
         torch.testing.assert_close(norm.running_mean.lerp(mean, 0.1), module.running_mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(norm.running_var.lerp(var * rows / (rows - 1), 0.1), module.running_var, rtol=1e-12, atol=1e-12)
 
-    def test_draw_is_deterministic(self):
-        assert torch.equal(Draw()(5), Draw()(5))
+    def test_a_kernel_refuses_a_second_derivative(self):
+        """Rather than handing out one that lacks the kernel's part."""
+        arguments = self.cast(self.make("silu-residual"), torch.float32, torch.float32)
+        y = torch.ops.mvit3.batch_norm_act(*self.raw(**arguments))[0]
+        [dx] = torch.autograd.grad(y.square().sum(), arguments["x"], create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives on the reference only"):
+            torch.autograd.grad(dx.sum(), arguments["x"])
