@@ -17,7 +17,7 @@ PACKAGE = "mvit3_kernels"
 FAILURE_FILE = "_build_failure.txt"  # read by mvit3_kernels/_native.py
 
 # NaN and infinity must come out as in PyTorch, so -ffast-math is out; these parts of it are safe.
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 # The oldest torch whose stable ABI has all that the kernels use; the result loads in that version and all later ones.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 ISA_FLAGS = {"generic": []}

@@ -171,36 +171,47 @@ MVIT3_INLINE Vec clamp(Vec x, Vec low, Vec high) {
 #endif
 }
 
-// exp(x), within 2 ulp; inf above 88.72 (88.37 where there is no AVX-512), 1.2e-38 below -87.3, NaN for NaN.
-MVIT3_INLINE Vec exp(Vec x) {
-  const Vec log2e = 1.44269504f, ln2_high = 0.693145752f, ln2_low = 1.42860677e-6f;
+// 2^(x * factor) for |x * factor| up to 126, and beyond: inf above 128 (127.5 without AVX-512), about 1e-38 below, NaN for NaN. `rest` is
+// what float32 lacks of the factor: without it the result of a large |x| is off by up to |x| * 2e-8, relatively.
+template <bool Exact>
+MVIT3_INLINE Vec exp2_scaled(Vec x, float factor, float rest) {
+  const Vec low = factor > 0 ? -87.33f : -104.0f, high = factor > 0 ? 104.0f : 87.33f;
 #if defined(__AVX512F__)
-  const Vec v = clamp(x, -87.33f, 104.0f);
-  Vec n = v * log2e;
+  const Vec v = clamp(x, low, high);
+  Vec n = v * factor;
   n.part[0] = NativeFloat(_mm512_roundscale_ps(__m512(n.part[0]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  const Vec v = clamp(x, -87.33f, 88.37f);
+  constexpr float kMax = 88.37f;
+  const Vec v = factor > 0 ? clamp(x, low, kMax) : clamp(x, -kMax, high);
   const Vec magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
-  const Vec shifted = fma(v, log2e, magic);
+  const Vec shifted = fma(v, factor, magic);
   const Vec n = shifted - magic;
 #endif
-  const Vec r = fnma(n, ln2_low, fnma(n, ln2_high, v));
-  Vec p = 1.38145394e-3f;  // minimax for exp on -ln 2 / 2 .. ln 2 / 2, relative error 3e-9
-  p = fma(p, r, 8.36874545e-3f);
-  p = fma(p, r, 4.1668389e-2f);
-  p = fma(p, r, 0.166665211f);
-  p = fma(p, r, 0.49999994f);
-  p = fma(p, r, 1.0f);
+  Vec r = fma(v, factor, Vec(0.0f) - n);
+  if constexpr (Exact) r = fma(v, rest, r);
+  Vec p = 1.53532572e-4f;  // minimax for 2^r on -1/2 .. 1/2, relative error 2e-9
+  p = fma(p, r, 1.33990031e-3f);
+  p = fma(p, r, 9.61843878e-3f);
+  p = fma(p, r, 5.55033199e-2f);
+  p = fma(p, r, 0.240226477f);
+  p = fma(p, r, 0.693147182f);
   p = fma(p, r, 1.0f);
 #if defined(__AVX512F__)
   p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(n.part[0])));
   return p;
 #else
   for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(shifted.part[i]) << 23));
-  return select_greater(x, 88.37f, std::numeric_limits<float>::infinity(), p);
+  const Vec infinity = std::numeric_limits<float>::infinity();
+  return factor > 0 ? select_greater(x, kMax, infinity, p) : select_greater(-kMax, x, infinity, p);
 #endif
 }
 
-MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / (Vec(1.0f) + exp(Vec(0.0f) - x)); }
+constexpr float kLog2e = 1.442695f, kLog2eRest = 1.925963e-8f;
+
+// exp(x), within 2 ulp.
+MVIT3_INLINE Vec exp(Vec x) { return exp2_scaled<true>(x, kLog2e, kLog2eRest); }
+
+// 1 / (1 + exp(-x)). A division beats an estimate refined by Newton's method: it has a unit of its own.
+MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / (Vec(1.0f) + exp2_scaled<false>(x, -kLog2e, -kLog2eRest)); }
 
 }  // namespace mvit3
