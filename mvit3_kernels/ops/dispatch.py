@@ -51,8 +51,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# A ContextVar, not a thread-local: torch.compile guards on it, so that a change of backend recompiles instead of being ignored.
 _forced: ContextVar[str | None] = ContextVar("mvit3_backend", default=None)
+# The same for torch.compile, which guards on a module's variable, so that a change of backend recompiles; it does not guard on a
+# thread-local, and before 2.13 it cannot read a ContextVar. With several threads compiled code sees the latest `backend(...)` of any.
+_forced_for_compiler: str | None = None
 _environment: str | None = None
 if os.environ.get(ENVIRONMENT):
     _environment = _checked(os.environ[ENVIRONMENT], f"environment variable {ENVIRONMENT}")
@@ -60,7 +62,7 @@ if os.environ.get(ENVIRONMENT):
 
 def forced_backend() -> str | None:
     """The backend forced by `backend(...)` or, outside of it, by MVIT3_BACKEND; None when the choice is free."""
-    name = _forced.get()
+    name = _forced_for_compiler if torch.compiler.is_compiling() else _forced.get()
     return _environment if name is None else name
 
 
@@ -71,11 +73,14 @@ def backend(name: str) -> Iterator[None]:
     A forced backend that cannot take a call raises `BackendError` with the reason. The backward pass of a call uses the backend that
     its forward pass used.
     """
+    global _forced_for_compiler
     token = _forced.set(_checked(name, "backend"))
+    _forced_for_compiler = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_for_compiler = _forced.get()
 
 
 def writes_aten() -> bool:
