@@ -85,7 +85,8 @@ def backend(name: str) -> Iterator[None]:
 
 def writes_aten() -> bool:
     """Whether the program is being exported: an exporter must see plain ATen, so every op is its reference there."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    # The flag behind torch.compiler.is_exporting(): torch 2.11's dynamo takes that function for true whenever it traces.
+    return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
 def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
