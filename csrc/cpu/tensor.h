@@ -31,7 +31,9 @@ class Scratch {
   explicit Scratch(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), kAlign))) {}
   Scratch(int64_t size, T value) : Scratch(size) { std::fill_n(data(), size, value); }
   T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
   T& operator[](int64_t i) { return data()[i]; }
+  const T& operator[](int64_t i) const { return data()[i]; }
 
  private:
   static constexpr std::align_val_t kAlign{64};

@@ -20,7 +20,6 @@ ARCHITECTURES = {
         for size, dims in _TRANSFORMER.items()
     },
     **{
-        f"mobilevitv3_{round(100 * width):03d}": separable_architecture(MobileViTV3SeparableBlock, width)
-        for width in (0.5, 0.75, 1.0, 2.0)
+        f"mobilevitv3_{round(100 * width):03d}": separable_architecture(MobileViTV3SeparableBlock, width) for width in (0.5, 0.75, 1.0, 2.0)
     },
 }

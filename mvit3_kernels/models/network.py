@@ -82,8 +82,8 @@ class MobileViT(nn.Module):
     """A network of the MobileViT family, on images (B, in_chans, H, W) of any size and memory format.
 
     Without `features_only`, returns logits (B, num_classes), or pooled features (B, num_features) with num_classes 0. With it, returns the
-    list of feature maps (B, C, H / stride, W / stride) of the stages in `out_indices` and has no head. State-dict keys are the published ones.
-    Use `create_model`, which documents the arguments.
+    list of feature maps (B, C, H / stride, W / stride) of the stages in `out_indices` and has no head. State-dict keys are the published
+    ones. Use `create_model`, which documents the arguments.
     """
 
     def __init__(

@@ -34,3 +34,14 @@ def flat(y: Tensor, *moments: Moments | None) -> tuple[Tensor, ...]:
     """y, then mean and variance of each norm; empty tensors where a norm is not in training."""
     empty = (y.new_empty(0), y.new_empty(0))
     return (y, *(t for pair in moments for t in (pair or empty)))
+
+
+def forbid_second_derivative(op: str) -> None:
+    """Makes a kernel's backward op refuse to be differentiated: without a formula PyTorch would hand out second derivatives that
+    silently lack this op's part."""
+    name = op.removesuffix("_backward")
+
+    def refuse(ctx: object, *_: object) -> None:
+        raise NotImplementedError(f'{name} has second derivatives on the reference only: use mvit3_kernels.backend("reference")')
+
+    torch.library.register_autograd(f"mvit3::{op}", refuse)

@@ -1,4 +1,4 @@
-"""Rebuilds tests/data from a folder of golden values: `python tests/data/make.py GOLDEN_DIR`. Whole block outputs keep every 8th channel."""
+"""Rebuilds tests/data from a folder of golden values: `python tests/data/make.py GOLDEN_DIR`. Whole outputs keep every 8th channel."""
 
 import gzip
 import json

@@ -51,7 +51,9 @@ def test_logits(published):
             assert golden.relative(single(golden.image(0, 2, 3, *size)), want[f"logits_{size[0]}x{size[1]}"]) < 1e-5
 
 
-@pytest.mark.parametrize("published", [name for name in golden.MODELS if "train128_loss" in (golden.load(name) if name in golden.stored() else ())])
+@pytest.mark.parametrize(
+    "published", [name for name in golden.MODELS if "train128_loss" in (golden.load(name) if name in golden.stored() else ())]
+)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_training_step(published, dtype, bound):
     """Loss, logits, every gradient and every running statistic. float32 gradients go through 50 layers of rounding: 1e-4 of the
@@ -119,7 +121,9 @@ def test_block(name, mode, dtype, bound):
         assert golden.relative(odd[:, ::8], want["eval_odd_11x15_out"]) < bound
 
 
-@pytest.mark.parametrize("name, ours", [("enc_os16_mobilevitv3_small_v3", "mobilevitv3_s"), ("enc_os16_mobilevitv3_1.00", "mobilevitv3_100")])
+@pytest.mark.parametrize(
+    "name, ours", [("enc_os16_mobilevitv3_small_v3", "mobilevitv3_s"), ("enc_os16_mobilevitv3_1.00", "mobilevitv3_100")]
+)
 def test_encoder_with_output_stride(name, ours):
     want = golden.load(name)
     model = golden.fill(create_model(ours, features_only=True, output_stride=16)).eval().double()
@@ -146,7 +150,9 @@ DILATED = {
 @pytest.mark.parametrize("ours", DILATED)
 def test_dilations_at_output_stride_8(ours):
     model = create_model(ours, features_only=True, output_stride=8)
-    found = {n: m.dilation[0] for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.dilation[0] > 1}
+    found = {
+        n: m.dilation[0] for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.dilation[0] > 1
+    }
     assert found == DILATED[ours]
     assert [m.shape[-1] for m in model.eval()(torch.zeros(1, 3, 64, 64))] == [32, 16, 8, 8, 8]
 

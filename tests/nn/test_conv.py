@@ -84,7 +84,8 @@ class ScaledNorm(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(
-    "norm", [nn.Identity(), ScaledNorm(8), nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8)]
+    "norm",
+    [nn.Identity(), ScaledNorm(8), nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8)],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_a_replaced_norm_runs_as_the_module_it_is(norm, training):
@@ -120,5 +121,5 @@ def test_output_is_channels_last_and_input_layout_does_not_matter():
 
 
 def test_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="act must be one of .*got 'gelu'"):
+    with pytest.raises(ValueError, match=r"act must be one of .*got 'gelu'"):
         ConvNormAct(4, 4, act="gelu")

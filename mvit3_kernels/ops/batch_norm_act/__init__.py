@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, registry
 from ..checks import check_activation, check_batch_norm, check_map, check_same
 from ..types import ACTIVATIONS, BatchNorm, Moments
 from . import reference
@@ -106,10 +106,5 @@ def _autograd(ctx, dy, *_):
     return dx, dweight, dbias, None, None, None, None, None, dy if ctx.has_residual else None
 
 
-def _second_derivative(ctx, *_):
-    raise NotImplementedError('batch_norm_act has second derivatives on the reference only: use mvit3_kernels.backend("reference")')
-
-
 torch.library.register_autograd("mvit3::batch_norm_act", _autograd, setup_context=_setup_context)
-# Without a formula PyTorch would hand out second derivatives that silently lack this op's part.
-torch.library.register_autograd("mvit3::batch_norm_act_backward", _second_derivative)
+registry.forbid_second_derivative("batch_norm_act_backward")

@@ -47,7 +47,10 @@ def depthwise_conv(
     return reference.depthwise_conv(x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act)
 
 
-@register("depthwise_conv", f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, int stride, int dilation) -> (Tensor, Tensor, Tensor)")
+@register(
+    "depthwise_conv",
+    f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, int stride, int dilation) -> (Tensor, Tensor, Tensor)",
+)
 def _op(x, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, act, stride, dilation):
     norm = BatchNorm(norm_weight, norm_bias, running_mean, running_var, training, eps)
     return flat(*depthwise_conv(x, weight, norm, ACTIVATIONS[act], stride, dilation))

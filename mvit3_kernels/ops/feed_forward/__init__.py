@@ -57,8 +57,8 @@ def feed_forward(
 
 @register(
     "feed_forward",
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, "
-    "float hidden_dropout, float output_dropout, Tensor? seed) -> Tensor",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor weight1, Tensor? bias1, "
+    "Tensor weight2, Tensor? bias2, float hidden_dropout, float output_dropout, Tensor? seed) -> Tensor",
 )
 def _op(x, norm_weight, norm_bias, eps, per_sample, weight1, bias1, weight2, bias2, hidden_dropout, output_dropout, seed):
     norm = LayerNorm(norm_weight, norm_bias, eps, per_sample)

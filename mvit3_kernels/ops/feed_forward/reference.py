@@ -12,7 +12,14 @@ from ..types import LayerNorm, Linear
 
 
 def feed_forward(
-    x: Tensor, norm: LayerNorm, fc1: Linear, fc2: Linear, hidden_dropout: float, output_dropout: float, seed: Tensor | None, norm_linear=norm_linear
+    x: Tensor,
+    norm: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    hidden_dropout: float,
+    output_dropout: float,
+    seed: Tensor | None,
+    norm_linear=norm_linear,
 ) -> Tensor:
     hidden = dropout(F.silu(norm_linear(x, norm, fc1)), hidden_dropout, seed, site=0)
     return x + dropout(linear(hidden, *fc2), output_dropout, seed, site=1)

@@ -106,8 +106,6 @@ def _op(x, layers, norm_weight, norm_bias, eps, per_sample, num_heads, patch_siz
         return LayerNorm(weight, bias, eps, per_sample)
 
     parts = (norm, Linear, Linear, norm, Linear, Linear)
-    unpacked = [
-        Layer(*(part(layers[i + 2 * k], layers[i + 2 * k + 1]) for k, part in enumerate(parts))) for i in range(0, len(layers), 12)
-    ]
+    unpacked = [Layer(*(part(layers[i + 2 * k], layers[i + 2 * k + 1]) for k, part in enumerate(parts))) for i in range(0, len(layers), 12)]
     final = None if norm_weight is None else norm(norm_weight, norm_bias)
     return global_representation(x, unpacked, final, num_heads, tuple(patch_size), *dropout)

@@ -40,6 +40,8 @@ def norm_linear(x: Tensor, norm: LayerNorm, projection: Linear) -> Tensor:
     return reference.norm_linear(x, norm, projection)
 
 
-@register("norm_linear", "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor weight, Tensor? bias) -> Tensor")
+@register(
+    "norm_linear", "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor weight, Tensor? bias) -> Tensor"
+)
 def _op(x, norm_weight, norm_bias, eps, per_sample, weight, bias):
     return norm_linear(x, LayerNorm(norm_weight, norm_bias, eps, per_sample), Linear(weight, bias))

@@ -53,7 +53,10 @@ def pointwise_fusion(
     return reference.pointwise_fusion(a, b, weight, norm, act, residual, pointwise_conv=pointwise_conv)
 
 
-@register("pointwise_fusion", f"(Tensor a, Tensor b, Tensor weight, {batch_norm_schema('norm_')}, int act, Tensor? residual) -> (Tensor, Tensor, Tensor)")
+@register(
+    "pointwise_fusion",
+    f"(Tensor a, Tensor b, Tensor weight, {batch_norm_schema('norm_')}, int act, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+)
 def _op(a, b, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, act, residual):
     norm = BatchNorm(norm_weight, norm_bias, running_mean, running_var, training, eps)
     return flat(*pointwise_fusion(a, b, weight, norm, ACTIVATIONS[act], residual))

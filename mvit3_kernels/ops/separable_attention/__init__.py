@@ -58,7 +58,9 @@ def separable_attention(
     check_patches("x", x, patch_size)
     check_dropout(seed, x, attention_dropout=attention_dropout, output_dropout=output_dropout)
     dispatch.select("separable_attention", KERNELS, x)
-    return reference.separable_attention(x, norm, qkv, out_proj, patch_size, attention_dropout, output_dropout, seed, norm_linear=norm_linear)
+    return reference.separable_attention(
+        x, norm, qkv, out_proj, patch_size, attention_dropout, output_dropout, seed, norm_linear=norm_linear
+    )
 
 
 @register(

@@ -1,0 +1,64 @@
+// Mean and variance of the channels of a map, by a method that a large mean does not harm.
+#pragma once
+
+#include <vector>
+
+#include "gemm.h"
+
+namespace mvit3 {
+
+// Calls f(first, last) for short runs of `count` rows: float32 holds the sum of a run, float64 that of the runs.
+template <typename F>
+MVIT3_INLINE void for_each_run(int64_t count, const F& f) {
+  for (int64_t first = 0; first < count; first += 16) f(first, std::min<int64_t>(first + 16, count));
+}
+
+// Sums of one thread, in float64, of each channel's distance to its pivot (its first value) and of the distance squared.
+class ChannelSums {
+ public:
+  explicit ChannelSums(int64_t channels) : channels_(channels), pivot_(lanes(), 0.0f), sum_(lanes(), 0.0), square_(lanes(), 0.0) {}
+
+  // `count` rows, the first at `rows`.
+  void add(const float* rows, int64_t count, int64_t stride) {
+    if (count_ == 0 && count > 0) std::copy_n(rows, channels_, pivot_.data());
+    count_ += count;
+    for (int64_t c = 0; c < channels_; c += kLanes) {
+      const Vec pivot = load(pivot_.data() + c);
+      for_each_run(count, [&](int64_t first, int64_t last) {
+        Vec sum = 0.0f, square = 0.0f;
+        for (int64_t r = first; r < last; ++r) {
+          const Vec distance = load_some(rows + r * stride + c, channels_ - c) - pivot;
+          sum += distance;
+          square = fma(distance, distance, square);
+        }
+        accumulate(sum_.data() + c, sum);
+        accumulate(square_.data() + c, square);
+      });
+    }
+  }
+
+  // Puts the sums of all threads together by the formula of Chan, Golub and LeVeque.
+  static void combine(const std::vector<ChannelSums>& parts, std::vector<double>& mean, std::vector<double>& var) {
+    for (size_t c = 0; c < mean.size(); ++c) {
+      double n = 0, average = 0, squares = 0;
+      for (const ChannelSums& part : parts) {
+        if (part.count_ == 0) continue;
+        const double count = double(part.count_), offset = part.sum_[c] / count, delta = part.pivot_[c] + offset - average;
+        n += count;
+        average += delta * count / n;
+        squares += part.square_[c] - part.sum_[c] * offset + delta * delta * (n - count) * count / n;
+      }
+      mean[c] = average;
+      var[c] = n ? std::max(squares, 0.0) / n : 0;
+    }
+  }
+
+ private:
+  int64_t lanes() const { return round_up(channels_, kLanes); }
+
+  int64_t channels_, count_ = 0;
+  Scratch<float> pivot_;
+  Scratch<double> sum_, square_;
+};
+
+}  // namespace mvit3
