@@ -9,12 +9,16 @@ forward, x and dy twice and dx backward. Memory is what one step adds to the res
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from common import check, interleaved, machine, peak_memory, table, write
 from torch import Tensor, nn
 
 import mvit3_kernels
+from benchmarks.common import check, interleaved, machine, peak_memory, table, write
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 
 SHAPES = ((8, 128, 64, 64), (32, 64, 128, 128), (16, 24, 56, 56), (2, 240, 16, 16))  # as NCHW

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -66,9 +67,13 @@ def _load() -> None:
         _reason = "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors instead"
         return
     try:
-        from . import _host
+        _host = importlib.import_module(f"{__package__}._host")
+    except ModuleNotFoundError:
+        built = [file.name for file in _FOLDER.glob("_host.*")]
+        _reason = f"the extension was built for another Python: {', '.join(built)}" if built else _not_built()
+        return
     except ImportError as error:
-        _reason = _not_built() if not list(_FOLDER.glob("_host.*")) else f"the extension's host module does not load: {error}"
+        _reason = f"the extension's host module does not load: {error}"
         return
     _build, _supported = _host.build_info(), _host.supported_isas()
     name = _choose(_supported)
