@@ -19,7 +19,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def conditions(machine: dict) -> str:
     facts = [machine["cpu"], f"{machine['threads']} threads", str(machine["instruction_set"]), f"torch {machine['torch']}"]
-    return f"{', '.join(facts)}; copy {machine['copy_gb_s']} GB/s, `torch.mm` {machine['mm_gflop_s']} GFLOP/s; revision {machine['revision']}."
+    return (
+        f"{', '.join(facts)}; copy {machine['copy_gb_s']} GB/s, `torch.mm` {machine['mm_gflop_s']} GFLOP/s; revision {machine['revision']}."
+    )
 
 
 def models(result: dict) -> str:
