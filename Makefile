@@ -47,8 +47,8 @@ demo: $(INSTALLED)
 	$(BIN)/mvit3 evaluate --checkpoint $(DEMO)/fused.pt
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_batch_norm_act.py
-	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/bench_batch_norm_act.py --json
+	$(BIN)/python benchmarks/bench_models.py --json --compile
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py

@@ -40,16 +40,17 @@ def models(result: dict) -> str:
         memory = "eager_channels_last_mib" in row
         cells.append(f"{row['eager_channels_last_mib']:.0f} / {row['ours_mib']:.0f} MiB" if memory else "")
         rows.append(cells)
-    intro = "Whole networks, float32, 256x256, `python benchmarks/bench_models.py --json`, medians. A training step includes AdamW.\n"
+    intro = (
+        "Whole networks, float32, 256x256, `python benchmarks/bench_models.py --json --compile`, medians. A training step includes AdamW.\n"
+    )
     return f"{intro}{conditions(result['machine'])}\n\n{table(header, rows)}"
 
 
 def batch_norm_act(result: dict) -> str:
-    rows = [
-        [row["shape"], row["dtype"], f"{row['eager_ms']:.1f} ms", f"{row['ours_ms']:.1f} ms", f"{row['ratio']:.2f}x"]
-        + [f"{row['eager_mib']:.0f} / {row['ours_mib']:.0f} MiB"]
-        for row in result["rows"]
-    ]
+    rows = []
+    for row in result["rows"]:
+        speed = [f"{row['eager_ms']:.1f} ms", f"{row['ours_ms']:.1f} ms", f"{row['ratio']:.2f}x"]
+        rows.append([row["shape"], row["dtype"], *speed, f"{row['eager_mib']:.0f} / {row['ours_mib']:.0f} MiB"])
     header = ["N x C x H x W", "dtype", "eager", "`batch_norm_act`", "ratio of medians", "peak memory, eager / ours"]
     intro = "Batch norm + SiLU, forward and backward in training, channels_last, `python benchmarks/bench_batch_norm_act.py --json`.\n"
     return f"{intro}{conditions(result['machine'])}\n\n{table(header, rows)}"
