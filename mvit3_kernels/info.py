@@ -38,7 +38,7 @@ def _triton() -> dict[str, object]:
     device, reason = None, None
     if dispatch.INTERPRETED:
         device, reason = "cpu, interpreted (TRITON_INTERPRET=1)", dispatch.triton_why_not(torch.empty(0))
-    elif importlib.util.find_spec("triton") is None:
+    elif not dispatch.HAS_TRITON:
         reason = "triton is not installed"
     elif torch.cuda.is_available():
         device, reason = torch.cuda.get_device_name(), dispatch.triton_why_not(torch.empty(0, device="cuda"))

@@ -25,6 +25,7 @@ ENVIRONMENT = "MVIT3_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton's own switch: kernels run on CPU tensors, step by step. It takes the place of the compiled CPU kernels, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch 2.11's dynamo cannot trace the look-up
 
 
 class BackendError(RuntimeError):
@@ -130,7 +131,7 @@ def cpu_why_not(x: Tensor) -> str | None:
 
 def triton_why_not(x: Tensor) -> str | None:
     """Why the Triton kernels cannot take a call on `x`."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"x is on {x.device}" + (" and TRITON_INTERPRET=1 is set" if INTERPRETED else "")
