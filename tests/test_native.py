@@ -152,3 +152,10 @@ def test_build_without_a_compiler(expected, tmp_path):
     assert "compiled CPU kernels were NOT built" in done.stdout and expected in done.stdout
     isa, reason = state(tmp_path)
     assert isa == "None" and reason.startswith("the extension was not built:") and expected in reason
+
+
+@pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
+def test_kernels_are_built_where_the_suite_runs_for_ci():
+    """Without the extension every test of a CPU kernel is skipped: that must not look like success."""
+    if os.environ.get("CI"):
+        assert _native.why_not() is None, _native.why_not()
