@@ -29,6 +29,19 @@ MVIT3_INLINE Vec activate_backward(Vec x, Vec dy) {
   return dy;
 }
 
+// The activation of v and its derivative.
+template <int Act>
+MVIT3_INLINE void activate_with_slope(Vec v, Vec& value, Vec& slope) {
+  if constexpr (Act == kSilu) {
+    const Vec s = sigmoid(v);
+    value = v * s;
+    slope = s * fma(v, Vec(1.0f) - s, 1.0f);
+  } else {
+    value = activate<Act>(v);
+    slope = activate_backward<Act>(v, 1.0f);
+  }
+}
+
 // Calls f with the activation as a compile-time constant.
 template <typename F>
 auto dispatch_activation(int64_t act, F&& f) {

@@ -153,6 +153,47 @@ MVIT3_INLINE void store(Half* p, Vec v) {
 }
 #endif
 
+// The first `count` lanes (all, where there are more), zero behind them.
+MVIT3_INLINE Vec load_some(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  Vec r;
+  r.part[0] = NativeFloat(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+  return r;
+#else
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return load(values);
+#endif
+}
+
+template <typename Half>
+MVIT3_INLINE Vec load_some(const Half* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  Half values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return load(values);
+}
+
+MVIT3_INLINE void store_some(float* p, Vec v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v.part[0]));
+#else
+  float values[kLanes];
+  store(values, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
+#endif
+}
+
+template <typename Half>
+MVIT3_INLINE void store_some(Half* p, Vec v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  Half values[kLanes];
+  store(values, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
+}
+
 // A store that goes past the cache: for an output so large that it would only push out what is still needed. `p` must be aligned to
 // 64 bytes, and `stream_fence` must run before another thread reads what was written.
 MVIT3_INLINE void stream(float* p, Vec v) {

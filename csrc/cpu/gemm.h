@@ -24,47 +24,33 @@ constexpr int64_t kPanel = kPanelVecs * kLanes;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// The first `count` lanes, zero behind them.
-MVIT3_INLINE Vec load_some(const float* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-#if defined(__AVX512F__)
-  Vec r;
-  r.part[0] = NativeFloat(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
-  return r;
-#else
-  float values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  return load(values);
-#endif
-}
-
-MVIT3_INLINE void store_some(float* p, Vec v, int64_t count) {
-  if (count >= kLanes) return store(p, v);
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(v.part[0]));
-#else
-  float values[kLanes];
-  store(values, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
-#endif
-}
-
-// A weight in panels, padded with zero outputs to whole vectors. `at(output, input)` reads the weight.
+// A weight in panels, padded with zero outputs to whole vectors.
 class PackedWeight {
  public:
+  // `at(output, input)` reads the weight.
   template <typename At>
-  PackedWeight(int64_t outputs, int64_t inputs, const At& at)
-      : outputs_(outputs), inputs_(inputs), data_(round_up(outputs, kLanes) * inputs) {
-    const int64_t panels = (outputs + kPanel - 1) / kPanel, parts = std::min(panels, count_parts(outputs * inputs));
-    for_each_part(parts, [&](int64_t part) {
-      const Range range = part_range(panels, part, parts);
-      for (int64_t first = range.begin * kPanel; first < range.end * kPanel; first += kPanel) {
-        const int64_t width = panel_vecs(first) * kLanes;
-        float* out = data_.data() + first * inputs_;
+  PackedWeight(int64_t outputs, int64_t inputs, const At& at) : PackedWeight(outputs, inputs) {
+    for_each_panel([&](int64_t first, int64_t width, float* out) {
+      constexpr int64_t kBlock = 16;  // of inputs: what is written stays in the first-level cache
+      for (int64_t begin = 0; begin < inputs_; begin += kBlock)
         for (int64_t o = 0; o < width; ++o)
-          for (int64_t i = 0; i < inputs_; ++i) out[i * width + o] = first + o < outputs_ ? at(first + o, i) : 0.0f;
-      }
+          for (int64_t i = begin; i < std::min(begin + kBlock, inputs_); ++i) out[i * width + o] = first + o < outputs_ ? at(first + o, i) : 0.0f;
     });
+  }
+
+  // The weight w (outputs, inputs), its rows `stride` apart.
+  static PackedWeight rows(const float* w, int64_t outputs, int64_t inputs, int64_t stride) {
+    return PackedWeight(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * stride + i]; });
+  }
+
+  // The transpose of w (inputs, outputs), its rows `stride` apart.
+  static PackedWeight columns(const float* w, int64_t outputs, int64_t inputs, int64_t stride) {
+    PackedWeight packed(outputs, inputs);
+    packed.for_each_panel([&](int64_t first, int64_t width, float* out) {
+      for (int64_t i = 0; i < inputs; ++i)
+        for (int64_t o = 0; o < width; o += kLanes) store(out + i * width + o, load_some(w + i * stride + first + o, outputs - first - o));
+    });
+    return packed;
   }
 
   int64_t outputs() const { return outputs_; }
@@ -75,6 +61,19 @@ class PackedWeight {
   int64_t panel_vecs(int64_t first) const { return std::min<int64_t>(kPanelVecs, (outputs_ - first + kLanes - 1) / kLanes); }
 
  private:
+  PackedWeight(int64_t outputs, int64_t inputs) : outputs_(outputs), inputs_(inputs), data_(round_up(outputs, kLanes) * inputs) {}
+
+  // f(first output, width, data) for every panel, over all threads.
+  template <typename F>
+  void for_each_panel(const F& f) {
+    const int64_t panels = (outputs_ + kPanel - 1) / kPanel, parts = std::min(panels, count_parts(outputs_ * inputs_));
+    for_each_part(std::max<int64_t>(parts, 1), [&](int64_t part) {
+      const Range range = part_range(panels, part, parts);
+      for (int64_t first = range.begin * kPanel; first < range.end * kPanel; first += kPanel)
+        f(first, panel_vecs(first) * kLanes, data_.data() + first * inputs_);
+    });
+  }
+
   int64_t outputs_, inputs_;
   Scratch<float> data_;
 };

@@ -7,54 +7,23 @@
 //
 // A task is a range of rows of one image; tasks are cut the same way for a fixed number of threads, so results repeat from run to run.
 
-#include <cmath>
 #include <tuple>
 
-#include "activation.h"
-#include "moments.h"
+#include "norm.h"
 
 namespace mvit3 {
 namespace {
 
-using Values = std::vector<double>;
-
-constexpr int64_t kTileFloats = 128 * 1024;  // of a thread's tiles: half of a second-level cache of 1 MiB
-constexpr int64_t kTileRows = 96;            // pixels of a tile of the passes that need no neighbours
-
-int64_t lanes_of(int64_t channels) { return round_up(channels, kLanes); }
-
-// A norm as value * scale + shift, padded to whole vectors.
-struct ScaleShift {
-  Scratch<float> scale, shift;
-
-  ScaleShift(const Values& weight, const Values& bias, const Values& mean, const Values& var, double eps)
-      : scale(lanes_of(weight.size()), 0.0f), shift(lanes_of(weight.size()), 0.0f) {
-    for (size_t c = 0; c < weight.size(); ++c) {
-      const double s = weight[c] / std::sqrt(var[c] + eps);
-      scale[c] = float(s);
-      shift[c] = float(bias[c] - mean[c] * s);
-    }
-  }
-
-  MVIT3_INLINE Vec operator()(Vec v, int64_t c) const { return fma(v, load(scale.data() + c), load(shift.data() + c)); }
-};
-
 // One of the three convolutions and its norm, as the op receives them.
-struct ConvNorm {
-  const char* name;
+struct ConvNorm : Norm {
   Tensor weight;
-  Values gamma, beta, mean, var;
-  double eps;
 
   ConvNorm(const char* name, const Tensor& w, int64_t outputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
-      : name(name), weight(torch::stable::contiguous(w)), gamma(read_channels(name, norm_weight, outputs)),
-        beta(read_channels(name, norm_bias, outputs)), mean(outputs), var(outputs), eps(eps) {
+      : Norm(name, norm_weight, norm_bias, outputs, eps), weight(torch::stable::contiguous(w)) {
     STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == ScalarType::Float, name, " must be a float32 weight on the CPU");
   }
 
   const float* data() const { return static_cast<const float*>(weight.data_ptr()); }
-  ScaleShift norm() const { return ScaleShift(gamma, beta, mean, var, eps); }
-  double rstd(int64_t c) const { return 1 / std::sqrt(var[c] + eps); }
 };
 
 struct Geometry {
@@ -83,17 +52,6 @@ struct Geometry {
     return batch % threads == 0 ? 1 : std::clamp<int64_t>(height / 4, 1, threads);
   }
 };
-
-// Memory of a thread that outlives the call, so that a call does not pay for fresh pages.
-float* workspace(int64_t floats) {
-  thread_local Scratch<float> memory(1);
-  thread_local int64_t size = 1;
-  if (size < floats) {
-    memory = Scratch<float>(floats);
-    size = floats;
-  }
-  return memory.data();
-}
 
 // A window of rows of a wide map, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
 class Ring {
@@ -190,18 +148,13 @@ void for_each_task(const Geometry& g, int64_t rows, int64_t parts, const F& f) {
   });
 }
 
-int64_t parts_for(int64_t tasks) { return std::clamp<int64_t>(tasks, 1, torch::stable::get_num_threads()); }
-
-PackedWeight pack(const ConvNorm& conv, int64_t outputs, int64_t inputs) {
-  const float* w = conv.data();
-  return PackedWeight(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * inputs + i]; });
-}
+PackedWeight pack(const ConvNorm& conv, int64_t outputs, int64_t inputs) { return PackedWeight::rows(conv.data(), outputs, inputs, inputs); }
 
 // Evaluation: everything between x and y stays in cache.
 template <int Act>
 void infer(const Geometry& g, const ConvNorm& expand, const ConvNorm& depthwise, const ConvNorm& project, const float* x, float* y) {
   const PackedWeight expand_weight = pack(expand, g.wide, g.inputs), project_weight = pack(project, g.outputs, g.wide);
-  const ScaleShift expand_norm = expand.norm(), depthwise_norm = depthwise.norm(), project_norm = project.norm();
+  const ScaleShift expand_norm = expand.affine(), depthwise_norm = depthwise.affine(), project_norm = project.affine();
   const Scratch<float> taps = pack_taps(depthwise, g.wide);
   const int64_t lanes = g.lanes(), row_floats = g.width * lanes;
   const int64_t tasks = g.batch * g.ranges(g.out_height());
@@ -232,39 +185,6 @@ void infer(const Geometry& g, const ConvNorm& expand, const ConvNorm& depthwise,
       });
     }
   });
-}
-
-// Calls f(part, first row, number of rows) for tiles of at most kTileRows of `rows` rows.
-template <typename F>
-void for_each_tile(int64_t rows, int64_t parts, const F& f) {
-  for_each_part(parts, [&](int64_t part) {
-    const Range range = part_range(rows, part, parts);
-    for (int64_t first = range.begin; first < range.end; first += kTileRows) f(part, first, std::min(kTileRows, range.end - first));
-  });
-}
-
-std::vector<ChannelSums> channel_sums(int64_t parts, int64_t channels) {
-  std::vector<ChannelSums> sums;
-  sums.reserve(parts);
-  for (int64_t i = 0; i < parts; ++i) sums.emplace_back(channels);
-  return sums;
-}
-
-// One accumulator a part.
-template <typename T>
-std::vector<Scratch<T>> accumulators(int64_t parts, int64_t size) {
-  std::vector<Scratch<T>> all;
-  all.reserve(parts);
-  for (int64_t i = 0; i < parts; ++i) all.emplace_back(size, T(0));
-  return all;
-}
-
-template <typename T>
-Values add_up(const std::vector<Scratch<T>>& parts, int64_t size) {
-  Values out(size, 0.0);
-  for (const auto& part : parts)
-    for (int64_t i = 0; i < size; ++i) out[i] += double(part[i]);
-  return out;
 }
 
 // Identity A: mean and variance of x W^T from the mean and the covariance of the rows of x.
@@ -309,7 +229,7 @@ template <int Act>
 void forward(const Geometry& g, ConvNorm& expand, ConvNorm& depthwise, ConvNorm& project, const float* x, float* y, float* z, float* p, float* mean, float* covariance) {
   expansion_moments(g, x, expand, mean, covariance);
   const PackedWeight expand_weight = pack(expand, g.wide, g.inputs), project_weight = pack(project, g.outputs, g.wide);
-  const ScaleShift expand_norm = expand.norm();
+  const ScaleShift expand_norm = expand.affine();
   const Scratch<float> taps = pack_taps(depthwise, g.wide);
   const int64_t lanes = g.lanes(), out_width = g.out_width();
 
@@ -328,7 +248,7 @@ void forward(const Geometry& g, ConvNorm& expand, ConvNorm& depthwise, ConvNorm&
   });
   ChannelSums::combine(z_sums, depthwise.mean, depthwise.var);
 
-  const ScaleShift depthwise_norm = depthwise.norm();
+  const ScaleShift depthwise_norm = depthwise.affine();
   const int64_t row_parts = count_parts(g.out_rows() * g.wide);
   auto p_sums = channel_sums(row_parts, g.outputs);
   for_each_tile(g.out_rows(), row_parts, [&](int64_t part, int64_t first, int64_t count) {
@@ -342,7 +262,7 @@ void forward(const Geometry& g, ConvNorm& expand, ConvNorm& depthwise, ConvNorm&
   });
   ChannelSums::combine(p_sums, project.mean, project.var);
 
-  const ScaleShift project_norm = project.norm();
+  const ScaleShift project_norm = project.affine();
   for_each_tile(g.out_rows(), row_parts, [&](int64_t, int64_t first, int64_t count) {
     for (int64_t r = first; r < first + count; ++r)
       for (int64_t c = 0; c < g.outputs; c += kLanes) {
@@ -354,84 +274,20 @@ void forward(const Geometry& g, ConvNorm& expand, ConvNorm& depthwise, ConvNorm&
   });
 }
 
-// The activation of v and its derivative.
-template <int Act>
-MVIT3_INLINE void activate_with_slope(Vec v, Vec& value, Vec& slope) {
-  if constexpr (Act == kSilu) {
-    const Vec s = sigmoid(v);
-    value = v * s;
-    slope = s * fma(v, Vec(1.0f) - s, 1.0f);
-  } else {
-    value = activate<Act>(v);
-    slope = activate_backward<Act>(v, 1.0f);
-  }
-}
-
-// The gradient of a norm's input from the gradient of its output, grad * scale - offset - (value - mean) * slope, padded to whole
-// vectors; and the gradients of the norm's own parameters.
-struct NormBackward {
-  Scratch<float> mean, scale, offset, slope;
-  Values dgamma, dbeta;
-
-  // `sum` of the gradient and `dot` of the gradient with value - float32(mean), over `rows` rows.
-  NormBackward(const ConvNorm& layer, const Values& sum, const Values& dot, double rows)
-      : mean(lanes_of(sum.size()), 0.0f), scale(lanes_of(sum.size()), 0.0f), offset(lanes_of(sum.size()), 0.0f),
-        slope(lanes_of(sum.size()), 0.0f), dgamma(sum.size()), dbeta(sum) {
-    for (size_t c = 0; c < sum.size(); ++c) {
-      const double r = layer.rstd(c), s = layer.gamma[c] * r, rest = double(float(layer.mean[c])) - layer.mean[c];
-      dgamma[c] = r * (dot[c] + rest * sum[c]);
-      mean[c] = float(layer.mean[c]);
-      scale[c] = float(s);
-      slope[c] = float(s * r * dgamma[c] / rows);
-      offset[c] = float(s * (sum[c] + rest * r * dgamma[c]) / rows);
-    }
-  }
-
-  MVIT3_INLINE Vec operator()(Vec grad, Vec value, int64_t c) const {
-    const Vec linear = fma(grad, load(scale.data() + c), Vec(0.0f) - load(offset.data() + c));
-    return fnma(value - load(mean.data() + c), load(slope.data() + c), linear);
-  }
-};
-
 struct Gradients {
   float *dx, *dexpand, *ddepthwise, *dproject;
   Values *expand_gamma, *expand_beta, *depthwise_gamma, *depthwise_beta, *project_gamma, *project_beta;
 };
 
-// Adds to sums[c] and sums[lanes + c] the rows of a gradient, and of the gradient times the distance of `values` to the mean.
-void add_sum_and_dot(
-    const float* grads, int64_t grad_stride, const float* values, int64_t value_stride, const Scratch<float>& mean, int64_t channels, int64_t count, Scratch<double>& sums) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const Vec centre = load(mean.data() + c);
-    for_each_run(count, [&](int64_t first, int64_t last) {
-      Vec sum = 0.0f, dot = 0.0f;
-      for (int64_t r = first; r < last; ++r) {
-        const Vec grad = load_some(grads + r * grad_stride + c, channels - c);
-        sum += grad;
-        dot = fma(grad, load_some(values + r * value_stride + c, channels - c) - centre, dot);
-      }
-      accumulate(sums.data() + c, sum);
-      accumulate(sums.data() + lanes_of(channels) + c, dot);
-    });
-  }
-}
-
-Scratch<float> means_of(const ConvNorm& layer) {
-  Scratch<float> out(lanes_of(layer.mean.size()), 0.0f);
-  for (size_t c = 0; c < layer.mean.size(); ++c) out[c] = float(layer.mean[c]);
-  return out;
-}
-
 // The last norm: sums of dy and of dy * (p - mean).
 NormBackward project_norm_backward(const Geometry& g, const ConvNorm& project, const float* dy, const float* p) {
   const int64_t parts = count_parts(g.out_rows() * g.outputs), lanes = lanes_of(g.outputs);
-  const Scratch<float> mean = means_of(project);
+  const Scratch<float> mean = project.means();
   auto sums = accumulators<double>(parts, 2 * lanes);
   for_each_tile(g.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
     add_sum_and_dot(dy + first * g.outputs, g.outputs, p + first * g.outputs, g.outputs, mean, g.outputs, count, sums[part]);
   });
-  Values all = add_up(sums, 2 * lanes);
-  return NormBackward(project, Values(all.begin(), all.begin() + g.outputs), Values(all.begin() + lanes, all.begin() + lanes + g.outputs), g.out_rows());
+  return NormBackward::from(project, sums, g.out_rows());
 }
 
 // The gradient of the middle norm's output, for any run of rows: the last norm backward, the projection's weight transposed, and the
@@ -440,8 +296,8 @@ template <int Act>
 class WideGradient {
  public:
   WideGradient(const Geometry& g, const ConvNorm& depthwise, const ConvNorm& project, const NormBackward& last, const float* dy, const float* z, const float* p)
-      : g_(g), last_(last), norm_(depthwise.norm()), dy_(dy), z_(z), p_(p),
-        transposed_(g.wide, g.outputs, [w = project.data(), wide = g.wide](int64_t e, int64_t o) { return w[o * wide + e]; }) {}
+      : g_(g), last_(last), norm_(depthwise.affine()), dy_(dy), z_(z), p_(p),
+        transposed_(PackedWeight::columns(project.data(), g.wide, g.outputs, g.wide)) {}
 
   // emit(row, channel, gradient, value of z, activated value) for `count` rows; dp, (count, lanes of the outputs), gets the gradient of
   // the projection's output.
@@ -474,7 +330,7 @@ class WideGradient {
 template <int Act>
 NormBackward project_backward(const Geometry& g, const ConvNorm& depthwise, const WideGradient<Act>& gradient, const float* z, float* dproject) {
   const int64_t parts = count_parts(g.out_rows() * g.wide), lanes = g.lanes(), out_lanes = lanes_of(g.outputs);
-  const Scratch<float> mean = means_of(depthwise);
+  const Scratch<float> mean = depthwise.means();
   auto sums = accumulators<double>(parts, 2 * lanes);
   auto products = accumulators<float>(parts, g.outputs * lanes);
   for_each_tile(g.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
@@ -487,10 +343,8 @@ NormBackward project_backward(const Geometry& g, const ConvNorm& depthwise, cons
     add_outer(dp, out_lanes, g.outputs, activated, lanes, lanes, count, products[part].data(), lanes);
     add_sum_and_dot(grads, lanes, z + first * g.wide, g.wide, mean, g.wide, count, sums[part]);
   });
-  const Values product = add_up(products, g.outputs * lanes), all = add_up(sums, 2 * lanes);
-  for (int64_t o = 0; o < g.outputs; ++o)
-    for (int64_t e = 0; e < g.wide; ++e) dproject[o * g.wide + e] = float(product[o * lanes + e]);
-  return NormBackward(depthwise, Values(all.begin(), all.begin() + g.wide), Values(all.begin() + lanes, all.begin() + lanes + g.wide), g.out_rows());
+  add_up_rows(products, g.outputs, g.wide, lanes, dproject);
+  return NormBackward::from(depthwise, sums, g.out_rows());
 }
 
 // What a part gathers in the second read of z.
@@ -603,7 +457,7 @@ std::vector<WideSums> expand_backward(
   const int64_t lanes = g.lanes(), row_floats = g.width * lanes, out_width = g.out_width(), out_height = g.out_height();
   const PackedWeight expand_weight = pack(expand, g.wide, g.inputs);
   const float* w = expand.data();
-  const ScaleShift norm = expand.norm();
+  const ScaleShift norm = expand.affine();
   const PackedWeight back(g.inputs, g.wide, [&](int64_t c, int64_t e) { return w[e * g.inputs + c] * norm.scale[e]; });
   const Scratch<float> taps = pack_taps(depthwise, g.wide);
 

@@ -1,9 +1,7 @@
 // Mean and variance of the channels of a map, by a method that a large mean does not harm.
 #pragma once
 
-#include <vector>
-
-#include "gemm.h"
+#include "tile.h"
 
 namespace mvit3 {
 
@@ -19,8 +17,9 @@ class ChannelSums {
   explicit ChannelSums(int64_t channels) : channels_(channels), pivot_(lanes(), 0.0f), sum_(lanes(), 0.0), square_(lanes(), 0.0) {}
 
   // `count` rows, the first at `rows`.
-  void add(const float* rows, int64_t count, int64_t stride) {
-    if (count_ == 0 && count > 0) std::copy_n(rows, channels_, pivot_.data());
+  template <typename T>
+  void add(const T* rows, int64_t count, int64_t stride) {
+    if (count_ == 0 && count > 0) load_rows(rows, stride, 1, channels_, pivot_.data(), lanes());
     count_ += count;
     for (int64_t c = 0; c < channels_; c += kLanes) {
       const Vec pivot = load(pivot_.data() + c);
@@ -38,7 +37,7 @@ class ChannelSums {
   }
 
   // Puts the sums of all threads together by the formula of Chan, Golub and LeVeque.
-  static void combine(const std::vector<ChannelSums>& parts, std::vector<double>& mean, std::vector<double>& var) {
+  static void combine(const std::vector<ChannelSums>& parts, Values& mean, Values& var) {
     for (size_t c = 0; c < mean.size(); ++c) {
       double n = 0, average = 0, squares = 0;
       for (const ChannelSums& part : parts) {
@@ -54,11 +53,19 @@ class ChannelSums {
   }
 
  private:
-  int64_t lanes() const { return round_up(channels_, kLanes); }
+  int64_t lanes() const { return lanes_of(channels_); }
 
   int64_t channels_, count_ = 0;
   Scratch<float> pivot_;
   Scratch<double> sum_, square_;
 };
+
+// One a part.
+inline std::vector<ChannelSums> channel_sums(int64_t parts, int64_t channels) {
+  std::vector<ChannelSums> sums;
+  sums.reserve(parts);
+  for (int64_t i = 0; i < parts; ++i) sums.emplace_back(channels);
+  return sums;
+}
 
 }  // namespace mvit3

@@ -1,0 +1,129 @@
+// Tiles: a few rows of a feature map in float32, in a thread's second-level cache. Kernels read a tile, work on it, and write a tile.
+#pragma once
+
+#include <vector>
+
+#include "gemm.h"
+
+namespace mvit3 {
+
+using Values = std::vector<double>;
+
+constexpr int64_t kTileRows = 96;            // pixels of a tile of the passes that need no neighbours
+constexpr int64_t kTileFloats = 128 * 1024;  // of a thread's tiles together: half of a second-level cache of 1 MiB
+
+inline int64_t lanes_of(int64_t channels) { return round_up(channels, kLanes); }
+
+// Memory of a thread that outlives the call, so that a call does not pay for fresh pages. A second request of the same thread hands out
+// the same memory: ask once in a task, for all of its tiles.
+inline float* workspace(int64_t floats) {
+  thread_local Scratch<float> memory(1);
+  thread_local int64_t size = 1;
+  if (size < floats) {
+    memory = Scratch<float>(floats);
+    size = floats;
+  }
+  return memory.data();
+}
+
+inline int64_t parts_for(int64_t tasks) { return std::clamp<int64_t>(tasks, 1, torch::stable::get_num_threads()); }
+
+// Calls f(part, first row, number of rows) for tiles of at most kTileRows of `rows` rows.
+template <typename F>
+void for_each_tile(int64_t rows, int64_t parts, const F& f) {
+  for_each_part(parts, [&](int64_t part) {
+    const Range range = part_range(rows, part, parts);
+    for (int64_t first = range.begin; first < range.end; first += kTileRows) f(part, first, std::min(kTileRows, range.end - first));
+  });
+}
+
+// `rows` rows of `channels` elements to float32 rows of `stride` floats, zero from the last channel to the next whole vector.
+template <typename T>
+void load_rows(const T* x, int64_t x_stride, int64_t rows, int64_t channels, float* tile, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) store(tile + r * stride + c, load_some(x + r * x_stride + c, channels - c));
+}
+
+// The rows as float32, at `stride` floats each: where they lie, or in `tile` if they are stored in 16 bits.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
+
+inline FloatRows as_floats(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
+
+template <typename Half>
+FloatRows as_floats(const Half* x, int64_t stride, int64_t rows, int64_t channels, float* tile) {
+  load_rows(x, stride, rows, channels, tile, lanes_of(channels));
+  return {tile, lanes_of(channels)};
+}
+
+// One accumulator a part.
+template <typename T>
+std::vector<Scratch<T>> accumulators(int64_t parts, int64_t size) {
+  std::vector<Scratch<T>> all;
+  all.reserve(parts);
+  for (int64_t i = 0; i < parts; ++i) all.emplace_back(size, T(0));
+  return all;
+}
+
+template <typename T>
+Values add_up(const std::vector<Scratch<T>>& parts, int64_t size) {
+  Values out(size, 0.0);
+  for (const auto& part : parts)
+    for (int64_t i = 0; i < size; ++i) out[i] += double(part[i]);
+  return out;
+}
+
+// The sums of all parts, `rows` rows of `columns` at `stride`, as a contiguous tensor's data. One pass, by rows over all threads.
+template <typename T>
+void add_up_rows(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t columns, int64_t stride, T* out) {
+  const int64_t ranges = count_parts(rows * columns);
+  for_each_part(ranges, [&](int64_t range) {
+    const Range mine = part_range(rows, range, ranges);
+    for (int64_t r = mine.begin; r < mine.end; ++r)
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        Vec sum = load_some(parts[0].data() + r * stride + c, columns - c);
+        for (size_t i = 1; i < parts.size(); ++i) sum += load_some(parts[i].data() + r * stride + c, columns - c);
+        store_some(out + r * columns + c, sum, columns - c);
+      }
+  });
+}
+
+// A weight of any storage type as float32 (outputs, inputs): where it lies, or a copy.
+class FloatMatrix {
+ public:
+  FloatMatrix(const char* name, const Tensor& weight, int64_t outputs, int64_t inputs)
+      : dense_(torch::stable::contiguous(weight)), copy_(weight.scalar_type() == ScalarType::Float ? 0 : outputs * inputs) {
+    STD_TORCH_CHECK(weight.is_cpu(), name, " must be on the CPU");
+    STD_TORCH_CHECK(weight.numel() == outputs * inputs, name, " must have ", outputs, " x ", inputs, " elements");
+    dispatch_dtype(name, dense_, [&](auto type) {
+      using T = decltype(type);
+      if constexpr (std::is_same_v<T, float>)
+        data_ = static_cast<const float*>(dense_.data_ptr());
+      else {
+        const T* source = static_cast<const T*>(dense_.data_ptr());
+        for (int64_t i = 0; i < outputs * inputs; ++i) copy_[i] = to_float(source[i]);
+        data_ = copy_.data();
+      }
+    });
+  }
+
+  const float* data() const { return data_; }
+
+ private:
+  Tensor dense_;
+  Scratch<float> copy_;
+  const float* data_ = nullptr;
+};
+
+// A vector parameter of any storage type as float32, padded with zeros to whole vectors; all zeros where there is none.
+inline Scratch<float> read_vector(const char* name, const std::optional<Tensor>& t, int64_t channels) {
+  Scratch<float> out(std::max<int64_t>(lanes_of(channels), 1), 0.0f);
+  if (!t) return out;
+  const Values values = read_channels(name, *t, channels);
+  std::transform(values.begin(), values.end(), out.data(), [](double v) { return float(v); });
+  return out;
+}
+
+}  // namespace mvit3
