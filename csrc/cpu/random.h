@@ -1,0 +1,61 @@
+// Counter-based dropout: the hash of mvit3_kernels/ops/random.py, sixteen elements at a time.
+//
+// Whether an element is kept is a function of (seed, site, sample, element), so forward and backward compute the same mask, and no mask
+// is ever stored.
+#pragma once
+
+#include "tensor.h"
+
+namespace mvit3 {
+
+typedef uint32_t NativeWord __attribute__((vector_size(kWidth * 4)));
+
+// One dropout of a call. `site` separates the dropouts of one call; a sample's elements are counted from 0.
+class Dropout {
+ public:
+  // `seed` is read only where p is positive.
+  Dropout(double p, const std::optional<Tensor>& seed, uint32_t site) : site_(site), active_(p > 0) {
+    if (!active_) return;
+    STD_TORCH_CHECK(p < 1, "a dropout probability must be at least 0 and below 1, got ", p);
+    STD_TORCH_CHECK(
+        seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "dropout needs a seed: one int64 on the CPU");
+    const uint64_t bits = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
+    low_ = uint32_t(bits);
+    high_ = uint32_t(bits >> 32);
+    threshold_ = uint32_t(p * 0x1p32);
+    scale_ = float(1 / (1 - p));
+  }
+
+  bool active() const { return active_; }
+
+  uint32_t key(int64_t sample) const { return mix(mix(low_ + uint32_t(sample) * kGolden, 16, kFirst) ^ high_ ^ site_, 15, kSecond); }
+
+  // Of sixteen elements of the sample with this key: 1 / (1 - p) where the element is kept, 0 where it is dropped.
+  MVIT3_INLINE Vec operator()(uint32_t key, int64_t element) const {
+    const uint32_t first = uint32_t(element) * kGolden;
+    Vec kept;
+    for (int i = 0; i < kParts; ++i) {
+      NativeWord word;
+      for (int lane = 0; lane < kWidth; ++lane) word[lane] = uint32_t(i * kWidth + lane) * kGolden;  // a constant
+      word = mix((word + first) ^ key, 16, kFirst);
+      word = mix(word ^ key * kGolden, 15, kSecond);
+      word ^= word >> 16;
+      kept.part[i] = word >= threshold_ ? NativeFloat{} + scale_ : NativeFloat{};
+    }
+    return kept;
+  }
+
+ private:
+  static constexpr uint32_t kGolden = 0x9E3779B1u, kFirst = 0x7FEB352Du, kSecond = 0x846CA68Bu;
+
+  template <typename Word>
+  static MVIT3_INLINE Word mix(Word word, int shift, uint32_t multiplier) {
+    return (word ^ (word >> shift)) * multiplier;
+  }
+
+  uint32_t site_, low_ = 0, high_ = 0, threshold_ = 0;
+  float scale_ = 1;
+  bool active_;
+};
+
+}  // namespace mvit3
