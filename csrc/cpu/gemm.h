@@ -5,8 +5,6 @@
 // sums is up to the caller: `emit(row, output, sums)` is inlined, so a norm, an activation or a residual costs no pass.
 #pragma once
 
-#include <utility>
-
 #include "parallel.h"
 #include "tensor.h"
 
@@ -55,6 +53,7 @@ class PackedWeight {
 
   int64_t outputs() const { return outputs_; }
   int64_t inputs() const { return inputs_; }
+  Range panels() const { return {0, (outputs_ + kPanel - 1) / kPanel}; }
 
   // The panel that begins with output `first`, a multiple of kPanel, and its number of vectors.
   const float* panel(int64_t first) const { return data_.data() + first * inputs_; }
@@ -66,7 +65,7 @@ class PackedWeight {
   // f(first output, width, data) for every panel, over all threads.
   template <typename F>
   void for_each_panel(const F& f) {
-    const int64_t panels = (outputs_ + kPanel - 1) / kPanel, parts = std::min(panels, count_parts(outputs_ * inputs_));
+    const int64_t panels = this->panels().size(), parts = std::min(panels, count_parts(outputs_ * inputs_));
     for_each_part(std::max<int64_t>(parts, 1), [&](int64_t part) {
       const Range range = part_range(panels, part, parts);
       for (int64_t first = range.begin * kPanel; first < range.end * kPanel; first += kPanel)
@@ -78,58 +77,66 @@ class PackedWeight {
   Scratch<float> data_;
 };
 
-// Two operands of a block: a(row, k) = a[row * row_step + k * step], b(k, vector) = b[k * b_step + vector * kLanes].
+// Two operands of a block: a(row, k) = a[row * row_step + k * step], b(k, vector) = b[k * b_step + vector * kLanes]. One of row_step and
+// step is 1: either the reduction runs along the rows of a feature map, or the rows of the block do.
 struct Operands {
   const float *a, *b;
   int64_t row_step, step, b_step, depth;
 };
 
-template <int Rows, int Vecs, typename Emit>
-MVIT3_INLINE void multiply_block(const Operands& in, int64_t row, int64_t column, const Emit& emit) {
-  Vec sums[Rows][Vecs];
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) sums[r][v] = 0.0f;
-  const float *a = in.a, *b = in.b;
-  for (int64_t k = 0; k < in.depth; ++k, a += in.step, b += in.b_step) {
-    Vec w[Vecs];
-    for (int v = 0; v < Vecs; ++v) w[v] = load(b + v * kLanes);
-    for (int r = 0; r < Rows; ++r) {
-      const Vec value = a[r * in.row_step];
-      for (int v = 0; v < Vecs; ++v) sums[r][v] = fma(value, w[v], sums[r][v]);
-    }
-  }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) emit(row + r, column + v * kLanes, sums[r][v]);
-}
+// Writes (or, with `add`, adds) the product of a block of 1..kBlockRows rows and 1..kPanelVecs vectors to out[row * out_stride + column].
+void multiply_block(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add);
 
-template <int Vecs, typename Emit, int... Less>
-void multiply_sized(int64_t rows, const Operands& in, int64_t row, int64_t column, const Emit& emit, std::integer_sequence<int, Less...>) {
-  ((rows == Less + 1 ? multiply_block<Less + 1, Vecs>(in, row, column, emit) : void()), ...);  // one instance for each number of rows
-}
-
-// All blocks of rows against one panel of `vecs` vectors.
-template <typename Emit>
-void multiply_panel(int64_t rows, int64_t vecs, Operands in, int64_t column, const Emit& emit) {
-  constexpr std::make_integer_sequence<int, kBlockRows> sizes;
+// All blocks of rows against one panel of `vecs` vectors: f(first row, number of rows, operands of the block).
+template <typename F>
+MVIT3_INLINE void for_each_block_of(int64_t rows, Operands in, const F& f) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   const float* a = in.a;
   for (int64_t block = 0; block < blocks; ++block) {
     const Range range = part_range(rows, block, blocks);  // blocks of almost equal size: no short last one
     in.a = a + range.begin * in.row_step;
-    if (vecs == kPanelVecs)
-      multiply_sized<kPanelVecs>(range.size(), in, range.begin, column, emit, sizes);
-    else
-      multiply_sized<1>(range.size(), in, range.begin, column, emit, sizes);
+    f(range.begin, range.size(), in);
   }
+}
+
+// emit(row, column, sums) for every row and vector of a panel that begins with `column`.
+template <typename Emit>
+void multiply_panel(int64_t rows, int64_t vecs, const Operands& in, int64_t column, const Emit& emit) {
+  alignas(64) float sums[kBlockRows * kPanel];  // in the first-level cache: what becomes of the sums is compiled once, not once a block size
+  for_each_block_of(rows, in, [&](int64_t first, int64_t count, const Operands& block) {
+    multiply_block(count, vecs, block, sums, kPanel, false);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t v = 0; v < vecs; ++v) emit(first + r, column + v * kLanes, load(sums + r * kPanel + v * kLanes));
+  });
+}
+
+// Calls f(first output, number of vectors) for every panel of `panels`.
+template <typename F>
+MVIT3_INLINE void for_each_panel(const PackedWeight& weight, Range panels, const F& f) {
+  for (int64_t panel = panels.begin; panel < panels.end; ++panel) f(panel * kPanel, weight.panel_vecs(panel * kPanel));
 }
 
 // emit(row, output, sums) for every row 0..rows-1 and vector of outputs: sums = x[row] W^T. Row r begins at x + r * stride.
 template <typename Emit>
-void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, const Emit& emit) {
-  for (int64_t output = 0; output < weight.outputs(); output += kPanel) {
-    const int64_t vecs = weight.panel_vecs(output);
+void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, Range panels, const Emit& emit) {
+  for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
     multiply_panel(rows, vecs, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, output, emit);
-  }
+  });
+}
+
+template <typename Emit>
+void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, const Emit& emit) {
+  multiply(x, stride, rows, weight, weight.panels(), emit);
+}
+
+// out[row * out_stride + output] = (or, with `add`, +=) x[row] W^T. Rows of out are padded to whole vectors.
+inline void multiply_into(
+    const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, float* out, int64_t out_stride, bool add = false) {
+  for_each_panel(weight, weight.panels(), [&](int64_t output, int64_t vecs) {
+    for_each_block_of(rows, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, [&](int64_t first, int64_t count, const Operands& in) {
+      multiply_block(count, vecs, in, out + first * out_stride + output, out_stride, add);
+    });
+  });
 }
 
 // out (columns of a, columns of b) += a^T b over `rows` rows. Rows of b and of out are padded to whole vectors.
@@ -137,11 +144,33 @@ inline void add_outer(
     const float* a, int64_t a_stride, int64_t a_columns, const float* b, int64_t b_stride, int64_t b_columns, int64_t rows, float* out, int64_t out_stride) {
   for (int64_t column = 0; column < b_columns; column += kPanel) {
     const int64_t vecs = std::min<int64_t>(kPanelVecs, (b_columns - column + kLanes - 1) / kLanes);
-    multiply_panel(a_columns, vecs, {a, b + column, 1, a_stride, b_stride, rows}, column, [&](int64_t row, int64_t at, Vec sums) {
-      float* p = out + row * out_stride + at;
-      store(p, load(p) + sums);
+    for_each_block_of(a_columns, {a, b + column, 1, a_stride, b_stride, rows}, [&](int64_t first, int64_t count, const Operands& in) {
+      multiply_block(count, vecs, in, out + first * out_stride + column, out_stride, true);
     });
   }
+}
+
+// Cuts a product over threads: f(range of rows, range of panels) once a part, all parts in parallel. Rows are cut first, in ranges that fill
+// blocks; a map of few rows is cut over panels as well, so that every thread has work and reads only its part of the weight.
+template <typename F>
+void for_each_block(int64_t rows, const PackedWeight& weight, const F& f) {
+  const int64_t panels = weight.panels().size(), threads = count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16);
+  int64_t row_parts = 1;
+  double least = 0;
+  for (int64_t parts = 1; parts <= threads; ++parts) {  // the longest part decides: blocks of rows times panels
+    if (threads % parts) continue;
+    const int64_t columns = threads / parts, part_rows = (rows + parts - 1) / parts, part_panels = (panels + columns - 1) / columns;
+    const double cost = double((part_rows + kBlockRows - 1) / kBlockRows * kBlockRows * part_panels);
+    if (parts == 1 || cost <= least * 1.02) {
+      row_parts = parts;
+      least = std::min(cost, parts == 1 ? cost : least);
+    }
+  }
+  const int64_t columns = threads / row_parts;
+  for_each_part(threads, [&](int64_t part) {
+    const Range mine = part_range(rows, part / columns, row_parts), outputs = part_range(panels, part % columns, columns);
+    if (mine.size() > 0 && outputs.size() > 0) f(mine, outputs);
+  });
 }
 
 }  // namespace mvit3

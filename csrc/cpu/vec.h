@@ -34,8 +34,15 @@ struct Vec {
   NativeFloat part[kParts];
 
   Vec() = default;
+  // Not `NativeFloat{} + value`: GCC would keep the addition, for the sake of a negative zero.
   MVIT3_INLINE Vec(float value) {
-    for (int i = 0; i < kParts; ++i) part[i] = NativeFloat{} + value;
+#if defined(__AVX512F__)
+    part[0] = NativeFloat(_mm512_set1_ps(value));
+#elif defined(__AVX2__)
+    for (int i = 0; i < kParts; ++i) part[i] = NativeFloat(_mm256_set1_ps(value));
+#else
+    for (int i = 0; i < kParts; ++i) part[i] = NativeFloat{value, value, value, value};
+#endif
   }
 };
 
