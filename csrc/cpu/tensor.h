@@ -109,10 +109,10 @@ inline Tensor write_channels(const std::vector<double>& values, const Tensor& li
   return out;
 }
 
-// A new contiguous tensor like `x`. A large one asks the kernel for huge pages: the first touch of a fresh buffer otherwise costs a
-// page fault per 4 KiB, which is more time than the arithmetic.
-inline Tensor new_output(const Tensor& x) {
-  Tensor out = torch::stable::new_empty(x, x.sizes());
+// A new contiguous tensor like `x` but for its shape. A large one asks the kernel for huge pages: the first touch of a fresh buffer
+// otherwise costs a page fault per 4 KiB, which is more time than the arithmetic.
+inline Tensor new_output(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  Tensor out = torch::stable::new_empty(x, sizes);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
   const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
@@ -122,6 +122,8 @@ inline Tensor new_output(const Tensor& x) {
 #endif
   return out;
 }
+
+inline Tensor new_output(const Tensor& x) { return new_output(x, x.sizes()); }
 
 // Whether an output of this size is better written past the cache.
 inline bool exceeds_cache(int64_t bytes) {

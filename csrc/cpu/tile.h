@@ -15,8 +15,9 @@ constexpr int64_t kTileFloats = 128 * 1024;  // of a thread's tiles together: ha
 inline int64_t lanes_of(int64_t channels) { return round_up(channels, kLanes); }
 
 // Memory of a thread that outlives the call, so that a call does not pay for fresh pages. A second request of the same thread hands out
-// the same memory: ask once in a task, for all of its tiles.
-inline float* workspace(int64_t floats) {
+// the same memory: ask once in a task, for all of its tiles. Slot 1 is for what the calling thread lends to the parts of a call.
+template <int Slot = 0>
+float* workspace(int64_t floats) {
   thread_local Scratch<float> memory(1);
   thread_local int64_t size = 1;
   if (size < floats) {

@@ -1,0 +1,210 @@
+// Layer normalisation of each token over its channels, or of each sample over all of its values (one-group group normalisation), in
+// front of a linear map: the scale and the shift of the norm are folded into the map (identity C of the design), so what a tile holds
+// is (x - mean) / deviation.
+#pragma once
+
+#include <array>
+#include <cmath>
+
+#include "moments.h"
+
+namespace mvit3 {
+
+// A map (samples, rows, channels) of tokens.
+struct Tokens {
+  int64_t samples, rows, channels;
+
+  explicit Tokens(const Tensor& x) : samples(x.size(0)), rows(x.size(1) * x.size(2)), channels(x.size(3)) {}
+  Tokens(int64_t samples, int64_t rows, int64_t channels) : samples(samples), rows(rows), channels(channels) {}
+  int64_t total() const { return samples * rows; }
+};
+
+// The sum of the lanes, in float64.
+MVIT3_INLINE double sum_lanes(Vec v) {
+  const Wide wide = widen(v);
+  NativeDouble sum = wide.part[0];
+  for (int i = 1; i < 2 * kParts; ++i) sum += wide.part[i];
+  double total = 0;
+  for (int i = 0; i < kWidth / 2; ++i) total += sum[i];
+  return total;
+}
+
+// Number, mean and sum of squared distances to the mean of some values; sets of values join by the formula of Chan, Golub and LeVeque.
+struct Spread {
+  double count = 0, mean = 0, squares = 0;
+
+  void join(const Spread& other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, delta = other.mean - mean;
+    squares += other.squares + delta * delta * (count * other.count / total);
+    mean += delta * (other.count / total);
+    count = total;
+  }
+
+  float rstd(double eps) const { return float(1 / std::sqrt(std::max(squares / count, 0.0) + eps)); }
+};
+
+// Of one row: the mean first, then the distances to it, which a large mean does not harm.
+template <typename T>
+MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
+  const int64_t full = channels / kLanes * kLanes, left = channels - full;
+  Vec sum = 0.0f;
+  for (int64_t c = 0; c < full; c += kLanes) sum += load(row + c);
+  if (left) sum += load_some(row + full, left);
+  const double first = sum_lanes(sum) / double(channels);
+  const Vec centre = float(first);
+  Vec rest = 0.0f, squares = 0.0f;
+  const auto add = [&](Vec distance) {
+    rest += distance;
+    squares = fma(distance, distance, squares);
+  };
+  for (int64_t c = 0; c < full; c += kLanes) add(load(row + c) - centre);
+  if (left) {
+    float tail[kLanes];
+    store(tail, load_some(row + full, left) - centre);
+    add(load_some(tail, left));  // nothing of the padding
+  }
+  const double offset = sum_lanes(rest) / double(channels);
+  return {double(channels), double(float(first)) + offset, sum_lanes(squares) - offset * offset * double(channels)};
+}
+
+// A map and the statistics of its norm: `mean` and `rstd` of each token or of each sample.
+template <typename T>
+class NormedMap {
+ public:
+  // Where the norm is per token, `mean` and `rstd` may be null: nothing is kept then.
+  NormedMap(const T* x, const Tokens& tokens, bool per_sample, float* mean, float* rstd)
+      : x_(x), tokens_(tokens), per_sample_(per_sample), mean_(mean), rstd_(rstd) {}
+
+  const Tokens& tokens() const { return tokens_; }
+  const T* row(int64_t r) const { return x_ + r * tokens_.channels; }
+  bool per_sample() const { return per_sample_; }
+
+  // Computes the statistics of the samples, over all threads; those of tokens are computed tile by tile.
+  void measure(double eps) const {
+    if (!per_sample_ || tokens_.total() == 0) return;
+    const int64_t pieces = (tokens_.rows + kTileRows - 1) / kTileRows, tasks = tokens_.samples * pieces;
+    thread_local std::vector<Spread> memory;
+    memory.assign(tasks, Spread{});
+    Spread* spreads = memory.data();  // a thread_local would be another one in each thread
+    const int64_t parts = std::min(tasks, count_parts(tokens_.total() * tokens_.channels));
+    for_each_part(parts, [&](int64_t part) {
+      const Range mine = part_range(tasks, part, parts);
+      for (int64_t task = mine.begin; task < mine.end; ++task) {
+        const Range range = part_range(tokens_.rows, task % pieces, pieces);
+        for (int64_t r = range.begin; r < range.end; ++r)
+          spreads[task].join(row_spread(row(task / pieces * tokens_.rows + r), tokens_.channels));
+      }
+    });
+    for (int64_t sample = 0; sample < tokens_.samples; ++sample) {
+      Spread whole;
+      for (int64_t piece = 0; piece < pieces; ++piece) whole.join(spreads[sample * pieces + piece]);
+      mean_[sample] = float(whole.mean);
+      rstd_[sample] = whole.rstd(eps);
+    }
+  }
+
+  // The normalised rows, `stride` floats each, lanes behind the last channel without a meaning. The first time, tokens are measured.
+  void normalise(int64_t first, int64_t count, double eps, float* out, int64_t stride) const {
+    for (int64_t r = first; r < first + count; ++r, out += stride) {
+      if (per_sample_) {
+        write(r, mean_[r / tokens_.rows], rstd_[r / tokens_.rows], out);
+        continue;
+      }
+      const Spread spread = row_spread(row(r), tokens_.channels);
+      const float mean = float(spread.mean), rstd = spread.rstd(eps);
+      if (mean_) {
+        mean_[r] = mean;
+        rstd_[r] = rstd;
+      }
+      write(r, mean, rstd, out);
+    }
+  }
+
+  // The same from the statistics that were kept.
+  void normalise_again(int64_t first, int64_t count, float* out, int64_t stride) const {
+    for (int64_t r = first; r < first + count; ++r, out += stride) write(r, mean(r), rstd(r), out);
+  }
+
+  float mean(int64_t r) const { return mean_[per_sample_ ? r / tokens_.rows : r]; }
+  float rstd(int64_t r) const { return rstd_[per_sample_ ? r / tokens_.rows : r]; }
+
+ private:
+  MVIT3_INLINE void write(int64_t r, float mean, float rstd, float* out) const {
+    for (int64_t c = 0; c < tokens_.channels; c += kLanes)
+      store(out + c, (load_some(row(r) + c, tokens_.channels - c) - mean) * rstd);
+  }
+
+  const T* x_;
+  Tokens tokens_;
+  bool per_sample_;
+  float *mean_, *rstd_;
+};
+
+// The gradient of the normalised rows to that of x: rstd (grad - mean(grad) - normalised mean(grad normalised)), and a residual's
+// gradient on top where there is one. Per sample the two means are known only at the end: until then dx holds the incoming gradient.
+template <typename T>
+class NormedMapBackward {
+ public:
+  NormedMapBackward(const NormedMap<T>& map, const T* residual, T* dx, int64_t parts)
+      : map_(map), residual_(residual), dx_(dx), sums_(accumulators<double>(parts, map.per_sample() ? 2 * map.tokens().samples : 1)) {}
+
+  // Rows of `stride` floats: grads zero behind the last channel.
+  void tile(int64_t part, int64_t first, int64_t count, const float* grads, const float* normalised, int64_t stride) {
+    const int64_t channels = map_.tokens().channels;
+    for (int64_t r = first; r < first + count; ++r, grads += stride, normalised += stride) {
+      Vec sum = 0.0f, dot = 0.0f;
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const Vec grad = load(grads + c);
+        sum += grad;
+        dot = fma(grad, load_some(normalised + c, channels - c), dot);
+      }
+      if (map_.per_sample()) {
+        double* sums = sums_[part].data() + r / map_.tokens().rows * 2;
+        sums[0] += sum_lanes(sum);
+        sums[1] += sum_lanes(dot);
+        for (int64_t c = 0; c < channels; c += kLanes) store_some(dx_ + r * channels + c, load(grads + c), channels - c);
+      } else {
+        const float offset = float(sum_lanes(sum) / double(channels)), slope = float(sum_lanes(dot) / double(channels));
+        correct(r, offset, slope, [&](int64_t c) { return load(grads + c); }, [&](int64_t c) { return load(normalised + c); });
+      }
+    }
+  }
+
+  void finish() {
+    const Tokens& tokens = map_.tokens();
+    if (!map_.per_sample() || tokens.total() == 0) return;
+    const Values sums = add_up(sums_, 2 * tokens.samples);
+    const int64_t channels = tokens.channels;
+    const double values = double(tokens.rows) * double(channels);
+    for_each_tile(tokens.total(), count_parts(tokens.total() * channels), [&](int64_t, int64_t first, int64_t count) {
+      for (int64_t r = first; r < first + count; ++r) {
+        const int64_t sample = r / tokens.rows;
+        const Vec mean = map_.mean(r), rstd = map_.rstd(r);
+        correct(
+            r, float(sums[2 * sample] / values), float(sums[2 * sample + 1] / values),
+            [&](int64_t c) { return load_some(dx_ + r * channels + c, channels - c); },
+            [&](int64_t c) { return (load_some(map_.row(r) + c, channels - c) - mean) * rstd; });
+      }
+    });
+  }
+
+ private:
+  template <typename Grad, typename Normalised>
+  MVIT3_INLINE void correct(int64_t r, float offset, float slope, const Grad& grad, const Normalised& normalised) {
+    const int64_t channels = map_.tokens().channels;
+    const Vec rstd = map_.rstd(r);
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Vec dx = fnma(normalised(c), slope, grad(c) - offset) * rstd;
+      if (residual_) dx += load_some(residual_ + r * channels + c, channels - c);
+      store_some(dx_ + r * channels + c, dx, channels - c);
+    }
+  }
+
+  const NormedMap<T>& map_;
+  const T* residual_;
+  T* dx_;
+  std::vector<Scratch<double>> sums_;
+};
+
+}  // namespace mvit3

@@ -1,0 +1,144 @@
+// y = W norm(x) + b. The norm's scale and shift are part of the weight and the bias (identity C of the design); the normalised rows
+// exist in tiles only.
+#pragma once
+
+#include "layer_norm.h"
+
+namespace mvit3 {
+
+// The parameters of a norm and of the linear map behind it, as the op receives them.
+struct NormLinearParameters {
+  int64_t inputs, outputs;
+  Values gamma, beta;
+  FloatMatrix weight;
+  Scratch<float> bias;
+
+  NormLinearParameters(
+      const Tensor& norm_weight, const Tensor& norm_bias, const char* name, const Tensor& weight, const char* bias_name,
+      const std::optional<Tensor>& bias, int64_t inputs)
+      : inputs(inputs), outputs(weight.size(0)), gamma(read_channels("norm.weight", norm_weight, inputs)),
+        beta(read_channels("norm.bias", norm_bias, inputs)), weight(name, weight, weight.size(0), inputs),
+        bias(read_vector(bias_name, bias, weight.size(0))) {}
+
+  // Scale and shift as float32, padded with zeros.
+  Scratch<float> scale() const { return padded(gamma); }
+  Scratch<float> shift() const { return padded(beta); }
+
+  // W gamma, rows of `inputs` floats.
+  Scratch<float> folded_weight() const {
+    Scratch<float> out(outputs * inputs);
+    const Scratch<float> scale = this->scale();
+    for_each_output([&](int64_t o) {
+      for (int64_t c = 0; c < inputs; c += kLanes)
+        store_some(out.data() + o * inputs + c, load_some(weight.data() + o * inputs + c, inputs - c) * load(scale.data() + c), inputs - c);
+    });
+    return out;
+  }
+
+  // b + W beta
+  Scratch<float> folded_bias() const {
+    Scratch<float> out(std::max<int64_t>(lanes_of(outputs), 1), 0.0f);
+    for_each_output([&](int64_t o) {
+      double sum = bias[o];
+      for (int64_t c = 0; c < inputs; ++c) sum += double(weight.data()[o * inputs + c]) * beta[c];
+      out[o] = float(sum);
+    });
+    return out;
+  }
+
+ private:
+  static Scratch<float> padded(const Values& values) {
+    Scratch<float> out(lanes_of(values.size()), 0.0f);
+    std::transform(values.begin(), values.end(), out.data(), [](double v) { return float(v); });
+    return out;
+  }
+
+  template <typename F>
+  void for_each_output(const F& f) const {
+    const int64_t parts = count_parts(outputs * inputs);
+    for_each_part(parts, [&](int64_t part) {
+      const Range mine = part_range(outputs, part, parts);
+      for (int64_t o = mine.begin; o < mine.end; ++o) f(o);
+    });
+  }
+};
+
+// What the forward pass reads: packed once for a version of the parameters.
+struct NormLinearWeights {
+  PackedWeight weight;
+  Scratch<float> bias;
+
+  explicit NormLinearWeights(const NormLinearParameters& p)
+      : weight(PackedWeight::rows(p.folded_weight().data(), p.outputs, p.inputs, p.inputs)), bias(p.folded_bias()) {}
+};
+
+// y, (rows of the map, outputs). Statistics that the map has no memory for are not kept.
+template <typename T>
+void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeights& w, T* y) {
+  const int64_t lanes = lanes_of(x.tokens().channels), outputs = w.weight.outputs();
+  x.measure(eps);
+  for_each_block(x.tokens().total(), w.weight, [&](Range rows, Range panels) {
+    float* tile = workspace(kTileRows * lanes);
+    for (int64_t first = rows.begin; first < rows.end; first += kTileRows) {
+      const int64_t count = std::min(kTileRows, rows.end - first);
+      x.normalise(first, count, eps, tile, lanes);
+      multiply(tile, lanes, count, w.weight, panels, [&](int64_t r, int64_t o, Vec sums) {
+        store_some(y + (first + r) * outputs + o, sums + load(w.bias.data() + o), outputs - o);
+      });
+    }
+  });
+}
+
+// Gradients of the parameters from those of the folded ones: `products` (one a part, outputs x lanes of the inputs) sum to the gradient of
+// the folded weight, dbias is that of the bias. As W gamma is the folded weight and b + W beta the folded bias, every part of the norm's
+// own gradient is a sum over a column of the weight.
+struct NormLinearGradients {
+  Tensor dweight;
+  Values dgamma, dbeta;
+
+  NormLinearGradients(const NormLinearParameters& p, const std::vector<Scratch<float>>& products, const Values& dbias, const Tensor& like)
+      : dweight(torch::stable::new_empty(like, like.sizes())) {
+    const int64_t lanes = lanes_of(p.inputs), ranges = count_parts(p.outputs * p.inputs);
+    const Scratch<float> scale = p.scale(), shift = p.shift();
+    auto sums = accumulators<double>(ranges, 2 * lanes);
+    dispatch_dtype("weight", like, [&](auto type) {
+      auto* out = static_cast<decltype(type)*>(dweight.mutable_data_ptr());
+      for_each_part(ranges, [&](int64_t range) {
+        const Range mine = part_range(p.outputs, range, ranges);
+        double* dscale = sums[range].data();
+        double* dshift = dscale + lanes;
+        for (int64_t o = mine.begin; o < mine.end; ++o) {
+          const Vec bias = float(dbias[o]);
+          for (int64_t c = 0; c < p.inputs; c += kLanes) {
+            Vec product = load(products[0].data() + o * lanes + c);
+            for (size_t i = 1; i < products.size(); ++i) product += load(products[i].data() + o * lanes + c);
+            const Vec weight = load_some(p.weight.data() + o * p.inputs + c, p.inputs - c);
+            accumulate(dscale + c, weight * product);
+            accumulate(dshift + c, weight * bias);
+            store_some(out + o * p.inputs + c, fma(product, load(scale.data() + c), bias * load(shift.data() + c)), p.inputs - c);
+          }
+        }
+      });
+    });
+    const Values all = add_up(sums, 2 * lanes);
+    dgamma.assign(all.begin(), all.begin() + p.inputs);
+    dbeta.assign(all.begin() + lanes, all.begin() + lanes + p.inputs);
+  }
+};
+
+// Adds to sums[c] the column c of `count` rows.
+inline void add_columns(const float* rows, int64_t stride, int64_t count, int64_t columns, double* sums) {
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for_each_run(count, [&](int64_t first, int64_t last) {
+      Vec sum = 0.0f;
+      for (int64_t r = first; r < last; ++r) sum += load_some(rows + r * stride + c, columns - c);
+      accumulate(sums + c, sum);
+    });
+}
+
+// The gradient of an optional bias: empty where there is none.
+inline Tensor write_bias(const Values& dbias, const std::optional<Tensor>& bias, const Tensor& weight) {
+  return bias ? write_channels(dbias, *bias) : torch::stable::new_empty(weight, {0});
+}
+
+}  // namespace mvit3
