@@ -65,8 +65,8 @@ class PackedWeight {
   // f(first output, width, data) for every panel, over all threads.
   template <typename F>
   void for_each_panel(const F& f) {
-    const int64_t panels = this->panels().size(), parts = std::min(panels, count_parts(outputs_ * inputs_));
-    for_each_part(std::max<int64_t>(parts, 1), [&](int64_t part) {
+    const int64_t panels = this->panels().size(), parts = std::clamp<int64_t>(panels, 1, count_parts(outputs_ * inputs_));
+    for_each_part(parts, [&](int64_t part) {
       const Range range = part_range(panels, part, parts);
       for (int64_t first = range.begin * kPanel; first < range.end * kPanel; first += kPanel)
         f(first, panel_vecs(first) * kLanes, data_.data() + first * inputs_);

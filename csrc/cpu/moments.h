@@ -11,7 +11,8 @@ MVIT3_INLINE void for_each_run(int64_t count, const F& f) {
   for (int64_t first = 0; first < count; first += 16) f(first, std::min<int64_t>(first + 16, count));
 }
 
-// Sums of one thread, in float64, of each channel's distance to its pivot (its first value) and of the distance squared.
+// Sums of one thread, in float64, of each channel's distance to its pivot and of the distance squared. The pivot is about the mean, so
+// that little is left to cancel: the mean of the first run of rows, taken by distances to the first row, which leaves a constant exact.
 class ChannelSums {
  public:
   explicit ChannelSums(int64_t channels) : channels_(channels), pivot_(lanes(), 0.0f), sum_(lanes(), 0.0), square_(lanes(), 0.0) {}
@@ -19,7 +20,7 @@ class ChannelSums {
   // `count` rows, the first at `rows`.
   template <typename T>
   void add(const T* rows, int64_t count, int64_t stride) {
-    if (count_ == 0 && count > 0) load_rows(rows, stride, 1, channels_, pivot_.data(), lanes());
+    if (count_ == 0 && count > 0) set_pivot(rows, std::min<int64_t>(count, 16), stride);
     count_ += count;
     for (int64_t c = 0; c < channels_; c += kLanes) {
       const Vec pivot = load(pivot_.data() + c);
@@ -54,6 +55,16 @@ class ChannelSums {
 
  private:
   int64_t lanes() const { return lanes_of(channels_); }
+
+  template <typename T>
+  void set_pivot(const T* rows, int64_t count, int64_t stride) {
+    for (int64_t c = 0; c < channels_; c += kLanes) {
+      const Vec first = load_some(rows + c, channels_ - c);
+      Vec sum = 0.0f;
+      for (int64_t r = 1; r < count; ++r) sum += load_some(rows + r * stride + c, channels_ - c) - first;
+      store(pivot_.data() + c, fma(sum, 1.0f / count, first));
+    }
+  }
 
   int64_t channels_, count_ = 0;
   Scratch<float> pivot_;

@@ -32,6 +32,9 @@ struct Norm {
   Norm(const char* name, const Tensor& weight, const Tensor& bias, int64_t channels, double eps)
       : gamma(read_channels(name, weight, channels)), beta(read_channels(name, bias, channels)), mean(channels), var(channels), eps(eps) {}
 
+  // value * gamma + beta, without statistics.
+  Norm(const Values& gamma, const Values& beta) : gamma(gamma), beta(beta), mean(gamma.size(), 0.0), var(gamma.size(), 1.0), eps(0) {}
+
   ScaleShift affine() const { return ScaleShift(gamma, beta, mean, var, eps); }
   double rstd(int64_t c) const { return 1 / std::sqrt(var[c] + eps); }
 

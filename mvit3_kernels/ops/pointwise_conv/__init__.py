@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
 from ..checks import check_activation, check_batch_norm, check_linear, check_map, check_same
 from ..registry import batch_norm_schema, flat, register
@@ -13,7 +14,7 @@ from . import reference
 
 __all__ = ["pointwise_conv"]
 
-KERNELS: tuple[dispatch.Kernel, ...] = ()
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
 
 
 def pointwise_conv(
@@ -48,8 +49,26 @@ def pointwise_conv(
         check_map("residual", residual)
         residual = dispatch.autocast(residual)
         check_same("residual", residual, shape, x)
-    dispatch.select("pointwise_conv", KERNELS, x)
-    return reference.pointwise_conv(x, conv, norm, act, residual, batch_norm_act=batch_norm_act)
+    if dispatch.select("pointwise_conv", KERNELS, x) is None:
+        return reference.pointwise_conv(x, conv, norm, act, residual, batch_norm_act=batch_norm_act)
+    return run(x, None, conv, norm, act, residual)
+
+
+def run(
+    a: Tensor, b: Tensor | None, conv: Linear, norm: BatchNorm | None, act: str, residual: Tensor | None
+) -> tuple[Tensor, Moments | None]:
+    """The kernels of this op and, with a second input b, of pointwise_fusion: one computation."""
+    weight, bias, mean, var, training, eps = norm or _NO_NORM
+    code = ACTIVATIONS.index(act)
+    inputs = (a, b, *conv, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, residual))
+    if not (training or needs_grad):
+        return torch.ops.mvit3.pointwise_conv_inference(*inputs, mean, var, eps, code, residual), None
+    y, *moments, _ = torch.ops.mvit3.pointwise_conv_training(*inputs, mean, var, training, eps, code, residual)
+    return y, Moments(*moments) if training else None
+
+
+_NO_NORM = (None, None, None, None, False, 0.0)
 
 
 @register(
@@ -60,3 +79,56 @@ def pointwise_conv(
 def _op(x, weight, bias, norm_weight, norm_bias, running_mean, running_var, training, eps, act, residual):
     norm = None if norm_weight is None else BatchNorm(norm_weight, norm_bias, running_mean, running_var, training, eps)
     return flat(*pointwise_conv(x, Linear(weight, bias), norm, ACTIVATIONS[act], residual))
+
+
+# The kernels. What backward needs beside its inputs is p, the product without bias, unless neither norm nor activation follows it.
+
+_INPUTS = "Tensor a, Tensor? b, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
+for _name, _schema in {
+    "inference": f"({_INPUTS}, Tensor? running_mean, Tensor? running_var, float eps, int act, Tensor? residual) -> Tensor",
+    "training": f"({_INPUTS}, Tensor? running_mean, Tensor? running_var, bool training, float eps, int act, Tensor? residual) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "backward": f"(Tensor dy, {_INPUTS}, Tensor? mean, Tensor? var, Tensor p, bool training, float eps, int act) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}.items():
+    torch.library.define(f"mvit3::pointwise_conv_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("mvit3::pointwise_conv_inference")
+def _inference_fake(a, b, weight, *_):
+    return a.new_empty(*a.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("mvit3::pointwise_conv_training")
+def _training_fake(a, b, weight, bias, norm_weight, norm_bias, running_mean, running_var, training, eps, act, residual):
+    y = a.new_empty(*a.shape[:-1], weight.shape[0])
+    mean, var = (a.new_empty(weight.shape[0] if training else 0, dtype=torch.float32) for _ in range(2))
+    return y, mean, var, a.new_empty(0) if norm_weight is None and act == 0 else torch.empty_like(y)
+
+
+@torch.library.register_fake("mvit3::pointwise_conv_backward")
+def _backward_fake(dy, *inputs_and_more):
+    a = inputs_and_more[0]
+    return tuple(a.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs_and_more[:6])
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.training, ctx.eps, ctx.act, residual = inputs
+    _, mean, var, p = output
+    ctx.has_residual = residual is not None
+    ctx.mark_non_differentiable(mean, var, p)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors[:6], *((mean, var) if ctx.training else tensors[6:]), p)
+
+
+def _gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 12
+    saved = ctx.saved_tensors
+    grads = torch.ops.mvit3.pointwise_conv_backward(dy, *saved, ctx.training, ctx.eps, ctx.act)
+    present = (None if t is None else grad for t, grad in zip(saved[:6], grads, strict=True))
+    return *present, None, None, None, None, None, dy if ctx.has_residual else None
+
+
+torch.library.register_autograd("mvit3::pointwise_conv_training", _gradients, setup_context=_setup_context)
+registry.forbid_second_derivative("pointwise_conv_backward")

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_activation, check_batch_norm, check_map, check_same, check_weight
-from ..pointwise_conv import pointwise_conv
+from ..pointwise_conv import pointwise_conv, run
 from ..registry import batch_norm_schema, flat, register
-from ..types import ACTIVATIONS, BatchNorm, Moments
+from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
 from . import reference
 
 __all__ = ["pointwise_fusion"]
 
-KERNELS: tuple[dispatch.Kernel, ...] = ()
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)  # pointwise_conv's, with a second input
 
 
 def pointwise_fusion(
@@ -49,8 +49,9 @@ def pointwise_fusion(
         check_map("residual", residual)
         residual = dispatch.autocast(residual)
         check_same("residual", residual, (*a.shape[:-1], outputs), a)
-    dispatch.select("pointwise_fusion", KERNELS, a)
-    return reference.pointwise_fusion(a, b, weight, norm, act, residual, pointwise_conv=pointwise_conv)
+    if dispatch.select("pointwise_fusion", KERNELS, a) is None:
+        return reference.pointwise_fusion(a, b, weight, norm, act, residual, pointwise_conv=pointwise_conv)
+    return run(a, b, Linear(weight), norm, act, residual)
 
 
 @register(

@@ -1,0 +1,309 @@
+// pointwise_conv and pointwise_fusion, forward and backward. Meaning: mvit3_kernels/ops/pointwise_{conv,fusion}/reference.py.
+//
+// One file for the two ops, and one registration: they are one computation with one or two inputs.
+//
+// The statistics of a training norm are those of the plain product p = W_a a + W_b b, taken while a tile of p is in cache; the bias only
+// moves their mean, so p never holds it. (The moments of the input would give them too, identity A of the design, but only to save the
+// second read of p, which costs less than that product of moments.) Backward keeps a, b and p, and p only where the derivative of a norm
+// or an activation needs it.
+
+#include "pointwise_conv.h"
+
+#include <tuple>
+
+namespace mvit3 {
+namespace {
+
+enum class Statistics { kNone, kFixed, kBatch };  // no norm; from running statistics; of the batch
+
+// The arguments of the op, checked and made contiguous.
+template <typename T>
+struct Layer {
+  Tensor a, b;
+  int64_t rows, outputs;
+  PointwiseInputs<T> inputs;
+  Statistics statistics;
+  FloatMatrix weight;
+  Values bias;
+  Norm norm;  // of the plain product
+
+  Layer(
+      const Tensor& first,
+      const std::optional<Tensor>& second,
+      const Tensor& w,
+      const std::optional<Tensor>& b_conv,
+      const std::optional<Tensor>& norm_weight,
+      const std::optional<Tensor>& norm_bias,
+      bool training,
+      double eps)
+      : a(torch::stable::contiguous(first)), b(second ? torch::stable::contiguous(*second) : a), rows(a.size(0) * a.size(1) * a.size(2)),
+        outputs(w.size(0)), inputs{data_of(a), second ? data_of(b) : nullptr, a.size(3), second ? b.size(3) : 0},
+        statistics(!norm_weight ? Statistics::kNone : training ? Statistics::kBatch : Statistics::kFixed),
+        weight("weight", w, outputs, inputs.channels()), bias(b_conv ? read_channels("bias", *b_conv, outputs) : Values(outputs, 0.0)),
+        norm(norm_weight ? Norm("norm", *norm_weight, norm_bias.value(), outputs, eps) : Norm(Values(outputs, 1.0), bias)) {
+    STD_TORCH_CHECK(a.is_cpu() && b.is_cpu() && b.scalar_type() == a.scalar_type(), "a and b must be of one dtype, on the CPU");
+    STD_TORCH_CHECK(b.dim() == 4 && b.numel() == rows * b.size(3), "b must be a feature map of the size of a");
+  }
+
+  static const T* data_of(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
+
+  // `mean` and `var` are of the product with the bias, which moves the mean.
+  void set_statistics(const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
+    if (statistics == Statistics::kNone) return;
+    STD_TORCH_CHECK(mean && var, "running_mean and running_var must be given when training is False");
+    norm.mean = read_channels("mean", *mean, outputs);
+    norm.var = read_channels("var", *var, outputs);
+    for (int64_t c = 0; c < outputs; ++c) norm.mean[c] -= bias[c];
+  }
+
+  PackedWeight packed() const { return PackedWeight::rows(weight.data(), outputs, inputs.channels(), inputs.channels()); }
+  // The columns of `channels` inputs as a weight from outputs to inputs.
+  PackedWeight transposed(int64_t first, int64_t channels) const {
+    return PackedWeight::columns(weight.data() + first, channels, outputs, inputs.channels());
+  }
+
+  Tensor new_map(int64_t channels) const { return new_output(torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), channels})); }
+  Tensor nothing() const { return torch::stable::new_empty(a, {0}); }
+};
+
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// Calls f(storage type, activation).
+template <typename F>
+auto dispatch(const Tensor& a, int64_t act, const F& f) {
+  STD_TORCH_CHECK(a.dim() == 4, "x must be a feature map (B, H, W, C)");
+  return dispatch_dtype("x", a, [&](auto type) { return dispatch_activation(act, [&](auto code) { return f(type, code); }); });
+}
+
+// p and y; the statistics where they are of the batch. Where they are known, y follows p tile by tile.
+template <int Act, typename T>
+void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
+  const int64_t outputs = layer.outputs, lanes = lanes_of(outputs);
+  const PackedWeight weight = layer.packed();
+  const int64_t parts = product_parts(layer.rows, weight);
+  const bool of_batch = layer.statistics == Statistics::kBatch;
+  const auto finish = [&](const ScaleShift& affine, int64_t first, int64_t count) {
+    const int64_t at = first * outputs;
+    finish_rows<Act>(p + at, outputs, count, outputs, affine, residual ? residual + at : nullptr, y + at);
+  };
+  auto sums = channel_sums(parts, outputs);
+  const ScaleShift known = layer.norm.affine();
+  for_each_tile(layer.rows, parts, [&](int64_t part, int64_t first, int64_t count) {
+    float* tile = workspace(kTileRows * lanes + layer.inputs.tile_floats(kTileRows));
+    multiply_to(layer.inputs.rows(first, count, tile + kTileRows * lanes), count, weight, p + first * outputs, tile);
+    if (of_batch)
+      sums[part].add(p + first * outputs, count, outputs);
+    else
+      finish(known, first, count);
+  });
+  if (!of_batch) return;
+  ChannelSums::combine(sums, layer.norm.mean, layer.norm.var);
+  const ScaleShift affine = layer.norm.affine();
+  for_each_tile(layer.rows, parts, [&](int64_t, int64_t first, int64_t count) { finish(affine, first, count); });
+}
+
+struct Gradients {
+  std::vector<Scratch<float>> weight;  // one a part, (outputs, lanes of the inputs)
+  Values bias, gamma, beta;
+};
+
+template <int Act, typename T>
+class Backward {
+ public:
+  Backward(const Layer<T>& layer, const T* dy, const T* p)
+      : layer_(layer), dy_(dy), p_(p), affine_(layer.norm.affine()), mean_(layer.norm.means()), lanes_(lanes_of(layer.outputs)),
+        parts_(count_parts(layer.rows * layer.outputs * layer.inputs.channels(), 1 << 18)), sums_(accumulators<double>(parts_, 2 * lanes_)) {}
+
+  // The gradients of a and b, in da and db, and those of the parameters.
+  Gradients run(T* da, T* db) {
+    if (layer_.statistics == Statistics::kBatch) {
+      sum_up();
+      norm_ = NormBackward::from(layer_.norm, sums_, layer_.rows);
+    }
+    const auto& x = layer_.inputs;
+    const PackedWeight to_a = layer_.transposed(0, x.a_channels), to_b = layer_.transposed(x.a_channels, x.b_channels);
+    auto products = accumulators<float>(parts_, layer_.outputs * x.stride());
+    for_each_tile(layer_.rows, parts_, [&](int64_t part, int64_t first, int64_t count) {
+      float* gradient = workspace(kTileRows * (lanes_ + x.stride()) + x.tile_floats(kTileRows));
+      float *tile = gradient + kTileRows * lanes_, *gathered = tile + kTileRows * x.stride();
+      const FloatRows dp = product_gradient(part, first, count, gradient);
+      const FloatRows rows = x.rows(first, count, gathered);
+      add_outer(dp.data, dp.stride, layer_.outputs, rows.data, rows.stride, x.channels(), count, products[part].data(), x.stride());
+      multiply_to(dp, count, to_a, da + first * x.a_channels, tile);
+      if (db) multiply_to(dp, count, to_b, db + first * x.b_channels, tile);
+    });
+    if (!norm_) norm_ = NormBackward::from(layer_.norm, sums_, 1);
+    Values bias = norm_->dbeta;
+    for (int64_t c = 0; c < layer_.outputs; ++c) {
+      if (layer_.statistics == Statistics::kFixed) bias[c] *= norm_->scale[c];
+      if (layer_.statistics == Statistics::kBatch) bias[c] *= 0;  // the norm takes a bias away again; NaN stays NaN
+    }
+    return {std::move(products), bias, norm_->dgamma, norm_->dbeta};
+  }
+
+ private:
+  // emit(tile position, value of p, gradient of the norm's output) for `count` rows.
+  template <typename Emit>
+  void norm_gradient(int64_t first, int64_t count, const Emit& emit) const {
+    const int64_t outputs = layer_.outputs;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < outputs; c += kLanes) {
+        const int64_t at = (first + r) * outputs + c, left = outputs - c;
+        const Vec value = load_some(p_ + at, left);
+        emit(r * lanes_ + c, c, value, activate_backward<Act>(affine_(value, c), load_some(dy_ + at, left)));
+      }
+  }
+
+  // The sums of a norm of the batch.
+  void sum_up() {
+    for_each_tile(layer_.rows, parts_, [&](int64_t part, int64_t first, int64_t count) {
+      constexpr int64_t kRun = 16;  // few rows at a time: they stay in first-level cache
+      float* tile = workspace(kRun * lanes_);
+      for (int64_t end = first + count; first < end; first += kRun) {
+        const int64_t run = std::min(kRun, end - first);
+        norm_gradient(first, run, [&](int64_t at, int64_t, Vec, Vec grad) { store(tile + at, grad); });
+        add_sums(part, {tile, lanes_}, first, run);
+      }
+    });
+  }
+
+  void add_sums(int64_t part, FloatRows grads, int64_t first, int64_t count) {
+    add_sum_and_dot(grads.data, grads.stride, p_ + first * layer_.outputs, layer_.outputs, mean_, layer_.outputs, count, sums_[part]);
+  }
+
+  // The gradient of the product; its sums too where they are not known yet.
+  FloatRows product_gradient(int64_t part, int64_t first, int64_t count, float* tile) {
+    const int64_t outputs = layer_.outputs;
+    if (!p_) {  // neither norm nor activation
+      const FloatRows dp = as_floats(dy_ + first * outputs, outputs, count, outputs, tile);
+      add_sum_and_dot(dp.data, dp.stride, dp.data, dp.stride, mean_, outputs, count, sums_[part]);  // of which the first is the bias's
+      return dp;
+    }
+    if (norm_) {
+      norm_gradient(first, count, [&](int64_t at, int64_t c, Vec value, Vec grad) { store(tile + at, (*norm_)(grad, value, c)); });
+      return {tile, lanes_};
+    }
+    norm_gradient(first, count, [&](int64_t at, int64_t, Vec, Vec grad) { store(tile + at, grad); });
+    add_sums(part, {tile, lanes_}, first, count);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < outputs; c += kLanes) store(tile + r * lanes_ + c, load(tile + r * lanes_ + c) * load(affine_.scale.data() + c));
+    return {tile, lanes_};
+  }
+
+  const Layer<T>& layer_;
+  const T *dy_, *p_;
+  const ScaleShift affine_;
+  const Scratch<float> mean_;
+  const int64_t lanes_, parts_;
+  std::vector<Scratch<double>> sums_;
+  std::optional<NormBackward> norm_;
+};
+
+Tensor pointwise_conv_inference(
+    const Tensor& a,
+    std::optional<Tensor> b,
+    const Tensor& weight,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias,
+    std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var,
+    double eps,
+    int64_t act,
+    std::optional<Tensor> residual) {
+  return dispatch(a, act, [&](auto type, auto code) {
+    using T = decltype(type);
+    Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, false, eps);
+    layer.set_statistics(running_mean, running_var);
+    const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
+    const PointwiseWeights weights{layer.packed(), layer.norm.affine()};
+    pointwise_conv<code>(weights, layer.inputs, residual ? layer.data_of(added) : nullptr, mutable_data<T>(y), layer.rows);
+    return y;
+  });
+}
+
+// y, the batch's mean and variance where the norm is in training, and p where backward needs it; empty tensors where not.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_training(
+    const Tensor& a,
+    std::optional<Tensor> b,
+    const Tensor& weight,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias,
+    std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var,
+    bool training,
+    double eps,
+    int64_t act,
+    std::optional<Tensor> residual) {
+  return dispatch(a, act, [&](auto type, auto code) {
+    using T = decltype(type);
+    Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
+    if (layer.statistics == Statistics::kFixed) layer.set_statistics(running_mean, running_var);
+    const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
+    const T* add = residual ? layer.data_of(added) : nullptr;
+    Tensor p = layer.nothing();
+    if (layer.statistics == Statistics::kNone && code == kIdentity) {
+      const PointwiseWeights weights{layer.packed(), layer.norm.affine()};
+      pointwise_conv<code>(weights, layer.inputs, add, mutable_data<T>(y), layer.rows);
+    } else {
+      p = layer.new_map(layer.outputs);
+      forward<code>(layer, add, mutable_data<T>(p), mutable_data<T>(y));
+    }
+    Values mean, var;
+    if (layer.statistics == Statistics::kBatch) {
+      mean = layer.norm.mean;
+      var = layer.norm.var;
+      for (int64_t c = 0; layer.rows && c < layer.outputs; ++c) mean[c] += layer.bias[c];
+    }
+    const Tensor like = torch::stable::new_empty(a, {0}, ScalarType::Float);
+    return std::make_tuple(y, write_channels(mean, like), write_channels(var, like), p);
+  });
+}
+
+// Gradients of a, b, weight, bias, norm_weight and norm_bias; empty tensors for what is not there. `mean` and `var` are what the norm used.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backward(
+    const Tensor& dy,
+    const Tensor& a,
+    std::optional<Tensor> b,
+    const Tensor& weight,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias,
+    std::optional<Tensor> mean,
+    std::optional<Tensor> var,
+    const Tensor& p,
+    bool training,
+    double eps,
+    int64_t act) {
+  return dispatch(a, act, [&](auto type, auto code) {
+    using T = decltype(type);
+    Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
+    layer.set_statistics(mean, var);
+    const Tensor dense_dy = torch::stable::contiguous(dy), dense_p = torch::stable::contiguous(p);
+    const bool kept = layer.statistics != Statistics::kNone || code != kIdentity;
+    STD_TORCH_CHECK(dy.scalar_type() == a.scalar_type() && dy.numel() == layer.rows * layer.outputs, "dy must have dtype and shape of y");
+    STD_TORCH_CHECK(!kept || (p.scalar_type() == a.scalar_type() && p.numel() == dy.numel()), "p must have dtype and shape of y");
+    const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
+    Backward<code, T> backward(layer, layer.data_of(dense_dy), kept ? layer.data_of(dense_p) : nullptr);
+    const Gradients grads = backward.run(mutable_data<T>(da), b ? mutable_data<T>(db) : nullptr);
+    const Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
+    dispatch_dtype("weight", weight, [&](auto w) {
+      add_up_rows(grads.weight, layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data<decltype(w)>(dweight));
+    });
+    const auto channels = [&](const Values& values, const std::optional<Tensor>& like) { return like ? write_channels(values, *like) : layer.nothing(); };
+    return std::make_tuple(da, db, dweight, channels(grads.bias, bias), channels(grads.gamma, norm_weight), channels(grads.beta, norm_bias));
+  });
+}
+
+}  // namespace
+}  // namespace mvit3
+
+STABLE_TORCH_LIBRARY_IMPL(mvit3, CPU, m) {
+  m.impl("pointwise_conv_inference", TORCH_BOX(&mvit3::pointwise_conv_inference));
+  m.impl("pointwise_conv_training", TORCH_BOX(&mvit3::pointwise_conv_training));
+  m.impl("pointwise_conv_backward", TORCH_BOX(&mvit3::pointwise_conv_backward));
+}

@@ -1,0 +1,87 @@
+// 1x1 convolution of one input or of two, forward: y = act(norm(W_a a + W_b b + bias)) + residual.
+//
+// The two inputs are the halves of a concatenation that is built for a tile of rows at a time, in cache: that costs a copy of the tile,
+// one part in hundreds of its product, and lets one packed weight and one loop serve both ops.
+#pragma once
+
+#include "norm.h"
+
+namespace mvit3 {
+
+// Rows of a, or of a|b where there is a second input.
+template <typename T>
+struct PointwiseInputs {
+  const T *a, *b;
+  int64_t a_channels, b_channels;
+
+  int64_t channels() const { return a_channels + b_channels; }
+  int64_t stride() const { return lanes_of(channels()); }
+  // Of a tile for `rows`. Padding a row of b may run into the next row, before that is written, and behind the last one.
+  int64_t tile_floats(int64_t rows) const { return rows * stride() + kLanes; }
+
+  // Rows padded to whole vectors with zeros: where they lie, if they are such rows, or in `tile`.
+  FloatRows rows(int64_t first, int64_t count, float* tile) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (!b && a_channels % kLanes == 0) return {a + first * a_channels, a_channels};
+    for (int64_t r = 0; r < count; ++r) {
+      load_rows(a + (first + r) * a_channels, 0, 1, a_channels, tile + r * stride(), 0);
+      if (b) load_rows(b + (first + r) * b_channels, 0, 1, b_channels, tile + r * stride() + a_channels, 0);
+    }
+    return {tile, stride()};
+  }
+};
+
+// out = x W^T in float32, without the padding of W: the one product of these kernels. What follows it reads the rows again from cache,
+// which costs a few cycles beside the hundreds of a sum over 128 and more inputs.
+inline void multiply_rows(FloatRows x, int64_t rows, const PackedWeight& weight, float* out, int64_t out_stride) {
+  multiply(x.data, x.stride, rows, weight, [=, outputs = weight.outputs()](int64_t row, int64_t output, Vec sums) {
+    store_some(out + row * out_stride + output, sums, outputs - output);
+  });
+}
+
+// `out`, rows of any storage type, from the product; in float32 where it is made.
+inline void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, float* out, float*) { multiply_rows(x, rows, weight, out, weight.outputs()); }
+
+template <typename Half>
+void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, Half* out, float* tile) {
+  const int64_t channels = weight.outputs(), stride = lanes_of(channels);
+  multiply_rows(x, rows, weight, tile, stride);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
+}
+
+// y = act(affine(product)) + residual for rows of the product; y and residual are dense.
+template <int Act, typename U, typename T>
+void finish_rows(const U* product, int64_t stride, int64_t rows, int64_t channels, const ScaleShift& affine, const T* residual, T* y) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t left = channels - c, at = r * channels + c;
+      Vec value = activate<Act>(affine(load_some(product + r * stride + c, left), c));
+      if (residual) value += load_some(residual + at, left);
+      store_some(y + at, value, left);
+    }
+}
+
+// What does not change from call to call.
+struct PointwiseWeights {
+  PackedWeight weight;  // (outputs, channels of a and of b)
+  ScaleShift affine;    // bias and norm
+};
+
+// How many parts a product of this size is worth.
+inline int64_t product_parts(int64_t rows, const PackedWeight& weight) {
+  return count_parts(rows * weight.outputs() * std::max<int64_t>(weight.inputs(), 1), 1 << 19);
+}
+
+// Evaluation, in one pass.
+template <int Act, typename T>
+void pointwise_conv(const PointwiseWeights& weights, const PointwiseInputs<T>& x, const T* residual, T* y, int64_t rows) {
+  const int64_t outputs = weights.weight.outputs(), stride = lanes_of(outputs);
+  for_each_tile(rows, product_parts(rows, weights.weight), [&](int64_t, int64_t first, int64_t count) {
+    float* product = workspace(kTileRows * stride + x.tile_floats(kTileRows));
+    multiply_rows(x.rows(first, count, product + kTileRows * stride), count, weights.weight, product, stride);
+    finish_rows<Act>(product, stride, count, outputs, weights.affine, residual ? residual + first * outputs : nullptr, y + first * outputs);
+  });
+}
+
+}  // namespace mvit3
