@@ -68,6 +68,41 @@ MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
   return {double(channels), double(float(first)) + offset, sum_lanes(squares) - offset * offset * double(channels)};
 }
 
+// Of `count` values that lie one behind the other, by their distances to the first one.
+template <typename T>
+Spread spread(const T* x, int64_t count) {
+  constexpr int64_t kRun = 64, kChains = 4;  // vectors that float32 sums up; independent sums, for the latency of an addition
+  const float pivot = count > 0 ? to_float(x[0]) : 0.0f;
+  alignas(64) double sums[kLanes] = {}, squares[kLanes] = {};
+  for (int64_t first = 0; first < count; first += kRun * kLanes) {
+    const int64_t end = std::min(first + kRun * kLanes, count);
+    Vec sum[kChains], square[kChains];
+    for (int k = 0; k < kChains; ++k) sum[k] = square[k] = 0.0f;
+    const auto add = [&](Vec distance, int k) {
+      sum[k] += distance;
+      square[k] = fma(distance, distance, square[k]);
+    };
+    int64_t i = first;
+    for (; i + kChains * kLanes <= end; i += kChains * kLanes)
+      for (int k = 0; k < kChains; ++k) add(load(x + i + k * kLanes) - pivot, k);
+    for (; i + kLanes <= end; i += kLanes) add(load(x + i) - pivot, 0);
+    if (i < end) {
+      float tail[kLanes];
+      store(tail, load_some(x + i, end - i) - pivot);
+      add(load_some(tail, end - i), 0);  // nothing of the padding
+    }
+    accumulate(sums, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    accumulate(squares, (square[0] + square[1]) + (square[2] + square[3]));
+  }
+  double sum = 0, square = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    sum += sums[i];
+    square += squares[i];
+  }
+  const double offset = count > 0 ? sum / double(count) : 0;
+  return {double(count), pivot + offset, square - sum * offset};
+}
+
 // A map and the statistics of its norm: `mean` and `rstd` of each token or of each sample.
 template <typename T>
 class NormedMap {

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map, check_patches
-from ..norm_linear import norm_linear
+from ..norm_linear import gradient_fake, norm_linear, statistics_fake
 from ..registry import register
 from ..types import LayerNorm, Linear
 from . import reference
 
 __all__ = ["separable_attention"]
 
-KERNELS: tuple[dispatch.Kernel, ...] = ()
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
 
 
 def separable_attention(
@@ -57,10 +58,15 @@ def separable_attention(
     check_linear("out_proj", out_proj, width, width, x)
     check_patches("x", x, patch_size)
     check_dropout(seed, x, attention_dropout=attention_dropout, output_dropout=output_dropout)
-    dispatch.select("separable_attention", KERNELS, x)
-    return reference.separable_attention(
-        x, norm, qkv, out_proj, patch_size, attention_dropout, output_dropout, seed, norm_linear=norm_linear
-    )
+    if dispatch.select("separable_attention", KERNELS, x) is None:
+        return reference.separable_attention(
+            x, norm, qkv, out_proj, patch_size, attention_dropout, output_dropout, seed, norm_linear=norm_linear
+        )
+    parameters = (*norm, *qkv, *out_proj)
+    wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *parameters))
+    if wanted or attention_dropout > 0 or output_dropout > 0:
+        return torch.ops.mvit3.separable_attention_training(x, *parameters, *patch_size, attention_dropout, output_dropout, seed)[0]
+    return torch.ops.mvit3.separable_attention_inference(x, *parameters, *patch_size)
 
 
 @register(
@@ -71,3 +77,64 @@ def separable_attention(
 def _op(x, norm_weight, norm_bias, eps, per_sample, qkv_weight, qkv_bias, out_weight, out_bias, patch_size, *dropout):
     norm = LayerNorm(norm_weight, norm_bias, eps, per_sample)
     return separable_attention(x, norm, Linear(qkv_weight, qkv_bias), Linear(out_weight, out_bias), tuple(patch_size), *dropout)
+
+
+# The kernels. In training, the statistics of the norm, the softmax of the scores, and for each position inside a patch the weighted mean of
+# the tokens and the context are what backward needs beside the inputs: all but the scores are a few values a sample.
+
+_INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias"
+_LINEARS = "Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias"
+_KEPT = "Tensor mean, Tensor rstd, Tensor scores, Tensor pooled, Tensor context"
+_PATCH = "int patch_height, int patch_width"
+_DROPOUT = "float attention_dropout, float output_dropout, Tensor? seed"
+
+for _name, _schema in {
+    "inference": f"({_INPUTS}, float eps, bool per_sample, {_LINEARS}, {_PATCH}) -> Tensor",
+    "training": f"({_INPUTS}, float eps, bool per_sample, {_LINEARS}, {_PATCH}, {_DROPOUT}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "backward": f"(Tensor dy, {_INPUTS}, bool per_sample, {_LINEARS}, {_KEPT}, {_PATCH}, {_DROPOUT}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+}.items():
+    torch.library.define(f"mvit3::separable_attention_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("mvit3::separable_attention_inference")
+def _inference_fake(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("mvit3::separable_attention_training")
+def _training_fake(x, norm_weight, norm_bias, eps, per_sample, qkv_weight, qkv_bias, out_weight, out_bias, patch_height, patch_width, *_):
+    batch, height, width, channels = x.shape
+    positions, lanes = patch_height * patch_width, -(-channels // 16) * 16
+    scores = x.new_empty(batch, positions, height * width // positions, dtype=torch.float32)
+    pooled, context = (scores.new_empty(batch, positions, lanes) for _ in range(2))
+    return _inference_fake(x), *statistics_fake(x, per_sample), scores, pooled, context
+
+
+@torch.library.register_fake("mvit3::separable_attention_backward")
+def _backward_fake(dy, x, norm_weight, norm_bias, per_sample, qkv_weight, qkv_bias, out_weight, out_bias, *_):
+    return tuple(gradient_fake(t, x) for t in (x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    x, norm_weight, norm_bias, _, ctx.per_sample, *linears, patch_height, patch_width, attention_dropout, output_dropout, seed = inputs
+    ctx.options = (patch_height, patch_width, attention_dropout, output_dropout)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, norm_weight, norm_bias, *linears, *output[1:], seed)
+
+
+def _gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 14
+    *inputs, seed = ctx.saved_tensors
+    (x, norm_weight, norm_bias, *linears), kept = inputs[:7], inputs[7:]
+    arguments = (dy, x, norm_weight, norm_bias, ctx.per_sample, *linears, *kept, *ctx.options, seed)
+    dx, dnorm_weight, dnorm_bias, *dlinears = torch.ops.mvit3.separable_attention_backward(*arguments)
+    dlinears = (None if t is None else gradient for t, gradient in zip(linears, dlinears, strict=True))
+    return dx, dnorm_weight, dnorm_bias, None, None, *dlinears, None, None, None, None, None
+
+
+torch.library.register_autograd("mvit3::separable_attention_training", _gradients, setup_context=_setup_context)
+registry.forbid_second_derivative("separable_attention_backward")
