@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
   const NormLinearGradients gradients(parameters, products, dbias, weight);
   return std::make_tuple(
       dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
-      write_bias(dbias, bias, weight));
+      write_bias(dbias, bias, x));
 }
 
 }  // namespace

@@ -137,8 +137,8 @@ inline void add_columns(const float* rows, int64_t stride, int64_t count, int64_
 }
 
 // The gradient of an optional bias: empty where there is none.
-inline Tensor write_bias(const Values& dbias, const std::optional<Tensor>& bias, const Tensor& weight) {
-  return bias ? write_channels(dbias, *bias) : torch::stable::new_empty(weight, {0});
+inline Tensor write_bias(const Values& dbias, const std::optional<Tensor>& bias, const Tensor& x) {
+  return bias ? write_channels(dbias, *bias) : torch::stable::new_empty(x, {0});
 }
 
 }  // namespace mvit3

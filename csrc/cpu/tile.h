@@ -29,12 +29,17 @@ float* workspace(int64_t floats) {
 
 inline int64_t parts_for(int64_t tasks) { return std::clamp<int64_t>(tasks, 1, torch::stable::get_num_threads()); }
 
-// Calls f(part, first row, number of rows) for tiles of at most kTileRows of `rows` rows.
+// The number of rows, whole blocks of them, whose tiles of `floats` floats a row fit a cache.
+inline int64_t tile_rows(int64_t floats) {
+  return std::clamp<int64_t>(kTileFloats / std::max<int64_t>(floats, 1) / kBlockRows * kBlockRows, kBlockRows, kTileRows);
+}
+
+// Calls f(part, first row, number of rows) for tiles of at most `tile` of `rows` rows.
 template <typename F>
-void for_each_tile(int64_t rows, int64_t parts, const F& f) {
+void for_each_tile(int64_t rows, int64_t parts, const F& f, int64_t tile = kTileRows) {
   for_each_part(parts, [&](int64_t part) {
     const Range range = part_range(rows, part, parts);
-    for (int64_t first = range.begin; first < range.end; first += kTileRows) f(part, first, std::min(kTileRows, range.end - first));
+    for (int64_t first = range.begin; first < range.end; first += tile) f(part, first, std::min(tile, range.end - first));
   });
 }
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map
-from ..norm_linear import norm_linear
+from ..norm_linear import gradient_fake, norm_linear, statistics_fake
 from ..registry import register
 from ..types import LayerNorm, Linear
 from . import reference
 
 __all__ = ["feed_forward"]
 
-KERNELS: tuple[dispatch.Kernel, ...] = ()
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
 
 
 def feed_forward(
@@ -51,8 +52,9 @@ def feed_forward(
     hidden = check_linear("fc1", fc1, width, None, x)
     check_linear("fc2", fc2, hidden, width, x)
     check_dropout(seed, x, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
-    dispatch.select("feed_forward", KERNELS, x)
-    return reference.feed_forward(x, norm, fc1, fc2, hidden_dropout, output_dropout, seed, norm_linear=norm_linear)
+    if dispatch.select("feed_forward", KERNELS, x) is None:
+        return reference.feed_forward(x, norm, fc1, fc2, hidden_dropout, output_dropout, seed, norm_linear=norm_linear)
+    return torch.ops.mvit3.feed_forward_forward(x, *norm, *fc1, *fc2, hidden_dropout, output_dropout, seed)[0]
 
 
 @register(
@@ -63,3 +65,52 @@ def feed_forward(
 def _op(x, norm_weight, norm_bias, eps, per_sample, weight1, bias1, weight2, bias2, hidden_dropout, output_dropout, seed):
     norm = LayerNorm(norm_weight, norm_bias, eps, per_sample)
     return feed_forward(x, norm, Linear(weight1, bias1), Linear(weight2, bias2), hidden_dropout, output_dropout, seed)
+
+
+# The kernel. mean and rstd of the norm are all that backward needs beside the inputs: it computes the hidden tensor again.
+
+_PARAMETERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, float hidden_dropout, float output_dropout, Tensor? seed"
+torch.library.define(
+    "mvit3::feed_forward_forward",
+    f"(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "mvit3::feed_forward_backward",
+    f"(Tensor dy, Tensor x, Tensor norm_weight, Tensor norm_bias, bool per_sample, {_PARAMETERS}, Tensor mean, Tensor rstd) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("mvit3::feed_forward_forward")
+def _forward_fake(x, norm_weight, norm_bias, eps, per_sample, *parameters):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *statistics_fake(x, per_sample)
+
+
+@torch.library.register_fake("mvit3::feed_forward_backward")
+def _backward_fake(dy, x, norm_weight, norm_bias, per_sample, *parameters):
+    return tuple(gradient_fake(t, x) for t in (x, norm_weight, norm_bias, *parameters[:4]))
+
+
+def _setup_context(ctx, inputs, output):
+    x, norm_weight, norm_bias, _, ctx.per_sample, *linears, hidden_dropout, output_dropout, seed = inputs
+    _, mean, rstd = output
+    ctx.dropouts = hidden_dropout, output_dropout
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, norm_weight, norm_bias, *linears, seed, mean, rstd)
+
+
+def _gradients(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 12
+    x, norm_weight, norm_bias, *linears, seed, mean, rstd = ctx.saved_tensors
+    arguments = (x, norm_weight, norm_bias, ctx.per_sample, *linears, *ctx.dropouts, seed, mean, rstd)
+    dx, dnorm_weight, dnorm_bias, *grads = torch.ops.mvit3.feed_forward_backward(dy, *arguments)
+    grads = (None if t is None else grad for t, grad in zip(linears, grads, strict=True))
+    return dx, dnorm_weight, dnorm_bias, None, None, *grads, None, None, None
+
+
+torch.library.register_autograd("mvit3::feed_forward_forward", _gradients, setup_context=_setup_context)
+registry.forbid_second_derivative("feed_forward_backward")

@@ -82,7 +82,7 @@ def _forward_fake(x, norm_weight, norm_bias, eps, per_sample, weight, bias):
 
 @torch.library.register_fake("mvit3::norm_linear_backward")
 def _backward_fake(dy, x, norm_weight, norm_bias, per_sample, weight, bias, mean, rstd):
-    return tuple(gradient_fake(t, weight) for t in (x, norm_weight, norm_bias, weight, bias))
+    return tuple(gradient_fake(t, x) for t in (x, norm_weight, norm_bias, weight, bias))
 
 
 def _setup_context(ctx, inputs, output):

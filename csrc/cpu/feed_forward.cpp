@@ -1,0 +1,120 @@
+// feed_forward: the pre-norm feed-forward network with its residual. Meaning: mvit3_kernels/ops/feed_forward/reference.py.
+//
+// Nothing of the hidden width is written to memory: backward computes a tile of the hidden tensor again from x, the gradient of the same
+// tile beside it, and adds to the weights' gradients in a part's accumulators. Masks of dropout are computed again as well.
+
+#include <tuple>
+
+#include "feed_forward.h"
+
+namespace mvit3 {
+namespace {
+
+template <typename T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+template <typename T>
+T* mutable_data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// y, and mean and 1 / deviation of each token or sample.
+std::tuple<Tensor, Tensor, Tensor> feed_forward_forward(
+    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& weight1,
+    const std::optional<Tensor>& bias1, const Tensor& weight2, const std::optional<Tensor>& bias2, double hidden_dropout,
+    double output_dropout, const std::optional<Tensor>& seed) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  const Tensor dense = torch::stable::contiguous(x), y = new_output(dense);
+  const Tokens tokens(dense);
+  const NormLinearParameters first(norm_weight, norm_bias, "weight1", weight1, "bias1", bias1, tokens.channels);
+  const FloatMatrix second("weight2", weight2, first.inputs, first.outputs);
+  const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
+  const int64_t count = per_sample ? tokens.samples : tokens.total();
+  const Tensor mean = torch::stable::new_empty(dense, {count}, ScalarType::Float), rstd = torch::stable::new_empty(mean, {count});
+  if (tokens.total() == 0) return std::make_tuple(y, mean, rstd);
+  const FeedForwardWeights weights(first, second, read_vector("bias2", bias2, tokens.channels));
+  dispatch_dtype("x", dense, [&](auto type) {
+    using T = decltype(type);
+    const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
+    feed_forward(map, eps, weights, dropout, mutable_data_of<T>(y));
+  });
+  return std::make_tuple(y, mean, rstd);
+}
+
+// Gradients of x, norm weight, norm bias, weight1, bias1 (empty without one), weight2 and bias2.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, bool per_sample, const Tensor& weight1,
+    const std::optional<Tensor>& bias1, const Tensor& weight2, const std::optional<Tensor>& bias2, double hidden_dropout,
+    double output_dropout, const std::optional<Tensor>& seed, const Tensor& mean, const Tensor& rstd) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, x), dx = new_output(dense);
+  const Tokens tokens(dense);
+  const NormLinearParameters parameters(norm_weight, norm_bias, "weight1", weight1, "bias1", bias1, tokens.channels);
+  const int64_t channels = parameters.inputs, wide = parameters.outputs, lanes = lanes_of(channels), wide_lanes = lanes_of(wide);
+  const FloatMatrix second("weight2", weight2, channels, wide);
+  const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
+
+  const Scratch<float> folded = parameters.folded_weight(), bias = parameters.folded_bias();
+  const PackedWeight forward = PackedWeight::rows(folded.data(), wide, channels, channels);
+  const PackedWeight first_transposed = PackedWeight::columns(folded.data(), channels, wide, channels);
+  const PackedWeight second_transposed = PackedWeight::columns(second.data(), wide, channels, wide);
+
+  const int64_t parts = count_parts(tokens.total() * channels * wide, 1 << 22);
+  auto products1 = accumulators<float>(parts, wide * lanes), products2 = accumulators<float>(parts, channels * wide_lanes);
+  auto sums1 = accumulators<double>(parts, wide_lanes), sums2 = accumulators<double>(parts, lanes);
+  dispatch_dtype("x", dense, [&](auto type) {
+    using T = decltype(type);
+    const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
+    NormedMapBackward<T> norm(map, data_of<T>(dense_dy), mutable_data_of<T>(dx), parts);
+    const int64_t floats = 3 * lanes + 2 * wide_lanes, tile = tile_rows(floats);
+    for_each_tile(tokens.total(), parts, [&](int64_t part, int64_t first, int64_t count) {
+      float* normalised = workspace(tile * floats);
+      float *dnormalised = normalised + tile * lanes, *memory = dnormalised + tile * lanes, *hidden = memory + tile * lanes;
+      float* dhidden = hidden + tile * wide_lanes;
+      const T* given = data_of<T>(dense_dy) + first * channels;
+      FloatRows grads = as_floats(given, channels, count, channels, memory);
+      if (dropout.output.active()) {
+        const TileMask mask(dropout.output, first, count, tokens.rows, channels);
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t c = 0; c < channels; c += kLanes)
+            store(memory + r * lanes + c, mask(load_some(given + r * channels + c, channels - c), r, c));
+        grads = {memory, lanes};
+      }
+      const TileMask mask(dropout.hidden, first, count, tokens.rows, wide);
+      map.normalise_again(first, count, normalised, lanes);
+      multiply_into(normalised, lanes, count, forward, hidden, wide_lanes);
+      multiply(grads.data, grads.stride, count, second_transposed, [&](int64_t r, int64_t c, Vec product) {
+        float* at = hidden + r * wide_lanes + c;
+        Vec value, slope;
+        activate_with_slope<kSilu>(load(at) + load(bias.data() + c), value, slope);
+        store(at, mask(value, r, c));
+        store(dhidden + r * wide_lanes + c, mask(product * slope, r, c));
+      });
+      add_outer(grads.data, grads.stride, channels, hidden, wide_lanes, wide_lanes, count, products2[part].data(), wide_lanes);
+      add_columns(grads.data, grads.stride, count, channels, sums2[part].data());
+      add_outer(dhidden, wide_lanes, wide, normalised, lanes, lanes, count, products1[part].data(), lanes);
+      add_columns(dhidden, wide_lanes, count, wide, sums1[part].data());
+      multiply_into(dhidden, wide_lanes, count, first_transposed, dnormalised, lanes);
+      norm.tile(part, first, count, dnormalised, normalised, lanes);
+    }, tile);
+    norm.finish();
+  });
+
+  const Values dbias1 = add_up(sums1, wide), dbias2 = add_up(sums2, channels);
+  const NormLinearGradients gradients(parameters, products1, dbias1, weight1);
+  const Tensor dweight2 = torch::stable::new_empty(weight2, weight2.sizes());
+  dispatch_dtype("weight2", weight2, [&](auto type) { add_up_rows(products2, channels, wide, wide_lanes, mutable_data_of<decltype(type)>(dweight2)); });
+  return std::make_tuple(
+      dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
+      write_bias(dbias1, bias1, x), dweight2, write_bias(dbias2, bias2, x));
+}
+
+}  // namespace
+}  // namespace mvit3
+
+STABLE_TORCH_LIBRARY_IMPL(mvit3, CPU, m) {
+  m.impl("feed_forward_forward", TORCH_BOX(&mvit3::feed_forward_forward));
+  m.impl("feed_forward_backward", TORCH_BOX(&mvit3::feed_forward_backward));
+}

@@ -1,0 +1,70 @@
+// y = x + dropout(W2 dropout(SiLU(W1 norm(x) + b1)) + b2). The hidden tensor exists in tiles only.
+#pragma once
+
+#include "activation.h"
+#include "norm_linear.h"
+#include "random.h"
+
+namespace mvit3 {
+
+// What the forward pass reads: packed once for a version of the parameters.
+struct FeedForwardWeights {
+  NormLinearWeights first;
+  PackedWeight second;
+  Scratch<float> bias;
+
+  FeedForwardWeights(const NormLinearParameters& first, const FloatMatrix& second, Scratch<float> bias)
+      : first(first), second(PackedWeight::rows(second.data(), first.inputs, first.outputs, first.outputs)), bias(std::move(bias)) {}
+};
+
+// The two dropouts of a call.
+struct FeedForwardDropout {
+  Dropout hidden, output;
+
+  FeedForwardDropout(double hidden, double output, const std::optional<Tensor>& seed) : hidden(hidden, seed, 0), output(output, seed, 1) {}
+};
+
+// The part of a mask that belongs to the rows of a tile.
+class TileMask {
+ public:
+  TileMask(const Dropout& dropout, int64_t first, int64_t count, int64_t rows_per_sample, int64_t width) : dropout_(dropout) {
+    if (!dropout.active()) return;
+    for (int64_t r = 0; r < count; ++r) {
+      keys_[r] = dropout.key((first + r) / rows_per_sample);
+      elements_[r] = (first + r) % rows_per_sample * width;
+    }
+  }
+
+  // `value` times the mask of row r of the tile, from column c.
+  MVIT3_INLINE Vec operator()(Vec value, int64_t r, int64_t c) const {
+    return dropout_.active() ? value * dropout_(keys_[r], elements_[r] + c) : value;
+  }
+
+ private:
+  const Dropout& dropout_;
+  uint32_t keys_[kTileRows];
+  int64_t elements_[kTileRows];
+};
+
+// Statistics that the map has no memory for are not kept.
+template <typename T>
+void feed_forward(const NormedMap<T>& x, double eps, const FeedForwardWeights& w, const FeedForwardDropout& dropout, T* y) {
+  const int64_t channels = x.tokens().channels, lanes = lanes_of(channels), wide = w.second.inputs(), wide_lanes = lanes_of(wide);
+  const int64_t tile = tile_rows(lanes + wide_lanes);
+  x.measure(eps);
+  for_each_tile(x.tokens().total(), count_parts(x.tokens().total() * channels * wide, 1 << 19), [&](int64_t, int64_t first, int64_t count) {
+    float* normalised = workspace(tile * (lanes + wide_lanes));
+    float* hidden = normalised + tile * lanes;
+    const TileMask hidden_mask(dropout.hidden, first, count, x.tokens().rows, wide), mask(dropout.output, first, count, x.tokens().rows, channels);
+    x.normalise(first, count, eps, normalised, lanes);
+    multiply(normalised, lanes, count, w.first.weight, [&](int64_t r, int64_t c, Vec sums) {
+      store(hidden + r * wide_lanes + c, hidden_mask(activate<kSilu>(sums + load(w.first.bias.data() + c)), r, c));
+    });
+    multiply(hidden, wide_lanes, count, w.second, [&](int64_t r, int64_t c, Vec sums) {
+      const int64_t left = channels - c;
+      store_some(y + (first + r) * channels + c, load_some(x.row(first + r) + c, left) + mask(sums + load(w.bias.data() + c), r, c), left);
+    });
+  }, tile);
+}
+
+}  // namespace mvit3
