@@ -30,13 +30,13 @@ class Dropout {
 
   uint32_t key(int64_t sample) const { return mix(mix(low_ + uint32_t(sample) * kGolden, 16, kFirst) ^ high_ ^ site_, 15, kSecond); }
 
-  // Of sixteen elements of the sample with this key: 1 / (1 - p) where the element is kept, 0 where it is dropped.
-  MVIT3_INLINE Vec operator()(uint32_t key, int64_t element) const {
-    const uint32_t first = uint32_t(element) * kGolden;
+  // Of sixteen elements, `step` apart, of the sample with this key: 1 / (1 - p) where the element is kept, 0 where it is dropped.
+  MVIT3_INLINE Vec operator()(uint32_t key, int64_t element, int64_t step = 1) const {
+    const uint32_t first = uint32_t(element) * kGolden, stride = uint32_t(step) * kGolden;
     Vec kept;
     for (int i = 0; i < kParts; ++i) {
       NativeWord word;
-      for (int lane = 0; lane < kWidth; ++lane) word[lane] = uint32_t(i * kWidth + lane) * kGolden;  // a constant
+      for (int lane = 0; lane < kWidth; ++lane) word[lane] = uint32_t(i * kWidth + lane) * stride;  // constant in a loop
       word = mix((word + first) ^ key, 16, kFirst);
       word = mix(word ^ key * kGolden, 15, kSecond);
       word ^= word >> 16;

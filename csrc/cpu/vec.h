@@ -178,6 +178,17 @@ MVIT3_INLINE Vec clamp(Vec x, Vec low, Vec high) {
 #endif
 }
 
+// 2^r for -1/2 .. 1/2: minimax, relative error 2e-9.
+MVIT3_INLINE Vec exp2_fraction(Vec r) {
+  Vec p = 1.53532572e-4f;
+  p = fma(p, r, 1.33990031e-3f);
+  p = fma(p, r, 9.61843878e-3f);
+  p = fma(p, r, 5.55033199e-2f);
+  p = fma(p, r, 0.240226477f);
+  p = fma(p, r, 0.693147182f);
+  return fma(p, r, 1.0f);
+}
+
 // 2^(x * factor) for |x * factor| up to 126, and beyond: inf above 128 (127.5 without AVX-512), about 1e-38 below, NaN for NaN. `rest` is
 // what float32 lacks of the factor: without it the result of a large |x| is off by up to |x| * 2e-8, relatively.
 template <bool Exact>
@@ -196,13 +207,7 @@ MVIT3_INLINE Vec exp2_scaled(Vec x, float factor, float rest) {
 #endif
   Vec r = fma(v, factor, Vec(0.0f) - n);
   if constexpr (Exact) r = fma(v, rest, r);
-  Vec p = 1.53532572e-4f;  // minimax for 2^r on -1/2 .. 1/2, relative error 2e-9
-  p = fma(p, r, 1.33990031e-3f);
-  p = fma(p, r, 9.61843878e-3f);
-  p = fma(p, r, 5.55033199e-2f);
-  p = fma(p, r, 0.240226477f);
-  p = fma(p, r, 0.693147182f);
-  p = fma(p, r, 1.0f);
+  Vec p = exp2_fraction(r);
 #if defined(__AVX512F__)
   p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(n.part[0])));
   return p;
@@ -211,6 +216,36 @@ MVIT3_INLINE Vec exp2_scaled(Vec x, float factor, float rest) {
   const Vec infinity = std::numeric_limits<float>::infinity();
   return factor > 0 ? select_greater(x, kMax, infinity, p) : select_greater(-kMax, x, infinity, p);
 #endif
+}
+
+// 2^x, within 2 ulp, for -126 .. 126; the value at the nearer end beyond, NaN for NaN.
+MVIT3_INLINE Vec exp2(Vec x) {
+  const Vec v = clamp(x, -126.0f, 126.0f);
+#if defined(__AVX512F__)
+  Vec n;
+  n.part[0] = NativeFloat(_mm512_roundscale_ps(__m512(v.part[0]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  Vec p = exp2_fraction(v - n);
+  p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(n.part[0])));
+#else
+  const Vec magic = 12582912.0f, shifted = v + magic;
+  Vec p = exp2_fraction(v - (shifted - magic));
+  for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(shifted.part[i]) << 23));
+#endif
+  return p;
+}
+
+// The greater of two; `b` where one of them is NaN.
+MVIT3_INLINE Vec max(Vec a, Vec b) { return select_greater(a, b, a, b); }
+
+// The sum of the lanes, in a fixed order.
+MVIT3_INLINE float sum_of_lanes(Vec v) {
+  NativeFloat sum = v.part[0];
+  for (int i = 1; i < kParts; ++i) sum += v.part[i];
+  float lanes[kWidth];
+  *reinterpret_cast<UnalignedFloat*>(lanes) = sum;
+  for (int width = kWidth / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 constexpr float kLog2e = 1.442695f, kLog2eRest = 1.925963e-8f;

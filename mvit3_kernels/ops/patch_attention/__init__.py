@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, registry
 from ..checks import check_dropout, check_map, check_patches
 from ..registry import register
 from . import reference
 
 __all__ = ["patch_attention"]
 
-KERNELS: tuple[dispatch.Kernel, ...] = ()
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
 
 
 def patch_attention(
@@ -45,10 +46,53 @@ def patch_attention(
     check_patches("qkv", qkv, patch_size)
     check_dropout(seed, qkv, dropout=dropout)
     qkv = dispatch.autocast(qkv)
-    dispatch.select("patch_attention", KERNELS, qkv)
-    return reference.patch_attention(qkv, num_heads, patch_size, dropout, seed)
+    if dispatch.select("patch_attention", KERNELS, qkv) is None:
+        return reference.patch_attention(qkv, num_heads, patch_size, dropout, seed)
+    return torch.ops.mvit3.patch_attention_forward(qkv, num_heads, *patch_size, dropout, seed)[0]
 
 
 @register("patch_attention", "(Tensor qkv, int num_heads, int[2] patch_size, float dropout, Tensor? seed) -> Tensor")
 def _op(qkv, num_heads, patch_size, dropout, seed):
     return patch_attention(qkv, num_heads, tuple(patch_size), dropout, seed)
+
+
+# The kernels. Backward needs qkv, out and, of the probabilities, the log-sum-exp of each query's scores.
+
+_GEOMETRY = "int num_heads, int patch_height, int patch_width, float dropout, Tensor? seed"
+
+for _name, _schema in {
+    "forward": f"(Tensor qkv, {_GEOMETRY}) -> (Tensor, Tensor)",
+    "backward": f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_GEOMETRY}) -> Tensor",
+}.items():
+    torch.library.define(f"mvit3::patch_attention_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.register_fake("mvit3::patch_attention_forward")
+def _forward_fake(qkv, num_heads, patch_height, patch_width, dropout, seed):
+    batch, height, width, channels = qkv.shape
+    tokens = (height // patch_height) * (width // patch_width)
+    lse = qkv.new_empty(batch, patch_height * patch_width, num_heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(batch, height, width, channels // 3), lse
+
+
+@torch.library.register_fake("mvit3::patch_attention_backward")
+def _backward_fake(dout, qkv, *_):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv, *ctx.geometry, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output, seed)
+
+
+def _gradients(ctx, dout, _):
+    if dout is None:
+        return (None,) * 6
+    *saved, seed = ctx.saved_tensors
+    return torch.ops.mvit3.patch_attention_backward(dout, *saved, *ctx.geometry, seed), *(None,) * 5
+
+
+torch.library.register_autograd("mvit3::patch_attention_forward", _gradients, setup_context=_setup_context)
+registry.forbid_second_derivative("patch_attention_backward")

@@ -1,0 +1,195 @@
+// patch_attention: multi-head softmax attention among the pixels that share their position inside a patch. Forward core and geometry.
+//
+// Unfold and fold are index arithmetic: a head of a group of pixels is copied to dense rows in a thread's cache (and converted to float32
+// there), and the result is written where the pixels lie. The vector lanes are queries: scores are S^T[key][query], so that neither a
+// head width nor a number of keys is padded, the softmax runs along rows, and keys and values are read by the micro-kernel as they are.
+// Scores are in units of log 2. Many keys are taken in blocks, with the running maximum and sum of the online softmax.
+#pragma once
+
+#include <cmath>
+
+#include "random.h"
+#include "tile.h"
+#include "transpose.h"
+
+namespace mvit3 {
+
+// The pixels of one image that share their position inside a patch, as one head sees them, are a group: its tokens attend to each other.
+struct PatchGroups {
+  int64_t batch, height, width, heads, dim, patch_height, patch_width;
+
+  int64_t channels() const { return heads * dim; }
+  int64_t tokens() const { return (height / patch_height) * (width / patch_width); }
+  int64_t per_image() const { return patch_height * patch_width * heads; }
+  int64_t groups() const { return batch * per_image(); }
+  int64_t channel(int64_t group) const { return group % heads * dim; }
+  float scale() const { return float(1 / std::sqrt(double(dim))); }
+
+  // f(i, pixel) for tokens first..first+count-1 of a group: the i'th of them is that pixel of the whole map.
+  template <typename F>
+  MVIT3_INLINE void for_each_token(int64_t group, int64_t first, int64_t count, const F& f) const {
+    const int64_t position = group / heads % (patch_height * patch_width), columns = width / patch_width;
+    int64_t row = group / per_image() * height + first / columns * patch_height + position / patch_width, column = first % columns;
+    for (int64_t i = 0; i < count; ++i) {
+      f(i, row * width + column * patch_width + position % patch_width);
+      if (++column == columns) column = 0, row += patch_height;
+    }
+  }
+
+  // Tokens of a group from a map x of `stride` channels, beginning at `channel`, as dense float32 rows. The last row may be followed by
+  // up to a vector of anything.
+  template <typename T>
+  void load_tokens(int64_t group, int64_t first, int64_t count, const T* x, int64_t stride, int64_t channel, float* rows) const {
+    for_each_token(group, first, count, [&](int64_t i, int64_t pixel) {
+      const T* source = x + pixel * stride + channel;
+      for (int64_t c = 0; c < dim; c += kLanes) store(rows + i * dim + c, load_some(source + c, dim - c));
+    });
+  }
+
+  // The way back, from rows of lanes_of(dim) floats, each times factor(i).
+  template <typename T, typename Factor>
+  void store_tokens(int64_t group, int64_t first, int64_t count, const float* rows, const Factor& factor, T* x, int64_t stride, int64_t channel) const {
+    for_each_token(group, first, count, [&](int64_t i, int64_t pixel) {
+      T* target = x + pixel * stride + channel;
+      for (int64_t c = 0; c < dim; c += kLanes) store_some(target + c, load(rows + i * lanes_of(dim) + c) * factor(i), dim - c);
+    });
+  }
+};
+
+// What a product does with its sums.
+struct StoreSums {
+  float* out;
+  int64_t stride;
+  MVIT3_INLINE void operator()(int64_t row, int64_t column, Vec sums) const { store(out + row * stride + column, sums); }
+};
+
+struct AddSums {
+  float* out;
+  int64_t stride;
+  MVIT3_INLINE void operator()(int64_t row, int64_t column, Vec sums) const {
+    float* p = out + row * stride + column;
+    store(p, load(p) + sums);
+  }
+};
+
+// Attention of blocks of kPanel queries; a group has blocks_per_group() of them.
+template <typename T>
+class AttentionForward {
+ public:
+  static constexpr int64_t kKeys = 128;  // of a block of scores: 16 KiB
+
+  // `lse`, if not null, receives the binary logarithm of each query's sum of 2^score: (groups, tokens).
+  AttentionForward(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse)
+      : g_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse) {}
+
+  int64_t blocks_per_group() const { return (g_.tokens() + kPanel - 1) / kPanel; }
+  int64_t blocks() const { return g_.groups() * blocks_per_group(); }
+
+  // The memory that `run` needs.
+  int64_t floats() const { return 2 * key_floats() + std::min(kKeys, g_.tokens()) * kPanel + 2 * g_.dim * kPanel + kPanel * lanes_of(g_.dim) + 2 * kPanel; }
+
+  void run(Range blocks, float* memory) const {
+    const int64_t per_group = blocks_per_group();
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const int64_t group = block / per_group, first = block % per_group * kPanel, count = std::min(kPanel, g_.tokens() - first);
+      if (block == blocks.begin || first == 0) {
+        const int64_t channel = g_.channel(group);
+        g_.load_tokens(group, 0, g_.tokens(), qkv_, 3 * g_.channels(), g_.channels() + channel, memory);
+        g_.load_tokens(group, 0, g_.tokens(), qkv_, 3 * g_.channels(), 2 * g_.channels() + channel, memory + key_floats());
+      }
+      if (count > kLanes)
+        attend<kPanelVecs>(group, first, count, memory);
+      else
+        attend<1>(group, first, count, memory);
+    }
+  }
+
+ private:
+  int64_t key_floats() const { return round_up(g_.tokens() * g_.dim + kLanes, kLanes); }
+
+  template <int Vecs>
+  void attend(int64_t group, int64_t first, int64_t count, float* memory) const {
+    constexpr int64_t kWide = Vecs * kLanes;
+    const int64_t dim = g_.dim, tokens = g_.tokens();
+    const float *keys = memory, *values = keys + key_floats();
+    float *scores = memory + 2 * key_floats(), *queries = scores + std::min(kKeys, tokens) * kPanel, *sums = queries + dim * kPanel;
+    float *rows = sums + dim * kPanel, *greatest = rows + kPanel * lanes_of(dim), *totals = greatest + kPanel;
+
+    g_.load_tokens(group, first, count, qkv_, 3 * g_.channels(), g_.channel(group), rows);
+    transpose(rows, dim, count, dim, g_.scale() * kLog2e, queries, kWide);
+    std::fill_n(sums, dim * kWide, 0.0f);
+
+    Vec top[Vecs], total[Vecs];
+    for (int v = 0; v < Vecs; ++v) {
+      top[v] = -std::numeric_limits<float>::infinity();
+      total[v] = 0.0f;
+    }
+    for (int64_t key = 0; key < tokens; key += kKeys) {
+      const int64_t n = std::min(kKeys, tokens - key);
+      multiply_panel(n, Vecs, {keys + key * dim, queries, dim, 1, kWide, dim}, 0, StoreSums{scores, kWide});
+      Vec before[Vecs];
+      for (int v = 0; v < Vecs; ++v) before[v] = top[v];
+      for (int64_t k = 0; k < n; ++k)
+        for (int v = 0; v < Vecs; ++v) top[v] = max(load(scores + k * kWide + v * kLanes), top[v]);
+      if (key > 0)
+        for (int v = 0; v < Vecs; ++v) {
+          const Vec shrink = exp2(before[v] - top[v]);
+          total[v] = total[v] * shrink;
+          for (int64_t c = 0; c < dim; ++c) {
+            float* p = sums + c * kWide + v * kLanes;
+            store(p, load(p) * shrink);
+          }
+        }
+      for (int64_t begin = 0; begin < n; begin += 16) {  // short runs: what a sum of many terms rounds off, every output would share
+        Vec run[Vecs] = {};
+        for (int64_t k = begin; k < std::min(begin + 16, n); ++k)
+          for (int v = 0; v < Vecs; ++v) {
+            float* p = scores + k * kWide + v * kLanes;
+            const Vec weight = exp2(load(p) - top[v]);
+            run[v] += weight;
+            store(p, weight);
+          }
+        for (int v = 0; v < Vecs; ++v) total[v] += run[v];
+      }
+      if (dropout_.active()) drop<Vecs>(group, first, key, n, scores);
+      add_outer(values + key * dim, dim, dim, scores, kWide, kWide, n, sums, kWide);
+    }
+
+    for (int v = 0; v < Vecs; ++v) {
+      store(greatest + v * kLanes, top[v]);
+      store(totals + v * kLanes, total[v]);
+    }
+    transpose(sums, kWide, dim, count, 1.0f, rows, lanes_of(dim));
+    g_.store_tokens(group, first, count, rows, [&](int64_t i) { return Vec(1 / totals[i]); }, out_, g_.channels(), g_.channel(group));
+    if (lse_)
+      for (int64_t i = 0; i < count; ++i) lse_[group * tokens + first + i] = greatest[i] + std::log2(totals[i]);
+  }
+
+  template <int Vecs>
+  void drop(int64_t group, int64_t first, int64_t key, int64_t n, float* weights) const {
+    const int64_t tokens = g_.tokens(), in_image = group % g_.per_image();
+    const uint32_t seed = dropout_.key(group / g_.per_image());
+    for (int64_t k = 0; k < n; ++k)
+      for (int v = 0; v < Vecs; ++v) {
+        float* p = weights + k * Vecs * kLanes + v * kLanes;
+        store(p, load(p) * dropout_(seed, (in_image * tokens + first + v * kLanes) * tokens + key + k, tokens));
+      }
+  }
+
+  const PatchGroups& g_;
+  const Dropout& dropout_;
+  const T* qkv_;
+  T* out_;
+  float* lse_;
+};
+
+// qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads.
+template <typename T>
+void patch_attention(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse) {
+  const AttentionForward<T> forward(groups, dropout, qkv, out, lse);
+  const int64_t work = groups.groups() * groups.tokens() * groups.tokens() * 2 * groups.dim;
+  const int64_t parts = std::min(forward.blocks(), count_parts(work, 1 << 17));
+  for_each_part(parts, [&](int64_t part) { forward.run(part_range(forward.blocks(), part, parts), workspace(forward.floats())); });
+}
+
+}  // namespace mvit3
