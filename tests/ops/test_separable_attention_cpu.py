@@ -208,7 +208,7 @@ def test_compiles_whole():
 
 
 def test_what_it_refuses():
-    with mvit3_kernels.backend("cpu"), pytest.raises(mvit3_kernels.BackendError, match="float32, bfloat16 and float16, x is torch.float64"):
+    with mvit3_kernels.backend("cpu"), pytest.raises(mvit3_kernels.BackendError, match=r"float32, bfloat16 and float16, x is torch\.float64"):
         separable_attention(**make((2, 4, 6, 5)))
 
 
@@ -219,7 +219,7 @@ def test_the_kernel_checks_what_it_is_given():
         op(x, *norm, *qkv, *out_proj, 3, 2)
     with pytest.raises(RuntimeError, match=r"1 \+ 2D rows"):
         op(x, *norm, qkv.weight[:-1], qkv.bias, *out_proj, 2, 2)
-    with pytest.raises(RuntimeError, match="out_proj.weight must have 5 x 5"):
+    with pytest.raises(RuntimeError, match=r"out_proj\.weight must have 5 x 5"):
         op(x, *norm, *qkv, out_proj.weight[:-1], out_proj.bias, 2, 2)
 
 
