@@ -56,13 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
   const FloatMatrix second("weight2", weight2, channels, wide);
   const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
 
-  const Scratch<float> folded = parameters.folded_weight(), bias = parameters.folded_bias();
-  const PackedWeight forward = PackedWeight::rows(folded.data(), wide, channels, channels);
-  const PackedWeight first_transposed = PackedWeight::columns(folded.data(), channels, wide, channels);
+  const Scratch<float> bias = parameters.folded_bias();
+  const PackedWeight forward = parameters.packed(), first_transposed = parameters.transposed();
   const PackedWeight second_transposed = PackedWeight::columns(second.data(), wide, channels, wide);
 
-  const int64_t parts = count_parts(tokens.total() * channels * wide, 1 << 22);
-  auto products1 = accumulators<float>(parts, wide * lanes), products2 = accumulators<float>(parts, channels * wide_lanes);
+  const int64_t parts = count_parts(tokens.total() * channels * wide, 1 << 21);
+  OuterSums products1(parts, wide, lanes), products2(parts, channels, wide_lanes);
   auto sums1 = accumulators<double>(parts, wide_lanes), sums2 = accumulators<double>(parts, lanes);
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
@@ -92,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
         store(at, mask(value, r, c));
         store(dhidden + r * wide_lanes + c, mask(product * slope, r, c));
       });
-      add_outer(grads.data, grads.stride, channels, hidden, wide_lanes, wide_lanes, count, products2[part].data(), wide_lanes);
+      products2.add(part, grads, hidden, count);
       add_columns(grads.data, grads.stride, count, channels, sums2[part].data());
-      add_outer(dhidden, wide_lanes, wide, normalised, lanes, lanes, count, products1[part].data(), lanes);
+      products1.add(part, {dhidden, wide_lanes}, normalised, count);
       add_columns(dhidden, wide_lanes, count, wide, sums1[part].data());
       multiply_into(dhidden, wide_lanes, count, first_transposed, dnormalised, lanes);
       norm.tile(part, first, count, dnormalised, normalised, lanes);
@@ -103,9 +102,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
   });
 
   const Values dbias1 = add_up(sums1, wide), dbias2 = add_up(sums2, channels);
-  const NormLinearGradients gradients(parameters, products1, dbias1, weight1);
+  const NormLinearGradients gradients(parameters, products1.parts(), dbias1, weight1);
   const Tensor dweight2 = torch::stable::new_empty(weight2, weight2.sizes());
-  dispatch_dtype("weight2", weight2, [&](auto type) { add_up_rows(products2, channels, wide, wide_lanes, mutable_data_of<decltype(type)>(dweight2)); });
+  dispatch_dtype("weight2", weight2, [&](auto type) { add_up_rows(products2.parts(), channels, wide, wide_lanes, mutable_data_of<decltype(type)>(dweight2)); });
   return std::make_tuple(
       dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
       write_bias(dbias1, bias1, x), dweight2, write_bias(dbias2, bias2, x));

@@ -36,17 +36,33 @@ class PackedWeight {
     });
   }
 
-  // The weight w (outputs, inputs), its rows `stride` apart.
-  static PackedWeight rows(const float* w, int64_t outputs, int64_t inputs, int64_t stride) {
-    return PackedWeight(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * stride + i]; });
+  // The weight w (outputs, inputs), its rows `stride` apart; with `scale`, padded to whole vectors, column c times scale[c].
+  static PackedWeight rows(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
+    PackedWeight packed(outputs, inputs);
+    packed.for_each_panel([&](int64_t first, int64_t width, float* out) {
+      for (int64_t i = 0; i < inputs; i += kLanes)  // what is written stays in the first-level cache
+        for (int64_t o = 0; o < width; o += kLanes) {
+          alignas(64) float square[kLanes * kLanes];
+          for (int64_t r = 0; r < kLanes; ++r) {
+            Vec row = first + o + r < outputs ? load_some(w + (first + o + r) * stride + i, inputs - i) : Vec(0.0f);
+            store(square + r * kLanes, scale ? row * load(scale + i) : row);
+          }
+          transpose(square);
+          for (int64_t r = 0; r < std::min<int64_t>(kLanes, inputs - i); ++r) store(out + (i + r) * width + o, load(square + r * kLanes));
+        }
+    });
+    return packed;
   }
 
-  // The transpose of w (inputs, outputs), its rows `stride` apart.
-  static PackedWeight columns(const float* w, int64_t outputs, int64_t inputs, int64_t stride) {
+  // The transpose of w (inputs, outputs), its rows `stride` apart; `scale` as above.
+  static PackedWeight columns(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
     PackedWeight packed(outputs, inputs);
     packed.for_each_panel([&](int64_t first, int64_t width, float* out) {
       for (int64_t i = 0; i < inputs; ++i)
-        for (int64_t o = 0; o < width; o += kLanes) store(out + i * width + o, load_some(w + i * stride + first + o, outputs - first - o));
+        for (int64_t o = 0; o < width; o += kLanes) {
+          const Vec row = load_some(w + i * stride + first + o, outputs - first - o);
+          store(out + i * width + o, scale ? row * load(scale + first + o) : row);
+        }
     });
     return packed;
   }
@@ -139,13 +155,14 @@ inline void multiply_into(
   });
 }
 
-// out (columns of a, columns of b) += a^T b over `rows` rows. Rows of b and of out are padded to whole vectors.
+// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `rows` rows. Rows of b and of out are padded to whole vectors.
 inline void add_outer(
-    const float* a, int64_t a_stride, int64_t a_columns, const float* b, int64_t b_stride, int64_t b_columns, int64_t rows, float* out, int64_t out_stride) {
+    const float* a, int64_t a_stride, int64_t a_columns, const float* b, int64_t b_stride, int64_t b_columns, int64_t rows, float* out, int64_t out_stride,
+    bool add = true) {
   for (int64_t column = 0; column < b_columns; column += kPanel) {
     const int64_t vecs = std::min<int64_t>(kPanelVecs, (b_columns - column + kLanes - 1) / kLanes);
     for_each_block_of(a_columns, {a, b + column, 1, a_stride, b_stride, rows}, [&](int64_t first, int64_t count, const Operands& in) {
-      multiply_block(count, vecs, in, out + first * out_stride + column, out_stride, true);
+      multiply_block(count, vecs, in, out + first * out_stride + column, out_stride, add);
     });
   }
 }

@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
   const NormLinearParameters parameters(norm_weight, norm_bias, "weight", weight, "bias", bias, tokens.channels);
   const int64_t inputs = parameters.inputs, outputs = parameters.outputs, lanes = lanes_of(inputs), out_lanes = lanes_of(outputs);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.numel() == tokens.total() * outputs, "dy must have the dtype and rows of x");
-  const PackedWeight transposed = PackedWeight::columns(parameters.folded_weight().data(), inputs, outputs, inputs);
-  const int64_t parts = count_parts(tokens.total() * inputs);
-  auto products = accumulators<float>(parts, outputs * lanes);
+  const PackedWeight transposed = parameters.transposed();
+  const int64_t parts = count_parts(tokens.total() * inputs * outputs, 1 << 21);
+  OuterSums products(parts, outputs, lanes);
   auto sums = accumulators<double>(parts, out_lanes);
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
@@ -64,14 +64,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
       const FloatRows rows = as_floats(data_of<T>(dense_dy) + first * outputs, outputs, count, outputs, memory);
       map.normalise_again(first, count, normalised, lanes);
       multiply_into(rows.data, rows.stride, count, transposed, grads, lanes);
-      add_outer(rows.data, rows.stride, outputs, normalised, lanes, lanes, count, products[part].data(), lanes);
+      products.add(part, rows, normalised, count);
       add_columns(rows.data, rows.stride, count, outputs, sums[part].data());
       norm.tile(part, first, count, grads, normalised, lanes);
     });
     norm.finish();
   });
   const Values dbias = add_up(sums, outputs);
-  const NormLinearGradients gradients(parameters, products, dbias, weight);
+  const NormLinearGradients gradients(parameters, products.parts(), dbias, weight);
   return std::make_tuple(
       dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
       write_bias(dbias, bias, x));

@@ -38,13 +38,18 @@ struct NormLinearParameters {
   // b + W beta
   Scratch<float> folded_bias() const {
     Scratch<float> out(std::max<int64_t>(lanes_of(outputs), 1), 0.0f);
+    const Scratch<float> shift = this->shift();
     for_each_output([&](int64_t o) {
-      double sum = bias[o];
-      for (int64_t c = 0; c < inputs; ++c) sum += double(weight.data()[o * inputs + c]) * beta[c];
-      out[o] = float(sum);
+      Vec sum = 0.0f;
+      for (int64_t c = 0; c < inputs; c += kLanes) sum = fma(load_some(weight.data() + o * inputs + c, inputs - c), load(shift.data() + c), sum);
+      out[o] = float(bias[o] + sum_lanes(sum));
     });
     return out;
   }
+
+  // W gamma and its transpose.
+  PackedWeight packed() const { return PackedWeight::rows(weight.data(), outputs, inputs, inputs, scale().data()); }
+  PackedWeight transposed() const { return PackedWeight::columns(weight.data(), inputs, outputs, inputs, scale().data()); }
 
  private:
   static Scratch<float> padded(const Values& values) {
@@ -68,8 +73,7 @@ struct NormLinearWeights {
   PackedWeight weight;
   Scratch<float> bias;
 
-  explicit NormLinearWeights(const NormLinearParameters& p)
-      : weight(PackedWeight::rows(p.folded_weight().data(), p.outputs, p.inputs, p.inputs)), bias(p.folded_bias()) {}
+  explicit NormLinearWeights(const NormLinearParameters& p) : weight(p.packed()), bias(p.folded_bias()) {}
 };
 
 // y, (rows of the map, outputs). Statistics that the map has no memory for are not kept.

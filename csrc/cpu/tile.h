@@ -96,6 +96,33 @@ void add_up_rows(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t
   });
 }
 
+// Sums of products a^T b over the rows of tiles, one a part: the gradient of a weight. The first product of a part is written, not
+// added, so that nothing is cleared.
+class OuterSums {
+ public:
+  // `columns` of a, rows of `stride` floats for the columns of b, padded to whole vectors.
+  OuterSums(int64_t parts, int64_t columns, int64_t stride) : columns_(columns), stride_(stride), begun_(parts, false) {
+    for (int64_t i = 0; i < parts; ++i) sums_.emplace_back(columns * stride);
+  }
+
+  void add(int64_t part, const FloatRows& a, const float* b, int64_t count) {
+    add_outer(a.data, a.stride, columns_, b, stride_, stride_, count, sums_[part].data(), stride_, begun_[part]);
+    begun_[part] = true;
+  }
+
+  // Of all parts, after the last product.
+  const std::vector<Scratch<float>>& parts() {
+    for (size_t i = 0; i < sums_.size(); ++i)
+      if (!begun_[i]) std::fill_n(sums_[i].data(), columns_ * stride_, 0.0f);
+    return sums_;
+  }
+
+ private:
+  int64_t columns_, stride_;
+  std::vector<Scratch<float>> sums_;
+  std::vector<char> begun_;
+};
+
 // A weight of any storage type as float32 (outputs, inputs): where it lies, or a copy.
 class FloatMatrix {
  public:
@@ -108,8 +135,9 @@ class FloatMatrix {
       if constexpr (std::is_same_v<T, float>)
         data_ = static_cast<const float*>(dense_.data_ptr());
       else {
+        const int64_t count = outputs * inputs;
         const T* source = static_cast<const T*>(dense_.data_ptr());
-        for (int64_t i = 0; i < outputs * inputs; ++i) copy_[i] = to_float(source[i]);
+        for (int64_t i = 0; i < count; i += kLanes) store_some(copy_.data() + i, load_some(source + i, count - i), count - i);
         data_ = copy_.data();
       }
     });

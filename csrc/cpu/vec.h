@@ -96,6 +96,53 @@ MVIT3_INLINE void store(float* p, Vec v) {
 
 MVIT3_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// Two halves of a transposition: lanes whose number has the bit `Distance` change places between rows that lie `Distance` apart.
+template <int Distance>
+MVIT3_INLINE void exchange(NativeFloat* rows) {
+  NativeInt low, high;
+  for (int lane = 0; lane < kWidth; ++lane) {  // constants
+    low[lane] = lane & Distance ? kWidth + lane - Distance : lane;
+    high[lane] = lane & Distance ? kWidth + lane : lane + Distance;
+  }
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & Distance) continue;
+    const NativeFloat a = rows[i], b = rows[i + Distance];
+#if defined(__clang__)
+    for (int lane = 0; lane < kWidth; ++lane) {
+      rows[i][lane] = lane & Distance ? b[lane - Distance] : a[lane];
+      rows[i + Distance][lane] = lane & Distance ? b[lane] : a[lane + Distance];
+    }
+#else
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + Distance] = __builtin_shuffle(a, b, high);
+#endif
+  }
+}
+
+// Transposes a square of kLanes x kLanes floats in place.
+MVIT3_INLINE void transpose(float* square) {
+  const auto read = [&](int row, int column, NativeFloat* rows) {
+    for (int i = 0; i < kWidth; ++i) rows[i] = *reinterpret_cast<const UnalignedFloat*>(square + (row + i) * kLanes + column);
+    exchange<1>(rows);
+    exchange<2>(rows);
+    if constexpr (kWidth > 4) exchange<4>(rows);
+    if constexpr (kWidth > 8) exchange<8>(rows);
+  };
+  const auto write = [&](int row, int column, const NativeFloat* rows) {
+    for (int i = 0; i < kWidth; ++i) *reinterpret_cast<UnalignedFloat*>(square + (row + i) * kLanes + column) = rows[i];
+  };
+  for (int row = 0; row < kLanes; row += kWidth)
+    for (int column = row; column < kLanes; column += kWidth) {
+      NativeFloat above[kWidth], below[kWidth];
+      read(row, column, above);
+      if (column > row) {
+        read(column, row, below);
+        write(row, column, below);
+      }
+      write(column, row, above);
+    }
+}
+
 // The same sixteen lanes in float64, for sums over many rows.
 typedef double NativeDouble __attribute__((vector_size(kWidth * 4)));
 
