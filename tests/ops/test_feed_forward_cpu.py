@@ -1,0 +1,113 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+"""The CPU kernel of feed_forward."""
+
+import pytest
+import torch
+
+import mvit3_kernels
+from mvit3_kernels.ops import feed_forward
+from mvit3_kernels.ops.random import random_words
+
+from .cpu_kernel import CpuKernel, in_float32, needs_the_kernels
+from .inputs import mapped, seed
+
+
+@needs_the_kernels
+class TestFeedForwardCpu(CpuKernel):
+    op = staticmethod(feed_forward)
+    shapes = (
+        (2, 3, 5, 7, 9),
+        (1, 1, 1, 3, 5),
+        (3, 1, 14, 17, 33),
+        (2, 9, 7, 96, 50),
+        (1, 16, 16, 40, 120),
+        (2, 32, 20, 33, 64),
+        (3, 8, 8, 240, 480),
+        (1, 13, 17, 144, 288),
+        (1, 5, 9, 40, 1100),
+    )
+    options = {
+        "per-token": {},
+        "per-sample": {"per_sample": True},
+        "no-bias": {"bias": False, "conv": True},
+        "large-mean-per-sample": {"mean": 30.0, "per_sample": True},
+        "dropouts": {"hidden_dropout": 0.3, "output_dropout": 0.2},
+        "dropouts-per-sample": {"hidden_dropout": 0.1, "output_dropout": 0.5, "per_sample": True},
+    }
+    threaded = ((2, 8, 8, 64, 128), (1, 30, 20, 48, 80), (5, 16, 16, 33, 70))
+
+    @staticmethod
+    def arguments(
+        draw,
+        batch,
+        height,
+        width,
+        channels,
+        hidden,
+        per_sample=False,
+        bias=True,
+        conv=False,
+        mean=0.0,
+        hidden_dropout=0.0,
+        output_dropout=0.0,
+    ):
+        return {
+            "x": draw(batch, height, width, channels, mean=mean),
+            "norm": draw.layer_norm(channels, per_sample),
+            "fc1": draw.linear(hidden, channels, bias, conv),
+            "fc2": draw.linear(channels, hidden, bias, conv),
+            "hidden_dropout": hidden_dropout,
+            "output_dropout": output_dropout,
+            "seed": seed() if hidden_dropout or output_dropout else None,
+        }
+
+    @staticmethod
+    def registered(arguments):
+        x, norm, fc1, fc2, *dropout = arguments.values()
+        inputs = (x, norm.weight, norm.bias, norm.eps, norm.per_sample, *fc1, *fc2, *dropout)
+        yield torch.ops.mvit3.feed_forward_forward.default, inputs
+        y, mean, rstd = torch.ops.mvit3.feed_forward_forward(*inputs)
+        backward = (torch.ones_like(y), x, norm.weight, norm.bias, norm.per_sample, *fc1, *fc2, *dropout, mean, rstd)
+        yield torch.ops.mvit3.feed_forward_backward.default, backward
+
+    @pytest.mark.parametrize("p", [1e-11, 0.1, 0.5, 0.99])
+    @pytest.mark.parametrize("start", [0, 7, 3 + 2**40, 3 - 2**62, -1])
+    def test_the_mask_is_that_of_the_counter(self, p, start):
+        """A branch that is 1 everywhere shows the mask: what the output adds to x."""
+        channels, size = 37, (3, 5, 9)
+        x = torch.zeros(*size, channels)
+        ones, zeros = torch.ones(channels), torch.zeros(channels, channels)
+        given = (zeros, ones, zeros, ones, 0.0, p, torch.tensor(start))
+        y = torch.ops.mvit3.feed_forward_forward(x, ones, ones, 1e-5, False, *given)[0]
+        words = random_words(torch.tensor(start), 1, size[0], 5 * 9 * channels).view(x.shape)
+        torch.testing.assert_close(y, (words >= int(p * 2**32)) / torch.tensor(1 - p, dtype=torch.float32))
+
+    def test_one_seed_serves_forward_and_backward(self):
+        """The gradient of a linear probe through the output's mask alone is that mask."""
+        arguments = in_float32(self.make((2, 4, 6, 20, 30), "dropouts"))
+        bias = arguments["fc2"].bias.requires_grad_()
+        y = feed_forward(**arguments)
+        (found,) = torch.autograd.grad(y.sum(), bias)
+        words = random_words(arguments["seed"], 1, 2, 4 * 6 * 20).view(2, 4, 6, 20)
+        torch.testing.assert_close(found, ((words >= int(0.2 * 2**32)) / 0.8).sum((0, 1, 2)).float())
+
+    def test_the_kernel_checks_what_it_is_given(self):
+        x, norm, fc1, fc2, *_ = in_float32(self.make((2, 4, 6, 5, 7))).values()
+        op = torch.ops.mvit3.feed_forward_forward
+        with pytest.raises(RuntimeError, match="weight2 must have 5 x 7 elements"):
+            op(x, *norm, *fc1, fc2.weight[:-1], fc2.bias, 0.0, 0.0, None)
+        with pytest.raises(RuntimeError, match="dropout needs a seed"):
+            op(x, *norm, *fc1, *fc2, 0.5, 0.0, None)
+        with pytest.raises(RuntimeError, match="at least 0 and below 1"):
+            op(x, *norm, *fc1, *fc2, 0.0, 1.0, seed())
+
+
+@needs_the_kernels
+def test_nothing_of_the_hidden_width_is_kept():
+    arguments = mapped(TestFeedForwardCpu().make((2, 4, 6, 20, 30)), lambda _, t: t.float().requires_grad_())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), mvit3_kernels.backend("cpu"):
+        feed_forward(**arguments)
+    parameters = {t.data_ptr() for group in ("norm", "fc1", "fc2") for t in arguments[group] if isinstance(t, torch.Tensor)}
+    activations = [t for t in kept if t.data_ptr() not in parameters]
+    assert sum(t.numel() for t in activations) == 2 * 4 * 6 * (20 + 2)  # x, mean and 1 / deviation
