@@ -147,12 +147,17 @@ void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& 
 
 // out[row * out_stride + output] = (or, with `add`, +=) x[row] W^T. Rows of out are padded to whole vectors.
 inline void multiply_into(
-    const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, float* out, int64_t out_stride, bool add = false) {
-  for_each_panel(weight, weight.panels(), [&](int64_t output, int64_t vecs) {
+    const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, Range panels, float* out, int64_t out_stride, bool add = false) {
+  for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
     for_each_block_of(rows, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, [&](int64_t first, int64_t count, const Operands& in) {
       multiply_block(count, vecs, in, out + first * out_stride + output, out_stride, add);
     });
   });
+}
+
+inline void multiply_into(
+    const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, float* out, int64_t out_stride, bool add = false) {
+  multiply_into(x, stride, rows, weight, weight.panels(), out, out_stride, add);
 }
 
 // out (columns of a, columns of b) += (or, without `add`, =) a^T b over `rows` rows. Rows of b and of out are padded to whole vectors.

@@ -87,7 +87,7 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   const bool of_batch = layer.statistics == Statistics::kBatch;
   const auto finish = [&](const ScaleShift& affine, int64_t first, int64_t count) {
     const int64_t at = first * outputs;
-    finish_rows<Act>(p + at, outputs, count, outputs, affine, residual ? residual + at : nullptr, y + at);
+    finish_rows<Act>(p + at, outputs, count, {0, outputs}, outputs, affine, residual ? residual + at : nullptr, y + at);
   };
   auto sums = channel_sums(parts, outputs);
   const ScaleShift known = layer.norm.affine();

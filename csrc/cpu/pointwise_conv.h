@@ -31,30 +31,25 @@ struct PointwiseInputs {
   }
 };
 
-// out = x W^T in float32, without the padding of W: the one product of these kernels. What follows it reads the rows again from cache,
-// which costs a few cycles beside the hundreds of a sum over 128 and more inputs.
-inline void multiply_rows(FloatRows x, int64_t rows, const PackedWeight& weight, float* out, int64_t out_stride) {
-  multiply(x.data, x.stride, rows, weight, [=, outputs = weight.outputs()](int64_t row, int64_t output, Vec sums) {
-    store_some(out + row * out_stride + output, sums, outputs - output);
-  });
-}
-
-// `out`, rows of any storage type, from the product; in float32 where it is made.
-inline void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, float* out, float*) { multiply_rows(x, rows, weight, out, weight.outputs()); }
-
-template <typename Half>
-void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, Half* out, float* tile) {
+// out = x W^T, dense rows of any storage type; `tile` takes them in float32 where they cannot be written at once.
+template <typename T>
+void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, T* out, float* tile) {
   const int64_t channels = weight.outputs(), stride = lanes_of(channels);
-  multiply_rows(x, rows, weight, tile, stride);
+  if constexpr (std::is_same_v<T, float>)
+    if (channels == stride) return multiply_into(x.data, x.stride, rows, weight, out, stride);
+  multiply_into(x.data, x.stride, rows, weight, tile, stride);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += kLanes) store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
 }
 
-// y = act(affine(product)) + residual for rows of the product; y and residual are dense.
+// y = act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and residual are dense. What
+// follows a product is a walk of its own over a tile in second-level cache: it costs a few cycles beside the hundreds of a sum over 128 and
+// more inputs, and reads the residual in order.
 template <int Act, typename U, typename T>
-void finish_rows(const U* product, int64_t stride, int64_t rows, int64_t channels, const ScaleShift& affine, const T* residual, T* y) {
+void finish_rows(
+    const U* product, int64_t stride, int64_t rows, Range columns, int64_t channels, const ScaleShift& affine, const T* residual, T* y) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; c += kLanes) {
+    for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
       const int64_t left = channels - c, at = r * channels + c;
       Vec value = activate<Act>(affine(load_some(product + r * stride + c, left), c));
       if (residual) value += load_some(residual + at, left);
@@ -68,20 +63,25 @@ struct PointwiseWeights {
   ScaleShift affine;    // bias and norm
 };
 
-// How many parts a product of this size is worth.
-inline int64_t product_parts(int64_t rows, const PackedWeight& weight) {
-  return count_parts(rows * weight.outputs() * std::max<int64_t>(weight.inputs(), 1), 1 << 19);
-}
-
 // Evaluation, in one pass.
 template <int Act, typename T>
 void pointwise_conv(const PointwiseWeights& weights, const PointwiseInputs<T>& x, const T* residual, T* y, int64_t rows) {
   const int64_t outputs = weights.weight.outputs(), stride = lanes_of(outputs);
-  for_each_tile(rows, product_parts(rows, weights.weight), [&](int64_t, int64_t first, int64_t count) {
+  for_each_block(rows, weights.weight, [&](Range mine, Range panels) {
     float* product = workspace(kTileRows * stride + x.tile_floats(kTileRows));
-    multiply_rows(x.rows(first, count, product + kTileRows * stride), count, weights.weight, product, stride);
-    finish_rows<Act>(product, stride, count, outputs, weights.affine, residual ? residual + first * outputs : nullptr, y + first * outputs);
+    const Range columns{panels.begin * kPanel, std::min(panels.end * kPanel, outputs)};
+    for (int64_t first = mine.begin; first < mine.end; first += kTileRows) {
+      const int64_t count = std::min(kTileRows, mine.end - first), at = first * outputs;
+      const FloatRows in = x.rows(first, count, product + kTileRows * stride);
+      multiply_into(in.data, in.stride, count, weights.weight, panels, product, stride);
+      finish_rows<Act>(product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at);
+    }
   });
+}
+
+// How many parts a product of this size is worth.
+inline int64_t product_parts(int64_t rows, const PackedWeight& weight) {
+  return count_parts(rows * weight.outputs() * std::max<int64_t>(weight.inputs(), 1), 1 << 18);
 }
 
 }  // namespace mvit3
