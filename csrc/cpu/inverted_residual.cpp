@@ -1,390 +1,306 @@
-// inverted_residual: 1x1 expansion, depth-wise 3x3, 1x1 projection, each with batch normalisation, in float32.
+// inverted_residual: 1x1 expansion, depth-wise 3x3, 1x1 projection, each with batch normalisation; training forward and backward.
 //
-// The expanded tensor lives in a few rows of second-level cache and never reaches memory. In training the statistics of the expansion
-// come from the moments of its narrow input (identity A of the design), the filtered tensor z is the one wide tensor that is written,
-// and the backward pass reads it twice, recomputes the expanded rows, and corrects the gradient of the expansion's norm on the narrow
-// side (identity B). What is kept for backward: x, z, and the narrow product p that the last norm reads.
+// Two ways through training, which share all passes over the filtered tensor z:
+//   stored      the expanded tensor e is written once; its sums, and later those of its gradient, are taken from tiles in cache.
+//   recomputed  e lives in a few rows of second-level cache and never reaches memory. Its statistics come from the moments of the narrow x
+//               (identity A of the design); backward makes its rows again and corrects the gradient on the narrow side (identity B).
+// Recomputing costs 2 C operations for each wide element and saves reading and writing e and its gradient, so it pays for narrow x.
+// What is kept for backward: x, z, the narrow product p that the last norm reads, and e or the moments of x.
 //
-// A task is a range of rows of one image; tasks are cut the same way for a fixed number of threads, so results repeat from run to run.
+// Rows are cut into tiles, images into ranges of rows, the same way for a fixed number of threads: results repeat from run to run.
+
+#include "inverted_residual.h"
 
 #include <tuple>
-
-#include "norm.h"
 
 namespace mvit3 {
 namespace {
 
-// One of the three convolutions and its norm, as the op receives them.
-struct ConvNorm : Norm {
-  Tensor weight;
+using Shape = InvertedResidualShape;
 
-  ConvNorm(const char* name, const Tensor& w, int64_t outputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
-      : Norm(name, norm_weight, norm_bias, outputs, eps), weight(torch::stable::contiguous(w)) {
-    STD_TORCH_CHECK(w.is_cpu() && w.scalar_type() == ScalarType::Float, name, " must be a float32 weight on the CPU");
-  }
+struct Block {
+  Shape shape;
+  ConvNorm expand, depthwise, project;
 
-  const float* data() const { return static_cast<const float*>(weight.data_ptr()); }
+  PackedWeight expand_weight() const { return expand.pack(shape.wide, shape.inputs); }
+  PackedWeight project_weight() const { return project.pack(shape.outputs, shape.wide); }
 };
 
-struct Geometry {
-  int64_t batch, height, width, inputs, wide, outputs, stride, dilation;
+// What forward computes and backward reads: of e and the moments of x only one is there.
+template <typename T>
+struct Kept {
+  T *e, *z, *p;
+  float *mean, *covariance;
 
-  int64_t out_height() const { return (height + stride - 1) / stride; }
-  int64_t out_width() const { return (width + stride - 1) / stride; }
-  int64_t rows() const { return batch * height * width; }
-  int64_t out_rows() const { return batch * out_height() * out_width(); }
-  int64_t lanes() const { return lanes_of(wide); }                                // floats of an expanded pixel
-  bool skip() const { return stride == 1 && inputs == outputs; }
-
-  Geometry(const Tensor& x, const Tensor& expand, const Tensor& depthwise, const Tensor& project, int64_t stride, int64_t dilation)
-      : batch(x.size(0)), height(x.size(1)), width(x.size(2)), inputs(x.size(3)), wide(expand.size(0)), outputs(project.size(0)),
-        stride(stride), dilation(dilation) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32");
-    STD_TORCH_CHECK(stride >= 1 && dilation >= 1, "stride and dilation must be at least 1, got ", stride, " and ", dilation);
-    STD_TORCH_CHECK(expand.numel() == wide * inputs, "expand must have shape (E, C) with the C channels of x");
-    STD_TORCH_CHECK(depthwise.numel() == wide * 9, "depthwise must have shape (E, 1, 3, 3)");
-    STD_TORCH_CHECK(project.numel() == outputs * wide, "project must have shape (O, E)");
-  }
-
-  // How many ranges of rows an image of `height` rows is cut into: none where whole images share out evenly.
-  int64_t ranges(int64_t height) const {
-    const int64_t threads = torch::stable::get_num_threads();
-    return batch % threads == 0 ? 1 : std::clamp<int64_t>(height / 4, 1, threads);
-  }
+  bool stored() const { return e != nullptr; }
 };
 
-// A window of rows of a wide map, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
-class Ring {
- public:
-  static int64_t floats(int64_t slots, int64_t width, int64_t border, int64_t lanes) { return (slots + 1) * (width + 2 * border) * lanes; }
-
-  Ring(float* memory, int64_t slots, int64_t height, int64_t width, int64_t border, int64_t lanes)
-      : memory_(memory), slots_(slots), height_(height), border_(border * lanes), row_((width + 2 * border) * lanes) {
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      std::fill_n(memory_ + slot * row_, border_, 0.0f);
-      std::fill_n(memory_ + (slot + 1) * row_ - border_, border_, 0.0f);
-    }
-    std::fill_n(memory_ + slots * row_, row_, 0.0f);
-  }
-
-  // The first pixel of row i.
-  float* row(int64_t i) const { return memory_ + i % slots_ * row_ + border_; }
-  // The first pixel of the border before row i; of a row of zeros where the map has no row i.
-  const float* bordered(int64_t i) const { return memory_ + (i < 0 || i >= height_ ? slots_ : i % slots_) * row_; }
-
- private:
-  float* memory_;
-  int64_t slots_, height_, border_, row_;
-};
-
-// The taps of 3x3 weights (channels, 1, 3, 3): [channels / 16][9][16].
-Scratch<float> pack_taps(const ConvNorm& depthwise, int64_t channels) {
-  Scratch<float> taps(lanes_of(channels) * 9, 0.0f);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t t = 0; t < 9; ++t) taps[(c / kLanes * 9 + t) * kLanes + c % kLanes] = depthwise.data()[c * 9 + t];
-  return taps;
+// Into how many ranges the rows of an image are cut: as few as give all threads about the same, for the rows around a border are made twice.
+int64_t ranges_of(const Shape& s, int64_t height) {
+  const int64_t threads = torch::stable::get_num_threads(), most = std::max<int64_t>(height / 4, 1);
+  int64_t ranges = 1;
+  while (ranges < std::min(threads, most) && round_up(s.batch * ranges, threads) * 9 > s.batch * ranges * 10) ++ranges;
+  return ranges;
 }
 
-// The first half of the forward pass: rows of x to rows of the filtered map, through a ring of expanded rows.
-template <int Act>
-class Filter {
- public:
-  Filter(const Geometry& g, const PackedWeight& expand, const ScaleShift& norm, const Scratch<float>& taps, const float* x, int64_t slots, float* ring)
-      : g_(g), expand_(expand), norm_(norm), taps_(taps), x_(x), slots_(slots), ring_(ring, slots, g.height, g.width, g.dilation, g.lanes()) {}
-
-  // The number of slots that lets `rows` filtered rows be made at once.
-  static int64_t slots_for(const Geometry& g, int64_t rows) { return (rows - 1) * g.stride + 2 * g.dilation + 1; }
-
-  // Expands what filtered rows first..last-1 need and the ring does not hold yet; calls must move down the image.
-  void advance(int64_t first, int64_t last) {
-    next_ = std::max({next_, first * g_.stride - g_.dilation, int64_t(0)});
-    const int64_t end = std::min((last - 1) * g_.stride + g_.dilation + 1, g_.height), lanes = g_.lanes();
-    for (; next_ < end; ++next_) {
-      float* out = ring_.row(next_);
-      multiply(x_ + next_ * g_.width * g_.inputs, g_.inputs, g_.width, expand_, [&](int64_t column, int64_t channel, Vec sums) {
-        store(out + column * lanes + channel, activate<Act>(norm_(sums, channel)));
-      });
-    }
-  }
-
-  // emit(column, channel, sums) for every pixel of a filtered row, channel by channel.
-  template <typename Emit>
-  void filter(int64_t row, const Emit& emit) const {
-    const int64_t lanes = g_.lanes(), step = g_.dilation * lanes;
-    const float* rows[3];
-    for (int64_t t = 0; t < 3; ++t) rows[t] = ring_.bordered(row * g_.stride + (t - 1) * g_.dilation);
-    for (int64_t channel = 0; channel < lanes; channel += kLanes) {
-      Vec w[9];
-      for (int t = 0; t < 9; ++t) w[t] = load(taps_.data() + channel * 9 + t * kLanes);
-      for (int64_t column = 0; column < g_.out_width(); ++column) {
-        const int64_t at = column * g_.stride * lanes + channel;
-        Vec sum = load(rows[0] + at) * w[0];
-        for (int t = 1; t < 9; ++t) sum = fma(load(rows[t / 3] + at + t % 3 * step), w[t], sum);
-        emit(column, channel, sum);
-      }
-    }
-  }
-
- private:
-  const Geometry& g_;
-  const PackedWeight& expand_;
-  const ScaleShift& norm_;
-  const Scratch<float>& taps_;
-  const float* x_;
-  int64_t slots_, next_ = 0;
-  Ring ring_;
-};
-
-// Calls f(part, image, range of rows) for every task; `rows` is the height that is cut into ranges.
+// Rows of a tile through a function of value and channel, in place or not.
 template <typename F>
-void for_each_task(const Geometry& g, int64_t rows, int64_t parts, const F& f) {
-  const int64_t ranges = g.ranges(rows), tasks = g.batch * ranges;
-  for_each_part(parts, [&](int64_t part) {
-    const Range mine = part_range(tasks, part, parts);
-    for (int64_t task = mine.begin; task < mine.end; ++task) {
-      const Range range = part_range(rows, task % ranges, ranges);
-      if (range.size() > 0) f(part, task / ranges, range);
-    }
-  });
+MVIT3_INLINE void for_each_vec(int64_t rows, int64_t channels, const F& f) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) f(r, c);
 }
 
-PackedWeight pack(const ConvNorm& conv, int64_t outputs, int64_t inputs) { return PackedWeight::rows(conv.data(), outputs, inputs, inputs); }
+// ---- Forward
 
-// Evaluation: everything between x and y stays in cache.
-template <int Act>
-void infer(const Geometry& g, const ConvNorm& expand, const ConvNorm& depthwise, const ConvNorm& project, const float* x, float* y) {
-  const PackedWeight expand_weight = pack(expand, g.wide, g.inputs), project_weight = pack(project, g.outputs, g.wide);
-  const ScaleShift expand_norm = expand.affine(), depthwise_norm = depthwise.affine(), project_norm = project.affine();
-  const Scratch<float> taps = pack_taps(depthwise, g.wide);
-  const int64_t lanes = g.lanes(), row_floats = g.width * lanes;
-  const int64_t tasks = g.batch * g.ranges(g.out_height());
-  for_each_task(g, g.out_height(), parts_for(tasks), [&](int64_t, int64_t image, Range range) {
-    const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * g.dilation) / g.stride, 1, range.size());
-    const int64_t slots = Filter<Act>::slots_for(g, tile), ring = Ring::floats(slots, g.width, g.dilation, lanes);
-    float* memory = workspace(ring + tile * g.out_width() * lanes);
-    float* filtered = memory + ring;
-    const float* input = x + image * g.height * g.width * g.inputs;
-    Filter<Act> filter(g, expand_weight, expand_norm, taps, input, slots, memory);
-    for (int64_t first = range.begin; first < range.end; first += tile) {
-      const int64_t last = std::min(first + tile, range.end);
-      filter.advance(first, last);
-      for (int64_t row = first; row < last; ++row) {
-        float* out = filtered + (row - first) * g.out_width() * lanes;
-        filter.filter(row, [&](int64_t column, int64_t channel, Vec sum) {
-          store(out + column * lanes + channel, activate<Act>(depthwise_norm(sum, channel)));
-        });
-      }
-      const int64_t pixel = first * g.out_width();
-      const float* residual = g.skip() ? input + pixel * g.inputs : nullptr;
-      float* out = y + (image * g.out_height() * g.out_width() + pixel) * g.outputs;
-      multiply(filtered, lanes, (last - first) * g.out_width(), project_weight, [&](int64_t row, int64_t channel, Vec sums) {
-        const int64_t left = g.outputs - channel, at = row * g.outputs + channel;
-        Vec value = project_norm(sums, channel);
-        if (residual) value += load_some(residual + at, left);
-        store_some(out + at, value, left);
-      });
-    }
+// e = x W^T and its mean and variance.
+template <typename T>
+void expand_stored(Block& b, const T* x, T* e) {
+  const Shape& s = b.shape;
+  const PackedWeight weight = b.expand_weight();
+  const int64_t parts = count_parts(s.rows() * s.wide), stride = tile_stride(s.wide);
+  const bool past_cache = streams(e, s.rows(), s.wide);
+  auto sums = channel_sums(parts, s.wide);
+  for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
+    float *tile = workspace(kTileRows * (stride + lanes_of(s.inputs))), *narrow = tile + kTileRows * stride;
+    const FloatRows in = as_floats(x + first * s.inputs, s.inputs, count, s.inputs, narrow);
+    multiply_into(in.data, in.stride, count, weight, tile, stride);
+    sums[part].add(tile, count, stride);
+    store_rows(tile, stride, count, s.wide, e + first * s.wide, s.wide, past_cache);
+    if (past_cache) stream_fence();
   });
+  ChannelSums::combine(sums, b.expand.mean, b.expand.var);
 }
 
 // Identity A: mean and variance of x W^T from the mean and the covariance of the rows of x.
-void expansion_moments(const Geometry& g, const float* x, ConvNorm& expand, float* mean, float* covariance) {
-  const int64_t parts = count_parts(g.rows() * g.inputs), lanes = lanes_of(g.inputs), c = g.inputs;
+template <typename T>
+void expansion_moments(Block& b, const T* x, float* mean, float* covariance) {
+  const Shape& s = b.shape;
+  const int64_t parts = count_parts(s.rows() * s.inputs), c = s.inputs, lanes = lanes_of(c);
   auto sums = channel_sums(parts, c);
-  for_each_tile(g.rows(), parts, [&](int64_t part, int64_t first, int64_t count) { sums[part].add(x + first * c, count, c); });
+  for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) { sums[part].add(x + first * c, count, c); });
   Values mu(c), var(c);
   ChannelSums::combine(sums, mu, var);
   Scratch<float> centre(lanes, 0.0f);
   for (int64_t i = 0; i < c; ++i) mean[i] = centre[i] = float(mu[i]);
 
   auto products = accumulators<float>(parts, c * lanes);
-  for_each_tile(g.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
+  for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
     float* tile = workspace(kTileRows * lanes);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = 0; i < c; i += kLanes) store(tile + r * lanes + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
+    for_each_vec(count, c, [&](int64_t r, int64_t i) {
+      store(tile + r * lanes + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
+    });
     add_outer(tile, lanes, c, tile, lanes, c, count, products[part].data(), lanes);
   });
   const Values product = add_up(products, c * lanes);
   for (int64_t i = 0; i < c; ++i)
-    for (int64_t j = 0; j < c; ++j) covariance[i * c + j] = float(product[i * lanes + j] / g.rows());
+    for (int64_t j = 0; j < c; ++j) covariance[i * c + j] = float(product[i * lanes + j] / double(s.rows()));
 
   // Each channel's weights as a row: its mean is their product with mu, its variance the quadratic form of the covariance.
-  const float* w = expand.data();
-  const PackedWeight packed(c, c, [=](int64_t o, int64_t i) { return covariance[o * c + i]; });
-  std::fill(expand.var.begin(), expand.var.end(), 0.0);
-  multiply(w, c, g.wide, packed, [&](int64_t channel, int64_t column, Vec product) {
+  const float* w = b.expand.weight.data();
+  const PackedWeight packed = PackedWeight::rows(covariance, c, c, c);
+  std::fill(b.expand.var.begin(), b.expand.var.end(), 0.0);
+  multiply(w, c, s.wide, packed, [&](int64_t channel, int64_t column, Vec product) {
     alignas(64) float values[kLanes];
     store(values, product);
-    for (int64_t i = 0; i < std::min<int64_t>(kLanes, c - column); ++i) expand.var[channel] += double(values[i]) * w[channel * c + column + i];
+    for (int64_t i = 0; i < std::min<int64_t>(kLanes, c - column); ++i)
+      b.expand.var[channel] += double(values[i]) * w[channel * c + column + i];
   });
-  for (int64_t e = 0; e < g.wide; ++e) {
-    expand.var[e] = std::max(expand.var[e], 0.0);
-    expand.mean[e] = 0;
-    for (int64_t i = 0; i < c; ++i) expand.mean[e] += mu[i] * w[e * c + i];
+  for (int64_t e = 0; e < s.wide; ++e) {
+    b.expand.var[e] = std::max(b.expand.var[e], 0.0);
+    b.expand.mean[e] = 0;
+    for (int64_t i = 0; i < c; ++i) b.expand.mean[e] += mu[i] * w[e * c + i];
   }
 }
 
-// Training: z is the filtered map, p the projection before its norm.
-template <int Act>
-void forward(const Geometry& g, ConvNorm& expand, ConvNorm& depthwise, ConvNorm& project, const float* x, float* y, float* z, float* p, float* mean, float* covariance) {
-  expansion_moments(g, x, expand, mean, covariance);
-  const PackedWeight expand_weight = pack(expand, g.wide, g.inputs), project_weight = pack(project, g.outputs, g.wide);
-  const ScaleShift expand_norm = expand.affine();
-  const Scratch<float> taps = pack_taps(depthwise, g.wide);
-  const int64_t lanes = g.lanes(), out_width = g.out_width();
-
-  const int64_t parts = parts_for(g.batch * g.ranges(g.out_height()));
-  auto z_sums = channel_sums(parts, g.wide);
-  for_each_task(g, g.out_height(), parts, [&](int64_t part, int64_t image, Range range) {
-    const int64_t slots = Filter<Act>::slots_for(g, 1);
-    float* memory = workspace(Ring::floats(slots, g.width, g.dilation, lanes));
-    Filter<Act> filter(g, expand_weight, expand_norm, taps, x + image * g.height * g.width * g.inputs, slots, memory);
+// z, the filtered map, and its mean and variance.
+template <typename T, int Act>
+void filter(Block& b, const T* x, const Kept<T>& kept) {
+  const Shape& s = b.shape;
+  const PackedWeight weight = b.expand_weight();
+  const ScaleShift norm = b.expand.affine();
+  const Scratch<float> taps = pack_taps(b.depthwise.weight.data(), s.wide);
+  const int64_t pixel = tile_stride(s.wide), out_width = s.out_width(), d = s.dilation, slots = 2 * d + 1;
+  const int64_t ranges = ranges_of(s, s.out_height()), parts = parts_for(s.batch * ranges);
+  const bool past_cache = streams(kept.z, s.out_rows(), s.wide);
+  auto sums = channel_sums(parts, s.wide);
+  for_each_range(s.batch, s.out_height(), ranges, parts, [&](int64_t part, int64_t image, Range range) {
+    const int64_t ring_floats = Ring::floats(slots, s.width, d, pixel);
+    float* memory = workspace(ring_floats + out_width * pixel + s.width * lanes_of(s.inputs));
+    float *filtered = memory + ring_floats, *narrow = filtered + out_width * pixel;
+    const Ring ring(memory, slots, s.height, s.width, d, pixel);
+    int64_t next = 0;  // the first row that the ring does not hold yet
     for (int64_t row = range.begin; row < range.end; ++row) {
-      filter.advance(row, row + 1);
-      float* out = z + (image * g.out_height() + row) * out_width * g.wide;
-      filter.filter(row, [&](int64_t column, int64_t channel, Vec sum) { store_some(out + column * g.wide + channel, sum, g.wide - channel); });
-      z_sums[part].add(out, out_width, g.wide);
-    }
-  });
-  ChannelSums::combine(z_sums, depthwise.mean, depthwise.var);
-
-  const ScaleShift depthwise_norm = depthwise.affine();
-  const int64_t row_parts = count_parts(g.out_rows() * g.wide);
-  auto p_sums = channel_sums(row_parts, g.outputs);
-  for_each_tile(g.out_rows(), row_parts, [&](int64_t part, int64_t first, int64_t count) {
-    float* tile = workspace(kTileRows * lanes);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < lanes; c += kLanes)
-        store(tile + r * lanes + c, activate<Act>(depthwise_norm(load_some(z + (first + r) * g.wide + c, g.wide - c), c)));
-    float* out = p + first * g.outputs;
-    multiply(tile, lanes, count, project_weight, [&](int64_t row, int64_t c, Vec sums) { store_some(out + row * g.outputs + c, sums, g.outputs - c); });
-    p_sums[part].add(out, count, g.outputs);
-  });
-  ChannelSums::combine(p_sums, project.mean, project.var);
-
-  const ScaleShift project_norm = project.affine();
-  for_each_tile(g.out_rows(), row_parts, [&](int64_t, int64_t first, int64_t count) {
-    for (int64_t r = first; r < first + count; ++r)
-      for (int64_t c = 0; c < g.outputs; c += kLanes) {
-        const int64_t at = r * g.outputs + c, left = g.outputs - c;
-        Vec value = project_norm(load_some(p + at, left), c);
-        if (g.skip()) value += load_some(x + at, left);
-        store_some(y + at, value, left);
+      next = std::max({next, row * s.stride - d, int64_t(0)});
+      for (const int64_t end = std::min(row * s.stride + d + 1, s.height); next < end; ++next) {
+        const int64_t first = (image * s.height + next) * s.width;
+        float* out = ring.row(next);
+        if (kept.stored()) {
+          const T* e = kept.e + first * s.wide;
+          for_each_vec(s.width, s.wide, [&](int64_t r, int64_t c) {
+            store(out + r * pixel + c, activate<Act>(norm(load_some(e + r * s.wide + c, s.wide - c), c)));
+          });
+        } else {
+          const FloatRows in = as_floats(x + first * s.inputs, s.inputs, s.width, s.inputs, narrow);
+          multiply(in.data, in.stride, s.width, weight, [&](int64_t r, int64_t c, Vec product) {
+            store(out + r * pixel + c, activate<Act>(norm(product, c)));
+          });
+        }
       }
+      const float* rows[3];
+      for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(row * s.stride + (t - 1) * d);
+      filter_row(rows, pixel, lanes_of(s.wide), out_width, s.stride, d, taps.data(), [=](int64_t column, int64_t c, Vec sum) {
+        store(filtered + column * pixel + c, sum);
+      });
+      sums[part].add(filtered, out_width, pixel);
+      T* out = kept.z + (image * s.out_height() + row) * out_width * s.wide;
+      store_rows(filtered, pixel, out_width, s.wide, out, s.wide, past_cache);
+    }
+    if (past_cache) stream_fence();
+  });
+  ChannelSums::combine(sums, b.depthwise.mean, b.depthwise.var);
+}
+
+// p, the projection before its norm, with its mean and variance; then y.
+template <typename T, int Act>
+void project(Block& b, const T* x, const T* z, T* p, T* y) {
+  const Shape& s = b.shape;
+  const PackedWeight weight = b.project_weight();
+  const ScaleShift norm = b.depthwise.affine();
+  const int64_t parts = count_parts(s.out_rows() * s.wide), stride = tile_stride(s.wide), out_stride = lanes_of(s.outputs);
+  auto sums = channel_sums(parts, s.outputs);
+  for_each_tile(s.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
+    float *tile = workspace(kTileRows * (stride + out_stride)), *product = tile + kTileRows * stride;
+    const T* values = z + first * s.wide;
+    for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
+      store(tile + r * stride + c, activate<Act>(norm(load_some(values + r * s.wide + c, s.wide - c), c)));
+    });
+    multiply_into(tile, stride, count, weight, product, out_stride);
+    sums[part].add(product, count, out_stride);
+    store_rows(product, out_stride, count, s.outputs, p + first * s.outputs, s.outputs);
+  });
+  ChannelSums::combine(sums, b.project.mean, b.project.var);
+
+  const ScaleShift last = b.project.affine();
+  for_each_tile(s.out_rows(), parts, [&](int64_t, int64_t first, int64_t count) {
+    for_each_vec(count, s.outputs, [&](int64_t r, int64_t c) {
+      const int64_t at = (first + r) * s.outputs + c, left = s.outputs - c;
+      Vec value = last(load_some(p + at, left), c);
+      if (s.skip()) value += load_some(x + at, left);
+      store_some(y + at, value, left);
+    });
   });
 }
 
+template <typename T, int Act>
+void forward(Block& b, const T* x, T* y, const Kept<T>& kept) {
+  if (kept.stored())
+    expand_stored(b, x, kept.e);
+  else
+    expansion_moments(b, x, kept.mean, kept.covariance);
+  filter<T, Act>(b, x, kept);
+  project<T, Act>(b, x, kept.z, kept.p, y);
+}
+
+// ---- Backward
+
+template <typename T>
 struct Gradients {
-  float *dx, *dexpand, *ddepthwise, *dproject;
-  Values *expand_gamma, *expand_beta, *depthwise_gamma, *depthwise_beta, *project_gamma, *project_beta;
+  T* dx;
+  Tensor expand, depthwise, project;  // of the weights; float32 accumulates, their own dtype is written
+  Values gammas[3], betas[3];
 };
 
 // The last norm: sums of dy and of dy * (p - mean).
-NormBackward project_norm_backward(const Geometry& g, const ConvNorm& project, const float* dy, const float* p) {
-  const int64_t parts = count_parts(g.out_rows() * g.outputs), lanes = lanes_of(g.outputs);
-  const Scratch<float> mean = project.means();
-  auto sums = accumulators<double>(parts, 2 * lanes);
-  for_each_tile(g.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    add_sum_and_dot(dy + first * g.outputs, g.outputs, p + first * g.outputs, g.outputs, mean, g.outputs, count, sums[part]);
+template <typename T>
+NormBackward last_norm_backward(const Block& b, const T* dy, const T* p) {
+  const int64_t rows = b.shape.out_rows(), c = b.shape.outputs, parts = count_parts(rows * c);
+  const Scratch<float> mean = b.project.means();
+  auto sums = accumulators<double>(parts, 2 * lanes_of(c));
+  for_each_tile(rows, parts, [&](int64_t part, int64_t first, int64_t count) {
+    add_sum_and_dot(dy + first * c, c, p + first * c, c, mean, c, count, sums[part]);
   });
-  return NormBackward::from(project, sums, g.out_rows());
+  return NormBackward::from(b.project, sums, rows);
 }
 
-// The gradient of the middle norm's output, for any run of rows: the last norm backward, the projection's weight transposed, and the
-// activation's derivative. Both reads of z compute it: keeping it would cost a wide tensor.
-template <int Act>
-class WideGradient {
- public:
-  WideGradient(const Geometry& g, const ConvNorm& depthwise, const ConvNorm& project, const NormBackward& last, const float* dy, const float* z, const float* p)
-      : g_(g), last_(last), norm_(depthwise.affine()), dy_(dy), z_(z), p_(p),
-        transposed_(PackedWeight::columns(project.data(), g.wide, g.outputs, g.wide)) {}
-
-  // emit(row, channel, gradient, value of z, activated value) for `count` rows; dp, (count, lanes of the outputs), gets the gradient of
-  // the projection's output.
-  template <typename Emit>
-  void rows(int64_t first, int64_t count, float* dp, const Emit& emit) const {
-    const int64_t out_lanes = lanes_of(g_.outputs);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < g_.outputs; c += kLanes) {
-        const int64_t at = (first + r) * g_.outputs + c, left = g_.outputs - c;
-        store(dp + r * out_lanes + c, last_(load_some(dy_ + at, left), load_some(p_ + at, left), c));
-      }
-    const float* values = z_ + first * g_.wide;
-    multiply(dp, out_lanes, count, transposed_, [&](int64_t r, int64_t c, Vec product) {
-      const Vec value = load_some(values + r * g_.wide + c, g_.wide - c);
-      Vec activated, slope;
-      activate_with_slope<Act>(norm_(value, c), activated, slope);
-      emit(r, c, product * slope, value, activated);
-    });
-  }
-
- private:
-  const Geometry& g_;
-  const NormBackward& last_;
-  ScaleShift norm_;
-  const float *dy_, *z_, *p_;
-  PackedWeight transposed_;
-};
-
-// First read of z: the sums of the middle norm, and the gradient of the projection's weight.
-template <int Act>
-NormBackward project_backward(const Geometry& g, const ConvNorm& depthwise, const WideGradient<Act>& gradient, const float* z, float* dproject) {
-  const int64_t parts = count_parts(g.out_rows() * g.wide), lanes = g.lanes(), out_lanes = lanes_of(g.outputs);
-  const Scratch<float> mean = depthwise.means();
-  auto sums = accumulators<double>(parts, 2 * lanes);
-  auto products = accumulators<float>(parts, g.outputs * lanes);
-  for_each_tile(g.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float* dp = workspace(kTileRows * (out_lanes + 2 * lanes));
-    float *activated = dp + kTileRows * out_lanes, *grads = activated + kTileRows * lanes;
-    gradient.rows(first, count, dp, [&](int64_t r, int64_t c, Vec grad, Vec, Vec value) {
-      store(activated + r * lanes + c, value);
-      store(grads + r * lanes + c, grad);
-    });
-    add_outer(dp, out_lanes, g.outputs, activated, lanes, lanes, count, products[part].data(), lanes);
-    add_sum_and_dot(grads, lanes, z + first * g.wide, g.wide, mean, g.wide, count, sums[part]);
+template <typename T>
+void write_matrix(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t columns, int64_t stride, const Tensor& out) {
+  dispatch_dtype("gradient", out, [&](auto type) {
+    add_up_rows(parts, rows, columns, stride, static_cast<decltype(type)*>(out.mutable_data_ptr()));
   });
-  add_up_rows(products, g.outputs, g.wide, lanes, dproject);
-  return NormBackward::from(depthwise, sums, g.out_rows());
 }
 
-// What a part gathers in the second read of z.
-struct WideSums {
-  Scratch<double> taps, bias;  // gradients of the depth-wise weight [lanes / 16][9][16] and of the first norm's bias
-  Scratch<float> products;     // (x - mean)^T gradient, (C, lanes)
+// Through the last norm, the projection and the activation: dn, the gradient of the middle norm's output, with the sums that this norm's
+// own gradient needs; and the gradient of the projection's weight.
+template <typename T, int Act>
+NormBackward project_backward(const Block& b, const NormBackward& last, const T* dy, const T* z, const T* p, T* dn, const Tensor& dweight) {
+  const Shape& s = b.shape;
+  const PackedWeight transposed = PackedWeight::columns(b.project.weight.data(), s.wide, s.outputs, s.wide);
+  const ScaleShift norm = b.depthwise.affine();
+  const Scratch<float> mean = b.depthwise.means();
+  const int64_t parts = count_parts(s.out_rows() * s.wide), lanes = lanes_of(s.wide);
+  const int64_t stride = tile_stride(s.wide), out_stride = lanes_of(s.outputs);
+  const bool past_cache = streams(dn, s.out_rows(), s.wide);
+  auto sums = accumulators<double>(parts, 2 * lanes);
+  auto products = accumulators<float>(parts, s.outputs * lanes);
+  for_each_tile(s.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
+    float* dp = workspace(kTileRows * (out_stride + 2 * stride));
+    float *hidden = dp + kTileRows * out_stride, *grads = hidden + kTileRows * stride;
+    for_each_vec(count, s.outputs, [&](int64_t r, int64_t c) {
+      const int64_t at = (first + r) * s.outputs + c, left = s.outputs - c;
+      store(dp + r * out_stride + c, last(load_some(dy + at, left), load_some(p + at, left), c));
+    });
+    multiply_into(dp, out_stride, count, transposed, grads, stride);
+    const T* values = z + first * s.wide;
+    for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
+      Vec value, slope;
+      activate_with_slope<Act>(norm(load_some(values + r * s.wide + c, s.wide - c), c), value, slope);
+      store(hidden + r * stride + c, value);
+      store(grads + r * stride + c, load(grads + r * stride + c) * slope);
+    });
+    add_outer(dp, out_stride, s.outputs, hidden, stride, lanes, count, products[part].data(), lanes);
+    add_sum_and_dot(grads, stride, values, s.wide, mean, s.wide, count, sums[part]);
+    store_rows(grads, stride, count, s.wide, dn + first * s.wide, s.wide, past_cache);
+    if (past_cache) stream_fence();
+  });
+  write_matrix<T>(products, s.outputs, s.wide, lanes, dweight);
+  return NormBackward::from(b.depthwise, sums, s.out_rows());
+}
 
-  explicit WideSums(const Geometry& g) : taps(9 * g.lanes(), 0.0), bias(g.lanes(), 0.0), products(g.inputs * g.lanes(), 0.0f) {}
-};
-
-// Gradient of the depth-wise convolution for rows first..last-1 of its input: `values` and `slopes` hold the activated expansion and the
-// activation's derivative there, `ring` the gradient of the convolution's output; writes the gradient of the first norm's output.
+// Gradient of the depth-wise convolution for rows first..last-1 of its input: `values` holds the activated expansion and `slopes` the
+// activation's derivative there, `ring` the gradient of the convolution's output. Writes the gradient of the first norm's output to
+// `grads` and adds that of the taps, [channels / 16][9][16].
 class TapsBackward {
  public:
-  TapsBackward(const Geometry& g, const Scratch<float>& taps, const Ring& ring) : g_(g), taps_(taps), ring_(ring) {}
+  TapsBackward(const Shape& s, const Scratch<float>& taps, const Ring& ring)
+      : s_(s), lanes_(lanes_of(s.wide)), pixel_(tile_stride(s.wide)), taps_(taps), ring_(ring) {}
 
-  void run(int64_t first, int64_t last, const float* values, const float* slopes, float* grads, WideSums& sums) const {
-    const int64_t floats = g_.width * g_.lanes();
-    if (g_.stride == 1) {
-      for (int64_t row = first; row < last; ++row, values += floats, slopes += floats, grads += floats) gather(row, values, slopes, grads, sums);
+  void run(int64_t first, int64_t last, const float* values, const float* slopes, float* grads, Scratch<double>& dtaps) const {
+    const int64_t floats = s_.width * pixel_;
+    if (s_.stride == 1) {
+      for (int64_t row = first; row < last; ++row, values += floats, slopes += floats, grads += floats)
+        gather(row, values, slopes, grads, dtaps);
     } else {
       std::fill_n(grads, (last - first) * floats, 0.0f);
-      scatter(first, last, values, grads, sums);
-      finish((last - first) * g_.width, slopes, grads, sums);
+      scatter(first, last, values, grads, dtaps);
+      for_each_vec((last - first) * s_.width, lanes_, [&](int64_t r, int64_t c) {
+        store(grads + r * pixel_ + c, load(grads + r * pixel_ + c) * load(slopes + r * pixel_ + c));
+      });
     }
   }
 
  private:
   // Stride 1: every input pixel collects from the nine outputs that read it.
-  void gather(int64_t row, const float* values, const float* slopes, float* grads, WideSums& sums) const {
-    const int64_t lanes = g_.lanes(), step = g_.dilation * lanes;
+  void gather(int64_t row, const float* values, const float* slopes, float* grads, Scratch<double>& dtaps) const {
+    const int64_t step = s_.dilation * pixel_;
     const float* rows[3];
-    for (int64_t t = 0; t < 3; ++t) rows[t] = ring_.bordered(row - (t - 1) * g_.dilation);
-    for (int64_t channel = 0; channel < lanes; channel += kLanes) {
-      Vec w[9], dw[9], bias = 0.0f;
+    for (int64_t t = 0; t < 3; ++t) rows[t] = ring_.bordered(row - (t - 1) * s_.dilation);
+    for (int64_t channel = 0; channel < lanes_; channel += kLanes) {
+      Vec w[9], dw[9];
       for (int t = 0; t < 9; ++t) {
         w[t] = load(taps_.data() + channel * 9 + t * kLanes);
         dw[t] = 0.0f;
       }
-      for (int64_t at = channel; at < g_.width * lanes; at += lanes) {
+      for (int64_t at = channel; at < s_.width * pixel_; at += pixel_) {
         const Vec value = load(values + at);
         Vec sum = 0.0f;
         for (int t = 0; t < 9; ++t) {
@@ -392,19 +308,16 @@ class TapsBackward {
           sum = fma(grad, w[t], sum);
           dw[t] = fma(grad, value, dw[t]);
         }
-        sum = sum * load(slopes + at);
-        bias += sum;
-        store(grads + at, sum);
+        store(grads + at, sum * load(slopes + at));
       }
-      for (int t = 0; t < 9; ++t) accumulate(sums.taps.data() + channel * 9 + t * kLanes, dw[t]);
-      accumulate(sums.bias.data() + channel, bias);
+      for (int t = 0; t < 9; ++t) accumulate(dtaps.data() + channel * 9 + t * kLanes, dw[t]);
     }
   }
 
   // Other strides: every output pixel adds to the inputs that it read.
-  void scatter(int64_t first, int64_t last, const float* values, float* grads, WideSums& sums) const {
-    const int64_t lanes = g_.lanes(), s = g_.stride, d = g_.dilation;
-    const int64_t begin = std::max<int64_t>((first - d + s - 1) / s, 0), end = std::min((last - 1 + d) / s + 1, g_.out_height());
+  void scatter(int64_t first, int64_t last, const float* values, float* grads, Scratch<double>& dtaps) const {
+    const int64_t s = s_.stride, d = s_.dilation;
+    const int64_t begin = std::max<int64_t>((first - d + s - 1) / s, 0), end = std::min((last - 1 + d) / s + 1, s_.out_height());
     for (int64_t row = begin; row < end; ++row) {
       const float* gradient = ring_.row(row);
       for (int64_t ty = 0; ty < 3; ++ty) {
@@ -412,268 +325,381 @@ class TapsBackward {
         if (source < 0 || source >= last - first) continue;
         for (int64_t tx = 0; tx < 3; ++tx) {
           const int64_t shift = (tx - 1) * d;
-          const int64_t left = shift < 0 ? (s - 1 - shift) / s : 0, reach = g_.width - 1 - shift;
-          const int64_t right = reach < 0 ? 0 : std::min(reach / s + 1, g_.out_width());
-          for (int64_t channel = 0; channel < lanes; channel += kLanes) {
+          const int64_t left = shift < 0 ? (s - 1 - shift) / s : 0, reach = s_.width - 1 - shift;
+          const int64_t right = reach < 0 ? 0 : std::min(reach / s + 1, s_.out_width());
+          for (int64_t channel = 0; channel < lanes_; channel += kLanes) {
             const int64_t tap = channel * 9 + (ty * 3 + tx) * kLanes;
             const Vec w = load(taps_.data() + tap);
             Vec dw = 0.0f;
             for (int64_t column = left; column < right; ++column) {
-              const Vec grad = load(gradient + column * lanes + channel);
-              const int64_t at = (source * g_.width + column * s + shift) * lanes + channel;
+              const Vec grad = load(gradient + column * pixel_ + channel);
+              const int64_t at = (source * s_.width + column * s + shift) * pixel_ + channel;
               store(grads + at, fma(grad, w, load(grads + at)));
               dw = fma(grad, load(values + at), dw);
             }
-            accumulate(sums.taps.data() + tap, dw);
+            accumulate(dtaps.data() + tap, dw);
           }
         }
       }
     }
   }
 
-  void finish(int64_t pixels, const float* slopes, float* grads, WideSums& sums) const {
-    const int64_t lanes = g_.lanes();
-    for (int64_t channel = 0; channel < lanes; channel += kLanes) {
-      Vec bias = 0.0f;
-      for (int64_t at = channel; at < pixels * lanes; at += lanes) {
-        const Vec grad = load(grads + at) * load(slopes + at);
-        bias += grad;
-        store(grads + at, grad);
-      }
-      accumulate(sums.bias.data() + channel, bias);
-    }
-  }
-
-  const Geometry& g_;
+  const Shape& s_;
+  const int64_t lanes_, pixel_;
   const Scratch<float>& taps_;
   const Ring& ring_;
 };
 
-// Second read of z: the gradient before the middle norm, through the taps and the activation, recomputing the expanded rows from x.
-// Leaves in dx what the expansion's weight makes of it, without the first norm's correction.
-template <int Act>
-std::vector<WideSums> expand_backward(
-    const Geometry& g, const ConvNorm& expand, const ConvNorm& depthwise, const NormBackward& middle, const WideGradient<Act>& gradient, const float* x, const float* mean, float* dx) {
-  const int64_t lanes = g.lanes(), row_floats = g.width * lanes, out_width = g.out_width(), out_height = g.out_height();
-  const PackedWeight expand_weight = pack(expand, g.wide, g.inputs);
-  const float* w = expand.data();
-  const ScaleShift norm = expand.affine();
-  const PackedWeight back(g.inputs, g.wide, [&](int64_t c, int64_t e) { return w[e * g.inputs + c] * norm.scale[e]; });
-  const Scratch<float> taps = pack_taps(depthwise, g.wide);
+// What a part gathers where it passes the gradient of the first norm's output, dn.
+struct WideSums {
+  Scratch<double> taps, dn;  // gradients of the taps [lanes / 16][9][16]; sums of dn, and of dn * (e - mean) where e is stored
+  Scratch<float> products;   // (x - mean)^T dn, (C, lanes), where e is recomputed
 
-  const int64_t parts = parts_for(g.batch * g.ranges(g.height));
+  WideSums(const Shape& s, bool stored)
+      : taps(9 * lanes_of(s.wide), 0.0), dn(2 * lanes_of(s.wide), 0.0), products(stored ? 1 : s.inputs * lanes_of(s.wide), 0.0f) {}
+};
+
+// Through the middle norm, the taps and the activation. Where e is stored, `dn` gets the gradient of the first norm's output; else dx gets
+// what the expansion's weight makes of it, without that norm's correction.
+template <typename T, int Act>
+std::vector<WideSums> depthwise_backward(
+    const Block& b, const NormBackward& middle, const T* x, const Kept<T>& kept, const T* filtered_dn, T* dn, T* dx) {
+  const Shape& s = b.shape;
+  const int64_t pixel = tile_stride(s.wide), row_floats = s.width * pixel, out_width = s.out_width(), out_height = s.out_height();
+  const int64_t d = s.dilation, c = s.inputs, in_stride = lanes_of(c);
+  const bool stored = kept.stored(), past_cache = stored && streams(dn, s.rows(), s.wide);
+  const float* w = b.expand.weight.data();
+  const ScaleShift norm = b.expand.affine();
+  const PackedWeight expand = b.expand_weight();
+  const PackedWeight back(c, s.wide, [&](int64_t i, int64_t e) { return w[e * c + i] * norm.scale[e]; });
+  const Scratch<float> taps = pack_taps(b.depthwise.weight.data(), s.wide), mean = b.expand.means();
+
+  const int64_t ranges = ranges_of(s, s.height), parts = parts_for(s.batch * ranges);
   std::vector<WideSums> sums;
   sums.reserve(parts);
-  for (int64_t i = 0; i < parts; ++i) sums.emplace_back(g);
-  for_each_task(g, g.height, parts, [&](int64_t part, int64_t image, Range range) {
-    const int64_t tile = std::clamp<int64_t>(kTileFloats / (3 * row_floats), std::min<int64_t>(g.stride, range.size()), range.size());
-    const int64_t slots = (tile + 2 * g.dilation) / g.stride + 2, ring_floats = Ring::floats(slots, out_width, g.dilation, lanes);
-    const int64_t in_lanes = lanes_of(g.inputs);
-    float* memory = workspace(ring_floats + 3 * tile * row_floats + out_width * lanes_of(g.outputs) + tile * g.width * in_lanes);
+  for (int64_t i = 0; i < parts; ++i) sums.emplace_back(s, stored);
+  for_each_range(s.batch, s.height, ranges, parts, [&](int64_t part, int64_t image, Range range) {
+    const int64_t tile = std::clamp<int64_t>(kTileFloats / (3 * row_floats), std::min<int64_t>(s.stride, range.size()), range.size());
+    const int64_t slots = (tile + 2 * d) / s.stride + 2, ring_floats = Ring::floats(slots, out_width, d, pixel);
+    float* memory = workspace(ring_floats + 3 * tile * row_floats + 3 * tile * s.width * in_stride);
     float *values = memory + ring_floats, *slopes = values + tile * row_floats, *grads = slopes + tile * row_floats;
-    float *dp = grads + tile * row_floats, *centred = dp + out_width * lanes_of(g.outputs);
-    const Ring ring(memory, slots, out_height, out_width, g.dilation, lanes);
-    const TapsBackward taps_backward(g, taps, ring);
-    const float* input = x + image * g.height * g.width * g.inputs;
+    float *narrow = grads + tile * row_floats, *centred = narrow + tile * s.width * in_stride, *product = centred + tile * s.width * in_stride;
+    const Ring ring(memory, slots, out_height, out_width, d, pixel);
+    const TapsBackward taps_backward(s, taps, ring);
     int64_t next = 0;  // the first row of the gradient before the middle norm that the ring does not hold yet
     for (int64_t first = range.begin; first < range.end; first += tile) {
       const int64_t last = std::min(first + tile, range.end);
-      next = std::max({next, (first - g.dilation) / g.stride, int64_t(0)});
-      for (const int64_t end = std::min((last - 1 + g.dilation) / g.stride + 1, out_height); next < end; ++next) {
+      next = std::max({next, (first - d) / s.stride, int64_t(0)});
+      for (const int64_t end = std::min((last - 1 + d) / s.stride + 1, out_height); next < end; ++next) {
         float* out = ring.row(next);
-        gradient.rows((image * out_height + next) * out_width, out_width, dp, [&](int64_t column, int64_t c, Vec grad, Vec value, Vec) {
-          store(out + column * lanes + c, middle(grad, value, c));
+        const int64_t at = (image * out_height + next) * out_width * s.wide;
+        const T *grad = filtered_dn + at, *value = kept.z + at;
+        for_each_vec(out_width, s.wide, [&](int64_t r, int64_t i) {
+          const int64_t left = s.wide - i;
+          store(out + r * pixel + i, middle(load_some(grad + r * s.wide + i, left), load_some(value + r * s.wide + i, left), i));
         });
       }
-      const float* rows = input + first * g.width * g.inputs;
-      const int64_t pixels = (last - first) * g.width;
-      multiply(rows, g.inputs, pixels, expand_weight, [&](int64_t r, int64_t c, Vec product) {
+      const int64_t start = image * s.pixels() + first * s.width, pixels = (last - first) * s.width;
+      const T* e = kept.e + start * s.wide;
+      const auto activate_both = [&](int64_t r, int64_t i, Vec v) {
         Vec value, slope;
-        activate_with_slope<Act>(norm(product, c), value, slope);
-        store(values + r * lanes + c, value);
-        store(slopes + r * lanes + c, slope);
-      });
-      taps_backward.run(first, last, values, slopes, grads, sums[part]);
-      for (int64_t r = 0; r < pixels; ++r)
-        for (int64_t c = 0; c < g.inputs; c += kLanes)
-          store(centred + r * in_lanes + c, load_some(rows + r * g.inputs + c, g.inputs - c) - load_some(mean + c, g.inputs - c));
-      add_outer(centred, in_lanes, g.inputs, grads, lanes, lanes, pixels, sums[part].products.data(), lanes);
-      float* out = dx + (image * g.height + first) * g.width * g.inputs;
-      multiply(grads, lanes, pixels, back, [&](int64_t r, int64_t c, Vec product) { store_some(out + r * g.inputs + c, product, g.inputs - c); });
+        activate_with_slope<Act>(norm(v, i), value, slope);
+        store(values + r * pixel + i, value);
+        store(slopes + r * pixel + i, slope);
+      };
+      FloatRows in{};
+      if (stored) {
+        for_each_vec(pixels, s.wide, [&](int64_t r, int64_t i) { activate_both(r, i, load_some(e + r * s.wide + i, s.wide - i)); });
+      } else {
+        in = as_floats(x + start * c, c, pixels, c, narrow);
+        multiply(in.data, in.stride, pixels, expand, activate_both);
+      }
+      taps_backward.run(first, last, values, slopes, grads, sums[part].taps);
+      if (stored) {
+        add_sum_and_dot(grads, pixel, e, s.wide, mean, s.wide, pixels, sums[part].dn);
+        store_rows(grads, pixel, pixels, s.wide, dn + start * s.wide, s.wide, past_cache);
+      } else {
+        for (int64_t i = 0; i < s.wide; i += kLanes)
+          for_each_run(pixels, [&](int64_t begin, int64_t end) {
+            Vec sum = 0.0f;
+            for (int64_t r = begin; r < end; ++r) sum += load(grads + r * pixel + i);
+            accumulate(sums[part].dn.data() + i, sum);
+          });
+        for_each_vec(pixels, c, [&](int64_t r, int64_t i) {
+          store(centred + r * in_stride + i, load_some(in.data + r * in.stride + i, c - i) - load_some(kept.mean + i, c - i));
+        });
+        add_outer(centred, in_stride, c, grads, pixel, lanes_of(s.wide), pixels, sums[part].products.data(), lanes_of(s.wide));
+        multiply_into(grads, pixel, pixels, back, product, in_stride);
+        store_rows(product, in_stride, pixels, c, dx + start * c, c);
+      }
     }
+    if (past_cache) stream_fence();
   });
   return sums;
 }
 
-// Identity B: the parameters' gradients from the sums, and the correction of dx, which touches narrow tensors alone.
+// Stored: through the first norm and the expansion.
+template <typename T>
+void expand_backward(const Block& b, const NormBackward& first_norm, const T* dy, const T* x, const T* e, const T* dn, Gradients<T>& out) {
+  const Shape& s = b.shape;
+  const PackedWeight transposed = PackedWeight::columns(b.expand.weight.data(), s.inputs, s.wide, s.inputs);
+  const int64_t parts = count_parts(s.rows() * s.wide), stride = tile_stride(s.wide), in_lanes = lanes_of(s.inputs);
+  const int64_t in_stride = tile_stride(s.inputs);
+  auto products = accumulators<float>(parts, s.wide * in_lanes);
+  for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
+    float* de = workspace(kTileRows * (stride + 2 * in_stride));
+    float *narrow = de + kTileRows * stride, *dx = narrow + kTileRows * in_stride;
+    for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
+      const int64_t at = (first + r) * s.wide + c, left = s.wide - c;
+      store(de + r * stride + c, first_norm(load_some(dn + at, left), load_some(e + at, left), c));
+    });
+    load_rows(x + first * s.inputs, s.inputs, count, s.inputs, narrow, in_stride);
+    add_outer(de, stride, s.wide, narrow, in_stride, in_lanes, count, products[part].data(), in_lanes);
+    multiply_into(de, stride, count, transposed, dx, in_stride);
+    for_each_vec(count, s.inputs, [&](int64_t r, int64_t c) {
+      const int64_t at = (first + r) * s.inputs + c, left = s.inputs - c;
+      Vec value = load(dx + r * in_stride + c);
+      if (s.skip()) value += load_some(dy + at, left);
+      store_some(out.dx + at, value, left);
+    });
+  });
+  write_matrix<T>(products, s.wide, s.inputs, in_lanes, out.expand);
+}
+
+// Recomputed, identity B: the gradients of the expansion and its norm from the sums, and the correction of dx, which touches narrow
+// tensors alone.
+template <typename T>
 void correct_expansion(
-    const Geometry& g, const ConvNorm& expand, const std::vector<WideSums>& sums, const float* x, const float* mean, const float* covariance, const float* dy, Gradients& out) {
-  const int64_t c = g.inputs, lanes = g.lanes();
-  const double rows = double(g.rows());
-  Values n1(c * lanes, 0.0), g1(g.wide, 0.0);
-  for (const WideSums& part : sums) {
-    for (int64_t i = 0; i < c * lanes; ++i) n1[i] += part.products[i];
-    for (int64_t e = 0; e < g.wide; ++e) g1[e] += part.bias[e];
-  }
-  const float* w = expand.data();
-  const auto centred = [&](int64_t e, int64_t i) { return n1[i * lanes + e]; };
-  Values dgamma(g.wide, 0.0);
-  for (int64_t e = 0; e < g.wide; ++e) {
-    for (int64_t i = 0; i < c; ++i) dgamma[e] += w[e * c + i] * centred(e, i);
+    const Block& b, const std::vector<WideSums>& sums, const Values& dbeta, const T* dy, const T* x, const Kept<T>& kept, Gradients<T>& out) {
+  const Shape& s = b.shape;
+  const ConvNorm& expand = b.expand;
+  const int64_t c = s.inputs, lanes = lanes_of(s.wide), in_lanes = lanes_of(c);
+  const double rows = double(s.rows());
+  Values products(c * lanes, 0.0);
+  for (const WideSums& part : sums)
+    for (int64_t i = 0; i < c * lanes; ++i) products[i] += part.products[i];
+  const float* w = expand.weight.data();
+  Values dgamma(s.wide, 0.0);
+  for (int64_t e = 0; e < s.wide; ++e) {
+    for (int64_t i = 0; i < c; ++i) dgamma[e] += w[e * c + i] * products[i * lanes + e];
     dgamma[e] *= expand.rstd(e);
   }
-  // dW = gamma r (centred - dgamma r W S)
-  const PackedWeight packed(c, c, [=](int64_t o, int64_t i) { return covariance[o * c + i]; });
-  multiply(w, c, g.wide, packed, [&](int64_t e, int64_t column, Vec product) {
-    alignas(64) float values[kLanes];
+  // dW = gamma r (products - dgamma r W S)
+  std::vector<Scratch<float>> dweight = accumulators<float>(1, s.wide * in_lanes);
+  const PackedWeight covariance = PackedWeight::rows(kept.covariance, c, c, c);
+  multiply(w, c, s.wide, covariance, [&](int64_t e, int64_t column, Vec product) {
+    float* values = dweight[0].data() + e * in_lanes + column;
     store(values, product);
     const double r = expand.rstd(e), scale = expand.gamma[e] * r;
     for (int64_t i = 0; i < std::min<int64_t>(kLanes, c - column); ++i)
-      out.dexpand[e * c + column + i] = float(scale * (centred(e, column + i) - dgamma[e] * r * values[i]));
+      values[i] = float(scale * (products[(column + i) * lanes + e] - dgamma[e] * r * values[i]));
   });
+  write_matrix<T>(dweight, s.wide, c, in_lanes, out.expand);
 
-  // dx -= (x - mean) K + shift, with K = W^T diag(gamma r^2 dgamma / M) W and shift = (gamma r g1 / M) W.
-  Scratch<float> scaled(g.wide * lanes_of(c), 0.0f), k(c * lanes_of(c), 0.0f), shift(lanes_of(c), 0.0f), centre(lanes_of(c), 0.0f);
+  // dx -= (x - mean) K + shift, with K = W^T diag(gamma r^2 dgamma / M) W and shift = (gamma r dbeta / M) W.
+  Scratch<float> scaled(s.wide * in_lanes, 0.0f), k(c * in_lanes, 0.0f), shift(in_lanes, 0.0f), centre(in_lanes, 0.0f);
   Values shift64(c, 0.0);
-  for (int64_t e = 0; e < g.wide; ++e) {
-    const double r = expand.rstd(e), s = expand.gamma[e] * r;
+  for (int64_t e = 0; e < s.wide; ++e) {
+    const double r = expand.rstd(e), scale = expand.gamma[e] * r;
     for (int64_t i = 0; i < c; ++i) {
-      scaled[e * lanes_of(c) + i] = float(s * r * dgamma[e] / rows * w[e * c + i]);
-      shift64[i] += s * g1[e] / rows * w[e * c + i];
+      scaled[e * in_lanes + i] = float(scale * r * dgamma[e] / rows * w[e * c + i]);
+      shift64[i] += scale * dbeta[e] / rows * w[e * c + i];
     }
   }
   for (int64_t i = 0; i < c; ++i) {
     shift[i] = float(shift64[i]);
-    centre[i] = mean[i];
+    centre[i] = kept.mean[i];
   }
-  add_outer(w, c, c, scaled.data(), lanes_of(c), lanes_of(c), g.wide, k.data(), lanes_of(c));
-  const PackedWeight correction(c, c, [&](int64_t o, int64_t i) { return k[i * lanes_of(c) + o]; });
-  for_each_tile(g.rows(), count_parts(g.rows() * c), [&](int64_t, int64_t first, int64_t count) {
-    float* tile = workspace(kTileRows * lanes_of(c));
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = 0; i < c; i += kLanes)
-        store(tile + r * lanes_of(c) + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
-    multiply(tile, lanes_of(c), count, correction, [&](int64_t r, int64_t i, Vec product) {
+  add_outer(w, c, c, scaled.data(), in_lanes, in_lanes, s.wide, k.data(), in_lanes);
+  const PackedWeight correction = PackedWeight::columns(k.data(), c, c, in_lanes);
+  for_each_tile(s.rows(), count_parts(s.rows() * c), [&](int64_t, int64_t first, int64_t count) {
+    float *tile = workspace(2 * kTileRows * in_lanes), *product = tile + kTileRows * in_lanes;
+    for_each_vec(count, c, [&](int64_t r, int64_t i) {
+      store(tile + r * in_lanes + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
+    });
+    multiply_into(tile, in_lanes, count, correction, product, in_lanes);
+    for_each_vec(count, c, [&](int64_t r, int64_t i) {
       const int64_t at = (first + r) * c + i, left = c - i;
-      Vec value = load_some(out.dx + at, left) - load(shift.data() + i) - product;
-      if (g.skip()) value += load_some(dy + at, left);
+      Vec value = load_some(out.dx + at, left) - load(shift.data() + i) - load(product + r * in_lanes + i);
+      if (s.skip()) value += load_some(dy + at, left);
       store_some(out.dx + at, value, left);
     });
   });
-
-  *out.expand_gamma = dgamma;
-  *out.expand_beta = g1;
-  for (int64_t e = 0; e < g.wide; ++e)
-    for (int64_t t = 0; t < 9; ++t) {
-      double sum = 0;
-      for (const WideSums& part : sums) sum += part.taps[(e / kLanes * 9 + t) * kLanes + e % kLanes];
-      out.ddepthwise[e * 9 + t] = float(sum);
-    }
+  out.gammas[0] = dgamma;
 }
 
-template <int Act>
-void backward(
-    const Geometry& g, const ConvNorm& expand, const ConvNorm& depthwise, const ConvNorm& project, const float* dy, const float* x, const float* z, const float* p, const float* mean,
-    const float* covariance, Gradients& out) {
-  const NormBackward last = project_norm_backward(g, project, dy, p);
-  const WideGradient<Act> gradient(g, depthwise, project, last, dy, z, p);
-  const NormBackward middle = project_backward<Act>(g, depthwise, gradient, z, out.dproject);
-  const auto sums = expand_backward<Act>(g, expand, depthwise, middle, gradient, x, mean, out.dx);
-  correct_expansion(g, expand, sums, x, mean, covariance, dy, out);
-  *out.depthwise_gamma = middle.dgamma;
-  *out.depthwise_beta = middle.dbeta;
-  *out.project_gamma = last.dgamma;
-  *out.project_beta = last.dbeta;
+void write_taps(const std::vector<WideSums>& sums, int64_t channels, const Tensor& out) {
+  Values total(channels * 9, 0.0);
+  for (const WideSums& part : sums)
+    for (int64_t e = 0; e < channels; ++e)
+      for (int64_t t = 0; t < 9; ++t) total[e * 9 + t] += part.taps[(e / kLanes * 9 + t) * kLanes + e % kLanes];
+  dispatch_dtype("gradient", out, [&](auto type) {
+    using T = decltype(type);
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < channels * 9; ++i) data[i] = from_float<T>(float(total[i]));
+  });
 }
 
-const float* data_of(const Tensor& t) { return static_cast<const float*>(t.data_ptr()); }
-float* mutable_data_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+// `wide` and `filtered` are scratch of the shapes of e (where it is stored) and z.
+template <typename T, int Act>
+void backward(const Block& b, const T* dy, const T* x, const Kept<T>& kept, T* wide, T* filtered, Gradients<T>& out) {
+  const Shape& s = b.shape;
+  const NormBackward last = last_norm_backward(b, dy, kept.p);
+  const NormBackward middle = project_backward<T, Act>(b, last, dy, kept.z, kept.p, filtered, out.project);
+  const std::vector<WideSums> sums = depthwise_backward<T, Act>(b, middle, x, kept, filtered, wide, out.dx);
+  const int64_t lanes = lanes_of(s.wide);
+  Values total(2 * lanes, 0.0);
+  for (const WideSums& part : sums)
+    for (int64_t i = 0; i < 2 * lanes; ++i) total[i] += part.dn[i];
+  const auto at = [&](int64_t i) { return total.begin() + i; };
+  out.betas[0].assign(at(0), at(s.wide));
+  if (kept.stored()) {
+    const NormBackward first(b.expand, out.betas[0], Values(at(lanes), at(lanes + s.wide)), double(s.rows()));
+    expand_backward(b, first, dy, x, kept.e, wide, out);
+    out.gammas[0] = first.dgamma;
+  } else {
+    correct_expansion(b, sums, out.betas[0], dy, x, kept, out);
+  }
+  write_taps(sums, s.wide, out.depthwise);
+  out.gammas[1] = middle.dgamma;
+  out.betas[1] = middle.dbeta;
+  out.gammas[2] = last.dgamma;
+  out.betas[2] = last.dbeta;
+}
+
+// ---- The registered functions
+
+// One convolution and its norm, as the op's flat arguments give them; without statistics in training.
+struct Layer {
+  const Tensor &weight, &norm_weight, &norm_bias;
+  double eps;
+  const Tensor *mean = nullptr, *var = nullptr;
+};
+
+ConvNorm read(const char* name, const Layer& layer, int64_t outputs, int64_t inputs) {
+  ConvNorm conv(name, layer.weight, outputs, inputs, layer.norm_weight, layer.norm_bias, layer.eps);
+  if (layer.mean) {
+    conv.mean = read_channels("mean", *layer.mean, outputs);
+    conv.var = read_channels("var", *layer.var, outputs);
+  }
+  return conv;
+}
+
+Block read_block(
+    const Tensor& x, const Layer& expand, const Layer& depthwise, const Layer& project, int64_t stride, int64_t dilation) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a feature map (B, H, W, C) on the CPU");
+  STD_TORCH_CHECK(stride >= 1 && dilation >= 1, "stride and dilation must be at least 1, got ", stride, " and ", dilation);
+  const int64_t inputs = x.size(3), wide = expand.weight.size(0), outputs = project.weight.size(0);
+  return {
+      {x.size(0), x.size(1), x.size(2), inputs, wide, outputs, stride, dilation},
+      read("expand", expand, wide, inputs),
+      read("depthwise", depthwise, wide, 9),
+      read("project", project, outputs, wide)};
+}
+
+template <typename T>
+T* data_of(const Tensor& t) {
+  return t.numel() ? static_cast<T*>(const_cast<void*>(t.data_ptr())) : nullptr;
+}
+
+Tensor empty_map(const Tensor& x, const Shape& s, int64_t channels) {
+  return torch::stable::new_empty(x, {s.batch, s.out_height(), s.out_width(), channels});
+}
 
 Tensor inverted_residual_inference(
     const Tensor& x,
-    const Tensor& expand, const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& expand_mean, const Tensor& expand_var, double expand_eps,
-    const Tensor& depthwise, const Tensor& depthwise_weight, const Tensor& depthwise_bias, const Tensor& depthwise_mean, const Tensor& depthwise_var, double depthwise_eps,
-    const Tensor& project, const Tensor& project_weight, const Tensor& project_bias, const Tensor& project_mean, const Tensor& project_var, double project_eps,
+    const Tensor& expand, const Tensor& expand_weight, const Tensor& expand_bias,
+    const Tensor& expand_mean, const Tensor& expand_var, double expand_eps,
+    const Tensor& depthwise, const Tensor& depthwise_weight, const Tensor& depthwise_bias,
+    const Tensor& depthwise_mean, const Tensor& depthwise_var, double depthwise_eps,
+    const Tensor& project, const Tensor& project_weight, const Tensor& project_bias,
+    const Tensor& project_mean, const Tensor& project_var, double project_eps,
     int64_t stride, int64_t dilation, int64_t act) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  const Block b = read_block(
+      x, {expand, expand_weight, expand_bias, expand_eps, &expand_mean, &expand_var},
+      {depthwise, depthwise_weight, depthwise_bias, depthwise_eps, &depthwise_mean, &depthwise_var},
+      {project, project_weight, project_bias, project_eps, &project_mean, &project_var}, stride, dilation);
+  const Shape& s = b.shape;
   const Tensor dense = torch::stable::contiguous(x);
-  const Geometry g(dense, expand, depthwise, project, stride, dilation);
-  ConvNorm first("expand", expand, g.wide, expand_weight, expand_bias, expand_eps);
-  ConvNorm second("depthwise", depthwise, g.wide, depthwise_weight, depthwise_bias, depthwise_eps);
-  ConvNorm third("project", project, g.outputs, project_weight, project_bias, project_eps);
-  first.mean = read_channels("expand.running_mean", expand_mean, g.wide);
-  first.var = read_channels("expand.running_var", expand_var, g.wide);
-  second.mean = read_channels("depthwise.running_mean", depthwise_mean, g.wide);
-  second.var = read_channels("depthwise.running_var", depthwise_var, g.wide);
-  third.mean = read_channels("project.running_mean", project_mean, g.outputs);
-  third.var = read_channels("project.running_var", project_var, g.outputs);
-  Tensor y = torch::stable::new_empty(dense, {g.batch, g.out_height(), g.out_width(), g.outputs});
-  if (y.numel() == 0) return y;
-  dispatch_activation(act, [&](auto code) { infer<code>(g, first, second, third, data_of(dense), mutable_data_of(y)); });
+  const Tensor y = empty_map(dense, s, s.outputs);
+  const InvertedResidualWeights weights(s, b.expand, b.depthwise, b.project, act);
+  dispatch_dtype("x", dense, [&](auto type) {
+    using T = decltype(type);
+    inverted_residual_forward(weights, data_of<const T>(dense), s.batch, s.height, s.width, data_of<T>(y));
+  });
   return y;
 }
 
-// y; mean and variance of the three convolutions; then what backward needs: z, p, mean and covariance of x.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inverted_residual_training(
+// y; mean and variance of the three convolutions; then what backward needs: e or nothing, z, p, mean and covariance of x or nothing.
+using Trained = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Trained inverted_residual_training(
     const Tensor& x,
     const Tensor& expand, const Tensor& expand_weight, const Tensor& expand_bias, double expand_eps,
     const Tensor& depthwise, const Tensor& depthwise_weight, const Tensor& depthwise_bias, double depthwise_eps,
     const Tensor& project, const Tensor& project_weight, const Tensor& project_bias, double project_eps,
-    int64_t stride, int64_t dilation, int64_t act) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+    int64_t stride, int64_t dilation, int64_t act, bool store) {
+  Block b = read_block(
+      x, {expand, expand_weight, expand_bias, expand_eps}, {depthwise, depthwise_weight, depthwise_bias, depthwise_eps},
+      {project, project_weight, project_bias, project_eps}, stride, dilation);
+  const Shape& s = b.shape;
+  STD_TORCH_CHECK(s.out_rows() * s.outputs > 0, "x must not be empty");
   const Tensor dense = torch::stable::contiguous(x);
-  const Geometry g(dense, expand, depthwise, project, stride, dilation);
-  ConvNorm first("expand", expand, g.wide, expand_weight, expand_bias, expand_eps);
-  ConvNorm second("depthwise", depthwise, g.wide, depthwise_weight, depthwise_bias, depthwise_eps);
-  ConvNorm third("project", project, g.outputs, project_weight, project_bias, project_eps);
-  const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height(), g.out_width(), g.outputs}));
-  const Tensor p = new_output(y);
-  const Tensor z = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height(), g.out_width(), g.wide}));
-  const Tensor mean = torch::stable::new_empty(dense, {g.inputs}), covariance = torch::stable::new_empty(dense, {g.inputs, g.inputs});
-  STD_TORCH_CHECK(y.numel() > 0, "x must not be empty");
-  dispatch_activation(act, [&](auto code) {
-    forward<code>(
-        g, first, second, third, data_of(dense), mutable_data_of(y), mutable_data_of(z), mutable_data_of(p), mutable_data_of(mean), mutable_data_of(covariance));
+  const Tensor y = new_output(empty_map(dense, s, s.outputs)), p = new_output(y), z = new_output(empty_map(dense, s, s.wide));
+  const Tensor e = store ? new_output(torch::stable::new_empty(dense, {s.batch, s.height, s.width, s.wide}))
+                         : torch::stable::new_empty(dense, {0});
+  const int64_t moments = store ? 0 : s.inputs;
+  const Tensor mean = torch::stable::new_empty(dense, {moments}, ScalarType::Float);
+  const Tensor covariance = torch::stable::new_empty(dense, {moments, moments}, ScalarType::Float);
+  dispatch_dtype("x", dense, [&](auto type) {
+    using T = decltype(type);
+    const Kept<T> kept{data_of<T>(e), data_of<T>(z), data_of<T>(p), data_of<float>(mean), data_of<float>(covariance)};
+    dispatch_activation(act, [&](auto code) { forward<T, code>(b, data_of<const T>(dense), data_of<T>(y), kept); });
   });
   const auto channels = [&](const Values& v) { return write_channels(v, mean); };
-  return std::make_tuple(
-      y, channels(first.mean), channels(first.var), channels(second.mean), channels(second.var), channels(third.mean), channels(third.var), z, p, mean, covariance);
+  return {
+      y, channels(b.expand.mean), channels(b.expand.var), channels(b.depthwise.mean), channels(b.depthwise.var),
+      channels(b.project.mean), channels(b.project.var), e, z, p, mean, covariance};
 }
 
 // Gradients of x, then of weight, norm weight and norm bias of the three convolutions.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> inverted_residual_backward(
+using Gradient = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradient inverted_residual_backward(
     const Tensor& dy, const Tensor& x,
-    const Tensor& expand, const Tensor& expand_weight, const Tensor& expand_bias, const Tensor& expand_mean, const Tensor& expand_var, double expand_eps,
-    const Tensor& depthwise, const Tensor& depthwise_weight, const Tensor& depthwise_bias, const Tensor& depthwise_mean, const Tensor& depthwise_var, double depthwise_eps,
-    const Tensor& project, const Tensor& project_weight, const Tensor& project_bias, const Tensor& project_mean, const Tensor& project_var, double project_eps,
-    const Tensor& z, const Tensor& p, const Tensor& mean, const Tensor& covariance,
+    const Tensor& expand, const Tensor& expand_weight, const Tensor& expand_bias,
+    const Tensor& expand_mean, const Tensor& expand_var, double expand_eps,
+    const Tensor& depthwise, const Tensor& depthwise_weight, const Tensor& depthwise_bias,
+    const Tensor& depthwise_mean, const Tensor& depthwise_var, double depthwise_eps,
+    const Tensor& project, const Tensor& project_weight, const Tensor& project_bias,
+    const Tensor& project_mean, const Tensor& project_var, double project_eps,
+    const Tensor& e, const Tensor& z, const Tensor& p, const Tensor& mean, const Tensor& covariance,
     int64_t stride, int64_t dilation, int64_t act) {
-  const Tensor dense = torch::stable::contiguous(x), dense_dy = torch::stable::contiguous(dy);
-  const Geometry g(dense, expand, depthwise, project, stride, dilation);
-  STD_TORCH_CHECK(dy.scalar_type() == ScalarType::Float && dy.numel() == g.out_rows() * g.outputs, "dy must be float32 of the shape of y");
-  ConvNorm first("expand", expand, g.wide, expand_weight, expand_bias, expand_eps);
-  ConvNorm second("depthwise", depthwise, g.wide, depthwise_weight, depthwise_bias, depthwise_eps);
-  ConvNorm third("project", project, g.outputs, project_weight, project_bias, project_eps);
-  first.mean = read_channels("expand_mean", expand_mean, g.wide);
-  first.var = read_channels("expand_var", expand_var, g.wide);
-  second.mean = read_channels("depthwise_mean", depthwise_mean, g.wide);
-  second.var = read_channels("depthwise_var", depthwise_var, g.wide);
-  third.mean = read_channels("project_mean", project_mean, g.outputs);
-  third.var = read_channels("project_var", project_var, g.outputs);
-  const Tensor dx = new_output(dense);
-  const Tensor dexpand = torch::stable::new_empty(expand, expand.sizes()), ddepthwise = torch::stable::new_empty(depthwise, depthwise.sizes());
-  const Tensor dproject = torch::stable::new_empty(project, project.sizes());
-  Values gammas[3], betas[3];
-  Gradients out{mutable_data_of(dx), mutable_data_of(dexpand), mutable_data_of(ddepthwise), mutable_data_of(dproject),
-                &gammas[0], &betas[0], &gammas[1], &betas[1], &gammas[2], &betas[2]};
-  dispatch_activation(act, [&](auto code) {
-    backward<code>(
-        g, first, second, third, data_of(dense_dy), data_of(dense), data_of(z), data_of(p), data_of(mean), data_of(covariance), out);
+  const Block b = read_block(
+      x, {expand, expand_weight, expand_bias, expand_eps, &expand_mean, &expand_var},
+      {depthwise, depthwise_weight, depthwise_bias, depthwise_eps, &depthwise_mean, &depthwise_var},
+      {project, project_weight, project_bias, project_eps, &project_mean, &project_var}, stride, dilation);
+  const Shape& s = b.shape;
+  const bool stored = e.numel() > 0;
+  STD_TORCH_CHECK(z.numel() == s.out_rows() * s.wide && p.numel() == s.out_rows() * s.outputs, "z and p must come from the same call");
+  STD_TORCH_CHECK(stored ? e.numel() == s.rows() * s.wide : covariance.numel() == s.inputs * s.inputs && mean.numel() == s.inputs,
+                  "e, or mean and covariance of x, must come from the same call");
+  const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, p);
+  const Tensor dx = new_output(dense), filtered = new_output(z), wide = stored ? new_output(e) : e;
+  const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
+  const Tensor dexpand = like(expand), ddepthwise = like(depthwise), dproject = like(project);
+  return dispatch_dtype("x", dense, [&](auto type) {
+    using T = decltype(type);
+    const Kept<T> kept{data_of<T>(e), data_of<T>(z), data_of<T>(p), data_of<float>(mean), data_of<float>(covariance)};
+    Gradients<T> out{data_of<T>(dx), dexpand, ddepthwise, dproject, {}, {}};
+    dispatch_activation(act, [&](auto code) {
+      backward<T, code>(b, data_of<const T>(dense_dy), data_of<const T>(dense), kept, data_of<T>(wide), data_of<T>(filtered), out);
+    });
+    return Gradient{
+        dx, dexpand, write_channels(out.gammas[0], expand_weight), write_channels(out.betas[0], expand_bias),
+        ddepthwise, write_channels(out.gammas[1], depthwise_weight), write_channels(out.betas[1], depthwise_bias),
+        dproject, write_channels(out.gammas[2], project_weight), write_channels(out.betas[2], project_bias)};
   });
-  return std::make_tuple(
-      dx, dexpand, write_channels(gammas[0], expand_weight), write_channels(betas[0], expand_bias), ddepthwise,
-      write_channels(gammas[1], depthwise_weight), write_channels(betas[1], depthwise_bias), dproject,
-      write_channels(gammas[2], project_weight), write_channels(betas[2], project_bias));
 }
 
 }  // namespace

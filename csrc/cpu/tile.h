@@ -14,6 +14,9 @@ constexpr int64_t kTileFloats = 128 * 1024;  // of a thread's tiles together: ha
 
 inline int64_t lanes_of(int64_t channels) { return round_up(channels, kLanes); }
 
+// Floats from one row of a wide tile to the next: an odd number of cache lines, so that walking down a column meets every set of the cache.
+inline int64_t tile_stride(int64_t channels) { return lanes_of(channels) + (lanes_of(channels) / kLanes % 2 ? 0 : kLanes); }
+
 // Memory of a thread that outlives the call, so that a call does not pay for fresh pages. A second request of the same thread hands out
 // the same memory: ask once in a task, for all of its tiles. Slot 1 is for what the calling thread lends to the parts of a call.
 template <int Slot = 0>
@@ -48,6 +51,25 @@ template <typename T>
 void load_rows(const T* x, int64_t x_stride, int64_t rows, int64_t channels, float* tile, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += kLanes) store(tile + r * stride + c, load_some(x + r * x_stride + c, channels - c));
+}
+
+// The reverse. `past_cache` streams whole vectors; then `stream_fence` must follow.
+template <typename T>
+void store_rows(const float* tile, int64_t stride, int64_t rows, int64_t channels, T* out, int64_t out_stride, bool past_cache = false) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const Vec value = load(tile + r * stride + c);
+      if (past_cache)
+        stream(out + r * out_stride + c, value);
+      else
+        store_some(out + r * out_stride + c, value, channels - c);
+    }
+}
+
+// Whether `store_rows` should and can write a map of `rows` contiguous rows past the cache.
+template <typename T>
+bool streams(const T* out, int64_t rows, int64_t channels) {
+  return channels % kLanes == 0 && is_aligned(out) && exceeds_cache(rows * channels * int64_t(sizeof(T)));
 }
 
 // The rows as float32, at `stride` floats each: where they lie, or in `tile` if they are stored in 16 bits.

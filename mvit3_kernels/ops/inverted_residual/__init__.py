@@ -15,32 +15,34 @@ from . import reference
 
 __all__ = ["inverted_residual"]
 
-# Above this width of the input its products outweigh the wide tensors that recomputing them saves (benchmarks/NOTES.md).
-MOST_RECOMPUTED_CHANNELS = 96
-# With a handful of values per channel a normalised value hardly depends on its input, and what is left of the gradient after the
-# correction on the narrow side is mostly rounding.
+# Up to this width of the input, training recomputes the expanded tensor in backward instead of storing it (benchmarks/NOTES.md).
+MOST_RECOMPUTED_CHANNELS = 64
+# With a handful of values per channel a normalised value hardly depends on its input, and what the recomputing way leaves of the gradient
+# after its correction on the narrow side is mostly rounding.
 LEAST_POSITIONS = 32
 
 
-def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int) -> str | None:
+def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm) -> str | None:
     reason = dispatch.cpu_why_not(x)
     if reason is not None:
         return reason
     parts = (expand, depthwise, project)
     parameters = [t for part in parts for t in (part.weight, part.norm.weight, part.norm.bias)]
-    if any(t.dtype != torch.float32 for t in (x, *parameters)):
-        return "its CPU kernel takes float32"
+    if any(t.dtype not in dispatch.KERNEL_DTYPES for t in parameters):
+        return "its CPU kernel takes parameters in float32, bfloat16 and float16"
     training = [part.norm.training for part in parts]
     if any(training) != all(training):
         return "some of its norms are in training and some are not"
     if not all(training):
         needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
         return "its CPU kernel has gradients in training only" if needs_grad else None
-    if x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride) < LEAST_POSITIONS:
-        return f"the output has fewer than {LEAST_POSITIONS} positions, too few for the gradient through its moments"
-    if x.shape[-1] > MOST_RECOMPUTED_CHANNELS:
-        return f"x has more than {MOST_RECOMPUTED_CHANNELS} channels, where keeping the expanded tensor is faster than recomputing it"
-    return None
+    return "x is empty" if x.numel() == 0 else None
+
+
+def _stores(x: Tensor, stride: int) -> bool:
+    """Whether training keeps the expanded tensor for backward."""
+    positions = x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
+    return x.shape[-1] > MOST_RECOMPUTED_CHANNELS or positions < LEAST_POSITIONS
 
 
 KERNELS = (dispatch.Kernel("cpu", _cpu_why_not),)
@@ -79,7 +81,7 @@ def inverted_residual(
     outputs = check_weight("project.weight", project.weight, wide, None, x)
     check_batch_norm("project.norm", project.norm, rows, outputs, x)
     check_activation(act)
-    if dispatch.select("inverted_residual", KERNELS, x, expand, depthwise, project, stride) is None:
+    if dispatch.select("inverted_residual", KERNELS, x, expand, depthwise, project) is None:
         return reference.inverted_residual(
             x, expand, depthwise, project, stride, dilation, act, pointwise_conv=pointwise_conv, depthwise_conv=depthwise_conv
         )
@@ -88,7 +90,7 @@ def inverted_residual(
         fixed = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)]
         return torch.ops.mvit3.inverted_residual_inference(x, *fixed, *geometry), (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
-    y, *moments = torch.ops.mvit3.inverted_residual_training(x, *learned, *geometry)[:7]
+    y, *moments = torch.ops.mvit3.inverted_residual_training(x, *learned, *geometry, _stores(x, stride))[:7]
     return y, (Moments(*moments[:2]), Moments(*moments[2:4]), Moments(*moments[4:]))
 
 
@@ -105,13 +107,15 @@ def _op(x, *args):
     return flat(y, *moments)
 
 
-# The kernels. In training, z (the filtered map), p (the product before the last norm) and the moments of x are what backward needs.
+# The kernels. What training keeps for backward: z (the filtered map), p (the product before the last norm), and either e (the expanded map)
+# or the moments of x; the other one is empty.
 
 _PARTS = ("expand", "depthwise", "project")
 _LEARNED = ", ".join(f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, float {part}_eps" for part in _PARTS)
 _FIXED = ", ".join(
     f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, Tensor {part}_mean, Tensor {part}_var, float {part}_eps" for part in _PARTS
 )
+_KEPT = "Tensor e, Tensor z, Tensor p, Tensor mean, Tensor covariance"
 _GEOMETRY = "int stride, int dilation, int act"
 
 
@@ -121,8 +125,8 @@ def _tensors(count: int) -> str:
 
 for _name, _schema in {
     "inference": f"(Tensor x, {_FIXED}, {_GEOMETRY}) -> Tensor",
-    "training": f"(Tensor x, {_LEARNED}, {_GEOMETRY}) -> {_tensors(11)}",
-    "backward": f"(Tensor dy, Tensor x, {_FIXED}, Tensor z, Tensor p, Tensor mean, Tensor covariance, {_GEOMETRY}) -> {_tensors(10)}",
+    "training": f"(Tensor x, {_LEARNED}, {_GEOMETRY}, bool store) -> {_tensors(12)}",
+    "backward": f"(Tensor dy, Tensor x, {_FIXED}, {_KEPT}, {_GEOMETRY}) -> {_tensors(10)}",
 }.items():
     torch.library.define(f"mvit3::inverted_residual_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -138,10 +142,12 @@ def _inference_fake(x, *args):
 
 @torch.library.register_fake("mvit3::inverted_residual_training")
 def _training_fake(x, *args):
-    (wide, inputs), outputs, stride = args[0].shape[:2], args[8].shape[0], args[-3]
-    moments = [x.new_empty(channels) for channels in (wide, wide, wide, wide, outputs, outputs)]
-    saved = (_empty_map(x, stride, wide), _empty_map(x, stride, outputs), x.new_empty(inputs), x.new_empty(inputs, inputs))
-    return _empty_map(x, stride, outputs), *moments, *saved
+    wide, outputs, stride, store = args[0].shape[0], args[8].shape[0], args[-4], args[-1]
+    y, z, p = (_empty_map(x, stride, channels) for channels in (outputs, wide, outputs))
+    moments = [x.new_empty(channels, dtype=torch.float32) for channels in (wide, wide, wide, wide, outputs, outputs)]
+    inputs = 0 if store else x.shape[-1]
+    narrow = (x.new_empty(inputs, dtype=torch.float32), x.new_empty(inputs, inputs, dtype=torch.float32))
+    return y, *moments, _empty_map(x, 1, wide) if store else x.new_empty(0), z, p, *narrow
 
 
 @torch.library.register_fake("mvit3::inverted_residual_backward")
@@ -152,7 +158,7 @@ def _backward_fake(dy, x, *args):
 
 def _setup_context(ctx, inputs, output):
     x, *parameters = inputs[:13]
-    ctx.eps, ctx.geometry = parameters[3::4], inputs[13:]
+    ctx.eps, ctx.geometry = parameters[3::4], inputs[13:16]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *(t for i, t in enumerate(parameters) if i % 4 != 3), *output[1:])
@@ -160,12 +166,12 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 16
+        return (None,) * 17
     x, *saved = ctx.saved_tensors
     learned, moments, kept = saved[:9], saved[9:15], saved[15:]
     fixed = [v for i in range(3) for v in (*learned[3 * i : 3 * i + 3], *moments[2 * i : 2 * i + 2], ctx.eps[i])]
     dx, *grads = torch.ops.mvit3.inverted_residual_backward(dy, x, *fixed, *kept, *ctx.geometry)
-    return dx, *(g for i in range(3) for g in (*grads[3 * i : 3 * i + 3], None)), None, None, None
+    return dx, *(g for i in range(3) for g in (*grads[3 * i : 3 * i + 3], None)), None, None, None, None
 
 
 torch.library.register_autograd("mvit3::inverted_residual_training", _gradients, setup_context=_setup_context)

@@ -1,0 +1,265 @@
+// inverted_residual: what training and evaluation share, and evaluation itself on packed weights, where everything between x and y stays
+// in cache.
+#pragma once
+
+#include "norm.h"
+
+namespace mvit3 {
+
+struct InvertedResidualShape {
+  int64_t batch, height, width, inputs, wide, outputs, stride, dilation;
+
+  int64_t out_height() const { return (height + stride - 1) / stride; }
+  int64_t out_width() const { return (width + stride - 1) / stride; }
+  int64_t pixels() const { return height * width; }
+  int64_t out_pixels() const { return out_height() * out_width(); }
+  int64_t rows() const { return batch * pixels(); }
+  int64_t out_rows() const { return batch * out_pixels(); }
+  bool skip() const { return stride == 1 && inputs == outputs; }
+};
+
+// One of the three convolutions and its norm, as the op receives them.
+struct ConvNorm : Norm {
+  FloatMatrix weight;
+
+  ConvNorm(
+      const char* name, const Tensor& w, int64_t outputs, int64_t inputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
+      : Norm(name, norm_weight, norm_bias, outputs, eps), weight(name, w, outputs, inputs) {}
+
+  PackedWeight pack(int64_t outputs, int64_t inputs) const { return PackedWeight::rows(weight.data(), outputs, inputs, inputs); }
+};
+
+// A window of rows of a wide map, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
+class Ring {
+ public:
+  static int64_t floats(int64_t slots, int64_t width, int64_t border, int64_t pixel) { return (slots + 1) * (width + 2 * border) * pixel; }
+
+  // `pixel` floats from one pixel to the next.
+  Ring(float* memory, int64_t slots, int64_t height, int64_t width, int64_t border, int64_t pixel)
+      : memory_(memory), slots_(slots), height_(height), border_(border * pixel), row_((width + 2 * border) * pixel) {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      std::fill_n(memory_ + slot * row_, border_, 0.0f);
+      std::fill_n(memory_ + (slot + 1) * row_ - border_, border_, 0.0f);
+    }
+    std::fill_n(memory_ + slots * row_, row_, 0.0f);
+  }
+
+  // The first pixel of row i.
+  float* row(int64_t i) const { return memory_ + i % slots_ * row_ + border_; }
+  // The first pixel of the border before row i; of a row of zeros where the map has no row i.
+  const float* bordered(int64_t i) const { return memory_ + (i < 0 || i >= height_ ? slots_ : i % slots_) * row_; }
+
+ private:
+  float* memory_;
+  int64_t slots_, height_, border_, row_;
+};
+
+// The taps of 3x3 weights w (channels, 1, 3, 3), times scale[channel]: [channels / 16][9][16].
+inline Scratch<float> pack_taps(const float* w, int64_t channels, const float* scale = nullptr) {
+  Scratch<float> taps(lanes_of(channels) * 9, 0.0f);
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t t = 0; t < 9; ++t) taps[(c / kLanes * 9 + t) * kLanes + c % kLanes] = w[c * 9 + t] * (scale ? scale[c] : 1.0f);
+  return taps;
+}
+
+// `Columns` neighbours of a filtered row, each the sum of nine taps: a pixel that several of them read is loaded once.
+template <int Stride, int Columns, typename Emit>
+MVIT3_INLINE void filter_columns(
+    const float* const* rows, int64_t at, int64_t pixel, const Vec* w, int64_t column, int64_t channel, const Emit& emit) {
+  Vec sums[Columns];
+  for (int j = 0; j < Columns; ++j) sums[j] = 0.0f;
+  for (int t = 0; t < 3; ++t) {
+    constexpr int kLoaded = (Columns - 1) * Stride + 3;
+    Vec values[kLoaded];
+    for (int i = 0; i < kLoaded; ++i) values[i] = load(rows[t] + at + i * pixel);
+    for (int k = 0; k < 3; ++k)
+      for (int j = 0; j < Columns; ++j) sums[j] = fma(values[j * Stride + k], w[3 * t + k], sums[j]);
+  }
+  for (int j = 0; j < Columns; ++j) emit(column + j, channel, sums[j]);
+}
+
+// emit(column, channel, sums of nine taps) for `columns` pixels of a filtered row, channel by channel; rows[t] is the border before the row
+// that tap row t reads, `pixel` floats from pixel to pixel.
+template <typename Emit>
+void filter_row(
+    const float* const* rows, int64_t pixel, int64_t channels, int64_t columns, int64_t stride, int64_t dilation, const float* taps,
+    const Emit& emit) {
+  constexpr int kColumns = kParts == 1 ? 4 : 2;
+  const int64_t together = dilation == 1 && stride <= 2 ? columns / kColumns * kColumns : 0;
+  for (int64_t channel = 0; channel < channels; channel += kLanes) {
+    Vec w[9];
+    for (int t = 0; t < 9; ++t) w[t] = load(taps + channel * 9 + t * kLanes);
+    for (int64_t column = 0; column < together; column += kColumns) {
+      const int64_t at = column * stride * pixel + channel;
+      if (stride == 1)
+        filter_columns<1, kColumns>(rows, at, pixel, w, column, channel, emit);
+      else
+        filter_columns<2, kColumns>(rows, at, pixel, w, column, channel, emit);
+    }
+    for (int64_t column = together; column < columns; ++column) {
+      const int64_t at = column * stride * pixel + channel;
+      Vec sum = load(rows[0] + at) * w[0];
+      for (int t = 1; t < 9; ++t) sum = fma(load(rows[t / 3] + at + t % 3 * dilation * pixel), w[t], sum);
+      emit(column, channel, sum);
+    }
+  }
+}
+
+// Calls f(part, image, range of rows) for every task: `height` rows of each image in `ranges` ranges, all tasks in `parts` parts.
+template <typename F>
+void for_each_range(int64_t batch, int64_t height, int64_t ranges, int64_t parts, const F& f) {
+  const int64_t tasks = batch * ranges;
+  for_each_part(parts, [&](int64_t part) {
+    const Range mine = part_range(tasks, part, parts);
+    for (int64_t task = mine.begin; task < mine.end; ++task) {
+      const Range range = part_range(height, task % ranges, ranges);
+      if (range.size() > 0) f(part, task / ranges, range);
+    }
+  });
+}
+
+// The block in evaluation: the three norms are folded into the weights, what is left of them is a shift.
+struct InvertedResidualWeights {
+  int64_t inputs, wide, outputs, stride, dilation, act;
+  PackedWeight expand, project;
+  Scratch<float> taps, expand_shift, filter_shift, project_shift;
+
+  InvertedResidualWeights(
+      const InvertedResidualShape& s, const ConvNorm& first, const ConvNorm& second, const ConvNorm& third, int64_t act)
+      : InvertedResidualWeights(s, first, second, third, act, first.affine(), second.affine(), third.affine()) {}
+
+  InvertedResidualShape shape(int64_t batch, int64_t height, int64_t width) const {
+    return {batch, height, width, inputs, wide, outputs, stride, dilation};
+  }
+
+ private:
+  InvertedResidualWeights(
+      const InvertedResidualShape& s, const ConvNorm& first, const ConvNorm& second, const ConvNorm& third, int64_t act, ScaleShift a,
+      ScaleShift b, ScaleShift c)
+      : inputs(s.inputs), wide(s.wide), outputs(s.outputs), stride(s.stride), dilation(s.dilation), act(act),
+        expand(scaled(first, a, wide, inputs)), project(scaled(third, c, outputs, wide)),
+        taps(pack_taps(second.weight.data(), wide, b.scale.data())), expand_shift(std::move(a.shift)), filter_shift(std::move(b.shift)),
+        project_shift(std::move(c.shift)) {}
+
+  static PackedWeight scaled(const ConvNorm& conv, const ScaleShift& norm, int64_t outputs, int64_t inputs) {
+    const float *w = conv.weight.data(), *scale = norm.scale.data();
+    return PackedWeight(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * inputs + i] * scale[o]; });
+  }
+};
+
+template <typename T, int Act>
+class InvertedResidualForward {
+ public:
+  InvertedResidualForward(const InvertedResidualWeights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y)
+      : w_(w), s_(w.shape(batch, height, width)), x_(x), y_(y) {}
+
+  void run() const {
+    if (s_.pixels() <= kMostPixelsByChannels)
+      by_channels();
+    else
+      by_rows();
+  }
+
+ private:
+  static constexpr int64_t kMostPixelsByChannels = 1024;
+
+  // Large maps: a task is a range of rows of one image, and a ring holds the expanded rows that the taps need.
+  void by_rows() const {
+    const int64_t pixel = tile_stride(s_.wide), row_floats = s_.width * pixel, out_width = s_.out_width(), d = s_.dilation;
+    const int64_t ranges = std::clamp<int64_t>((torch::stable::get_num_threads() + s_.batch - 1) / s_.batch, 1, s_.out_height());
+    for_each_range(s_.batch, s_.out_height(), ranges, parts_for(s_.batch * ranges), [&](int64_t, int64_t image, Range range) {
+      const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
+      const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1, ring_floats = Ring::floats(slots, s_.width, d, pixel);
+      float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
+      float *filtered = memory + ring_floats, *narrow = filtered + tile * out_width * pixel;
+      const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
+      int64_t next = 0;  // the first row that is not expanded yet
+      for (int64_t first = range.begin; first < range.end; first += tile) {
+        const int64_t last = std::min(first + tile, range.end);
+        next = std::max({next, first * s_.stride - d, int64_t(0)});
+        for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
+          float* out = ring.row(next);
+          const FloatRows in = as_floats(x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, narrow);
+          expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
+        }
+        for (int64_t row = first; row < last; ++row)
+          filter(ring, row, filtered + (row - first) * out_width * pixel, {0, lanes_of(s_.wide)}, pixel, pixel);
+        project(filtered, pixel, image * s_.out_pixels() + first * out_width, (last - first) * out_width, w_.project.panels());
+      }
+    });
+  }
+
+  // Small maps: a task is a few channels of one image, so that it reads its part of the weights once and no row is expanded twice;
+  // the projection follows when all channels are there.
+  void by_channels() const {
+    const int64_t pixels = s_.pixels(), d = s_.dilation, panels = w_.expand.panels().size(), threads = torch::stable::get_num_threads();
+    const int64_t bordered = (s_.height + 1) * (s_.width + 2 * d);
+    const int64_t fitting = std::clamp<int64_t>(kTileFloats / (bordered * kPanel), 1, panels);
+    // As many chunks as fill all threads evenly.
+    const int64_t tasks = round_up(s_.batch * ((panels + fitting - 1) / fitting), threads);
+    const int64_t chunks = std::clamp<int64_t>(tasks / s_.batch, 1, panels);
+    const int64_t widest = (panels + chunks - 1) / chunks * kPanel, hidden = tile_stride(s_.wide);
+    float* filtered = workspace<1>(s_.out_rows() * hidden);
+    for_each_range(s_.batch, panels, chunks, parts_for(s_.batch * chunks), [&](int64_t, int64_t image, Range range) {
+      const Range channels{range.begin * kPanel, std::min(range.end * kPanel, lanes_of(s_.wide))};
+      const int64_t pixel = tile_stride(channels.size()), ring_floats = Ring::floats(s_.height, s_.width, d, pixel);
+      float* memory = workspace(Ring::floats(s_.height, s_.width, d, tile_stride(widest)) + pixels * lanes_of(s_.inputs));
+      const Ring ring(memory, s_.height, s_.height, s_.width, d, pixel);
+      const FloatRows in = as_floats(x_ + image * pixels * s_.inputs, s_.inputs, pixels, s_.inputs, memory + ring_floats);
+      expand(in, pixels, range, [&](int64_t r, int64_t c) {
+        return ring.row(0) + (r + r / s_.width * 2 * d) * pixel + c - channels.begin;
+      });
+      for (int64_t row = 0; row < s_.out_height(); ++row)
+        filter(ring, row, filtered + (image * s_.out_height() + row) * s_.out_width() * hidden, channels, pixel, hidden);
+    });
+    for_each_block(s_.out_rows(), w_.project, [&](Range rows, Range outputs) {
+      project(filtered + rows.begin * hidden, hidden, rows.begin, rows.size(), outputs);
+    });
+  }
+
+  // at(row, channel) is where the activated expansion goes.
+  template <typename At>
+  void expand(FloatRows in, int64_t rows, Range panels, const At& at) const {
+    const float* shift = w_.expand_shift.data();
+    multiply(in.data, in.stride, rows, w_.expand, panels, [&](int64_t r, int64_t c, Vec sums) {
+      store(at(r, c), activate<Act>(sums + load(shift + c)));
+    });
+  }
+
+  // A row of the ring, which holds `channels` alone, to a row of `out`, which holds all.
+  void filter(const Ring& ring, int64_t row, float* out, Range channels, int64_t pixel, int64_t out_pixel) const {
+    const float* rows[3];
+    for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(row * s_.stride + (t - 1) * s_.dilation);
+    const float *shift = w_.filter_shift.data() + channels.begin, *taps = w_.taps.data() + channels.begin * 9;
+    out += channels.begin;
+    filter_row(rows, pixel, channels.size(), s_.out_width(), s_.stride, s_.dilation, taps, [=](int64_t column, int64_t c, Vec sum) {
+      store(out + column * out_pixel + c, activate<Act>(sum + load(shift + c)));
+    });
+  }
+
+  void project(const float* filtered, int64_t pixel, int64_t first, int64_t rows, Range panels) const {
+    const T* residual = s_.skip() ? x_ + first * s_.inputs : nullptr;
+    T* out = y_ + first * s_.outputs;
+    const float* shift = w_.project_shift.data();
+    multiply(filtered, pixel, rows, w_.project, panels, [&](int64_t r, int64_t c, Vec sums) {
+      const int64_t at = r * s_.outputs + c, left = s_.outputs - c;
+      Vec value = sums + load(shift + c);
+      if (residual) value += load_some(residual + at, left);
+      store_some(out + at, value, left);
+    });
+  }
+
+  const InvertedResidualWeights& w_;
+  const InvertedResidualShape s_;
+  const T* x_;
+  T* y_;
+};
+
+// y (batch, height / stride, width / stride, outputs) from x (batch, height, width, inputs).
+template <typename T>
+void inverted_residual_forward(const InvertedResidualWeights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y) {
+  if (batch * height * width * w.outputs == 0) return;
+  dispatch_activation(w.act, [&](auto act) { InvertedResidualForward<T, act>(w, x, batch, height, width, y).run(); });
+}
+
+}  // namespace mvit3
