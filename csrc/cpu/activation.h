@@ -25,7 +25,7 @@ MVIT3_INLINE Vec activate_backward(Vec x, Vec dy) {
     const Vec s = sigmoid(x);
     return dy * (s * fma(x, Vec(1.0f) - s, 1.0f));
   }
-  if constexpr (Act == kRelu) return select_greater(x, 0.0f, dy, 0.0f);
+  if constexpr (Act == kRelu) return select_at_least(0.0f, x, 0.0f, dy);  // NaN lets the gradient through, as in PyTorch
   return dy;
 }
 

@@ -127,8 +127,7 @@ class NormedMap {
       const Range mine = part_range(tasks, part, parts);
       for (int64_t task = mine.begin; task < mine.end; ++task) {
         const Range range = part_range(tokens_.rows, task % pieces, pieces);
-        for (int64_t r = range.begin; r < range.end; ++r)
-          spreads[task].join(row_spread(row(task / pieces * tokens_.rows + r), tokens_.channels));
+        spreads[task] = spread(row(task / pieces * tokens_.rows + range.begin), range.size() * tokens_.channels);
       }
     });
     for (int64_t sample = 0; sample < tokens_.samples; ++sample) {

@@ -24,17 +24,6 @@ struct NormLinearParameters {
   Scratch<float> scale() const { return padded(gamma); }
   Scratch<float> shift() const { return padded(beta); }
 
-  // W gamma, rows of `inputs` floats.
-  Scratch<float> folded_weight() const {
-    Scratch<float> out(outputs * inputs);
-    const Scratch<float> scale = this->scale();
-    for_each_output([&](int64_t o) {
-      for (int64_t c = 0; c < inputs; c += kLanes)
-        store_some(out.data() + o * inputs + c, load_some(weight.data() + o * inputs + c, inputs - c) * load(scale.data() + c), inputs - c);
-    });
-    return out;
-  }
-
   // b + W beta
   Scratch<float> folded_bias() const {
     Scratch<float> out(std::max<int64_t>(lanes_of(outputs), 1), 0.0f);

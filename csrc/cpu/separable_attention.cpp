@@ -265,36 +265,72 @@ class Forward {
 };
 
 // `count` values from `from` on, padded with zeros to whole vectors.
-Scratch<float> segment(const Scratch<float>& from, int64_t first, int64_t count) {
+Scratch<float> segment(const float* from, int64_t count) {
   Scratch<float> out(lanes_of(count), 0.0f);
-  std::copy_n(from.data() + first, count, out.data());
+  std::copy_n(from, count, out.data());
   return out;
 }
 
-// The parameters' gradients, one accumulator a part. The rows of qkv: score, keys, values.
-struct Sums {
-  std::vector<Scratch<float>> qkv, out;                // (1 + 2D, L) of the folded weight; (D, L)
-  std::vector<Scratch<double>> score, qkv_bias, out_bias;
+// W_q gamma
+Scratch<float> folded_score(const NormLinearParameters& qkv) {
+  Scratch<float> out = qkv.scale();
+  for (int64_t c = 0; c < qkv.inputs; ++c) out[c] *= qkv.weight.data()[c];
+  return out;
+}
 
-  Sums(int64_t parts, int64_t channels, int64_t lanes)
-      : qkv(accumulators<float>(parts, (1 + 2 * channels) * lanes)), out(accumulators<float>(parts, channels * lanes)),
-        score(accumulators<double>(parts, lanes)), qkv_bias(accumulators<double>(parts, 1 + 2 * channels + kLanes)),
-        out_bias(accumulators<double>(parts, lanes)) {}
-};
+// The rows of W_k and of W_v in the weight of qkv.
+const float* key_rows(const NormLinearParameters& qkv) { return qkv.weight.data() + qkv.inputs; }
+const float* value_rows(const NormLinearParameters& qkv) { return qkv.weight.data() + (1 + qkv.inputs) * qkv.inputs; }
 
 // The weights as the backward pass reads them; the norm is folded into those of qkv.
 struct BackwardWeights {
-  Scratch<float> folded, bias, score, key_bias, value_bias;
+  Scratch<float> score, key_bias, value_bias;
   PackedWeight value, value_back, key_back, out_back;
 
   BackwardWeights(const NormLinearParameters& qkv, const FloatMatrix& out)
-      : BackwardWeights(qkv.folded_weight(), qkv.folded_bias(), out.data(), qkv.inputs) {}
+      : BackwardWeights(qkv, qkv.scale().data(), qkv.folded_bias().data(), out.data(), qkv.inputs) {}
 
  private:
-  BackwardWeights(Scratch<float> weight, Scratch<float> all, const float* out, int64_t d)
-      : folded(std::move(weight)), bias(std::move(all)), score(segment(folded, 0, d)), key_bias(segment(bias, 1, d)), value_bias(segment(bias, 1 + d, d)),
-        value(PackedWeight::rows(folded.data() + (1 + d) * d, d, d, d)), value_back(PackedWeight::columns(folded.data() + (1 + d) * d, d, d, d)),
-        key_back(PackedWeight::columns(folded.data() + d, d, d, d)), out_back(PackedWeight::columns(out, d, d, d)) {}
+  BackwardWeights(const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out, int64_t d)
+      : score(folded_score(qkv)), key_bias(segment(bias + 1, d)), value_bias(segment(bias + 1 + d, d)),
+        value(PackedWeight::rows(value_rows(qkv), d, d, d, scale)), value_back(PackedWeight::columns(value_rows(qkv), d, d, d, scale)),
+        key_back(PackedWeight::columns(key_rows(qkv), d, d, d, scale)), out_back(PackedWeight::columns(out, d, d, d)) {}
+};
+
+// The parameters' gradients, one accumulator a part.
+struct Sums {
+  int64_t channels, lanes;
+  std::vector<Scratch<float>> qkv;  // (1 + 2D, L) of the folded weight: score, keys, values
+  OuterSums out;
+  std::vector<Scratch<double>> score, qkv_bias, out_bias;
+  std::vector<char> begun;  // whether a part has values yet: the first product is written, not added
+
+  Sums(int64_t parts, int64_t channels, int64_t lanes)
+      : channels(channels), lanes(lanes), out(parts, channels, lanes), score(accumulators<double>(parts, lanes)),
+        qkv_bias(accumulators<double>(parts, 1 + 2 * channels + kLanes)), out_bias(accumulators<double>(parts, lanes)), begun(parts, false) {
+    for (int64_t i = 0; i < parts; ++i) {
+      qkv.emplace_back((1 + 2 * channels) * lanes);
+      std::fill_n(qkv[i].data(), (1 + channels) * lanes, 0.0f);
+    }
+  }
+
+  void add_key(int64_t part, const float* grads, const float* pooled, int64_t rows) {
+    add_outer(grads, lanes, channels, pooled, lanes, lanes, rows, qkv[part].data() + lanes, lanes);
+  }
+
+  void add_value(int64_t part, const float* grads, const float* normal, int64_t rows) {
+    add_outer(grads, lanes, channels, normal, lanes, lanes, rows, qkv[part].data() + (1 + channels) * lanes, lanes, begun[part]);
+    begun[part] = true;
+  }
+
+  // The folded weight's gradient of all parts.
+  const std::vector<Scratch<float>>& products() {
+    const Values all = add_up(score, channels);
+    std::transform(all.begin(), all.end(), qkv[0].data(), [](double v) { return float(v); });
+    for (size_t i = 0; i < qkv.size(); ++i)
+      if (!begun[i]) std::fill_n(qkv[i].data() + (1 + channels) * lanes, channels * lanes, 0.0f);
+    return qkv;
+  }
 };
 
 template <typename T>
@@ -362,8 +398,8 @@ class Backward {
         }
       }
       for (int64_t p = 0; p < positions; ++p) add_scaled(dcontext(task.index) + p * lanes, 1.0f, sums + p * lanes, 1.0f, lanes);
-      add_outer(grad, lanes, channels, value, lanes, lanes, count, sums_.out[task.part].data(), lanes);
-      add_outer(dvalue, lanes, channels, normal, lanes, lanes, count, sums_.qkv[task.part].data() + (1 + channels) * lanes, lanes);
+      sums_.out.add(task.part, {grad, lanes}, value, count);
+      sums_.add_value(task.part, dvalue, normal, count);
       add_columns(grad, lanes, count, channels, sums_.out_bias[task.part].data());
       add_columns(dvalue, lanes, count, channels, sums_.qkv_bias[task.part].data() + 1 + channels);
       multiply_into(dvalue, lanes, count, weights_.value_back, dnormal(task, first), lanes);
@@ -377,8 +413,7 @@ class Backward {
     float* grads = dcontext(task.index);
     for (int64_t i = task.first + 1; i < task.first + plan_.ranges(); ++i) add_scaled(grads, 1.0f, dcontext(i), 1.0f, positions * lanes);
     multiply_into(grads, lanes, positions, weights_.key_back, dmean(task.sample), lanes);
-    const float* pooled = kept_.pooled + task.sample * positions * lanes;
-    add_outer(grads, lanes, channels, pooled, lanes, lanes, positions, sums_.qkv[task.part].data() + lanes, lanes);
+    sums_.add_key(task.part, grads, kept_.pooled + task.sample * positions * lanes, positions);
     for (int64_t p = 0; p < positions; ++p) {
       dtotal_[task.sample * positions + p] = dot(grads + p * lanes, weights_.key_bias.data(), lanes);
       const double total = kept_weight(task.sample, p);
@@ -593,12 +628,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_att
     if (dense.numel() == 0) return Sums(1, channels, lanes);
     return Backward<T>(map, per_sample, weights, dropout, data_of<T>(dense_dy), data_of<T>(dense), static_cast<T*>(dx.mutable_data_ptr()), kept).run();
   });
-  const Values score = add_up(sums.score, channels), dqkv_bias = add_up(sums.qkv_bias, 1 + 2 * channels);
-  std::transform(score.begin(), score.end(), sums.qkv[0].data(), [](double v) { return float(v); });
-  const NormLinearGradients gradients(qkv, sums.qkv, dqkv_bias, qkv_weight);
+  const Values dqkv_bias = add_up(sums.qkv_bias, 1 + 2 * channels);
+  const NormLinearGradients gradients(qkv, sums.products(), dqkv_bias, qkv_weight);
   const Tensor dout = torch::stable::new_empty(out_weight, out_weight.sizes());
   dispatch_dtype("out_proj.weight", dout, [&](auto type) {
-    add_up_rows(sums.out, channels, channels, lanes, static_cast<decltype(type)*>(dout.mutable_data_ptr()));
+    add_up_rows(sums.out.parts(), channels, channels, lanes, static_cast<decltype(type)*>(dout.mutable_data_ptr()));
   });
   return std::make_tuple(
       dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
@@ -608,12 +642,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_att
 }  // namespace
 
 SeparableAttentionWeights::SeparableAttentionWeights(const NormLinearParameters& qkv, const FloatMatrix& out, const std::optional<Tensor>& out_bias)
-    : SeparableAttentionWeights(qkv.folded_weight(), qkv.folded_bias(), out.data(), read_vector("out_proj.bias", out_bias, qkv.inputs), qkv.inputs) {}
+    : SeparableAttentionWeights(qkv, qkv.scale().data(), qkv.folded_bias().data(), out.data(), out_bias, qkv.inputs) {}
 
 SeparableAttentionWeights::SeparableAttentionWeights(
-    const Scratch<float>& folded, const Scratch<float>& bias, const float* out_weight, Scratch<float> out_bias, int64_t d)
-    : score(segment(folded, 0, d)), key_bias(segment(bias, 1, d)), value_bias(segment(bias, 1 + d, d)), out_bias(std::move(out_bias)),
-      score_bias(bias[0]), key(PackedWeight::rows(folded.data() + d, d, d, d)), value(PackedWeight::rows(folded.data() + (1 + d) * d, d, d, d)),
+    const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out_weight, const std::optional<Tensor>& out_bias, int64_t d)
+    : score(folded_score(qkv)), key_bias(segment(bias + 1, d)), value_bias(segment(bias + 1 + d, d)), out_bias(read_vector("out_proj.bias", out_bias, d)),
+      score_bias(bias[0]), key(PackedWeight::rows(key_rows(qkv), d, d, d, scale)), value(PackedWeight::rows(value_rows(qkv), d, d, d, scale)),
       out(PackedWeight::rows(out_weight, d, d, d)) {}
 
 template <typename T>

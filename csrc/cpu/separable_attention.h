@@ -26,7 +26,8 @@ struct SeparableAttentionWeights {
   SeparableAttentionWeights(const NormLinearParameters& qkv, const FloatMatrix& out, const std::optional<Tensor>& out_bias);
 
  private:
-  SeparableAttentionWeights(const Scratch<float>& folded, const Scratch<float>& bias, const float* out_weight, Scratch<float> out_bias, int64_t channels);
+  SeparableAttentionWeights(
+      const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out_weight, const std::optional<Tensor>& out_bias, int64_t channels);
 };
 
 // What the forward pass leaves for the backward pass, with L = lanes: mean and 1 / deviation of each sample or token; the softmax of the

@@ -81,6 +81,13 @@ MVIT3_INLINE Vec select_greater(Vec test, Vec bound, Vec yes, Vec no) {
   return r;
 }
 
+// test >= bound ? yes : no, lane by lane; false for NaN.
+MVIT3_INLINE Vec select_at_least(Vec test, Vec bound, Vec yes, Vec no) {
+  Vec r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = test.part[i] >= bound.part[i] ? yes.part[i] : no.part[i];
+  return r;
+}
+
 // Part by part: GCC would take a copy of the whole struct through the stack.
 typedef NativeFloat UnalignedFloat __attribute__((aligned(4), may_alias));
 
