@@ -37,6 +37,17 @@ class ChannelSums {
     }
   }
 
+  // The same in steps, for a kernel that has the values in registers: how many rows will follow, beginning with a first row that gives the
+  // pivots (only `add_run` for the first time needs them), then the sums of short runs of rows.
+  bool empty() const { return count_ == 0; }
+  void count(int64_t rows) { count_ += rows; }
+  void set_pivot(int64_t c, Vec value) { store(pivot_.data() + c, value); }
+  Vec pivot(int64_t c) const { return load(pivot_.data() + c); }
+  void add_run(int64_t c, Vec sum, Vec square) {
+    accumulate(sum_.data() + c, sum);
+    accumulate(square_.data() + c, square);
+  }
+
   // Puts the sums of all threads together by the formula of Chan, Golub and LeVeque.
   static void combine(const std::vector<ChannelSums>& parts, Values& mean, Values& var) {
     for (size_t c = 0; c < mean.size(); ++c) {

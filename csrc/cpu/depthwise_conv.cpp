@@ -1,0 +1,343 @@
+// depthwise_conv: depth-wise 3x3, batch normalisation, activation. Meaning: mvit3_kernels/ops/depthwise_conv/reference.py.
+//
+// The filtered map z is never written. Nine products for sixteen channels cost about what reading z back from memory would, so training
+// reads x for the statistics and again for y; backward reads x and dy for the sums of the norm, and again for dx and the gradient of
+// the taps, with the gradient of z in a ring of a few rows. Only x is kept for backward. The second walk of each pass goes against the
+// first: what was read last is still in the cache.
+
+#include <tuple>
+
+#include "depthwise_conv.h"
+
+namespace mvit3 {
+namespace {
+
+// Sums of two values in float32 for short runs, handed over to `flush(first, second)`.
+template <typename F>
+class Runs {
+ public:
+  explicit Runs(const F& flush) : flush_(flush) {}
+
+  MVIT3_INLINE void add(Vec first, Vec second) {
+    first_ += first;
+    second_ += second;
+    if (++count_ == 16) end();
+  }
+
+  MVIT3_INLINE void end() {
+    flush_(first_, second_);
+    first_ = second_ = 0.0f;
+    count_ = 0;
+  }
+
+ private:
+  const F& flush_;
+  Vec first_ = 0.0f, second_ = 0.0f;
+  int count_ = 0;
+};
+
+struct Layer : Norm {
+  DepthwiseGeometry geometry;
+  FloatMatrix weight;
+
+  static DepthwiseGeometry measure(const Tensor& x, int64_t stride, int64_t dilation) {
+    STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+    STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+    STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
+    return {x.size(0), x.size(1), x.size(2), x.size(3), stride, dilation};
+  }
+
+  Layer(const Tensor& x, const Tensor& w, const Tensor& norm_weight, const Tensor& norm_bias, double eps, int64_t stride, int64_t dilation)
+      : Norm("norm.weight", norm_weight, norm_bias, x.size(x.dim() - 1), eps), geometry(measure(x, stride, dilation)),
+        weight("weight", w, geometry.channels, 9) {}
+};
+
+// Mean and variance of each channel of the filtered map.
+template <typename T>
+void filtered_moments(Layer& layer, const T* x) {
+  const DepthwiseGeometry& g = layer.geometry;
+  const Scratch<float> taps = pack_taps(layer.weight.data(), g.channels);
+  const int64_t parts = count_parts(g.out_rows() * g.out_row_size());
+  auto sums = channel_sums(parts, g.channels);
+  dispatch_shift(g, [&](auto shift) {
+    for_each_part(parts, [&](int64_t part) {
+      const Range range = part_range(g.out_rows(), part, parts);
+      for (int64_t row = range.end - 1; row >= range.begin; --row) {
+        const Window<T> window(g, x, row, -1);
+        for_each_lanes(g.channels, [&](int64_t c, auto whole) {
+          if (row == range.end - 1)
+            filter_row<shift, whole>(g, window, taps, c, 0.0f, 1, [&](int64_t, Vec value) { sums[part].set_pivot(c, value); });
+          const auto flush = [&](Vec sum, Vec square) { sums[part].add_run(c, sum, square); };
+          Runs runs(flush);
+          const Vec pivot = sums[part].pivot(c);
+          filter_row<shift, whole>(g, window, taps, c, 0.0f, g.out_width(), [&](int64_t, Vec value) {
+            const Vec distance = value - pivot;
+            runs.add(distance, distance * distance);
+          });
+          runs.end();
+        });
+      }
+      sums[part].count(range.size() * g.out_width());
+    });
+  });
+  ChannelSums::combine(sums, layer.mean, layer.var);
+}
+
+// The gradient of the norm's output: the filtered map again, and the activation's derivative.
+template <typename T>
+class Gradient {
+ public:
+  Gradient(const Layer& layer, const T* x, const T* dy)
+      : g_(layer.geometry), norm_(layer.affine()), taps_(pack_taps(layer.weight.data(), g_.channels)), x_(x), dy_(dy) {}
+
+  // f(column, gradient, filtered value) along a row of the output, at the sixteen channels from c.
+  template <int Act, int Shift, bool Whole, typename F>
+  MVIT3_INLINE void row(int64_t index, const Window<T>& window, int64_t c, const F& f) const {
+    const T* dy = dy_ + index * g_.out_row_size() + c;
+    const int64_t ahead = g_.out_row_size();
+    const Vec scale = load(norm_.scale.data() + c), shift = load(norm_.shift.data() + c);
+    filter_row<Shift, Whole>(g_, window, taps_, c, 0.0f, g_.out_width(), [&](int64_t column, Vec value) {
+      const T* at = dy + column * g_.channels;
+      prefetch(at + ahead);
+      f(column, activate_backward<Act>(fma(value, scale, shift), load_lanes<Whole>(at, g_.channels - c)), value);
+    });
+  }
+
+  Window<T> window(int64_t index) const { return Window<T>(g_, x_, index); }
+
+ private:
+  const DepthwiseGeometry& g_;
+  ScaleShift norm_;
+  Scratch<float> taps_;
+  const T *x_, *dy_;
+};
+
+// First walk: sums of the gradient, and of the gradient times the distance of the filtered value to its mean.
+template <int Act, int Shift, typename T>
+NormBackward norm_backward(const Layer& layer, const Gradient<T>& gradient, bool training) {
+  const DepthwiseGeometry& g = layer.geometry;
+  const int64_t parts = count_parts(g.out_rows() * g.out_row_size());
+  const Scratch<float> mean = layer.means();
+  auto sums = accumulators<double>(parts, 2 * g.lanes());
+  for_each_part(parts, [&](int64_t part) {
+    const Range range = part_range(g.out_rows(), part, parts);
+    double *sum = sums[part].data(), *dot = sum + g.lanes();
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      const Window<T> window = gradient.window(row);
+      for_each_lanes(g.channels, [&](int64_t c, auto whole) {
+        const auto flush = [&](Vec first, Vec second) {
+          accumulate(sum + c, first);
+          accumulate(dot + c, second);
+        };
+        Runs runs(flush);
+        const Vec centre = load(mean.data() + c);
+        gradient.template row<Act, Shift, whole>(
+            row, window, c, [&](int64_t, Vec grad, Vec value) { runs.add(grad, grad * (value - centre)); });
+        runs.end();
+      });
+    }
+  });
+  NormBackward backward = NormBackward::from(layer, sums, std::max<int64_t>(g.out_rows() * g.out_width(), 1));
+  if (!training) {  // the statistics are constants
+    std::fill_n(backward.offset.data(), g.lanes(), 0.0f);
+    std::fill_n(backward.slope.data(), g.lanes(), 0.0f);
+  }
+  return backward;
+}
+
+// A window of rows of the gradient of z, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
+class Ring {
+ public:
+  static int64_t floats(const DepthwiseGeometry& g, int64_t slots) { return (slots + 1) * (g.out_width() + 2 * g.dilation) * g.lanes(); }
+
+  Ring(const DepthwiseGeometry& g, int64_t slots, float* memory)
+      : memory_(memory), slots_(slots), height_(g.out_height()), border_(g.dilation * g.lanes()), row_(g.out_width() * g.lanes() + 2 * border_) {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      std::fill_n(memory_ + slot * row_, border_, 0.0f);
+      std::fill_n(memory_ + (slot + 1) * row_ - border_, border_, 0.0f);
+    }
+    std::fill_n(memory_ + slots * row_, row_, 0.0f);
+  }
+
+  // The first pixel of row i of an image; of a row of zeros where the image has no row i.
+  float* row(int64_t i) const { return memory_ + (i < 0 || i >= height_ ? slots_ : i % slots_) * row_ + border_; }
+
+ private:
+  float* memory_;
+  int64_t slots_, height_, border_, row_;
+};
+
+// The outputs that read an input row, or the columns of one class (those equal modulo the stride): which taps, and from which position.
+struct Readers {
+  int64_t count = 0, tap[3], at[3];
+
+  // For input `i` with outputs `stride` apart.
+  Readers(int64_t i, int64_t stride, int64_t dilation) {
+    for (int64_t t = 0; t < 3; ++t) {
+      const int64_t first = i - (t - 1) * dilation;  // = stride * output
+      if (first % stride) continue;
+      tap[count] = t;
+      at[count++] = first / stride;
+    }
+  }
+};
+
+// Pixels of a row at sixteen channels, as the transposed convolution sees them: N taps of the gradient of z each.
+struct Taps {
+  const float* grad[9];
+  int64_t tap[9];
+};
+
+// For `count` pixels of x, `step` elements apart: dx = the sum of w * gradient; adds the gradients of the taps to dtaps.
+template <int N, bool Whole, typename T>
+MVIT3_INLINE void gather(const Taps& in, int64_t grad_step, const float* taps, const T* x, T* dx, int64_t step, int64_t count, int64_t left, bool past_cache, Vec* dtaps) {
+  Vec w[N], dw[N];
+  for (int n = 0; n < N; ++n) {
+    w[n] = load(taps + in.tap[n] * kLanes);
+    dw[n] = 0.0f;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Vec value = load_lanes<Whole>(x + i * step, left);
+    Vec sum = 0.0f;
+    for (int n = 0; n < N; ++n) {
+      const Vec grad = load(in.grad[n] + i * grad_step);
+      sum = fma(grad, w[n], sum);
+      dw[n] = fma(grad, value, dw[n]);
+    }
+    store_lanes<Whole>(dx + i * step, sum, left, past_cache);
+  }
+  for (int n = 0; n < N; ++n) dtaps[in.tap[n]] += dw[n];
+}
+
+// Second walk: rows of the gradient of z into a ring, and from there dx and the gradient of the taps.
+template <int Act, int Shift, typename T>
+Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const NormBackward& norm, const T* x, T* dx) {
+  const DepthwiseGeometry& g = layer.geometry;
+  const int64_t rows = g.batch * g.height, lanes = g.lanes(), parts = count_parts(rows * g.row_size());
+  const Scratch<float> taps = pack_taps(layer.weight.data(), g.channels);
+  const bool past_cache = writes_past_cache(dx, rows * g.row_size(), g.channels);
+  auto sums = accumulators<double>(parts, 9 * lanes);
+  for_each_part(parts, [&](int64_t part) {
+    const int64_t slots = 2 * g.dilation / g.stride + 2;
+    const Ring ring(g, slots, workspace(Ring::floats(g, slots)));
+    const Range range = part_range(rows, part, parts);
+    int64_t image = -1, next = 0;  // the first row of the gradient that the ring does not hold yet
+    for (int64_t index = range.begin; index < range.end; ++index) {
+      const int64_t row = index % g.height;
+      if (image != index / g.height) {
+        image = index / g.height;
+        next = std::max<int64_t>((row - g.dilation) / g.stride, 0);
+      }
+      for (const int64_t end = std::min((row + g.dilation) / g.stride + 1, g.out_height()); next < end; ++next) {
+        const int64_t out_index = image * g.out_height() + next;
+        const Window<T> window = gradient.window(out_index);
+        float* out = ring.row(next);
+        for_each_lanes(g.channels, [&](int64_t c, auto whole) {
+          gradient.template row<Act, Shift, whole>(
+              out_index, window, c, [&](int64_t column, Vec grad, Vec value) { store(out + column * lanes + c, norm(grad, value, c)); });
+        });
+      }
+      const Readers vertical(row, g.stride, g.dilation);
+      const T* values = x + index * g.row_size();
+      T* out = dx + index * g.row_size();
+      for_each_lanes(g.channels, [&](int64_t c, auto whole) {
+        Vec dtaps[9];
+        for (int t = 0; t < 9; ++t) dtaps[t] = 0.0f;
+        for (int64_t first = 0; first < std::min(g.stride, g.width); ++first) {
+          const Readers horizontal(first, g.stride, g.dilation);
+          Taps in;
+          int64_t n = 0;
+          for (int64_t i = 0; i < vertical.count; ++i)
+            for (int64_t j = 0; j < horizontal.count; ++j, ++n) {
+              in.grad[n] = ring.row(vertical.at[i]) + horizontal.at[j] * lanes + c;
+              in.tap[n] = vertical.tap[i] * 3 + horizontal.tap[j];
+            }
+          const int64_t count = (g.width - first + g.stride - 1) / g.stride, at = first * g.channels + c;
+          const auto run = [&](auto taps_of_pixel) {
+            gather<taps_of_pixel, whole>(
+                in, lanes, taps.data() + c * 9, values + at, out + at, g.stride * g.channels, count, g.channels - c, past_cache, dtaps);
+          };
+          if (n == 9) run(std::integral_constant<int, 9>{});
+          if (n == 4) run(std::integral_constant<int, 4>{});
+          if (n == 2) run(std::integral_constant<int, 2>{});
+          if (n == 1) run(std::integral_constant<int, 1>{});
+          if (n == 0) run(std::integral_constant<int, 0>{});
+        }
+        for (int t = 0; t < 9; ++t) accumulate(sums[part].data() + c * 9 + t * kLanes, dtaps[t]);
+      });
+    }
+    if (past_cache) stream_fence();
+  });
+  const Values packed = add_up(sums, 9 * lanes);
+  Values dweight(g.channels * 9);
+  for (int64_t c = 0; c < g.channels; ++c)
+    for (int64_t t = 0; t < 9; ++t) dweight[c * 9 + t] = packed[(c / kLanes * 9 + t) * kLanes + c % kLanes];
+  return dweight;
+}
+
+// y; mean and variance of the filtered map, empty unless in training.
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv_forward(
+    const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& norm_bias, std::optional<Tensor> running_mean,
+    std::optional<Tensor> running_var, bool training, double eps, int64_t act, int64_t stride, int64_t dilation) {
+  return dispatch_dtype("x", x, [&](auto type) {
+    using T = decltype(type);
+    const Tensor dense = torch::stable::contiguous(x);
+    Layer layer(dense, weight, norm_weight, norm_bias, eps, stride, dilation);
+    const DepthwiseGeometry& g = layer.geometry;
+    const T* input = static_cast<const T*>(dense.data_ptr());
+    if (training) {
+      filtered_moments(layer, input);
+    } else {
+      STD_TORCH_CHECK(running_mean && running_var, "running_mean and running_var must be given when training is False");
+      layer.mean = read_channels("running_mean", *running_mean, g.channels);
+      layer.var = read_channels("running_var", *running_var, g.channels);
+    }
+    const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height(), g.out_width(), g.channels}));
+    const DepthwiseWeights weights(layer.weight.data(), g.channels, layer.affine());
+    dispatch_activation(act, [&](auto code) { depthwise_conv<code>(g, weights, input, static_cast<T*>(y.mutable_data_ptr())); });
+    if (!training) layer.mean.clear(), layer.var.clear();
+    const Tensor like = torch::stable::new_empty(x, {0}, ScalarType::Float);
+    return std::make_tuple(y, write_channels(layer.mean, like), write_channels(layer.var, like));
+  });
+}
+
+// Gradients of x, weight, norm weight and norm bias.
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& mean, const Tensor& var,
+    bool training, double eps, int64_t act, int64_t stride, int64_t dilation) {
+  return dispatch_dtype("x", x, [&](auto type) {
+    using T = decltype(type);
+    const Tensor dense = torch::stable::contiguous(x), dense_dy = torch::stable::contiguous(dy);
+    Layer layer(dense, weight, norm_weight, norm_bias, eps, stride, dilation);
+    const DepthwiseGeometry& g = layer.geometry;
+    STD_TORCH_CHECK(dy.is_cpu() && dy.scalar_type() == x.scalar_type(), "dy must be on the CPU and have the dtype of x");
+    STD_TORCH_CHECK(dy.numel() == g.out_rows() * g.out_row_size(), "dy must have the shape of y");
+    layer.mean = read_channels("mean", mean, g.channels);
+    layer.var = read_channels("var", var, g.channels);
+    const T *input = static_cast<const T*>(dense.data_ptr()), *grad = static_cast<const T*>(dense_dy.data_ptr());
+    const Tensor dx = new_output(dense), dweight = torch::stable::new_empty(weight, weight.sizes());
+    const Gradient<T> gradient(layer, input, grad);
+    Values dtaps, dgamma, dbeta;
+    dispatch_activation(act, [&](auto code) {
+      dispatch_shift(g, [&](auto shift) {
+        const NormBackward norm = norm_backward<code, shift>(layer, gradient, training);
+        dtaps = taps_backward<code, shift>(layer, gradient, norm, input, static_cast<T*>(dx.mutable_data_ptr()));
+        dgamma = norm.dgamma;
+        dbeta = norm.dbeta;
+      });
+    });
+    dispatch_dtype("weight", dweight, [&](auto parameter) {
+      using P = decltype(parameter);
+      std::transform(dtaps.begin(), dtaps.end(), static_cast<P*>(dweight.mutable_data_ptr()), [](double v) { return from_float<P>(float(v)); });
+    });
+    return std::make_tuple(dx, dweight, write_channels(dgamma, norm_weight), write_channels(dbeta, norm_bias));
+  });
+}
+
+}  // namespace
+}  // namespace mvit3
+
+STABLE_TORCH_LIBRARY_IMPL(mvit3, CPU, m) {
+  m.impl("depthwise_conv_forward", TORCH_BOX(&mvit3::depthwise_conv_forward));
+  m.impl("depthwise_conv_backward", TORCH_BOX(&mvit3::depthwise_conv_backward));
+}
