@@ -94,7 +94,7 @@ class Gradient {
   template <int Act, int Shift, bool Whole, typename F>
   MVIT3_INLINE void row(int64_t index, const Window<T>& window, int64_t c, const F& f) const {
     const T* dy = dy_ + index * g_.out_row_size() + c;
-    const int64_t ahead = g_.out_row_size();
+    const int64_t ahead = window.direction * g_.out_row_size();
     const Vec scale = load(norm_.scale.data() + c), shift = load(norm_.shift.data() + c);
     filter_row<Shift, Whole>(g_, window, taps_, c, 0.0f, g_.out_width(), [&](int64_t column, Vec value) {
       const T* at = dy + column * g_.channels;
@@ -103,7 +103,7 @@ class Gradient {
     });
   }
 
-  Window<T> window(int64_t index) const { return Window<T>(g_, x_, index); }
+  Window<T> window(int64_t index, int64_t direction) const { return Window<T>(g_, x_, index, direction); }
 
  private:
   const DepthwiseGeometry& g_;
@@ -122,8 +122,8 @@ NormBackward norm_backward(const Layer& layer, const Gradient<T>& gradient, bool
   for_each_part(parts, [&](int64_t part) {
     const Range range = part_range(g.out_rows(), part, parts);
     double *sum = sums[part].data(), *dot = sum + g.lanes();
-    for (int64_t row = range.begin; row < range.end; ++row) {
-      const Window<T> window = gradient.window(row);
+    for (int64_t row = range.end - 1; row >= range.begin; --row) {
+      const Window<T> window = gradient.window(row, -1);
       for_each_lanes(g.channels, [&](int64_t c, auto whole) {
         const auto flush = [&](Vec first, Vec second) {
           accumulate(sum + c, first);
@@ -230,7 +230,7 @@ Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const Norm
       }
       for (const int64_t end = std::min((row + g.dilation) / g.stride + 1, g.out_height()); next < end; ++next) {
         const int64_t out_index = image * g.out_height() + next;
-        const Window<T> window = gradient.window(out_index);
+        const Window<T> window = gradient.window(out_index, 1);
         float* out = ring.row(next);
         for_each_lanes(g.channels, [&](int64_t c, auto whole) {
           gradient.template row<Act, Shift, whole>(

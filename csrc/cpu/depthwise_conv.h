@@ -1,8 +1,8 @@
 // Depth-wise 3x3 convolution on NHWC maps: what its kernels, the inverted residual and the inference engine share.
 //
-// The channels are the lanes: a walk down a row of the output keeps the nine taps of sixteen channels and the 3x3 window of the input in
-// registers, so a pixel of the input is read once a row. Zero padding is index arithmetic: a row outside of the map is one vector of
-// zeros with step 0, a column outside of it a zero register.
+// The channels are the lanes: a walk along a row of the output keeps the nine taps of sixteen channels and the unfinished sums in
+// registers, so that a pixel of the input is read once a row. Zero padding is index arithmetic: a row outside of the map is one vector
+// of zeros with step 0, a column outside of it is left out.
 #pragma once
 
 #include <numeric>
@@ -71,10 +71,10 @@ alignas(64) inline constexpr T kZeroLanes[kLanes] = {};
 template <typename T>
 struct Window {
   const T *row[3], *ahead[2];  // `ahead` will be read by the next output row for the first time
-  int64_t step[3];             // from a column to the next: 0 in a row outside of the map
+  int64_t step[3], direction;  // from a column to the next: 0 in a row outside of the map; from this output row to the next: 1 or -1
 
   // Row `index` of all images' output rows; the next one will be `index` + `direction`.
-  Window(const DepthwiseGeometry& g, const T* x, int64_t index, int64_t direction = 1) {
+  Window(const DepthwiseGeometry& g, const T* x, int64_t index, int64_t direction = 1) : direction(direction) {
     const int64_t out_row = index % g.out_height();
     const T* first = x + index / g.out_height() * g.height * g.row_size();
     for (int64_t t = 0; t < 3; ++t) {
@@ -87,33 +87,89 @@ struct Window {
   }
 };
 
+// The three taps of a column of the window.
+struct ColumnTaps {
+  Vec top, middle, bottom;
+
+  ColumnTaps(const float* taps, int64_t column)
+      : top(load(taps + column * kLanes)), middle(load(taps + (3 + column) * kLanes)), bottom(load(taps + (6 + column) * kLanes)) {}
+};
+
+// Walks along three rows of the input, column by column, at sixteen channels.
+template <bool Whole, typename T>
+struct Columns {
+  const T *top, *middle, *bottom;
+  int64_t top_step, middle_step, bottom_step, left;
+
+  struct Values {
+    Vec top, middle, bottom;
+
+    MVIT3_INLINE Vec add(Vec sum, const ColumnTaps& w) const { return fma(bottom, w.bottom, fma(middle, w.middle, fma(top, w.top, sum))); }
+  };
+
+  Columns(const Window<T>& in, int64_t channel, int64_t column, int64_t step, int64_t channels)
+      : top(in.row[0]), middle(in.row[1]), bottom(in.row[2]), top_step(in.step[0] * step), middle_step(in.step[1] * step),
+        bottom_step(in.step[2] * step), left(channels - channel) {
+    top += in.step[0] ? channel + column * in.step[0] : 0;
+    middle += in.step[1] ? channel + column * in.step[1] : 0;
+    bottom += in.step[2] ? channel + column * in.step[2] : 0;
+  }
+
+  MVIT3_INLINE Values next() {
+    const Values values{load_lanes<Whole>(top, left), load_lanes<Whole>(middle, left), load_lanes<Whole>(bottom, left)};
+    top += top_step;
+    middle += middle_step;
+    bottom += bottom_step;
+    return values;
+  }
+};
+
 // f(output column, filtered value) for `columns` columns of an output row, at the sixteen channels from `channel`. The value is
-// start + the sum of the taps.
+// start + the sum of the taps. A column of the input is read once and added to the sums of all outputs that it belongs to.
 template <int Shift, bool Whole, typename T, typename F>
 MVIT3_INLINE void filter_row(const DepthwiseGeometry& g, const Window<T>& in, const Scratch<float>& taps, int64_t channel, Vec start, int64_t columns, const F& f) {
-  const int64_t left = g.channels - channel, classes = g.classes();
-  Vec w[9];
-  for (int t = 0; t < 9; ++t) w[t] = load(taps.data() + channel * 9 + t * kLanes);
-  const T* rows[3];
-  for (int t = 0; t < 3; ++t) rows[t] = in.step[t] ? in.row[t] + channel : in.row[t];
-  Vec window[3][3];  // [column][row]
-  const auto read = [&](int64_t column, Vec(&to)[3]) {
-    if (column < 0 || column >= g.width) {
-      for (int t = 0; t < 3; ++t) to[t] = 0.0f;
-      return;
-    }
-    for (int t = 0; t < 3; ++t) to[t] = load_lanes<Whole>(rows[t] + column * in.step[t], left);
-    for (int t = 0; t < Shift; ++t) prefetch(in.ahead[t] + column * g.channels + channel);
-  };
+  const float* w = taps.data() + channel * 9;
+  const ColumnTaps first_taps(w, 0), second_taps(w, 1), third_taps(w, 2);
+  const int64_t classes = g.classes(), step = g.dilation * g.channels;
   for (int64_t first = 0; first < std::min(classes, columns); ++first) {
-    for (int k = Shift; k < 3; ++k) read(first * g.stride + (k - Shift - 1) * g.dilation, window[k]);
-    for (int64_t column = first; column < columns; column += classes) {
-      for (int k = 0; k < 3 - Shift; ++k)
-        for (int t = 0; t < 3; ++t) window[k][t] = window[k + Shift][t];
-      for (int k = 3 - Shift; k < 3; ++k) read(column * g.stride + (k - 1) * g.dilation, window[k]);
-      Vec sum = start;
-      for (int t = 0; t < 9; ++t) sum = fma(window[t % 3][t / 3], w[t], sum);
-      f(column, sum);
+    const int64_t centre = first * g.stride, begin = centre < g.dilation ? centre : centre - g.dilation;
+    Columns<Whole, T> input(in, channel, begin, g.dilation, g.channels);
+    const T *ahead = in.ahead[0] + begin * g.channels + channel, *ahead_too = in.ahead[1] + begin * g.channels + channel;
+    const auto next = [&] {
+      prefetch(ahead);
+      ahead += step;
+      if constexpr (Shift == 2) {
+        prefetch(ahead_too);
+        ahead_too += step;
+      }
+      return input.next();
+    };
+    // The last output may have its third column outside of the map.
+    const int64_t count = (columns - first + classes - 1) / classes, last = first + (count - 1) * classes;
+    const bool cut = last * g.stride + g.dilation >= g.width;
+    const int64_t end = cut ? last : last + 1;
+    Vec one = start;  // the next output, with its first column
+    if (centre >= g.dilation) one = next().add(start, first_taps);
+    if constexpr (Shift == 1) {
+      const auto values = next();
+      Vec two = values.add(one, second_taps);  // the next output, with two columns
+      one = values.add(start, first_taps);
+      for (int64_t column = first; column < end; column += classes) {
+        const auto values = next();
+        const Vec sum = values.add(two, third_taps);
+        two = values.add(one, second_taps);
+        one = values.add(start, first_taps);
+        f(column, sum);
+      }
+      if (cut) f(last, two);
+    } else {
+      for (int64_t column = first; column < end; column += classes) {
+        const Vec two = next().add(one, second_taps);
+        const auto values = next();
+        one = values.add(start, first_taps);
+        f(column, values.add(two, third_taps));
+      }
+      if (cut) f(last, next().add(one, second_taps));
     }
   }
 }

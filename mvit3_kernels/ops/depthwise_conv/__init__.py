@@ -69,8 +69,8 @@ torch.library.define(
 )
 torch.library.define(
     "mvit3::depthwise_conv_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps, int act, "
-    "int stride, int dilation) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps, "
+    "int act, int stride, int dilation) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
