@@ -62,7 +62,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def allowed(reference: Tensor, exact: Tensor) -> float:
-    """The reference's error; no more than 0.1: the library's weight gradient of dilated bfloat16 convolutions is off by its own size, or NaN."""
+    """The reference's error, at most 0.1: the library's weight gradient of dilated bfloat16 convolutions is off by its own size, or NaN."""
     found = error(reference, exact)
     return found if found < 0.1 else 0.1
 
