@@ -145,28 +145,6 @@ NormBackward norm_backward(const Layer& layer, const Gradient<T>& gradient, bool
   return backward;
 }
 
-// A window of rows of the gradient of z, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
-class Ring {
- public:
-  static int64_t floats(const DepthwiseGeometry& g, int64_t slots) { return (slots + 1) * (g.out_width() + 2 * g.dilation) * g.lanes(); }
-
-  Ring(const DepthwiseGeometry& g, int64_t slots, float* memory)
-      : memory_(memory), slots_(slots), height_(g.out_height()), border_(g.dilation * g.lanes()), row_(g.out_width() * g.lanes() + 2 * border_) {
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      std::fill_n(memory_ + slot * row_, border_, 0.0f);
-      std::fill_n(memory_ + (slot + 1) * row_ - border_, border_, 0.0f);
-    }
-    std::fill_n(memory_ + slots * row_, row_, 0.0f);
-  }
-
-  // The first pixel of row i of an image; of a row of zeros where the image has no row i.
-  float* row(int64_t i) const { return memory_ + (i < 0 || i >= height_ ? slots_ : i % slots_) * row_ + border_; }
-
- private:
-  float* memory_;
-  int64_t slots_, height_, border_, row_;
-};
-
 // The outputs that read an input row, or the columns of one class (those equal modulo the stride): which taps, and from which position.
 struct Readers {
   int64_t count = 0, tap[3], at[3];
@@ -213,13 +191,14 @@ MVIT3_INLINE void gather(const Taps& in, int64_t grad_step, const float* taps, c
 template <int Act, int Shift, typename T>
 Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const NormBackward& norm, const T* x, T* dx) {
   const DepthwiseGeometry& g = layer.geometry;
-  const int64_t rows = g.batch * g.height, lanes = g.lanes(), parts = count_parts(rows * g.row_size());
+  const int64_t rows = g.batch * g.height, lanes = g.lanes(), pixel = tile_stride(g.channels), parts = count_parts(rows * g.row_size());
   const Scratch<float> taps = pack_taps(layer.weight.data(), g.channels);
   const bool past_cache = writes_past_cache(dx, rows * g.row_size(), g.channels);
   auto sums = accumulators<double>(parts, 9 * lanes);
   for_each_part(parts, [&](int64_t part) {
     const int64_t slots = 2 * g.dilation / g.stride + 2;
-    const Ring ring(g, slots, workspace(Ring::floats(g, slots)));
+    float* memory = workspace(Ring::floats(slots, g.out_width(), g.dilation, pixel));
+    const Ring ring(memory, slots, g.out_height(), g.out_width(), g.dilation, pixel);
     const Range range = part_range(rows, part, parts);
     int64_t image = -1, next = 0;  // the first row of the gradient that the ring does not hold yet
     for (int64_t index = range.begin; index < range.end; ++index) {
@@ -234,7 +213,7 @@ Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const Norm
         float* out = ring.row(next);
         for_each_lanes(g.channels, [&](int64_t c, auto whole) {
           gradient.template row<Act, Shift, whole>(
-              out_index, window, c, [&](int64_t column, Vec grad, Vec value) { store(out + column * lanes + c, norm(grad, value, c)); });
+              out_index, window, c, [&](int64_t column, Vec grad, Vec value) { store(out + column * pixel + c, norm(grad, value, c)); });
         });
       }
       const Readers vertical(row, g.stride, g.dilation);
@@ -249,13 +228,13 @@ Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const Norm
           int64_t n = 0;
           for (int64_t i = 0; i < vertical.count; ++i)
             for (int64_t j = 0; j < horizontal.count; ++j, ++n) {
-              in.grad[n] = ring.row(vertical.at[i]) + horizontal.at[j] * lanes + c;
+              in.grad[n] = ring.bordered(vertical.at[i]) + (g.dilation + horizontal.at[j]) * pixel + c;
               in.tap[n] = vertical.tap[i] * 3 + horizontal.tap[j];
             }
           const int64_t count = (g.width - first + g.stride - 1) / g.stride, at = first * g.channels + c;
           const auto run = [&](auto taps_of_pixel) {
             gather<taps_of_pixel, whole>(
-                in, lanes, taps.data() + c * 9, values + at, out + at, g.stride * g.channels, count, g.channels - c, past_cache, dtaps);
+                in, pixel, taps.data() + c * 9, values + at, out + at, g.stride * g.channels, count, g.channels - c, past_cache, dtaps);
           };
           if (n == 9) run(std::integral_constant<int, 9>{});
           if (n == 4) run(std::integral_constant<int, 4>{});

@@ -34,6 +34,31 @@ inline Scratch<float> pack_taps(const float* weight, int64_t channels, const flo
   return taps;
 }
 
+// A window of rows of a wide map, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
+class Ring {
+ public:
+  static int64_t floats(int64_t slots, int64_t width, int64_t border, int64_t pixel) { return (slots + 1) * (width + 2 * border) * pixel; }
+
+  // `pixel` floats from one pixel to the next.
+  Ring(float* memory, int64_t slots, int64_t height, int64_t width, int64_t border, int64_t pixel)
+      : memory_(memory), slots_(slots), height_(height), border_(border * pixel), row_((width + 2 * border) * pixel) {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      std::fill_n(memory_ + slot * row_, border_, 0.0f);
+      std::fill_n(memory_ + (slot + 1) * row_ - border_, border_, 0.0f);
+    }
+    std::fill_n(memory_ + slots * row_, row_, 0.0f);
+  }
+
+  // The first pixel of row i.
+  float* row(int64_t i) const { return memory_ + i % slots_ * row_ + border_; }
+  // The first pixel of the border before row i; of a row of zeros where the map has no row i.
+  const float* bordered(int64_t i) const { return memory_ + (i < 0 || i >= height_ ? slots_ : i % slots_) * row_; }
+
+ private:
+  float* memory_;
+  int64_t slots_, height_, border_, row_;
+};
+
 // Calls f(first channel, std::true_type) for every sixteen channels, with std::false_type where there are fewer.
 template <typename F>
 MVIT3_INLINE void for_each_lanes(int64_t channels, const F& f) {

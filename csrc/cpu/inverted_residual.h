@@ -2,7 +2,7 @@
 // in cache.
 #pragma once
 
-#include "norm.h"
+#include "depthwise_conv.h"
 
 namespace mvit3 {
 
@@ -28,39 +28,6 @@ struct ConvNorm : Norm {
 
   PackedWeight pack(int64_t outputs, int64_t inputs) const { return PackedWeight::rows(weight.data(), outputs, inputs, inputs); }
 };
-
-// A window of rows of a wide map, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
-class Ring {
- public:
-  static int64_t floats(int64_t slots, int64_t width, int64_t border, int64_t pixel) { return (slots + 1) * (width + 2 * border) * pixel; }
-
-  // `pixel` floats from one pixel to the next.
-  Ring(float* memory, int64_t slots, int64_t height, int64_t width, int64_t border, int64_t pixel)
-      : memory_(memory), slots_(slots), height_(height), border_(border * pixel), row_((width + 2 * border) * pixel) {
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      std::fill_n(memory_ + slot * row_, border_, 0.0f);
-      std::fill_n(memory_ + (slot + 1) * row_ - border_, border_, 0.0f);
-    }
-    std::fill_n(memory_ + slots * row_, row_, 0.0f);
-  }
-
-  // The first pixel of row i.
-  float* row(int64_t i) const { return memory_ + i % slots_ * row_ + border_; }
-  // The first pixel of the border before row i; of a row of zeros where the map has no row i.
-  const float* bordered(int64_t i) const { return memory_ + (i < 0 || i >= height_ ? slots_ : i % slots_) * row_; }
-
- private:
-  float* memory_;
-  int64_t slots_, height_, border_, row_;
-};
-
-// The taps of 3x3 weights w (channels, 1, 3, 3), times scale[channel]: [channels / 16][9][16].
-inline Scratch<float> pack_taps(const float* w, int64_t channels, const float* scale = nullptr) {
-  Scratch<float> taps(lanes_of(channels) * 9, 0.0f);
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t t = 0; t < 9; ++t) taps[(c / kLanes * 9 + t) * kLanes + c % kLanes] = w[c * 9 + t] * (scale ? scale[c] : 1.0f);
-  return taps;
-}
 
 // `Columns` neighbours of a filtered row, each the sum of nine taps: a pixel that several of them read is loaded once.
 template <int Stride, int Columns, typename Emit>
