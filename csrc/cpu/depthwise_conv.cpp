@@ -70,14 +70,14 @@ void filtered_moments(Layer& layer, const T* x) {
           const auto flush = [&](Vec sum, Vec square) { sums[part].add_run(c, sum, square); };
           Runs runs(flush);
           const Vec pivot = sums[part].pivot(c);
-          filter_row<shift, whole>(g, window, taps, c, 0.0f, g.out_width(), [&](int64_t, Vec value) {
+          filter_row<shift, whole>(g, window, taps, c, 0.0f, g.out_width, [&](int64_t, Vec value) {
             const Vec distance = value - pivot;
             runs.add(distance, distance * distance);
           });
           runs.end();
         });
       }
-      sums[part].count(range.size() * g.out_width());
+      sums[part].count(range.size() * g.out_width);
     });
   });
   ChannelSums::combine(sums, layer.mean, layer.var);
@@ -96,7 +96,7 @@ class Gradient {
     const T* dy = dy_ + index * g_.out_row_size() + c;
     const int64_t ahead = window.direction * g_.out_row_size();
     const Vec scale = load(norm_.scale.data() + c), shift = load(norm_.shift.data() + c);
-    filter_row<Shift, Whole>(g_, window, taps_, c, 0.0f, g_.out_width(), [&](int64_t column, Vec value) {
+    filter_row<Shift, Whole>(g_, window, taps_, c, 0.0f, g_.out_width, [&](int64_t column, Vec value) {
       const T* at = dy + column * g_.channels;
       prefetch(at + ahead);
       f(column, activate_backward<Act>(fma(value, scale, shift), load_lanes<Whole>(at, g_.channels - c)), value);
@@ -137,7 +137,7 @@ NormBackward norm_backward(const Layer& layer, const Gradient<T>& gradient, bool
       });
     }
   });
-  NormBackward backward = NormBackward::from(layer, sums, std::max<int64_t>(g.out_rows() * g.out_width(), 1));
+  NormBackward backward = NormBackward::from(layer, sums, std::max<int64_t>(g.out_rows() * g.out_width, 1));
   if (!training) {  // the statistics are constants
     std::fill_n(backward.offset.data(), g.lanes(), 0.0f);
     std::fill_n(backward.slope.data(), g.lanes(), 0.0f);
@@ -160,55 +160,62 @@ struct Readers {
   }
 };
 
-// Pixels of a row at sixteen channels, as the transposed convolution sees them: N taps of the gradient of z each.
+// The pixels of one class of a row, as the transposed convolution sees them: `count` taps, each with the gradient of z that it meets.
 struct Taps {
+  int64_t count = 0, tap[9];
   const float* grad[9];
-  int64_t tap[9];
 };
 
 // For `count` pixels of x, `step` elements apart: dx = the sum of w * gradient; adds the gradients of the taps to dtaps.
 template <int N, bool Whole, typename T>
-MVIT3_INLINE void gather(const Taps& in, int64_t grad_step, const float* taps, const T* x, T* dx, int64_t step, int64_t count, int64_t left, bool past_cache, Vec* dtaps) {
+MVIT3_INLINE void gather(
+    const Taps& in, int64_t channel, int64_t grad_step, const float* taps, const T* x, T* dx, int64_t step, int64_t count, int64_t left, bool past_cache, float* dtaps) {
   Vec w[N], dw[N];
+  const float* grads[N];
   for (int n = 0; n < N; ++n) {
     w[n] = load(taps + in.tap[n] * kLanes);
     dw[n] = 0.0f;
+    grads[n] = in.grad[n] + channel;
   }
   for (int64_t i = 0; i < count; ++i) {
     const Vec value = load_lanes<Whole>(x + i * step, left);
     Vec sum = 0.0f;
     for (int n = 0; n < N; ++n) {
-      const Vec grad = load(in.grad[n] + i * grad_step);
+      const Vec grad = load(grads[n] + i * grad_step);
       sum = fma(grad, w[n], sum);
       dw[n] = fma(grad, value, dw[n]);
     }
     store_lanes<Whole>(dx + i * step, sum, left, past_cache);
   }
-  for (int n = 0; n < N; ++n) dtaps[in.tap[n]] += dw[n];
+  for (int n = 0; n < N; ++n) {
+    float* sum = dtaps + in.tap[n] * kLanes;
+    store(sum, load(sum) + dw[n]);
+  }
 }
 
 // Second walk: rows of the gradient of z into a ring, and from there dx and the gradient of the taps.
 template <int Act, int Shift, typename T>
 Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const NormBackward& norm, const T* x, T* dx) {
   const DepthwiseGeometry& g = layer.geometry;
-  const int64_t rows = g.batch * g.height, lanes = g.lanes(), pixel = tile_stride(g.channels), parts = count_parts(rows * g.row_size());
+  const int64_t lanes = g.lanes(), pixel = tile_stride(g.channels), parts = count_parts(g.rows() * g.row_size());
   const Scratch<float> taps = pack_taps(layer.weight.data(), g.channels);
-  const bool past_cache = writes_past_cache(dx, rows * g.row_size(), g.channels);
+  const bool past_cache = writes_past_cache(dx, g.rows() * g.row_size(), g.channels);
   auto sums = accumulators<double>(parts, 9 * lanes);
   for_each_part(parts, [&](int64_t part) {
-    const int64_t slots = 2 * g.dilation / g.stride + 2;
-    float* memory = workspace(Ring::floats(slots, g.out_width(), g.dilation, pixel));
-    const Ring ring(memory, slots, g.out_height(), g.out_width(), g.dilation, pixel);
-    const Range range = part_range(rows, part, parts);
-    int64_t image = -1, next = 0;  // the first row of the gradient that the ring does not hold yet
+    const int64_t slots = 2 * g.dilation / g.stride + 2, ring_floats = Ring::floats(slots, g.out_width, g.dilation, pixel);
+    float *memory = workspace(ring_floats + 9 * lanes), *recent = memory + ring_floats;  // the taps' sums of a few rows, in float32
+    std::fill_n(recent, 9 * lanes, 0.0f);
+    const Ring ring(memory, slots, g.out_height, g.out_width, g.dilation, pixel);
+    const Range range = part_range(g.rows(), part, parts);
+    int64_t image = -1, next = 0, pixels = 0;  // `next` is the first row of the gradient that the ring does not hold yet
     for (int64_t index = range.begin; index < range.end; ++index) {
       const int64_t row = index % g.height;
       if (image != index / g.height) {
         image = index / g.height;
         next = std::max<int64_t>((row - g.dilation) / g.stride, 0);
       }
-      for (const int64_t end = std::min((row + g.dilation) / g.stride + 1, g.out_height()); next < end; ++next) {
-        const int64_t out_index = image * g.out_height() + next;
+      for (const int64_t end = std::min((row + g.dilation) / g.stride + 1, g.out_height); next < end; ++next) {
+        const int64_t out_index = image * g.out_height + next;
         const Window<T> window = gradient.window(out_index, 1);
         float* out = ring.row(next);
         for_each_lanes(g.channels, [&](int64_t c, auto whole) {
@@ -217,33 +224,32 @@ Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const Norm
         });
       }
       const Readers vertical(row, g.stride, g.dilation);
-      const T* values = x + index * g.row_size();
-      T* out = dx + index * g.row_size();
-      for_each_lanes(g.channels, [&](int64_t c, auto whole) {
-        Vec dtaps[9];
-        for (int t = 0; t < 9; ++t) dtaps[t] = 0.0f;
-        for (int64_t first = 0; first < std::min(g.stride, g.width); ++first) {
-          const Readers horizontal(first, g.stride, g.dilation);
-          Taps in;
-          int64_t n = 0;
-          for (int64_t i = 0; i < vertical.count; ++i)
-            for (int64_t j = 0; j < horizontal.count; ++j, ++n) {
-              in.grad[n] = ring.bordered(vertical.at[i]) + (g.dilation + horizontal.at[j]) * pixel + c;
-              in.tap[n] = vertical.tap[i] * 3 + horizontal.tap[j];
-            }
-          const int64_t count = (g.width - first + g.stride - 1) / g.stride, at = first * g.channels + c;
-          const auto run = [&](auto taps_of_pixel) {
-            gather<taps_of_pixel, whole>(
-                in, pixel, taps.data() + c * 9, values + at, out + at, g.stride * g.channels, count, g.channels - c, past_cache, dtaps);
-          };
-          if (n == 9) run(std::integral_constant<int, 9>{});
-          if (n == 4) run(std::integral_constant<int, 4>{});
-          if (n == 2) run(std::integral_constant<int, 2>{});
-          if (n == 1) run(std::integral_constant<int, 1>{});
-          if (n == 0) run(std::integral_constant<int, 0>{});
-        }
-        for (int t = 0; t < 9; ++t) accumulate(sums[part].data() + c * 9 + t * kLanes, dtaps[t]);
-      });
+      for (int64_t first = 0; first < std::min(g.stride, g.width); ++first) {
+        const Readers horizontal(first, g.stride, g.dilation);
+        Taps in;
+        for (int64_t i = 0; i < vertical.count; ++i)
+          for (int64_t j = 0; j < horizontal.count; ++j, ++in.count) {
+            in.grad[in.count] = ring.bordered(vertical.at[i]) + (g.dilation + horizontal.at[j]) * pixel;
+            in.tap[in.count] = vertical.tap[i] * 3 + horizontal.tap[j];
+          }
+        const int64_t columns = (g.width - first + g.stride - 1) / g.stride, at = index * g.row_size() + first * g.channels;
+        const auto run = [&](auto count) {
+          for_each_lanes(g.channels, [&](int64_t c, auto whole) {
+            gather<count, whole>(
+                in, c, pixel, taps.data() + c * 9, x + at + c, dx + at + c, g.stride * g.channels, columns, g.channels - c, past_cache, recent + c * 9);
+          });
+        };
+        if (in.count == 9) run(std::integral_constant<int, 9>{});
+        if (in.count == 4) run(std::integral_constant<int, 4>{});
+        if (in.count == 2) run(std::integral_constant<int, 2>{});
+        if (in.count == 1) run(std::integral_constant<int, 1>{});
+        if (in.count == 0) run(std::integral_constant<int, 0>{});
+      }
+      pixels += g.width;
+      if (pixels < 64 && index + 1 < range.end) continue;
+      for (int64_t i = 0; i < 9 * lanes; i += kLanes) accumulate(sums[part].data() + i, load(recent + i));
+      std::fill_n(recent, 9 * lanes, 0.0f);
+      pixels = 0;
     }
     if (past_cache) stream_fence();
   });
@@ -271,7 +277,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_forward(
       layer.mean = read_channels("running_mean", *running_mean, g.channels);
       layer.var = read_channels("running_var", *running_var, g.channels);
     }
-    const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height(), g.out_width(), g.channels}));
+    const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height, g.out_width, g.channels}));
     const DepthwiseWeights weights(layer.weight.data(), g.channels, layer.affine());
     dispatch_activation(act, [&](auto code) { depthwise_conv<code>(g, weights, input, static_cast<T*>(y.mutable_data_ptr())); });
     if (!training) layer.mean.clear(), layer.var.clear();

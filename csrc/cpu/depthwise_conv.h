@@ -12,18 +12,20 @@
 namespace mvit3 {
 
 struct DepthwiseGeometry {
-  int64_t batch, height, width, channels, stride, dilation;
-
-  int64_t out_height() const { return (height + stride - 1) / stride; }
-  int64_t out_width() const { return (width + stride - 1) / stride; }
-  int64_t out_rows() const { return batch * out_height(); }  // of pixels, over all images
-  int64_t row_size() const { return width * channels; }
-  int64_t out_row_size() const { return out_width() * channels; }
-  int64_t lanes() const { return lanes_of(channels); }
-
+  int64_t batch, height, width, channels, stride, dilation, out_height, out_width;
   // Output columns that lie `classes` apart share inputs: the window moves by `shift` of its own columns from one to the next.
-  int64_t shift() const { return stride / std::gcd(stride, dilation); }
-  int64_t classes() const { return dilation / std::gcd(stride, dilation); }
+  int64_t shift, classes;
+
+  DepthwiseGeometry(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t stride, int64_t dilation)
+      : batch(batch), height(height), width(width), channels(channels), stride(stride), dilation(dilation),
+        out_height((height + stride - 1) / stride), out_width((width + stride - 1) / stride), shift(stride / std::gcd(stride, dilation)),
+        classes(dilation / std::gcd(stride, dilation)) {}
+
+  int64_t rows() const { return batch * height; }  // of pixels, over all images
+  int64_t out_rows() const { return batch * out_height; }
+  int64_t row_size() const { return width * channels; }
+  int64_t out_row_size() const { return out_width * channels; }
+  int64_t lanes() const { return lanes_of(channels); }
 };
 
 // The taps of 3x3 weights (channels, 1, 3, 3), times a scale of each channel where one is given: [channels / 16][9][16].
@@ -100,8 +102,8 @@ struct Window {
 
   // Row `index` of all images' output rows; the next one will be `index` + `direction`.
   Window(const DepthwiseGeometry& g, const T* x, int64_t index, int64_t direction = 1) : direction(direction) {
-    const int64_t out_row = index % g.out_height();
-    const T* first = x + index / g.out_height() * g.height * g.row_size();
+    const int64_t out_row = index % g.out_height;
+    const T* first = x + index / g.out_height * g.height * g.row_size();
     for (int64_t t = 0; t < 3; ++t) {
       const int64_t i = out_row * g.stride + (t - 1) * g.dilation;
       const bool inside = 0 <= i && i < g.height;
@@ -155,7 +157,7 @@ template <int Shift, bool Whole, typename T, typename F>
 MVIT3_INLINE void filter_row(const DepthwiseGeometry& g, const Window<T>& in, const Scratch<float>& taps, int64_t channel, Vec start, int64_t columns, const F& f) {
   const float* w = taps.data() + channel * 9;
   const ColumnTaps first_taps(w, 0), second_taps(w, 1), third_taps(w, 2);
-  const int64_t classes = g.classes(), step = g.dilation * g.channels;
+  const int64_t classes = g.classes, step = g.dilation * g.channels;
   for (int64_t first = 0; first < std::min(classes, columns); ++first) {
     const int64_t centre = first * g.stride, begin = centre < g.dilation ? centre : centre - g.dilation;
     Columns<Whole, T> input(in, channel, begin, g.dilation, g.channels);
@@ -170,7 +172,7 @@ MVIT3_INLINE void filter_row(const DepthwiseGeometry& g, const Window<T>& in, co
       return input.next();
     };
     // The last output may have its third column outside of the map.
-    const int64_t count = (columns - first + classes - 1) / classes, last = first + (count - 1) * classes;
+    const int64_t count = classes == 1 ? columns : (columns - first + classes - 1) / classes, last = first + (count - 1) * classes;
     const bool cut = last * g.stride + g.dilation >= g.width;
     const int64_t end = cut ? last : last + 1;
     Vec one = start;  // the next output, with its first column
@@ -202,7 +204,7 @@ MVIT3_INLINE void filter_row(const DepthwiseGeometry& g, const Window<T>& in, co
 // Calls f with the geometry's shift as a compile-time constant.
 template <typename F>
 void dispatch_shift(const DepthwiseGeometry& g, const F& f) {
-  if (g.shift() == 1)
+  if (g.shift == 1)
     f(std::integral_constant<int, 1>{});
   else
     f(std::integral_constant<int, 2>{});
@@ -228,7 +230,7 @@ void depthwise_conv(const DepthwiseGeometry& g, const DepthwiseWeights& weights,
         const Window<T> window(g, x, row);
         T* out = y + row * g.out_row_size();
         for_each_lanes(g.channels, [&](int64_t c, auto whole) {
-          filter_row<shift, whole>(g, window, weights.taps, c, load(weights.shift.data() + c), g.out_width(), [&](int64_t column, Vec value) {
+          filter_row<shift, whole>(g, window, weights.taps, c, load(weights.shift.data() + c), g.out_width, [&](int64_t column, Vec value) {
             store_lanes<whole>(out + column * g.channels + c, activate<Act>(value), g.channels - c, past_cache);
           });
         });
