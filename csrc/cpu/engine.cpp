@@ -1,0 +1,218 @@
+#include "engine.h"
+
+#include <map>
+#include <mutex>
+
+namespace mvit3 {
+namespace {
+
+// Where each map of a program begins in an arena, in floats, for one size of the image and one number of images.
+struct Layout {
+  int64_t batch, height, width;
+  std::vector<MapShape> shapes;
+  std::vector<int64_t> begin;
+  std::vector<size_t> source;  // of a map that is another one: that one; else the map itself
+  int64_t floats = 0;
+};
+
+class Engine {
+ public:
+  explicit Engine(int64_t channels) : channels_(channels) {}
+
+  // Returns the number of the map that the step writes.
+  int64_t add(std::unique_ptr<Step> step, std::vector<int64_t> inputs) {
+    for (const int64_t input : inputs)
+      STD_TORCH_CHECK(input >= 0 && input <= int64_t(steps_.size()), "inputs must be maps 0 to ", steps_.size(), ", got ", input);
+    steps_.push_back({std::move(step), std::move(inputs)});
+    return int64_t(steps_.size());
+  }
+
+  void finish(std::vector<int64_t> outputs) {
+    outputs_ = std::move(outputs);
+    for (const int64_t output : outputs_)
+      STD_TORCH_CHECK(output >= 1 && output <= int64_t(steps_.size()), "outputs must be maps 1 to ", steps_.size(), ", got ", output);
+  }
+
+  // x (B, C, H, W) of any strides; contiguous outputs (B, H, W, C).
+  std::vector<Tensor> run(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W)");
+    const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
+    const auto whole = layout(std::max<int64_t>(std::min(batch, kMostImages), 1), height, width);
+    std::vector<Tensor> results;
+    std::vector<float*> result_data;
+    for (const int64_t output : outputs_) {
+      const MapShape& shape = whole->shapes[output];
+      results.push_back(torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
+      result_data.push_back(static_cast<float*>(results.back().mutable_data_ptr()));
+    }
+    // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would not.
+    const int64_t groups = (batch + kMostImages - 1) / kMostImages;
+    Arena arena(*this);
+    for (int64_t group = 0; group < groups; ++group) {
+      const Range images = part_range(batch, group, groups);
+      run_group(x, images, *layout(images.size(), height, width), arena, result_data);
+    }
+    return results;
+  }
+
+ private:
+  static constexpr int64_t kMostImages = 4;
+
+  struct Node {
+    std::unique_ptr<Step> step;
+    std::vector<int64_t> inputs;
+  };
+
+  // Memory for one call, taken from those that earlier calls left, so that calls at the same time do not meet.
+  class Arena {
+   public:
+    explicit Arena(Engine& engine) : engine_(engine) {
+      const std::lock_guard<std::mutex> lock(engine.mutex_);
+      if (!engine.arenas_.empty()) {
+        memory_ = std::move(engine.arenas_.back());
+        engine.arenas_.pop_back();
+      }
+    }
+    ~Arena() {
+      const std::lock_guard<std::mutex> lock(engine_.mutex_);
+      engine_.arenas_.push_back(std::move(memory_));
+    }
+    float* floats(int64_t count) {
+      if (memory_.first < count) memory_ = {count, Scratch<float>(count)};
+      return memory_.second.data();
+    }
+
+   private:
+    Engine& engine_;
+    std::pair<int64_t, Scratch<float>> memory_{0, Scratch<float>(1)};
+  };
+
+  void run_group(const Tensor& x, Range images, const Layout& at, Arena& arena, const std::vector<float*>& results) const {
+    float* memory = arena.floats(at.floats);
+    std::vector<Map> maps(steps_.size() + 1);
+    Map& image = maps[0];
+    image = {const_cast<float*>(static_cast<const float*>(x.data_ptr())) + images.begin * x.stride(0), at.shapes[0], images.size(), {}};
+    const int64_t order[4] = {0, 2, 3, 1};
+    for (int i = 0; i < 4; ++i) image.strides[i] = x.stride(order[i]);
+    for (size_t i = 1; i < maps.size(); ++i) maps[i] = {memory + at.begin[i], at.shapes[i], images.size(), {}};
+    for (size_t k = 0; k < outputs_.size(); ++k) maps[outputs_[k]].data = results[k] + images.begin * at.shapes[outputs_[k]].floats();
+    std::vector<Map> inputs;
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      if (at.source[i + 1] != i + 1) {
+        maps[i + 1].data = maps[at.source[i + 1]].data;
+        continue;
+      }
+      inputs.clear();
+      for (const int64_t input : steps_[i].inputs) inputs.push_back(maps[input]);
+      steps_[i].step->run(inputs, maps[i + 1]);
+    }
+  }
+
+  std::shared_ptr<const Layout> layout(int64_t batch, int64_t height, int64_t width) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& known : layouts_)
+      if (known->batch == batch && known->height == height && known->width == width) return known;
+    if (layouts_.size() >= 16) layouts_.erase(layouts_.begin());  // images of ever other sizes
+    layouts_.push_back(plan(batch, height, width));
+    return layouts_.back();
+  }
+
+  // First fit: a map goes to the lowest place that no map has that is still needed.
+  std::shared_ptr<const Layout> plan(int64_t batch, int64_t height, int64_t width) const {
+    const size_t count = steps_.size() + 1;
+    auto out = std::make_shared<Layout>(
+        Layout{batch, height, width, std::vector<MapShape>(count), std::vector<int64_t>(count, 0), std::vector<size_t>(count, 0)});
+    const auto is_output = [&](size_t map) { return std::find(outputs_.begin(), outputs_.end(), int64_t(map)) != outputs_.end(); };
+    out->shapes[0] = {height, width, channels_};
+    std::vector<size_t> last(count, 0);  // the step that reads a map last
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      std::vector<MapShape> shapes;
+      for (const int64_t input : steps_[i].inputs) {
+        shapes.push_back(out->shapes[input]);
+        last[out->source[input]] = i;
+      }
+      out->shapes[i + 1] = steps_[i].step->shape(shapes);
+      out->source[i + 1] = steps_[i].step->is_identity(shapes) && !is_output(i + 1) ? out->source[steps_[i].inputs[0]] : i + 1;
+    }
+    const auto size = [&](size_t map) { return round_up(batch * out->shapes[map].floats(), 64); };
+    const auto in_arena = [&](size_t map) { return out->source[map] == map && !is_output(map); };
+    for (size_t map = 1; map < count; ++map) {
+      if (!in_arena(map)) continue;
+      std::map<int64_t, int64_t> taken;  // begin and size
+      for (size_t other = 1; other < map; ++other)
+        if (in_arena(other) && last[other] + 1 >= map) taken[out->begin[other]] = size(other);
+      int64_t begin = 0;
+      for (const auto& [start, length] : taken) {
+        if (start >= begin + size(map)) break;
+        begin = std::max(begin, start + length);
+      }
+      out->begin[map] = begin;
+      out->floats = std::max(out->floats, begin + size(map));
+    }
+    return out;
+  }
+
+  int64_t channels_;
+  std::vector<Node> steps_;
+  std::vector<int64_t> outputs_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<const Layout>> layouts_;
+  std::vector<std::pair<int64_t, Scratch<float>>> arenas_;
+};
+
+// Engines by number. A call holds its engine, so that one which is freed meanwhile lives on until the call ends.
+std::mutex engines_mutex;
+std::map<int64_t, std::shared_ptr<Engine>> engines;
+
+std::shared_ptr<Engine> engine_of(int64_t number) {
+  const std::lock_guard<std::mutex> lock(engines_mutex);
+  const auto found = engines.find(number);
+  STD_TORCH_CHECK(found != engines.end(), "there is no engine ", number);
+  return found->second;
+}
+
+int64_t engine_new(int64_t channels) {
+  static int64_t last = 0;
+  const std::lock_guard<std::mutex> lock(engines_mutex);
+  engines[++last] = std::make_shared<Engine>(channels);
+  return last;
+}
+
+int64_t engine_add(
+    int64_t number,
+    std::string kind,
+    std::vector<int64_t> inputs,
+    std::vector<Tensor> weights,
+    std::vector<int64_t> integers,
+    std::vector<double> numbers) {
+  return engine_of(number)->add(make_step(kind, weights, integers, numbers), std::move(inputs));
+}
+
+void engine_finish(int64_t number, std::vector<int64_t> outputs) { engine_of(number)->finish(std::move(outputs)); }
+
+std::vector<Tensor> engine_run(int64_t number, const Tensor& x) { return engine_of(number)->run(x); }
+
+void engine_free(int64_t number) {
+  const std::lock_guard<std::mutex> lock(engines_mutex);
+  engines.erase(number);
+}
+
+}  // namespace
+}  // namespace mvit3
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) {
+  m.def("engine_new(int channels) -> int");
+  m.def("engine_add(int engine, str kind, int[] inputs, Tensor[] weights, int[] integers, float[] numbers) -> int");
+  m.def("engine_finish(int engine, int[] outputs) -> ()");
+  m.def("engine_run(int engine, Tensor x) -> Tensor[]");
+  m.def("engine_free(int engine) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mvit3, CompositeExplicitAutograd, m) {
+  m.impl("engine_new", TORCH_BOX(&mvit3::engine_new));
+  m.impl("engine_add", TORCH_BOX(&mvit3::engine_add));
+  m.impl("engine_finish", TORCH_BOX(&mvit3::engine_finish));
+  m.impl("engine_run", TORCH_BOX(&mvit3::engine_run));
+  m.impl("engine_free", TORCH_BOX(&mvit3::engine_free));
+}

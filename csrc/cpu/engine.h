@@ -1,0 +1,45 @@
+// The inference engine: a network as a list of steps on feature maps, run in one call on memory that is kept between calls.
+//
+// A step wraps the forward core of one op with its weights packed once. Maps are numbered: 0 is the image, step i writes map i + 1. Where a
+// map lies is planned once per image size, maps that do not live at the same time share memory.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "tile.h"
+
+namespace mvit3 {
+
+struct MapShape {
+  int64_t height = 0, width = 0, channels = 0;
+
+  int64_t pixels() const { return height * width; }
+  int64_t floats() const { return pixels() * channels; }
+};
+
+// A contiguous float32 feature map (batch, height, width, channels); the image may have other strides (in elements).
+struct Map {
+  float* data = nullptr;
+  MapShape shape;
+  int64_t batch = 0;
+  int64_t strides[4] = {};
+
+  int64_t rows() const { return batch * shape.pixels(); }
+};
+
+class Step {
+ public:
+  virtual ~Step() = default;
+  // The shape of the output for inputs of these shapes; throws where they do not fit.
+  virtual MapShape shape(const std::vector<MapShape>& inputs) const = 0;
+  // Whether the output for such inputs is the first input itself, so that nothing needs to run.
+  virtual bool is_identity(const std::vector<MapShape>&) const { return false; }
+  virtual void run(const std::vector<Map>& inputs, const Map& output) const = 0;
+};
+
+// Builds a step from its weights, its integers (sizes, flags) and its numbers (eps). steps.cpp says what each kind takes.
+std::unique_ptr<Step> make_step(
+    const std::string& kind, const std::vector<Tensor>& weights, const std::vector<int64_t>& integers, const std::vector<double>& numbers);
+
+}  // namespace mvit3
