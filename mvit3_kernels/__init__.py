@@ -3,6 +3,7 @@
 from . import models, nn, ops
 from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
+from .patching import fuse, unfuse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "LoadReport",
     "backend",
     "create_model",
+    "fuse",
     "list_models",
     "load_checkpoint",
     "models",
     "nn",
     "ops",
+    "unfuse",
 ]

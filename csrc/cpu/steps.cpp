@@ -1,5 +1,4 @@
 // The kinds of steps that the inference engine knows: thin wrappers of the ops' forward cores, and the few small maps between them.
-#include "conv3x3.h"
 #include "depthwise_conv.h"
 #include "engine.h"
 #include "feed_forward.h"
@@ -15,7 +14,8 @@ namespace {
 using Shapes = std::vector<MapShape>;
 using Maps = std::vector<Map>;
 
-// What a step is built from, taken one after the other.
+// What a step is built from, taken one after the other: where several are taken in one call, in a list in braces, which is read from left
+// to right.
 class Source {
  public:
   Source(const std::string& kind, const std::vector<Tensor>& weights, const std::vector<int64_t>& integers, const std::vector<double>& numbers)
@@ -64,7 +64,7 @@ struct Folded : ConvNorm {
 class InvertedResidual : public Step {
  public:
   explicit InvertedResidual(Source& from)
-      : InvertedResidual(from, Folded::take(from, "expand"), from.weight(), from.weight(), from.weight(), Folded::take(from, "project")) {}
+      : InvertedResidual{from, Folded::take(from, "expand"), from.weight(), from.weight(), from.weight(), Folded::take(from, "project")} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("inverted_residual", in[0].channels, weights_.inputs);
@@ -90,7 +90,7 @@ class InvertedResidual : public Step {
 
 class DepthwiseConv : public Step {
  public:
-  explicit DepthwiseConv(Source& from) : DepthwiseConv(from, from.weight(), from.weight(), from.weight()) {}
+  explicit DepthwiseConv(Source& from) : DepthwiseConv{from, from.weight(), from.weight(), from.weight()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("depthwise_conv", in[0].channels, channels_);
@@ -117,7 +117,7 @@ class DepthwiseConv : public Step {
 // Inputs a, (b), (residual).
 class PointwiseConv : public Step {
  public:
-  explicit PointwiseConv(Source& from) : PointwiseConv(from, Folded::take(from, "weight")) {}
+  explicit PointwiseConv(Source& from) : PointwiseConv{from, Folded::take(from, "weight")} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("pointwise_conv", in[0].channels + (two(in.size()) ? in[1].channels : 0), weights_.weight.inputs());
@@ -143,7 +143,7 @@ class PointwiseConv : public Step {
 
 class NormLinear : public Step {
  public:
-  explicit NormLinear(Source& from) : NormLinear(from, from.weight(), from.weight(), from.weight(), from.weight()) {}
+  explicit NormLinear(Source& from) : NormLinear{from, from.weight(), from.weight(), from.weight(), from.weight()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("norm_linear", in[0].channels, weights_.weight.inputs());
@@ -172,6 +172,57 @@ class NormLinear : public Step {
   double eps_;
 };
 
+class FeedForward : public Step {
+ public:
+  explicit FeedForward(Source& from)
+      : FeedForward{from, from.weight(), from.weight(), from.weight(), from.weight(), from.weight(), from.weight()} {}
+
+  MapShape shape(const Shapes& in) const override {
+    check_channels("feed_forward", in[0].channels, weights_.second.outputs());
+    return in[0];
+  }
+  void run(const Maps& in, const Map& out) const override {
+    const NormLinear::Statistics statistics(in[0], per_sample_);
+    feed_forward(statistics.map, eps_, weights_, FeedForwardDropout(0, 0, std::nullopt), out.data);
+  }
+
+ private:
+  FeedForward(Source& from, const Tensor& gamma, const Tensor& beta, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2)
+      : weights_(
+            NormLinearParameters(gamma, beta, "fc1", w1, "fc1.bias", b1, gamma.size(0)), FloatMatrix("fc2", w2, w2.size(0), w2.size(1)),
+            read_vector("fc2.bias", b2, w2.size(0))),
+        per_sample_(from.integer()), eps_(from.number()) {}
+
+  FeedForwardWeights weights_;
+  bool per_sample_;
+  double eps_;
+};
+
+class SeparableAttention : public Step {
+ public:
+  explicit SeparableAttention(Source& from)
+      : SeparableAttention{from, from.weight(), from.weight(), from.weight(), from.weight(), from.weight(), from.weight()} {}
+
+  MapShape shape(const Shapes& in) const override {
+    check_channels("separable_attention", in[0].channels, weights_.out.outputs());
+    STD_TORCH_CHECK(in[0].height % patch_height_ == 0 && in[0].width % patch_width_ == 0, "separable_attention takes whole patches");
+    return in[0];
+  }
+  void run(const Maps& in, const Map& out) const override {
+    const MapShape& s = in[0].shape;
+    separable_attention(TokenMap{in[0].batch, s.height, s.width, s.channels, patch_height_, patch_width_}, weights_, in[0].data, out.data);
+  }
+
+ private:
+  SeparableAttention(Source& from, const Tensor& gamma, const Tensor& beta, const Tensor& qkv, const Tensor& qkv_bias, const Tensor& w, const Tensor& b)
+      : patch_height_(from.integer()), patch_width_(from.integer()), per_sample_(from.integer()),
+        weights_(gamma.size(0), gamma, beta, from.number(), per_sample_, qkv, qkv_bias, w, b) {}
+
+  int64_t patch_height_, patch_width_;
+  bool per_sample_;
+  SeparableAttentionWeights weights_;
+};
+
 class PatchAttention : public Step {
  public:
   explicit PatchAttention(Source& from) : heads_(from.integer()), patch_height_(from.integer()), patch_width_(from.integer()) {}
@@ -189,6 +240,71 @@ class PatchAttention : public Step {
 
  private:
   int64_t heads_, patch_height_, patch_width_;
+};
+
+// Dense 3x3: the nine neighbours of a run of pixels are laid out as rows, which then are a matrix product. The image is read as it comes.
+class Conv3x3 : public Step {
+ public:
+  explicit Conv3x3(Source& from) : Conv3x3{from, from.weight(), from.weight(), from.weight()} {}
+
+  MapShape shape(const Shapes& in) const override {
+    check_channels("conv3x3", in[0].channels + (in.size() > 1 ? in[1].channels : 0), weight_.inputs() / 9);
+    return {(in[0].height + stride_ - 1) / stride_, (in[0].width + stride_ - 1) / stride_, weight_.outputs()};
+  }
+  void run(const Maps& in, const Map& out) const override {
+    const MapShape &from = in[0].shape, &to = out.shape;
+    const int64_t inputs = weight_.inputs() / 9, row = 9 * inputs, rows = out.batch * to.height;
+    const int64_t parts = count_parts(out.rows() * row * to.channels, 1 << 19);
+    dispatch_activation(act_, [&](auto act) {
+      for_each_part(parts, [&](int64_t part) {
+        const Range mine = part_range(rows, part, parts);
+        float* tile = workspace(kTileRows * row);
+        for (int64_t y = mine.begin; y < mine.end; ++y)
+          for (int64_t first = 0; first < to.width; first += kTileRows) {
+            const int64_t count = std::min(kTileRows, to.width - first);
+            for (int64_t i = 0; i < count; ++i)
+              for (int64_t t = 0; t < 9; ++t) {
+                const int64_t sy = y % to.height * stride_ + (t / 3 - 1) * dilation_, sx = (first + i) * stride_ + (t % 3 - 1) * dilation_;
+                float* target = tile + i * row + t * inputs;
+                if (sy < 0 || sy >= from.height || sx < 0 || sx >= from.width) {
+                  std::fill_n(target, inputs, 0.0f);
+                  continue;
+                }
+                for (const Map& x : in) target = copy(x, y / to.height, sy, sx, target);
+              }
+            float* target = out.data + (y * to.width + first) * to.channels;
+            multiply(tile, row, count, weight_, [&](int64_t r, int64_t c, Vec sums) {
+              store_some(target + r * to.channels + c, activate<act>(affine_(sums, c)), to.channels - c);
+            });
+          }
+      });
+    });
+  }
+
+ private:
+  Conv3x3(Source& from, const Tensor& weight, const Tensor& scale, const Tensor& shift)
+      : stride_(from.integer()), dilation_(from.integer()), act_(from.integer()), weight_(pack(weight)),
+        affine_(Folded("conv3x3", weight, scale, shift, weight.numel() / weight.size(0)).affine()) {}
+
+  static PackedWeight pack(const Tensor& weight) {
+    const int64_t inputs = weight.size(1);
+    const FloatMatrix w("weight", weight, weight.size(0), 9 * inputs);
+    return PackedWeight(weight.size(0), 9 * inputs, [&](int64_t o, int64_t i) { return w.data()[(o * inputs + i % inputs) * 9 + i / inputs]; });
+  }
+
+  static float* copy(const Map& x, int64_t sample, int64_t y, int64_t column, float* to) {
+    if (x.strides[3]) {
+      const float* from = x.data + sample * x.strides[0] + y * x.strides[1] + column * x.strides[2];
+      for (int64_t c = 0; c < x.shape.channels; ++c) to[c] = from[c * x.strides[3]];
+    } else {
+      std::copy_n(x.data + ((sample * x.shape.height + y) * x.shape.width + column) * x.shape.channels, x.shape.channels, to);
+    }
+    return to + x.shape.channels;
+  }
+
+  int64_t stride_, dilation_, act_;
+  PackedWeight weight_;
+  ScaleShift affine_;
 };
 
 // The mean over height and width.
@@ -271,7 +387,7 @@ class ResizeBack : public Step {
 
 class LayerNorm : public Step {
  public:
-  explicit LayerNorm(Source& from) : LayerNorm(from, from.weight(), from.weight()) {}
+  explicit LayerNorm(Source& from) : LayerNorm{from, from.weight(), from.weight()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("layer_norm", in[0].channels, channels_);
@@ -310,9 +426,12 @@ std::unique_ptr<Step> make(Source& from) {
 
 const std::pair<const char*, Maker> kMakers[] = {
     {"inverted_residual", make<InvertedResidual>},
+    {"conv3x3", make<Conv3x3>},
     {"depthwise_conv", make<DepthwiseConv>},
     {"pointwise_conv", make<PointwiseConv>},
     {"norm_linear", make<NormLinear>},
+    {"feed_forward", make<FeedForward>},
+    {"separable_attention", make<SeparableAttention>},
     {"patch_attention", make<PatchAttention>},
     {"global_pool", make<GlobalPool>},
     {"resize_to_patches", make<ResizeToPatches>},

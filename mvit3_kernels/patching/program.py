@@ -99,7 +99,13 @@ def _(module: blocks.GlobalRepresentation, program: Program, x: int) -> int:
         layer: Layer = child.layer()
         if child.num_heads is None:
             weights, eps = _norm_weights(layer.norm1)
-            x = program.add("separable_attention", [x], [*weights, *_linear(layer.qkv), *_linear(layer.out_proj)], patch, [eps])
+            x = program.add(
+                "separable_attention",
+                [x],
+                [*weights, *_linear(layer.qkv), *_linear(layer.out_proj)],
+                [*patch, int(layer.norm1.per_sample)],
+                [eps],
+            )
         else:
             qkv = _norm_linear(program, x, layer.norm1, layer.qkv)
             attended = program.add("patch_attention", [qkv], (), [child.num_heads, *patch])
