@@ -62,8 +62,8 @@ class FusedForward:
 
     def __init__(self, network: MobileViT) -> None:
         self._network = weakref.ref(network)
+        self._weights: Weights | None = None
         self._program: Program | None = None
-        self._versions: tuple[object, ...] | None = None
 
     def why_not(self, x: Tensor) -> str | None:
         """Why the program cannot serve a call on `x`; None where it can."""
@@ -80,15 +80,19 @@ class FusedForward:
             return "autocast is on"
         if x.requires_grad and torch.is_grad_enabled():
             return "x requires grad"
-        return _native.why_not() or _weights_why_not(network)
+        reason = _native.why_not()
+        if reason is not None:
+            return reason
+        if self._weights is None or self._weights.changed():
+            self._program, self._weights = None, Weights(network)
+        return self._weights.reason
 
     def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
         network = self._network()
         if self.why_not(x) is not None:
             return type(network).forward(network, x)
-        versions = _versions(network)
-        if versions != self._versions:
-            self._program, self._versions = Program.of(network), versions
+        if self._program is None:
+            self._program = Program.of(network)
         return self._program(x)
 
     # A copy or a pickle of the network has a program of its own, made at its first call.
@@ -96,13 +100,39 @@ class FusedForward:
         return FusedForward, (self._network(),)
 
 
-def _weights_why_not(network: nn.Module) -> str | None:
-    for name, t in network.state_dict(keep_vars=True).items():
-        if t.device.type != "cpu" or (t.is_floating_point() and t.dtype is not torch.float32):
-            return f"{name} is {t.dtype} on {t.device}, not float32 on the CPU"
-    return None
+class Weights:
+    """The parameters and buffers of a network at one moment. Asked at every call, so it avoids all but the cheapest questions."""
 
+    def __init__(self, network: nn.Module) -> None:
+        modules = list(network.modules())
+        self._children = [(module._modules, name) for module in modules for name in module._modules]
+        self._tensors = [
+            (tensors, name)
+            for module in modules
+            for tensors in (module._parameters, module._buffers)
+            for name, t in tensors.items()
+            if t is not None and t.is_floating_point()
+        ]
+        self._state = self._observe()
+        self.reason = self._why_not()
 
-def _versions(network: nn.Module) -> tuple[object, ...]:
-    """Changes whenever a weight is written or replaced."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in network.state_dict(keep_vars=True).values())
+    def changed(self) -> bool:
+        """Whether a weight has been written, moved or replaced, or a module replaced, since this was made."""
+        return self._observe() != self._state
+
+    def _observe(self) -> tuple[list, list, list]:
+        tensors = [group.get(name) for group, name in self._tensors]
+        if any(t is None for t in tensors):
+            return [], [], []
+        try:
+            versions = [t._version for t in tensors]
+        except RuntimeError:  # made in inference mode: such tensors count no versions
+            versions = [0 if t.is_inference() else t._version for t in tensors]
+        return [t.data_ptr() for t in tensors], versions, [id(group.get(name)) for group, name in self._children]
+
+    def _why_not(self) -> str | None:
+        for group, name in self._tensors:
+            t = group[name]
+            if t.device.type != "cpu" or t.dtype is not torch.float32:
+                return f"the network's {name} is {t.dtype} on {t.device}, not float32 on the CPU"
+        return None
