@@ -51,8 +51,10 @@ void check_channels(const char* kind, int64_t got, int64_t wanted) {
 
 // A convolution's weight, and scale and shift of its outputs: batch norm and bias, already folded together.
 struct Folded : ConvNorm {
+  int64_t outputs, inputs;
+
   Folded(const char* name, const Tensor& weight, const Tensor& scale, const Tensor& shift, int64_t inputs)
-      : ConvNorm(name, weight, weight.size(0), inputs, scale, shift, 0) {
+      : ConvNorm(name, weight, weight.size(0), inputs, scale, shift, 0), outputs(weight.size(0)), inputs(inputs) {
     std::fill(var.begin(), var.end(), 1.0);
   }
   static Folded take(Source& from, const char* name) {
@@ -80,8 +82,8 @@ class InvertedResidual : public Step {
       : weights_(make(from, expand, Folded("depthwise", taps, scale, shift, 9), project)) {}
 
   static InvertedResidualWeights make(Source& from, const Folded& expand, const Folded& depthwise, const Folded& project) {
-    const int64_t wide = expand.gamma.size(), outputs = project.gamma.size(), stride = from.integer(), dilation = from.integer();
-    const InvertedResidualShape s{1, 1, 1, expand.weight.size() / wide, wide, outputs, stride, dilation};
+    const int64_t stride = from.integer(), dilation = from.integer();
+    const InvertedResidualShape s{1, 1, 1, expand.inputs, expand.outputs, project.outputs, stride, dilation};
     return InvertedResidualWeights(s, expand, depthwise, project, from.integer());
   }
 
@@ -99,7 +101,7 @@ class DepthwiseConv : public Step {
   }
   void run(const Maps& in, const Map& out) const override {
     const DepthwiseGeometry g = geometry(in[0].batch, in[0].shape);
-    dispatch_activation(act_, [&](auto act) { depthwise_conv_forward<act>(g, weights_, in[0].data, out.data); });
+    dispatch_activation(act_, [&](auto act) { depthwise_conv<act>(g, weights_, in[0].data, out.data); });
   }
 
  private:
@@ -107,7 +109,7 @@ class DepthwiseConv : public Step {
       : channels_(weight.size(0)), stride_(from.integer()), dilation_(from.integer()), act_(from.integer()),
         weights_(make(Folded("depthwise", weight, scale, shift, 9))) {}
 
-  static DepthwiseWeights make(const Folded& conv) { return DepthwiseWeights(conv.weight.data(), conv.gamma.size(), conv.affine()); }
+  static DepthwiseWeights make(const Folded& conv) { return DepthwiseWeights(conv.weight.data(), conv.outputs, conv.affine()); }
   DepthwiseGeometry geometry(int64_t batch, const MapShape& in) const { return {batch, in.height, in.width, channels_, stride_, dilation_}; }
 
   int64_t channels_, stride_, dilation_, act_;
@@ -133,7 +135,7 @@ class PointwiseConv : public Step {
 
  private:
   PointwiseConv(Source& from, const Folded& conv)
-      : act_(from.integer()), residual_(from.integer()), weights_{conv.pack(conv.gamma.size(), conv.weight.size() / conv.gamma.size()), conv.affine()} {}
+      : act_(from.integer()), residual_(from.integer()), weights_{conv.pack(conv.outputs, conv.inputs), conv.affine()} {}
 
   bool two(size_t inputs) const { return inputs == size_t(2 + residual_); }
 
@@ -210,16 +212,19 @@ class SeparableAttention : public Step {
   }
   void run(const Maps& in, const Map& out) const override {
     const MapShape& s = in[0].shape;
-    separable_attention(TokenMap{in[0].batch, s.height, s.width, s.channels, patch_height_, patch_width_}, weights_, in[0].data, out.data);
+    const PatchedMap map{in[0].batch, s.height, s.width, s.channels, patch_height_, patch_width_};
+    separable_attention(map, eps_, per_sample_, weights_, in[0].data, out.data);
   }
 
  private:
   SeparableAttention(Source& from, const Tensor& gamma, const Tensor& beta, const Tensor& qkv, const Tensor& qkv_bias, const Tensor& w, const Tensor& b)
-      : patch_height_(from.integer()), patch_width_(from.integer()), per_sample_(from.integer()),
-        weights_(gamma.size(0), gamma, beta, from.number(), per_sample_, qkv, qkv_bias, w, b) {}
+      : patch_height_(from.integer()), patch_width_(from.integer()), per_sample_(from.integer()), eps_(from.number()),
+        weights_(
+            NormLinearParameters(gamma, beta, "qkv", qkv, "qkv.bias", qkv_bias, gamma.size(0)), FloatMatrix("out_proj", w, w.size(0), w.size(1)), b) {}
 
   int64_t patch_height_, patch_width_;
   bool per_sample_;
+  double eps_;
   SeparableAttentionWeights weights_;
 };
 
@@ -235,7 +240,7 @@ class PatchAttention : public Step {
   void run(const Maps& in, const Map& out) const override {
     const MapShape& s = in[0].shape;
     const PatchGroups groups{in[0].batch, s.height, s.width, heads_, s.channels / 3 / heads_, patch_height_, patch_width_};
-    patch_attention<float>(groups, Dropout(), in[0].data, out.data, nullptr);
+    patch_attention<float>(groups, Dropout(0, std::nullopt, 0), in[0].data, out.data, nullptr);
   }
 
  private:
