@@ -19,7 +19,7 @@ FAILURE_FILE = "_build_failure.txt"  # read by mvit3_kernels/_native.py
 # NaN and infinity must come out as in PyTorch, so -ffast-math is out; these parts of it are safe.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
 # The oldest torch whose stable ABI has all that the kernels use; the result loads in that version and all later ones.
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 ISA_FLAGS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]

@@ -13,11 +13,11 @@
 #include <vector>
 
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 
 #include "convert.h"
+#include "memory.h"
 
 namespace mvit3 {
 
@@ -28,7 +28,7 @@ using torch::stable::Tensor;
 template <typename T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), kAlign))) {}
+  explicit Scratch(int64_t size) : data_(allocate(size_t(size) * sizeof(T))) {}
   Scratch(int64_t size, T value) : Scratch(size) { std::fill_n(data(), size, value); }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
@@ -38,8 +38,13 @@ class Scratch {
  private:
   static constexpr std::align_val_t kAlign{64};
   struct Free {
-    void operator()(T* p) const { ::operator delete(p, kAlign); }
+    bool pooled;
+    void operator()(T* p) const { pooled ? give_memory(p) : ::operator delete(p, kAlign); }
   };
+  static std::unique_ptr<T, Free> allocate(size_t bytes) {
+    void* const pooled = int64_t(bytes) >= kLeastPooled ? take_memory(int64_t(bytes)) : nullptr;
+    return {static_cast<T*>(pooled ? pooled : ::operator new(bytes, kAlign)), Free{pooled != nullptr}};
+  }
   std::unique_ptr<T, Free> data_;
 };
 
@@ -109,18 +114,16 @@ inline Tensor write_channels(const std::vector<double>& values, const Tensor& li
   return out;
 }
 
-// A new contiguous tensor like `x` but for its shape. A large one asks the kernel for huge pages: the first touch of a fresh buffer
-// otherwise costs a page fault per 4 KiB, which is more time than the arithmetic.
+// A new contiguous tensor like `x` but for its shape; a large one in memory that the process keeps.
 inline Tensor new_output(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  Tensor out = torch::stable::new_empty(x, sizes);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(out.data_ptr());
-  const uintptr_t end = begin + uintptr_t(out.numel()) * uintptr_t(out.element_size());
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1), last = end & ~(kHugePage - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: failure changes nothing
-#endif
-  return out;
+  int64_t bytes = x.element_size();
+  for (const int64_t size : sizes) bytes *= size;
+  void* const memory = bytes >= kLeastPooled ? take_memory(bytes) : nullptr;
+  if (!memory) return torch::stable::new_empty(x, sizes);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  return torch::stable::from_blob(memory, sizes, strides, x.device(), x.scalar_type(), &give_memory);
 }
 
 inline Tensor new_output(const Tensor& x) { return new_output(x, x.sizes()); }
