@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor, nn
 
@@ -40,38 +38,47 @@ def fuse(model: nn.Module, mode: str = "inference") -> nn.Module:
     if not networks:
         raise ValueError(f"model must be or contain a network of mvit3_kernels.create_model, got {type(model).__name__} without one")
     for network in networks:
-        if not isinstance(network.__dict__.get("forward"), FusedForward):
-            network.forward = FusedForward(network)
+        if type(network) is MobileViT:
+            network.__class__ = FusedMobileViT
+            network._fused = Fused()
     return model
 
 
 def unfuse(model: nn.Module) -> nn.Module:
     """Undoes `fuse`, in place; returns `model`. A model that is not fused stays as it is."""
     for network in _networks(model):
-        if isinstance(network.__dict__.get("forward"), FusedForward):
-            del network.forward
+        if type(network) is FusedMobileViT:
+            network.__class__ = MobileViT
+            del network._fused
     return model
 
 
 def _networks(model: nn.Module) -> list[MobileViT]:
-    return [module for module in model.modules() if isinstance(module, MobileViT)]
+    return [module for module in model.modules() if type(module) in (MobileViT, FusedMobileViT)]
 
 
-class FusedForward:
-    """Stands in for a network's forward: runs the program where it can, the network's own code elsewhere."""
+class FusedMobileViT(MobileViT):
+    """What `fuse` makes of a network: its forward runs the program where it can, the network's own code elsewhere."""
 
-    def __init__(self, network: MobileViT) -> None:
-        self._network = weakref.ref(network)
+    _fused: Fused
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        if torch.compiler.is_compiling() or dispatch.writes_aten() or self._fused.why_not(self, x) is not None:
+            return super().forward(x)
+        return self._fused.run(self, x)
+
+
+class Fused:
+    """The program of a network and the weights that it was made from."""
+
+    def __init__(self) -> None:
         self._weights: Weights | None = None
         self._program: Program | None = None
 
-    def why_not(self, x: Tensor) -> str | None:
+    def why_not(self, network: MobileViT, x: Tensor) -> str | None:
         """Why the program cannot serve a call on `x`; None where it can."""
-        network = self._network()
         if network.training:
             return "the network is in training mode"
-        if torch.compiler.is_compiling() or dispatch.writes_aten():
-            return "the network is being compiled or exported"
         if dispatch.forced_backend() not in (None, "cpu"):
             return f"backend {dispatch.forced_backend()!r} is forced"
         if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
@@ -87,17 +94,15 @@ class FusedForward:
             self._program, self._weights = None, Weights(network)
         return self._weights.reason
 
-    def __call__(self, x: Tensor) -> Tensor | list[Tensor]:
-        network = self._network()
-        if self.why_not(x) is not None:
-            return type(network).forward(network, x)
-        if self._program is None:
-            self._program = Program.of(network)
-        return self._program(x)
+    def run(self, network: MobileViT, x: Tensor) -> Tensor | list[Tensor]:
+        program = self._program
+        if program is None:
+            program = self._program = Program.of(network)
+        return program(x)
 
     # A copy or a pickle of the network has a program of its own, made at its first call.
     def __reduce__(self) -> tuple:
-        return FusedForward, (self._network(),)
+        return Fused, ()
 
 
 class Weights:

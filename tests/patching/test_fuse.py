@@ -12,7 +12,8 @@ from torch import nn
 
 import mvit3_kernels
 from mvit3_kernels import _native, create_model, fuse, list_models, unfuse
-from mvit3_kernels.patching import FusedForward
+from mvit3_kernels.models.network import MobileViT
+from mvit3_kernels.patching import FusedMobileViT
 
 pytestmark = pytest.mark.skipif(_native.why_not() is not None, reason="the compiled kernels are not built")
 
@@ -43,9 +44,9 @@ def check(model: nn.Module, x: torch.Tensor) -> None:
     exact = outputs(copy.deepcopy(unfuse(model)).double()(x.double()))
     with mvit3_kernels.backend("reference"):
         reference = outputs(model(x))
-    assert model.__dict__.get("forward") is None
+    assert type(model) is MobileViT
     found = outputs(fuse(model)(x))
-    assert model.forward.why_not(x) is None
+    assert model._fused.why_not(model, x) is None
     for got, want, truth in zip(found, reference, exact, strict=True):
         assert got.shape == truth.shape and got.dtype == torch.float32
         error, allowed = ((t.double() - truth).norm() / truth.norm() for t in (got, want))
@@ -109,25 +110,25 @@ def test_changed_weights_are_packed_again():
 def test_the_program_is_kept():
     model, x = fuse(network("mobilevitv3_xxs")), images(1, 3, 64, 64)
     model(x)
-    program = model.forward._program
-    assert torch.equal(model(x), model(x)) and model.forward._program is program
+    program = model._fused._program
+    assert torch.equal(model(x), model(x)) and model._fused._program is program
 
 
 def test_unfuse_and_state():
     model = network("mobilevitv3_xxs")
     keys = list(model.state_dict())
-    assert fuse(model) is model and isinstance(model.forward, FusedForward)
+    assert fuse(model) is model and type(model) is FusedMobileViT
     assert fuse(model) is model and list(model.state_dict()) == keys
-    assert unfuse(model) is model and "forward" not in model.__dict__
+    assert unfuse(model) is model and type(model) is MobileViT
     assert unfuse(model) is model
 
 
 def test_inside_another_module():
     model = nn.Sequential(nn.Identity(), network("mobilevitv3_xxs"))
     fuse(model)
-    assert isinstance(model[1].forward, FusedForward)
+    assert type(model[1]) is FusedMobileViT
     unfuse(model)
-    assert "forward" not in model[1].__dict__
+    assert type(model[1]) is MobileViT
 
 
 @torch.no_grad()
@@ -139,16 +140,19 @@ def test_copy_and_pickle():
     file.seek(0)
     for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert torch.equal(other(x), want)
-        assert other.forward._network() is other and other.forward._program is not model.forward._program
+        assert other._fused._program is not model._fused._program
         other.classifier.fc.bias.add_(1)
         assert torch.equal(model(x), want)
 
 
 def test_calls_that_the_program_cannot_serve():
     model, x = fuse(network("mobilevitv3_xxs")), images(2, 3, 64, 64)
-    why_not = model.forward.why_not
+
+    def why_not(x: torch.Tensor) -> str | None:
+        return model._fused.why_not(model, x)
+
     assert why_not(x) is None
-    assert "training mode" in fuse(network("mobilevitv3_xxs")).train().forward.why_not(x)
+    assert "training mode" in model._fused.why_not(network("mobilevitv3_xxs").train(), x)
     assert "requires grad" in why_not(x.clone().requires_grad_())
     assert "float64" in why_not(x.double())
     with torch.autocast("cpu", torch.bfloat16):
