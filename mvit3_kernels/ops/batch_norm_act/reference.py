@@ -19,7 +19,8 @@ def batch_norm_act(x: Tensor, norm: BatchNorm, act: str = "identity", residual: 
     """act(batch_norm(x)) + residual, and the batch's moments in training (None otherwise)."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     channels, rows = x.shape[-1], x.shape[:-1].numel()
-    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+    # Contiguous, because torch's backward of a channels_last map takes these for that (2.15 reads the memory between their values).
+    weight, bias = norm.weight.to(dtype).contiguous(), norm.bias.to(dtype).contiguous()
     nchw = x.permute(0, 3, 1, 2)  # a view: NHWC memory is PyTorch's channels_last
     moments = None
     if norm.training and rows == 0:
@@ -30,7 +31,8 @@ def batch_norm_act(x: Tensor, norm: BatchNorm, act: str = "identity", residual: 
         y = F.batch_norm(nchw, mean, var, weight, bias, True, 1.0, norm.eps)
         moments = Moments(mean, var * ((rows - 1) / rows))
     else:
-        y = F.batch_norm(nchw, norm.running_mean.to(dtype), norm.running_var.to(dtype), weight, bias, False, 0.0, norm.eps)
+        mean, var = norm.running_mean.to(dtype).contiguous(), norm.running_var.to(dtype).contiguous()
+        y = F.batch_norm(nchw, mean, var, weight, bias, False, 0.0, norm.eps)
     y = activate(y.permute(0, 2, 3, 1), act)
     return (y if residual is None else y + residual), moments
 
