@@ -97,7 +97,7 @@ class DepthwiseConv : public Step {
   MapShape shape(const Shapes& in) const override {
     check_channels("depthwise_conv", in[0].channels, channels_);
     const DepthwiseGeometry g = geometry(1, in[0]);
-    return {g.out_height(), g.out_width(), channels_};
+    return {g.out_height, g.out_width, channels_};
   }
   void run(const Maps& in, const Map& out) const override {
     const DepthwiseGeometry g = geometry(in[0].batch, in[0].shape);
