@@ -1,6 +1,7 @@
 """Fused kernels, drop-in modules and whole networks for the MobileViT family (v1, v2, v3)."""
 
 from . import models, nn, ops
+from ._native import release_memory
 from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
 from .patching import fuse, unfuse
@@ -18,5 +19,6 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "release_memory",
     "unfuse",
 ]

@@ -29,6 +29,11 @@ def isa() -> str | None:
     return _isa
 
 
+def release_memory() -> int:
+    """Gives memory that the CPU kernels keep for their next tensors, and that no tensor uses now, back to the system. Returns its bytes."""
+    return torch.ops.mvit3.release_memory() if _reason is None else 0
+
+
 def build_info() -> dict[str, str]:
     """Compiler, flags and torch version that the extension was built with; empty when there is no extension."""
     return dict(_build)

@@ -159,3 +159,22 @@ def test_kernels_are_built_where_the_suite_runs_for_ci():
     """Without the extension every test of a CPU kernel is skipped: that must not look like success."""
     if os.environ.get("CI"):
         assert _native.why_not() is None, _native.why_not()
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="the compiled kernels are not built")
+def test_memory_is_kept_and_released():
+    import mvit3_kernels
+    from mvit3_kernels.ops import BatchNorm, batch_norm_act
+
+    x, one = torch.randn(4, 64, 64, 64), torch.ones(64)
+    run = lambda: batch_norm_act(x, BatchNorm(one, one, one, one, False))[0]  # noqa: E731
+    first = run()
+    held = run()
+    address, want = first.data_ptr(), held.clone()
+    del first
+    again = run()
+    assert again.data_ptr() == address  # the freed range serves the next tensor
+    del again
+    assert mvit3_kernels.release_memory() >= want.numel() * 4
+    assert torch.equal(held, want)  # what is in use stays
+    assert torch.equal(run(), want)
