@@ -103,6 +103,17 @@ struct Operands {
 // Writes (or, with `add`, adds) the product of a block of 1..kBlockRows rows and 1..kPanelVecs vectors to out[row * out_stride + column].
 void multiply_block(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add);
 
+// The same for a sum of any length, cut: a sum of sums errs less than a running one, and a piece of a panel stays in cache.
+inline void multiply_long(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add) {
+  constexpr int64_t kLongest = 512;
+  const int64_t pieces = std::max<int64_t>((in.depth + kLongest - 1) / kLongest, 1);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const Range range = part_range(in.depth, piece, pieces);
+    const Operands part{in.a + range.begin * in.step, in.b + range.begin * in.b_step, in.row_step, in.step, in.b_step, range.size()};
+    multiply_block(rows, vecs, part, out, out_stride, add || piece > 0);
+  }
+}
+
 // All blocks of rows against one panel of `vecs` vectors: f(first row, number of rows, operands of the block).
 template <typename F>
 MVIT3_INLINE void for_each_block_of(int64_t rows, Operands in, const F& f) {
@@ -120,7 +131,7 @@ template <typename Emit>
 void multiply_panel(int64_t rows, int64_t vecs, const Operands& in, int64_t column, const Emit& emit) {
   alignas(64) float sums[kBlockRows * kPanel];  // in the first-level cache: what becomes of the sums is compiled once, not once a block size
   for_each_block_of(rows, in, [&](int64_t first, int64_t count, const Operands& block) {
-    multiply_block(count, vecs, block, sums, kPanel, false);
+    multiply_long(count, vecs, block, sums, kPanel, false);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t v = 0; v < vecs; ++v) emit(first + r, column + v * kLanes, load(sums + r * kPanel + v * kLanes));
   });
@@ -150,7 +161,7 @@ inline void multiply_into(
     const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, Range panels, float* out, int64_t out_stride, bool add = false) {
   for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
     for_each_block_of(rows, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, [&](int64_t first, int64_t count, const Operands& in) {
-      multiply_block(count, vecs, in, out + first * out_stride + output, out_stride, add);
+      multiply_long(count, vecs, in, out + first * out_stride + output, out_stride, add);
     });
   });
 }

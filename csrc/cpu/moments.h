@@ -11,6 +11,16 @@ MVIT3_INLINE void for_each_run(int64_t count, const F& f) {
   for (int64_t first = 0; first < count; first += 16) f(first, std::min<int64_t>(first + 16, count));
 }
 
+// Adds to sums[c] the column c of `count` rows.
+inline void add_columns(const float* rows, int64_t stride, int64_t count, int64_t columns, double* sums) {
+  for (int64_t c = 0; c < columns; c += kLanes)
+    for_each_run(count, [&](int64_t first, int64_t last) {
+      Vec sum = 0.0f;
+      for (int64_t r = first; r < last; ++r) sum += load_some(rows + r * stride + c, columns - c);
+      accumulate(sums + c, sum);
+    });
+}
+
 // Sums of one thread, in float64, of each channel's distance to its pivot and of the distance squared. The pivot is about the mean, so
 // that little is left to cancel: the mean of the first run of rows, taken by distances to the first row, which leaves a constant exact.
 class ChannelSums {

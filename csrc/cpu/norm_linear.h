@@ -119,16 +119,6 @@ struct NormLinearGradients {
   }
 };
 
-// Adds to sums[c] the column c of `count` rows.
-inline void add_columns(const float* rows, int64_t stride, int64_t count, int64_t columns, double* sums) {
-  for (int64_t c = 0; c < columns; c += kLanes)
-    for_each_run(count, [&](int64_t first, int64_t last) {
-      Vec sum = 0.0f;
-      for (int64_t r = first; r < last; ++r) sum += load_some(rows + r * stride + c, columns - c);
-      accumulate(sums + c, sum);
-    });
-}
-
 // The gradient of an optional bias: empty where there is none.
 inline Tensor write_bias(const Values& dbias, const std::optional<Tensor>& bias, const Tensor& x) {
   return bias ? write_channels(dbias, *bias) : torch::stable::new_empty(x, {0});

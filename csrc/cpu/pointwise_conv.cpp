@@ -106,7 +106,7 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
 }
 
 struct Gradients {
-  std::vector<Scratch<float>> weight;  // one a part, (outputs, lanes of the inputs)
+  OuterSums weight;
   Values bias, gamma, beta;
 };
 
@@ -125,13 +125,12 @@ class Backward {
     }
     const auto& x = layer_.inputs;
     const PackedWeight to_a = layer_.transposed(0, x.a_channels), to_b = layer_.transposed(x.a_channels, x.b_channels);
-    auto products = accumulators<float>(parts_, layer_.outputs * x.stride());
+    OuterSums products(parts_, layer_.outputs, x.stride());
     for_each_tile(layer_.rows, parts_, [&](int64_t part, int64_t first, int64_t count) {
       float* gradient = workspace(kTileRows * (lanes_ + x.stride()) + x.tile_floats(kTileRows));
       float *tile = gradient + kTileRows * lanes_, *gathered = tile + kTileRows * x.stride();
       const FloatRows dp = product_gradient(part, first, count, gradient);
-      const FloatRows rows = x.rows(first, count, gathered);
-      add_outer(dp.data, dp.stride, layer_.outputs, rows.data, rows.stride, x.channels(), count, products[part].data(), x.stride());
+      products.add(part, dp, x.rows(first, count, gathered).data, count);
       multiply_to(dp, count, to_a, da + first * x.a_channels, tile);
       if (db) multiply_to(dp, count, to_b, db + first * x.b_channels, tile);
     });
@@ -139,7 +138,7 @@ class Backward {
     Values bias = norm_->dbeta;
     for (int64_t c = 0; c < layer_.outputs; ++c) {
       if (layer_.statistics == Statistics::kFixed) bias[c] *= norm_->scale[c];
-      if (layer_.statistics == Statistics::kBatch) bias[c] *= 0;  // the norm takes a bias away again; NaN stays NaN
+      if (layer_.statistics == Statistics::kBatch) bias[c] = 0 * (bias[c] + norm_->dgamma[c]);  // the norm takes it away again; NaN stays NaN
     }
     return {std::move(products), bias, norm_->dgamma, norm_->dbeta};
   }
@@ -179,7 +178,7 @@ class Backward {
     const int64_t outputs = layer_.outputs;
     if (!p_) {  // neither norm nor activation
       const FloatRows dp = as_floats(dy_ + first * outputs, outputs, count, outputs, tile);
-      add_sum_and_dot(dp.data, dp.stride, dp.data, dp.stride, mean_, outputs, count, sums_[part]);  // of which the first is the bias's
+      add_columns(dp.data, dp.stride, count, outputs, sums_[part].data());
       return dp;
     }
     if (norm_) {
@@ -289,10 +288,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backwa
     STD_TORCH_CHECK(!kept || (p.scalar_type() == a.scalar_type() && p.numel() == dy.numel()), "p must have dtype and shape of y");
     const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
     Backward<code, T> backward(layer, layer.data_of(dense_dy), kept ? layer.data_of(dense_p) : nullptr);
-    const Gradients grads = backward.run(mutable_data<T>(da), b ? mutable_data<T>(db) : nullptr);
+    Gradients grads = backward.run(mutable_data<T>(da), b ? mutable_data<T>(db) : nullptr);
     const Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
     dispatch_dtype("weight", weight, [&](auto w) {
-      add_up_rows(grads.weight, layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data<decltype(w)>(dweight));
+      add_up_rows(grads.weight.parts(), layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data<decltype(w)>(dweight));
     });
     const auto channels = [&](const Values& values, const std::optional<Tensor>& like) { return like ? write_channels(values, *like) : layer.nothing(); };
     return std::make_tuple(da, db, dweight, channels(grads.bias, bias), channels(grads.gamma, norm_weight), channels(grads.beta, norm_bias));

@@ -13,7 +13,7 @@ import mvit3_kernels
 from mvit3_kernels import _native
 
 from .inputs import Arguments, Draw, mapped, named
-from .measure import pooled, relative_errors
+from .measure import pooled, relative_errors, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_the_kernels = pytest.mark.skipif(_native.why_not() is not None, reason=str(_native.why_not()))
@@ -24,7 +24,8 @@ def in_float32(arguments: Arguments) -> Arguments:
 
 
 class CpuKernel:
-    op: Callable  # the public function; its argument "x" is the feature map
+    op: Callable  # the public function
+    maps: tuple[str, ...] = ("x",)  # the arguments that are feature maps
     shapes: tuple[tuple[int, ...], ...]  # sizes of `arguments`, odd on purpose
     options: dict[str, Arguments]  # options of `arguments`
     threaded: tuple[tuple[int, ...], ...]  # sizes that several threads share
@@ -41,19 +42,22 @@ class CpuKernel:
         return self.arguments(Draw(start), *shape, **(self.options[option] if option else {}))
 
     def results(self, backend: str, arguments: Arguments, dtype=torch.float32, parameters=None) -> dict[str, Tensor]:
-        """y and the gradients of everything differentiable."""
+        """y, the moments where the op returns some, and the gradients of everything differentiable."""
         leaves: dict[str, Tensor] = {}
 
         def leaf(name: str, t: Tensor) -> Tensor:
             if not t.is_floating_point():
                 return t
-            leaves[name] = t.to(dtype if name == "x" else parameters or dtype).requires_grad_()
-            return leaves[name]
+            t = t.to(dtype if name in self.maps else parameters or dtype)
+            if "running" not in name:
+                leaves[name] = t.requires_grad_()
+            return t
 
         with mvit3_kernels.backend(backend):
-            y = self.op(**mapped(arguments, leaf))
+            y, *moments = tensors(self.op(**mapped(arguments, leaf)))
             grads = torch.autograd.grad(y, list(leaves.values()), Draw(7)(*y.shape).to(dtype))
-        return {"y": y.detach()} | {f"d {name}": g for name, g in zip(leaves, grads, strict=True)}
+        found = {"y": y.detach()} | {f"moments[{i}]": t for i, t in enumerate(moments)}
+        return found | {f"d {name}": g for name, g in zip(leaves, grads, strict=True)}
 
     def test_bound(self, shape, option, dtype):
         arguments = mapped(self.make(shape, option), lambda _, t: t.to(dtype).double() if t.is_floating_point() else t)
@@ -61,7 +65,8 @@ class CpuKernel:
         allowed = relative_errors(self.results("reference", arguments, dtype), truth)
         for parameters in (dtype, torch.float32):
             found = self.results("cpu", arguments, dtype, parameters)
-            assert {t.dtype for name, t in found.items() if name not in ("y", "d x")} == {parameters}
+            maps = {"y", *(f"d {name}" for name in self.maps)}
+            assert all(t.dtype == (dtype if name in maps else parameters) for name, t in found.items() if "moments" not in name)
             errors = relative_errors(found, truth)
             for gradients in (False, True):
                 # Half a rounding is what storing the exact result costs.
@@ -86,9 +91,9 @@ class CpuKernel:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_nan_and_infinity_reach_the_results(self, option, value):
         arguments = self.make((3, *self.shapes[0][1:]), option)
-        arguments["x"][1, -1, -1, -1] = value
+        arguments[self.maps[0]][1, -1, -1, -1] = value
         found, want = (self.results(backend, arguments) for backend in ("cpu", "reference"))
-        assert want["y"].isnan().any()
+        assert not want["y"].isfinite().all()
         for name, t in want.items():
             assert torch.equal(found[name].isnan(), t.isnan()), name
 
@@ -129,8 +134,8 @@ class CpuKernel:
     def test_registration_of_the_kernel(self, option):
         arguments = in_float32(self.make(self.shapes[0], option))
         for op, inputs in self.registered(arguments):
-            backward = "_backward" in op.__name__
-            leaves = (t.detach().requires_grad_(t.is_floating_point() and not backward) if isinstance(t, Tensor) else t for t in inputs)
+            plain = any(word in op.__name__ for word in ("_backward", "_inference"))
+            leaves = (t.detach().requires_grad_(t.is_floating_point() and not plain) if isinstance(t, Tensor) else t for t in inputs)
             torch.library.opcheck(op, tuple(leaves))
 
     def test_compiles_whole(self, option):
@@ -145,6 +150,7 @@ class CpuKernel:
 
     def test_second_derivative_is_refused(self):
         arguments = mapped(self.make(self.shapes[0]), lambda _, t: t.float().requires_grad_())
-        (first,) = torch.autograd.grad(self.op(**arguments).square().sum(), arguments["x"], create_graph=True)
+        y = tensors(self.op(**arguments))[0]
+        (first,) = torch.autograd.grad(y.square().sum(), arguments[self.maps[0]], create_graph=True)
         with pytest.raises(NotImplementedError, match="second derivatives on the reference only"):
             first.sum().backward()
