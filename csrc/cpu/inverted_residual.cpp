@@ -35,7 +35,7 @@ struct Kept {
   bool stored() const { return e != nullptr; }
 };
 
-// Into how many ranges the rows of an image are cut: as few as give all threads about the same, for the rows around a border are made twice.
+// Into how many ranges the rows of an image are cut: as few as give all threads about the same, for rows around a border are made twice.
 int64_t ranges_of(const Shape& s, int64_t height) {
   const int64_t threads = torch::stable::get_num_threads(), most = std::max<int64_t>(height / 4, 1);
   int64_t ranges = 1;
@@ -48,6 +48,30 @@ template <typename F>
 MVIT3_INLINE void for_each_vec(int64_t rows, int64_t channels, const F& f) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += kLanes) f(r, c);
+}
+
+// Brings `bytes` of memory into the second-level cache in `steps` steps, which a product takes in turns with its own work: the product waits
+// for arithmetic, what follows it for memory.
+class Ahead {
+ public:
+  template <typename T>
+  Ahead(const T* first, int64_t count, int64_t steps)
+      : next_(reinterpret_cast<const char*>(first)), end_(reinterpret_cast<const char*>(first + count)),
+        step_(round_up((end_ - next_ + steps - 1) / steps, kLine)) {}
+
+  MVIT3_INLINE void step() {
+    for (const char* last = std::min(next_ + step_, end_); next_ < last; next_ += kLine) prefetch(next_);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *next_, *end_;
+  int64_t step_;
+};
+
+// The number of elements of the tile that follows rows first..first+count-1.
+int64_t next_tile(int64_t rows, int64_t first, int64_t count, int64_t channels) {
+  return std::min(kTileRows, rows - first - count) * channels;
 }
 
 // ---- Forward
@@ -174,7 +198,11 @@ void project(Block& b, const T* x, const T* z, T* p, T* y) {
     for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
       store(tile + r * stride + c, activate<Act>(norm(load_some(values + r * s.wide + c, s.wide - c), c)));
     });
-    multiply_into(tile, stride, count, weight, product, out_stride);
+    Ahead ahead(values + count * s.wide, next_tile(s.out_rows(), first, count, s.wide), count * out_stride / kLanes);
+    multiply(tile, stride, count, weight, [&](int64_t r, int64_t c, Vec sums) {
+      store(product + r * out_stride + c, sums);
+      ahead.step();
+    });
     sums[part].add(product, count, out_stride);
     store_rows(product, out_stride, count, s.outputs, p + first * s.outputs, s.outputs);
   });
@@ -249,8 +277,12 @@ NormBackward project_backward(const Block& b, const NormBackward& last, const T*
       const int64_t at = (first + r) * s.outputs + c, left = s.outputs - c;
       store(dp + r * out_stride + c, last(load_some(dy + at, left), load_some(p + at, left), c));
     });
-    multiply_into(dp, out_stride, count, transposed, grads, stride);
     const T* values = z + first * s.wide;
+    Ahead ahead(values + count * s.wide, next_tile(s.out_rows(), first, count, s.wide), count * lanes / kLanes);
+    multiply(dp, out_stride, count, transposed, [&](int64_t r, int64_t c, Vec product) {
+      store(grads + r * stride + c, product);
+      ahead.step();
+    });
     for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
       Vec value, slope;
       activate_with_slope<Act>(norm(load_some(values + r * s.wide + c, s.wide - c), c), value, slope);
@@ -266,81 +298,106 @@ NormBackward project_backward(const Block& b, const NormBackward& last, const T*
   return NormBackward::from(b.depthwise, sums, s.out_rows());
 }
 
-// Gradient of the depth-wise convolution for rows first..last-1 of its input: `values` holds the activated expansion and `slopes` the
-// activation's derivative there, `ring` the gradient of the convolution's output. Writes the gradient of the first norm's output to
-// `grads` and adds that of the taps, [channels / 16][9][16].
+// The gradient of the depth-wise convolution: from `ring`, which holds that of the filtered map, to a row of the activated expansion.
 class TapsBackward {
  public:
   TapsBackward(const Shape& s, const Scratch<float>& taps, const Ring& ring)
       : s_(s), lanes_(lanes_of(s.wide)), pixel_(tile_stride(s.wide)), taps_(taps), ring_(ring) {}
 
-  void run(int64_t first, int64_t last, const float* values, const float* slopes, float* grads, Scratch<double>& dtaps) const {
-    const int64_t floats = s_.width * pixel_;
-    if (s_.stride == 1) {
-      for (int64_t row = first; row < last; ++row, values += floats, slopes += floats, grads += floats)
-        gather(row, values, slopes, grads, dtaps);
-    } else {
-      std::fill_n(grads, (last - first) * floats, 0.0f);
-      scatter(first, last, values, grads, dtaps);
-      for_each_vec((last - first) * s_.width, lanes_, [&](int64_t r, int64_t c) {
-        store(grads + r * pixel_ + c, load(grads + r * pixel_ + c) * load(slopes + r * pixel_ + c));
-      });
+  // `values` is a row of the activated expansion and `slopes` the activation's derivative there. Writes the gradient before the activation
+  // to `grads` and adds that of the taps, [channels / 16][9][16].
+  void run(int64_t row, const float* values, const float* slopes, float* grads, Scratch<double>& dtaps) const {
+    const bool halves = s_.stride == 2 && s_.dilation == 1;
+    for (int64_t c = 0; c < lanes_; c += kLanes) {
+      Taps taps(taps_.data() + c * 9);
+      const Rows rows{values + c, slopes + c, grads + c, pixel_};
+      if (s_.stride == 1)
+        dense(row, c, rows, taps);
+      else if (halves && row % 2 == 0)
+        pairs<1>(row, c, rows, taps);
+      else if (halves)
+        pairs<2>(row, c, rows, taps);
+      else
+        any(row, c, rows, taps);
+      for (int t = 0; t < 9; ++t) accumulate(dtaps.data() + c * 9 + t * kLanes, taps.dw[t]);
     }
   }
 
  private:
-  // Stride 1: every input pixel collects from the nine outputs that read it.
-  void gather(int64_t row, const float* values, const float* slopes, float* grads, Scratch<double>& dtaps) const {
-    const int64_t step = s_.dilation * pixel_;
-    const float* rows[3];
-    for (int64_t t = 0; t < 3; ++t) rows[t] = ring_.bordered(row - (t - 1) * s_.dilation);
-    for (int64_t channel = 0; channel < lanes_; channel += kLanes) {
-      Vec w[9], dw[9];
+  // Sixteen channels of the three rows.
+  struct Rows {
+    const float *values, *slopes;
+    float* grads;
+    int64_t pixel;
+
+    MVIT3_INLINE Vec value(int64_t column) const { return load(values + column * pixel); }
+    MVIT3_INLINE void finish(int64_t column, Vec sum) const { store(grads + column * pixel, sum * load(slopes + column * pixel)); }
+  };
+
+  // The weights of sixteen channels and the sums of their gradients.
+  struct Taps {
+    Vec w[9], dw[9];
+
+    explicit Taps(const float* weights) {
       for (int t = 0; t < 9; ++t) {
-        w[t] = load(taps_.data() + channel * 9 + t * kLanes);
+        w[t] = load(weights + t * kLanes);
         dw[t] = 0.0f;
       }
-      for (int64_t at = channel; at < s_.width * pixel_; at += pixel_) {
-        const Vec value = load(values + at);
-        Vec sum = 0.0f;
-        for (int t = 0; t < 9; ++t) {
-          const Vec grad = load(rows[t / 3] + at + (2 - t % 3) * step);
-          sum = fma(grad, w[t], sum);
-          dw[t] = fma(grad, value, dw[t]);
-        }
-        store(grads + at, sum * load(slopes + at));
-      }
-      for (int t = 0; t < 9; ++t) accumulate(dtaps.data() + channel * 9 + t * kLanes, dw[t]);
+    }
+
+    // What comes back through tap t from an output with the gradient `grad` to an input with `value`.
+    MVIT3_INLINE void pull(int t, const float* grad, Vec value, Vec& sum) {
+      const Vec g = load(grad);
+      sum = fma(g, w[t], sum);
+      dw[t] = fma(g, value, dw[t]);
+    }
+  };
+
+  // Stride 1: nine outputs read every pixel.
+  void dense(int64_t row, int64_t c, const Rows& rows, Taps& taps) const {
+    const int64_t step = s_.dilation * pixel_;
+    const float* grads[3];
+    for (int t = 0; t < 3; ++t) grads[t] = ring_.bordered(row - (t - 1) * s_.dilation) + c;
+    for (int64_t column = 0; column < s_.width; ++column) {
+      const Vec value = rows.value(column);
+      Vec sum = 0.0f;
+      for (int t = 0; t < 9; ++t) taps.pull(t, grads[t / 3] + column * pixel_ + (2 - t % 3) * step, value, sum);
+      rows.finish(column, sum);
     }
   }
 
-  // Other strides: every output pixel adds to the inputs that it read.
-  void scatter(int64_t first, int64_t last, const float* values, float* grads, Scratch<double>& dtaps) const {
-    const int64_t s = s_.stride, d = s_.dilation;
-    const int64_t begin = std::max<int64_t>((first - d + s - 1) / s, 0), end = std::min((last - 1 + d) / s + 1, s_.out_height());
-    for (int64_t row = begin; row < end; ++row) {
-      const float* gradient = ring_.row(row);
-      for (int64_t ty = 0; ty < 3; ++ty) {
-        const int64_t source = row * s + (ty - 1) * d - first;
-        if (source < 0 || source >= last - first) continue;
-        for (int64_t tx = 0; tx < 3; ++tx) {
-          const int64_t shift = (tx - 1) * d;
-          const int64_t left = shift < 0 ? (s - 1 - shift) / s : 0, reach = s_.width - 1 - shift;
-          const int64_t right = reach < 0 ? 0 : std::min(reach / s + 1, s_.out_width());
-          for (int64_t channel = 0; channel < lanes_; channel += kLanes) {
-            const int64_t tap = channel * 9 + (ty * 3 + tx) * kLanes;
-            const Vec w = load(taps_.data() + tap);
-            Vec dw = 0.0f;
-            for (int64_t column = left; column < right; ++column) {
-              const Vec grad = load(gradient + column * pixel_ + channel);
-              const int64_t at = (source * s_.width + column * s + shift) * pixel_ + channel;
-              store(grads + at, fma(grad, w, load(grads + at)));
-              dw = fma(grad, load(values + at), dw);
-            }
-            accumulate(dtaps.data() + tap, dw);
-          }
-        }
+  // Stride 2: one row of taps reads a pixel of an even row and two read one of an odd row; the same for columns.
+  template <int TapRows>
+  void pairs(int64_t row, int64_t c, const Rows& rows, Taps& taps) const {
+    constexpr int kFirst = TapRows == 1 ? 3 : 0;
+    const float* grads[TapRows];
+    for (int i = 0; i < TapRows; ++i) grads[i] = ring_.bordered(TapRows == 1 ? row / 2 : (row + 1) / 2 - i) + pixel_ + c;
+    for (int64_t column = 0; column < s_.width; ++column) {
+      Vec value = rows.value(column), sum = 0.0f;
+      for (int i = 0; i < TapRows; ++i) taps.pull(kFirst + 6 * i + 1, grads[i] + column / 2 * pixel_, value, sum);
+      rows.finish(column, sum);
+      if (++column == s_.width) break;
+      value = rows.value(column);
+      sum = 0.0f;
+      for (int i = 0; i < TapRows; ++i) {
+        taps.pull(kFirst + 6 * i, grads[i] + (column / 2 + 1) * pixel_, value, sum);
+        taps.pull(kFirst + 6 * i + 2, grads[i] + column / 2 * pixel_, value, sum);
       }
+      rows.finish(column, sum);
+    }
+  }
+
+  // Any stride and dilation: every tap asks whether there is an output at its other end.
+  void any(int64_t row, int64_t c, const Rows& rows, Taps& taps) const {
+    for (int64_t column = 0; column < s_.width; ++column) {
+      const Vec value = rows.value(column);
+      Vec sum = 0.0f;
+      for (int t = 0; t < 9; ++t) {
+        const int64_t y = row - (t / 3 - 1) * s_.dilation, x = column - (t % 3 - 1) * s_.dilation;
+        if (y < 0 || x < 0 || y % s_.stride || x % s_.stride || y / s_.stride >= s_.out_height() || x / s_.stride >= s_.out_width()) continue;
+        taps.pull(t, ring_.row(y / s_.stride) + x / s_.stride * pixel_ + c, value, sum);
+      }
+      rows.finish(column, sum);
     }
   }
 
@@ -414,7 +471,10 @@ std::vector<WideSums> depthwise_backward(
         in = as_floats(x + start * c, c, pixels, c, narrow);
         multiply(in.data, in.stride, pixels, expand, activate_both);
       }
-      taps_backward.run(first, last, values, slopes, grads, sums[part].taps);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t at = (row - first) * row_floats;
+        taps_backward.run(row, values + at, slopes + at, grads + at, sums[part].taps);
+      }
       if (stored) {
         add_sum_and_dot(grads, pixel, e, s.wide, mean, s.wide, pixels, sums[part].dn);
         store_rows(grads, pixel, pixels, s.wide, dn + start * s.wide, s.wide, past_cache);
@@ -455,7 +515,13 @@ void expand_backward(const Block& b, const NormBackward& first_norm, const T* dy
     });
     load_rows(x + first * s.inputs, s.inputs, count, s.inputs, narrow, in_stride);
     add_outer(de, stride, s.wide, narrow, in_stride, in_lanes, count, products[part].data(), in_lanes);
-    multiply_into(de, stride, count, transposed, dx, in_stride);
+    const int64_t after = (first + count) * s.wide, next = next_tile(s.rows(), first, count, s.wide), steps = count * in_lanes / kLanes;
+    Ahead ahead_dn(dn + after, next, steps), ahead_e(e + after, next, steps);
+    multiply(de, stride, count, transposed, [&](int64_t r, int64_t c, Vec product) {
+      store(dx + r * in_stride + c, product);
+      ahead_dn.step();
+      ahead_e.step();
+    });
     for_each_vec(count, s.inputs, [&](int64_t r, int64_t c) {
       const int64_t at = (first + r) * s.inputs + c, left = s.inputs - c;
       Vec value = load(dx + r * in_stride + c);

@@ -120,15 +120,15 @@ class InvertedResidualForward {
   InvertedResidualForward(const InvertedResidualWeights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y)
       : w_(w), s_(w.shape(batch, height, width)), x_(x), y_(y) {}
 
+  // With a handful of rows a thread, the rows that two ranges both expand cost more than passing the filtered map from thread to thread.
   void run() const {
-    if (s_.pixels() <= kMostPixelsByChannels)
+    if (s_.batch * s_.out_height() < 6 * torch::stable::get_num_threads() && s_.pixels() <= 4096)
       by_channels();
     else
       by_rows();
   }
 
  private:
-  static constexpr int64_t kMostPixelsByChannels = 1024;
 
   // Large maps: a task is a range of rows of one image, and a ring holds the expanded rows that the taps need.
   void by_rows() const {
