@@ -62,7 +62,9 @@ void feed_forward(const NormedMap<T>& x, double eps, const FeedForwardWeights& w
     });
     multiply(hidden, wide_lanes, count, w.second, [&](int64_t r, int64_t c, Vec sums) {
       const int64_t left = channels - c;
-      store_some(y + (first + r) * channels + c, load_some(x.row(first + r) + c, left) + mask(sums + load(w.bias.data() + c), r, c), left);
+      T* out = y + (first + r) * channels + c;
+      prefetch_to_write(out + kPanel);
+      store_some(out, load_some(x.row(first + r) + c, left) + mask(sums + load(w.bias.data() + c), r, c), left);
     });
   }, tile);
 }

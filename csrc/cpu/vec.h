@@ -102,6 +102,7 @@ MVIT3_INLINE void store(float* p, Vec v) {
 }
 
 MVIT3_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+MVIT3_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
 
 // Two halves of a transposition: lanes whose number has the bit `Distance` change places between rows that lie `Distance` apart.
 template <int Distance>
