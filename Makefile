@@ -49,6 +49,7 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_batch_norm_act.py --json
 	$(BIN)/python benchmarks/bench_inverted_residual.py --json
+	$(BIN)/python benchmarks/bench_feed_forward.py --json
 	$(BIN)/python benchmarks/bench_patch_attention.py --json
 	$(BIN)/python benchmarks/bench_pointwise.py --json
 	$(BIN)/python benchmarks/bench_models.py --json --compile
