@@ -342,7 +342,7 @@ class Backward {
       : map_(map), normed_(x, Tokens(map.samples, map.tokens(), map.channels), per_sample, kept.mean, kept.rstd), weights_(weights), dropout_(dropout),
         dy_(dy), dx_(dx), kept_(kept), places_(places_of(map)), plan_(map), sums_(plan_.parts(), map.channels, map.lanes()),
         dcontext_(plan_.tasks() * map.positions() * map.lanes()), dmean_(map.samples * map.positions() * map.lanes()),
-        dtotal_(map.samples * map.positions()), dscores_(map.samples * map.tokens()), slopes_(plan_.tasks() * map.positions()), norm_sums_(plan_.tasks() * 2) {
+        dtotal_(map.samples * map.positions()), dscores_(map.samples * map.tokens()), slopes_(2 * plan_.tasks() * map.positions()), norm_sums_(plan_.tasks() * 2) {
     dnormal_ = workspace<1>((plan_.ranges() == 1 ? plan_.parts() : map.samples) * map.tokens() * map.lanes());
   }
 
@@ -358,6 +358,8 @@ class Backward {
   float* dcontext(int64_t task) { return dcontext_.data() + task * map_.positions() * map_.lanes(); }
   float* dmean(int64_t sample) { return dmean_.data() + sample * map_.positions() * map_.lanes(); }
   double* slopes(int64_t task) { return slopes_.data() + task * map_.positions(); }
+  // The sums over the sample, which every task of it makes for itself.
+  double* own_slopes(const Task& task) { return slopes(plan_.tasks() + task.index); }
 
   // The gradient of the normalised token: of the whole sample, where a thread reuses the memory for its next one.
   float* dnormal(const Task& task, int64_t token) {
@@ -460,11 +462,10 @@ class Backward {
     const float* scores = kept_.scores + task.sample * map_.tokens();
     alignas(64) double sum[kLanes] = {}, dot[kLanes] = {};
     double dbias = 0;
-    float* slope = workspace(positions);
+    double* slope = own_slopes(task);
     for (int64_t p = 0; p < positions; ++p) {
-      double all = 0;
-      for (int64_t i = task.first; i < task.first + plan_.ranges(); ++i) all += slopes(i)[p];
-      slope[p] = float(all);
+      slope[p] = 0;
+      for (int64_t i = task.first; i < task.first + plan_.ranges(); ++i) slope[p] += slopes(i)[p];
     }
     for_each_run(task.rows.size(), [&](int64_t begin, int64_t end) {
       constexpr int64_t kRun = 16;
@@ -472,7 +473,7 @@ class Backward {
       const int64_t first = task.rows.begin + begin, count = end - begin;
       for (int64_t i = 0; i < count; ++i) {
         const auto [position, score] = places_[first + i];
-        dscore[i] = scores[score] * (dscores_[row(task, first + i)] - slope[position]);
+        dscore[i] = scores[score] * float(dscores_[row(task, first + i)] - slope[position]);  // float64: an error here does not average out
         kept[i] = scores[score] * kept_score(dropout_.score, key, score);
         dbias += dscore[i];
       }
