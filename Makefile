@@ -6,6 +6,7 @@ DEMO := runs/digits
 
 LIBRARIES := $(VENV)/.libraries
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 
 .PHONY: help setup test demo lint format bench report clean
 help:
@@ -46,13 +47,18 @@ demo: $(INSTALLED)
 	$(BIN)/mvit3 train --output $(DEMO)
 	$(BIN)/mvit3 evaluate --checkpoint $(DEMO)/fused.pt
 
-bench: $(INSTALLED)
+# The inference runtimes that the networks are compared with.
+$(PEERS): pyproject.toml | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_batch_norm_act.py --json
 	$(BIN)/python benchmarks/bench_inverted_residual.py --json
 	$(BIN)/python benchmarks/bench_feed_forward.py --json
 	$(BIN)/python benchmarks/bench_patch_attention.py --json
 	$(BIN)/python benchmarks/bench_pointwise.py --json
-	$(BIN)/python benchmarks/bench_models.py --json --compile
+	$(BIN)/python benchmarks/bench_models.py --json
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py

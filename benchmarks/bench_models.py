@@ -1,20 +1,30 @@
-"""Whole networks on the CPU, training steps and inference, beside the same networks in plain PyTorch (benchmarks/peers.py).
+"""Whole networks on the CPU, training steps and inference, beside the best that a user could run instead.
 
-    python benchmarks/bench_models.py [--json] [--compile] [--threads 2] [--models mobilevitv3_s ...]
+    python benchmarks/bench_models.py [--json] [--quick] [--peers onnxruntime ...] [--models mobilevitv3_s ...] [--work training-8 ...]
 
-float32, 256x256, channels_last. A training step is forward, cross-entropy, backward and AdamW, with dropout off so that all candidates
-compute the same function; their gradients are checked against each other before they are timed. `--compile` adds torch.compile of the
-plain network (frozen for inference), which takes minutes to compile. Memory is what a first step (gradients
-and optimiser state included) adds to the resident set at its peak.
+float32, the same number of threads for all, one process, candidates in turns, medians. The peers are the same networks in plain PyTorch
+(benchmarks/peers.py): eager in both layouts, torch.compile (frozen for inference; minutes to compile), ONNX Runtime and OpenVINO. Those
+two are for inference only and optional (`pip install .[bench]`): one that is missing is left out. What every candidate computes,
+outputs in inference and gradients in training, is compared with eager before it is timed.
+
+A training step is forward, cross-entropy, backward and AdamW, with dropout off so that all compute the same function. Its memory is what
+a first step (gradients and optimiser state included) adds to the resident set at its peak. `<candidate>_built_ms` and `_first_ms` are
+what comes before the timed calls: making the candidate of a network (exporting, loading, fusing) and its first call (compiling, packing
+weights). `--json` replaces the rows that it measures and keeps the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import importlib.metadata
+import importlib.util
+import json
 import sys
-from collections.abc import Callable
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain peers are a module of the benchmarks
 
@@ -23,33 +33,123 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import interleaved, machine, peak_memory, table, write
+from benchmarks.common import RESULTS, interleaved, machine, peak_memory, timed, write
 from benchmarks.peers import plain
 
-MODELS = ("mobilevitv3_s", "mobilevitv3_100", "mobilevitv3_xxs")
-# (work, batch, side)
-WORK = (("training", 8, 256), ("inference", 1, 256), ("inference", 32, 256))
-BOUND = 2e-3  # of the gradients' norm: float32 through 50 layers, in another order
+ROOT = Path(__file__).resolve().parents[1]
+BOUND = 2e-3  # of the norm of the output or of the gradients: float32 through 50 layers, in another order
+Run = Callable[[Tensor], Tensor]
 
-SETUP = """
-import sys; sys.path.insert(0, {root!r})
-import torch
-from benchmarks.bench_models import build
-torch.set_num_threads({threads})
-build({candidate!r}, {name!r}, {work!r}, 2, 64).step()  # whatever is loaded at a first call; so small that it leaves no room behind
-step = build({candidate!r}, {name!r}, {work!r}, {batch}, {side}).step
-"""
+
+class Work(NamedTuple):
+    name: str  # "training" or "inference"
+    batch: int
+    side: int
+    models: tuple[str, ...]
+    rounds: int
+    burst: int = 1  # calls of a candidate in a row, in each round
+
+    @property
+    def training(self) -> bool:
+        return self.name == "training"
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.batch}"
+
+
+WORK = (
+    Work("training", 8, 256, ("mobilevitv3_s", "mobilevitv3_100"), 7),
+    Work("training", 32, 128, ("mobilevitv3_xxs",), 7),
+    Work("inference", 1, 256, ("mobilevitv3_s", "mobilevitv3_100", "mobilevitv3_xxs", "mobilevitv2_100", "mobilevit_s"), 12, 5),
+    Work("inference", 32, 256, ("mobilevitv3_s", "mobilevitv3_100"), 7),
+)
+
+
+# What a candidate makes of a network in plain PyTorch and an example of its input, or of our network (the names that begin with "ours").
+def as_it_is(network: nn.Module, _: Tensor) -> Run:
+    return network
+
+
+def fused(network: nn.Module, _: Tensor) -> Run:
+    return mvit3_kernels.fuse(network, mode="inference")
+
+
+def compiled(network: nn.Module, _: Tensor) -> Run:
+    import torch._inductor.config as inductor
+
+    # Frozen, the C++ wrapper saves 6 % at batch 1. Autotuning picks the same products; the other layout is as fast.
+    inductor.freezing = inductor.cpp_wrapper = not network.training
+    return torch.compile(network, dynamic=False)
+
+
+def exported(network: nn.Module, x: Tensor, folder: str) -> str:
+    """An ONNX file. The older exporter (dynamo=False) gave graphs that run as fast, within 2 % in both runtimes."""
+    path = f"{folder}/network.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(network, (x,), path, input_names=["x"], output_names=["y"], dynamo=True, verbose=False)
+    return path
+
+
+def onnxruntime(network: nn.Module, x: Tensor) -> Run:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as fast, and no thread spins while another candidate runs
+    with tempfile.TemporaryDirectory() as folder:
+        session = ort.InferenceSession(exported(network, x, folder), options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def openvino(network: nn.Module, x: Tensor) -> Run:
+    import openvino as ov
+
+    # One stream over all threads is the faster setting for one request at a time, at batch 32 too (THROUGHPUT gives it one thread).
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    with tempfile.TemporaryDirectory() as folder:
+        model = ov.Core().compile_model(exported(network, x, folder), "CPU", settings)
+    assert model.get_property("INFERENCE_PRECISION_HINT") == ov.Type.f32  # or it may choose bfloat16
+    request = model.create_infer_request()
+    return lambda x: torch.from_numpy(request.infer([x.numpy()], share_inputs=True, share_outputs=True)[0])
+
+
+CANDIDATES: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    "eager_nchw": as_it_is,
+    "eager_channels_last": as_it_is,
+    "compile": compiled,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "ours": as_it_is,
+    "ours_fused": fused,
+}
+INFERENCE_ONLY = ("onnxruntime", "openvino", "ours_fused")
+NCHW = ("eager_nchw", "onnxruntime", "openvino")  # the layout of these candidates' input; the others take channels_last
+
+
+def missing(candidate: str) -> str | None:
+    """Why this candidate cannot run here, or None."""
+    if candidate == "ours_fused":
+        return None if hasattr(mvit3_kernels, "fuse") else "this version has no fuse()"
+    absent = [m for m in (candidate, "onnx", "onnxscript") if importlib.util.find_spec(m) is None]
+    return f"not installed: {', '.join(absent)}" if absent and candidate in ("onnxruntime", "openvino") else None
 
 
 class Candidate:
     """A network on one work: `step` does it once, `evidence` returns what candidates are compared by."""
 
-    def __init__(self, network: nn.Module, work: str, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.network, self.training, self.x = network, work == "training", x
-        self.run = run or network
-        self.target = torch.arange(len(x)) % 1000
-        if self.training:
-            self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, foreach=True)
+    def __init__(self, candidate: str, name: str, training: bool, batch: int, side: int) -> None:
+        torch.manual_seed(0)
+        network = mvit3_kernels.create_model(name, drop_rate=0.0, proj_drop_rate=0.0).train(training)
+        layout = torch.contiguous_format if candidate in NCHW else torch.channels_last
+        x = torch.randn(batch, 3, side, side).contiguous(memory_format=layout)
+        network = (network if candidate.startswith("ours") else plain(network)).to(memory_format=layout)
+        self.network, self.training, self.x, self.target = network, training, x, torch.arange(batch) % 1000
+        with torch.set_grad_enabled(training):
+            self.run = CANDIDATES[candidate](network, x)
+        if training:
+            self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
 
     def step(self) -> None:
         if not self.training:
@@ -63,75 +163,112 @@ class Candidate:
     def evidence(self) -> Tensor:
         if not self.training:
             with torch.inference_mode():
-                return self.run(self.x).flatten()
+                return self.run(self.x).flatten().clone()
         F.cross_entropy(self.run(self.x), self.target).backward()
         gradients = torch.cat([p.grad.flatten() for p in self.network.parameters()])
         self.optimizer.zero_grad()
         return gradients
 
 
-def build(candidate: str, name: str, work: str, batch: int, side: int) -> Candidate:
-    torch.manual_seed(0)
-    network = mvit3_kernels.create_model(name, drop_rate=0.0, proj_drop_rate=0.0).train(work == "training")
-    if candidate != "ours":
-        network = plain(network)
-    layout = torch.contiguous_format if candidate == "eager_nchw" else torch.channels_last
-    x = torch.randn(batch, 3, side, side).contiguous(memory_format=layout)
-    network = network.to(memory_format=layout)
-    if candidate != "compile":
-        return Candidate(network, work, x)
-    if work == "training":
-        return Candidate(network, work, x, torch.compile(network, dynamic=False))
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True
-    return Candidate(network, work, x, torch.compile(network, dynamic=False))
-
-
-def measure(name: str, work: str, batch: int, side: int, options: argparse.Namespace) -> dict[str, object]:
+def prepare(name: str, work: Work, names: Sequence[str]) -> tuple[dict[str, Candidate], dict[str, object]]:
+    """The candidates, ready to be timed after their results were compared, and the first columns of their row."""
     torch._dynamo.reset()
-    names = ["eager_nchw", "eager_channels_last", "ours", *(["compile"] if options.compile else [])]
-    candidates = {c: build(c, name, work, batch, side) for c in names}
-    truth = candidates["eager_channels_last"].evidence()
-    error = float((candidates["ours"].evidence() - truth).norm() / truth.norm())
-    if not error < BOUND:
-        raise AssertionError(f"{name} {work}: ours differs from eager by {error:.1e} of the norm")
-    rounds = options.rounds or (5 if work == "training" else 9)
-    times = {c: t["median_ms"] for c, t in interleaved({c: k.step for c, k in candidates.items()}, rounds).items()}
-    eager = min(times["eager_nchw"], times["eager_channels_last"])
-    row: dict[str, object] = {"model": name, "work": work, "batch": batch, **{f"{c}_ms": t for c, t in times.items()}}
-    row["against_eager"] = eager / times["ours"]
-    if options.compile:
-        row["against_compile"] = times["compile"] / times["ours"]
-    if work == "training":
-        for c in ("eager_channels_last", "ours"):
-            root = str(Path(__file__).resolve().parents[1])
-            setup = SETUP.format(root=root, threads=options.threads, candidate=c, name=name, work=work, batch=batch, side=side)
-            row[f"{c}_mib"] = peak_memory(setup, "step()")
-    return {**row, "error": f"{error:.1e}"}
+    row: dict[str, object] = {"model": name, "work": work.name, "batch": work.batch, "side": work.side}
+    found, results = {}, {}
+    for c in names:
+        if work.training and c in INFERENCE_ONLY:
+            continue
+        built = timed(lambda c=c: found.update({c: Candidate(c, name, work.training, work.batch, work.side)}))
+        first = timed(lambda c=c: results.update({c: found[c].evidence()}))
+        row |= {f"{c}_built_ms": built, f"{c}_first_ms": first}
+    truth = results[next(iter(results))]
+    errors = {c: float((result - truth).norm() / truth.norm()) for c, result in results.items()}
+    if not max(errors.values()) < BOUND:
+        raise AssertionError(f"{name} {work.name}: results differ by more than {BOUND} of the norm: {errors}")
+    return found, {**row, "error": max(errors.values())}
+
+
+def measure(work: Work, found: dict[str, Candidate], quick: bool) -> dict[str, object]:
+    rounds = max(3, work.rounds // 3) if quick else work.rounds
+    times = interleaved({c: candidate.step for c, candidate in found.items()}, rounds, warmup=1, burst=work.burst)
+    return {f"{c}_ms": t["median_ms"] for c, t in times.items()}
+
+
+MEMORY = """
+import sys; sys.path.insert(0, {root!r})
+import torch
+from benchmarks.bench_models import Candidate
+torch.set_num_threads({threads})
+Candidate({candidate!r}, {name!r}, True, 2, 64).step()  # whatever is loaded at a first call; so small that it leaves no room behind
+step = Candidate({candidate!r}, {name!r}, True, {batch}, {side}).step
+"""
+
+
+def step_memory(candidate: str, name: str, work: Work) -> float:
+    root, threads = str(ROOT), torch.get_num_threads()
+    return peak_memory(
+        MEMORY.format(root=root, threads=threads, candidate=candidate, name=name, batch=work.batch, side=work.side), "step()"
+    )
+
+
+def with_ratios(row: dict[str, object]) -> dict[str, object]:
+    """Adds the fastest peer, the faster of ours, and how many times as fast that is."""
+    times = {c: row[f"{c}_ms"] for c in CANDIDATES if f"{c}_ms" in row}
+    peers, ours = ({c: t for c, t in times.items() if c.startswith("ours") == mine} for mine in (False, True))
+    if not (peers and ours):
+        return row
+    peer, best = min(peers, key=peers.get), min(ours, key=ours.get)
+    return {**row, "best_peer": peer, "best_ours": best, "ratio": peers[peer] / ours[best]}
+
+
+def record(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
+    """Writes the rows to results/models_cpu.json, beside the rows there of other networks and works."""
+
+    def key(row: dict[str, object]) -> tuple[object, ...]:
+        return tuple(row.get(name) for name in ("model", "work", "batch", "side"))
+
+    path = RESULTS / "models_cpu.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {key(row) for row in rows}
+    write("models", [*(row for row in kept if key(row) not in new), *rows], facts, "models_cpu")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="write results/models_cpu.json")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile of the plain network too")
+    parser.add_argument("--json", action="store_true", help="record in results/models_cpu.json")
+    parser.add_argument("--quick", action="store_true", help="a third of the rounds, no memory")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--work", nargs="+", choices=("training", "inference"), default=("training", "inference"))
+    parser.add_argument(
+        "--peers", nargs="*", choices=[c for c in CANDIDATES if not c.startswith("ours")], help="default: all that are installed"
+    )
+    parser.add_argument("--models", nargs="+", help="default: those of each work")
+    parser.add_argument("--work", nargs="+", choices=[str(w) for w in WORK], default=[str(w) for w in WORK])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    names = [c for c in CANDIDATES if c.startswith("ours") or options.peers is None or c in options.peers]
+    absent = {c: reason for c in names if (reason := missing(c))}
     facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = []
-    for name in options.models:
-        for work, batch, side in WORK:
-            if work in options.work:
-                rows.append(measure(name, work, batch, side, options))
-                print(table(rows[-1:]), flush=True)
-                if options.json:  # row by row: a run that is cut short loses its last row only
-                    with contextlib.suppress(OSError):
-                        write("models", rows, facts, "models_cpu")
+    facts["peers"] = {c: importlib.metadata.version(c) for c in ("onnxruntime", "openvino") if c in names and c not in absent}
+    print(
+        ", ".join(f"{name} {value}" for name, value in facts.items()), *(f"without {c}: {reason}" for c, reason in absent.items()), sep="\n"
+    )
+    rows: list[dict[str, object]] = []
+    for work in WORK:
+        for name in work.models if str(work) in options.work else ():
+            if options.models and name not in options.models:
+                continue
+            found, row = prepare(name, work, [c for c in names if c not in absent])
+            row |= measure(work, found, options.quick)
+            del found
+            if work.training and not options.quick:
+                row |= {f"{c}_mib": step_memory(c, name, work) for c in ("eager_channels_last", "ours")}
+            rows.append({**with_ratios(row), "revision": facts["revision"]})
+            print(
+                *(f"{column}: {value:.4g}" if isinstance(value, float) else f"{column}: {value}" for column, value in rows[-1].items()),
+                sep=", ",
+            )
+            if options.json:  # row by row: a run that is cut short loses its last row only
+                record(rows[-1:], facts)
 
 
 if __name__ == "__main__":

@@ -24,26 +24,43 @@ def conditions(machine: dict) -> str:
     )
 
 
+PEERS = {
+    "eager_nchw": "eager",
+    "eager_channels_last": "eager, channels_last",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+
+
 def models(result: dict) -> str:
-    compiled = any("compile_ms" in row for row in result["rows"])
-    header = ["network", "work", "batch", "eager, best layout", *(["torch.compile"] if compiled else []), "this library", "against eager"]
-    header += [*(["against torch.compile"] if compiled else []), "peak memory, eager / ours"]
+    def milliseconds(time: float | None) -> str:
+        return "" if time is None else f"{time:.{0 if time >= 100 else 1}f} ms"
+
     rows = []
     for row in result["rows"]:
-        eager = min(row["eager_nchw_ms"], row["eager_channels_last_ms"])
-        cells = [f"`{row['model']}`", row["work"], str(row["batch"]), f"{eager:.0f} ms"]
-        if compiled:
-            cells.append(f"{row['compile_ms']:.0f} ms" if "compile_ms" in row else "not measured")
-        cells += [f"{row['ours_ms']:.0f} ms", f"{row['against_eager']:.2f}x"]
-        if compiled:
-            cells.append(f"{row['against_compile']:.2f}x" if "against_compile" in row else "not measured")
-        memory = "eager_channels_last_mib" in row
-        cells.append(f"{row['eager_channels_last_mib']:.0f} / {row['ours_mib']:.0f} MiB" if memory else "")
-        rows.append(cells)
+        times = {c: row[f"{c}_ms"] for c in PEERS if f"{c}_ms" in row}
+        best = min(times, key=times.get)
+        eager = min(t for c, t in times.items() if c.startswith("eager"))
+        ours = min(row[f"{c}_ms"] for c in ("ours", "ours_fused") if f"{c}_ms" in row)
+        memory = [f"{row[f'{c}_mib']:.0f}" for c in ("eager_channels_last", "ours") if f"{c}_mib" in row]
+        work = f"{row['work']} {row['batch']} at {row['side']}"
+        cells = [f"`{row['model']}`", work, milliseconds(eager), f"{milliseconds(times[best])} ({PEERS[best]})"]
+        cells += [
+            milliseconds(row.get("ours_ms")),
+            milliseconds(row.get("ours_fused_ms")),
+            f"{times[best] / ours:.2f}x",
+            f"{eager / ours:.2f}x",
+        ]
+        rows.append([*cells, " / ".join(memory) + " MiB" * bool(memory)])
+    header = ["network", "work, batch at size", "best eager", "best peer", "drop-in", "`fuse`", "against best peer", "against eager"]
+    versions = ", ".join(f"{name} {version}" for name, version in result["machine"].get("peers", {}).items())
     intro = (
-        "Whole networks, float32, 256x256, `python benchmarks/bench_models.py --json --compile`, medians. A training step includes AdamW.\n"
+        "Whole networks, float32, `python benchmarks/bench_models.py --json`, medians. A training step includes AdamW. The peers are\n"
+        "eager PyTorch in both layouts, torch.compile (frozen for inference) and, for inference, ONNX Runtime and OpenVINO\n"
+        f"in their best settings{f' ({versions})' if versions else ' where they were measured'}.\n"
     )
-    return f"{intro}{conditions(result['machine'])}\n\n{table(header, rows)}"
+    return f"{intro}{conditions(result['machine'])}\n\n{table([*header, 'peak memory, eager / ours'], rows)}"
 
 
 def batch_norm_act(result: dict) -> str:
