@@ -59,6 +59,8 @@ bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_patch_attention.py --json
 	$(BIN)/python benchmarks/bench_pointwise.py --json
 	$(BIN)/python benchmarks/bench_models.py --json
+	$(BIN)/python benchmarks/bench_separable_attention.py --json
+	$(BIN)/python benchmarks/bench_models.py --json --compile
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py
