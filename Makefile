@@ -60,6 +60,8 @@ bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_pointwise.py --json
 	$(BIN)/python benchmarks/bench_models.py --json
 	$(BIN)/python benchmarks/bench_separable_attention.py --json
+	$(BIN)/python benchmarks/bench_depthwise_conv.py --json
+	$(BIN)/python benchmarks/bench_conv3x3.py --json
 	$(BIN)/python benchmarks/bench_models.py --json --compile
 
 report: $(INSTALLED)

@@ -3,8 +3,8 @@
     python benchmarks/bench_depthwise_conv.py [--json] [--threads 2]
 
 "composed" is the same op as PyTorch's convolution and batch_norm_act: what runs where the kernel does not. Results are checked against each
-other before they are timed. The floor is the bytes that a kernel must move, at the rate of a large copy: x and y once in evaluation; in training
-x twice and y forward, x and dy twice and dx backward. Below the size of the caches arithmetic is the limit, not the floor.
+other before they are timed. The floor is the bytes that a kernel must move, at the rate of a large copy: x and y once in evaluation; in
+training x twice and y forward, x and dy twice and dx backward. Below the size of the caches arithmetic is the limit, not the floor.
 """
 
 from __future__ import annotations
