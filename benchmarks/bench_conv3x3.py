@@ -3,7 +3,8 @@
     python benchmarks/bench_conv3x3.py [--json] [--threads 2]
 
 "folded" is the library's convolution with the norm folded into its weight beforehand, then SiLU in place; "eager" the three plain calls.
-Ours packs the weight at every call; "packing" is that part (a map of one pixel), and the rate and its share of torch.mm's are those of the rest.
+Ours packs the weight at every call; "packing" is that part (a map of one pixel),
+and the rate and its share of torch.mm's are those of the rest.
 """
 
 from __future__ import annotations
