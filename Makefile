@@ -58,11 +58,10 @@ bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_feed_forward.py --json
 	$(BIN)/python benchmarks/bench_patch_attention.py --json
 	$(BIN)/python benchmarks/bench_pointwise.py --json
-	$(BIN)/python benchmarks/bench_models.py --json
 	$(BIN)/python benchmarks/bench_separable_attention.py --json
 	$(BIN)/python benchmarks/bench_depthwise_conv.py --json
 	$(BIN)/python benchmarks/bench_conv3x3.py --json
-	$(BIN)/python benchmarks/bench_models.py --json --compile
+	$(BIN)/python benchmarks/bench_models.py --json
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py
