@@ -28,7 +28,9 @@ $(LIBRARIES): pyproject.toml | $(BIN)/python
 	@touch $@ $(INSTALLED)
 
 $(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@# make takes this target for old where $(LIBRARIES) has just built it
+	@if [ ! -e $@ ] || [ -n "$$(find setup.py csrc -newer $@ -print -quit)" ]; then \
+	  echo "building the compiled kernels"; $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . || exit 1; fi
 	@touch $@
 
 test: $(INSTALLED) lint
