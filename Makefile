@@ -62,7 +62,6 @@ bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_pointwise.py --json
 	$(BIN)/python benchmarks/bench_separable_attention.py --json
 	$(BIN)/python benchmarks/bench_depthwise_conv.py --json
-	$(BIN)/python benchmarks/bench_conv3x3.py --json
 	$(BIN)/python benchmarks/bench_models.py --json
 
 report: $(INSTALLED)

@@ -13,7 +13,7 @@ enum Activation : int { kIdentity = 0, kSilu = 1, kRelu = 2 };
 
 template <int Act>
 MVIT3_INLINE Vec activate(Vec x) {
-  if constexpr (Act == kSilu) return x * sigmoid(x);
+  if constexpr (Act == kSilu) return x / sigmoid_divisor(x);
   if constexpr (Act == kRelu) return select_greater(Vec(0.0f), x, 0.0f, x);  // NaN stays NaN
   return x;
 }

@@ -1,7 +1,7 @@
 // Dense 3x3 convolution with zero padding of one, norm and activation, for inference: of one map or of the concatenation of two, which is
 // never built, at stride 1 or 2.
 //
-// An implicit matrix product. The input rows that a few output rows need are copied to cache, in float32 and with their zero padding; what
+// An implicit matrix product. The input rows that a few output rows need are copied to cache, with their zero padding; what
 // an output pixel reads is then three runs of memory, one for each row of taps, and so are the same taps of its neighbour, a pixel further.
 // A map of few channels (an image) has runs too short for that: its three runs are put together, or, where it comes as NCHW, its rows are
 // copied as one line per tap, along which the pixels lie.
@@ -12,26 +12,25 @@
 namespace mvit3 {
 
 // One map or two side by side, NHWC and contiguous; a single one of few channels may be NCHW.
-template <typename T>
 struct Conv3x3Inputs {
-  const T *a, *b;
+  const float *a, *b;
   int64_t a_channels, b_channels, batch, height, width;
   bool nchw;
 
   int64_t channels() const { return a_channels + b_channels; }
 
-  // Row y of an image, or zeros where it has none, as pixels with a zero pixel before and behind them. Up to a vector is written beyond.
+  // Row y of an image, or zeros where it has none, as pixels with a zero pixel before and behind them.
   void load_row(int64_t index, int64_t y, float* out) const {
     const int64_t channels = this->channels();
     if (y < 0 || y >= height) return void(std::fill_n(out, (width + 2) * channels, 0.0f));
     std::fill_n(out, channels, 0.0f);
-    const T *from_a = a + (index * height + y) * width * a_channels, *from_b = b ? b + (index * height + y) * width * b_channels : nullptr;
+    const float *from_a = a + (index * height + y) * width * a_channels, *from_b = b ? b + (index * height + y) * width * b_channels : nullptr;
     if (!b)
-      load_rows(from_a, 0, 1, width * channels, out + channels, 0);
+      std::copy_n(from_a, width * channels, out + channels);
     else
       for (int64_t i = 0; i < width; ++i) {
-        load_rows(from_a + i * a_channels, 0, 1, a_channels, out + (i + 1) * channels, 0);
-        load_rows(from_b + i * b_channels, 0, 1, b_channels, out + (i + 1) * channels + a_channels, 0);
+        std::copy_n(from_a + i * a_channels, a_channels, out + (i + 1) * channels);
+        std::copy_n(from_b + i * b_channels, b_channels, out + (i + 1) * channels + a_channels);
       }
     std::fill_n(out + (width + 1) * channels, channels, 0.0f);
   }
@@ -40,20 +39,20 @@ struct Conv3x3Inputs {
   void load_lines(int64_t index, int64_t y, int64_t stride, int64_t columns, int64_t line, float* out) const {
     if (y < 0 || y >= height) return void(std::fill_n(out, 3 * a_channels * line, 0.0f));
     for (int64_t c = 0; c < a_channels; ++c, out += line) {
-      const T* from = a + ((index * a_channels + c) * height + y) * width;
+      const float* from = a + ((index * a_channels + c) * height + y) * width;
       float *left = out, *centre = out + a_channels * line, *right = out + 2 * a_channels * line;
       if (stride == 1) {
-        for (int64_t i = 0; i < columns; ++i) centre[i] = to_float(from[i]);
+        std::copy_n(from, columns, centre);
         std::copy_n(centre + 1, columns - 1, right);
         std::copy_n(centre, columns - 1, left + 1);
         right[columns - 1] = 0.0f;
       } else {
         for (int64_t i = 0; i < width / 2; ++i) {
-          centre[i] = to_float(from[2 * i]);
-          right[i] = to_float(from[2 * i + 1]);
+          centre[i] = from[2 * i];
+          right[i] = from[2 * i + 1];
         }
         if (width % 2) {
-          centre[columns - 1] = to_float(from[width - 1]);
+          centre[columns - 1] = from[width - 1];
           right[columns - 1] = 0.0f;
         }
         std::copy_n(right, columns - 1, left + 1);
@@ -88,8 +87,8 @@ struct Conv3x3Weights {
 };
 
 // y = act(norm(conv(x))), NHWC and contiguous.
-template <int Act, typename T>
-void conv3x3_forward(const Conv3x3Weights& weights, const Conv3x3Inputs<T>& x, T* y) {
+template <int Act>
+void conv3x3_forward(const Conv3x3Weights& weights, const Conv3x3Inputs& x, float* y) {
   const PackedWeight& weight = weights.weight;
   const bool few = Conv3x3Weights::few(weights.inputs), lines = x.nchw;
   const int64_t stride = weights.stride, outputs = weights.outputs, height = weights.out_size(x.height), width = weights.out_size(x.width);
@@ -136,7 +135,7 @@ void conv3x3_forward(const Conv3x3Weights& weights, const Conv3x3Inputs<T>& x, T
             for (int64_t r = 0; r < count; ++r)
               add(input + (r * stride + tap) * row_floats, stride * weights.inputs, 1, r, tap, 3 * weights.inputs, {panel, panel + 1});
       }
-      finish_rows<Act, float, T>(product, lanes, count * width, columns, outputs, weights.affine, nullptr, y + first * width * outputs);
+      finish_rows<Act, float, float>(product, lanes, count * width, columns, outputs, weights.affine, nullptr, y + first * width * outputs);
     }
   });
 }

@@ -37,6 +37,8 @@ class Engine {
   std::vector<Tensor> run(const Tensor& x) {
     STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
     STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W)");
+    const bool nchw = x.is_contiguous() && takes_nchw();
+    const Tensor images = nchw ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
     const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
     const auto whole = layout(std::max<int64_t>(std::min(batch, kMostImages), 1), height, width);
     std::vector<Tensor> results;
@@ -49,9 +51,10 @@ class Engine {
     // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would not.
     const int64_t groups = (batch + kMostImages - 1) / kMostImages;
     Arena arena(*this);
+    const float* const data = static_cast<const float*>(images.data_ptr());
     for (int64_t group = 0; group < groups; ++group) {
-      const Range images = part_range(batch, group, groups);
-      run_group(x, images, *layout(images.size(), height, width), arena, result_data);
+      const Range mine = part_range(batch, group, groups);
+      run_group(data, nchw, mine, *layout(mine.size(), height, width), arena, result_data);
     }
     return results;
   }
@@ -88,14 +91,18 @@ class Engine {
     std::pair<int64_t, Scratch<float>> memory_{0, Scratch<float>(1)};
   };
 
-  void run_group(const Tensor& x, Range images, const Layout& at, Arena& arena, const std::vector<float*>& results) const {
+  // Whether every step that reads the images takes them as they mostly come.
+  bool takes_nchw() const {
+    return std::all_of(steps_.begin(), steps_.end(), [](const Node& node) {
+      return node.step->takes_nchw() || std::find(node.inputs.begin(), node.inputs.end(), 0) == node.inputs.end();
+    });
+  }
+
+  void run_group(const float* x, bool nchw, Range images, const Layout& at, Arena& arena, const std::vector<float*>& results) const {
     float* memory = arena.floats(at.floats);
     std::vector<Map> maps(steps_.size() + 1);
-    Map& image = maps[0];
-    image = {const_cast<float*>(static_cast<const float*>(x.data_ptr())) + images.begin * x.stride(0), at.shapes[0], images.size(), {}};
-    const int64_t order[4] = {0, 2, 3, 1};
-    for (int i = 0; i < 4; ++i) image.strides[i] = x.stride(order[i]);
-    for (size_t i = 1; i < maps.size(); ++i) maps[i] = {memory + at.begin[i], at.shapes[i], images.size(), {}};
+    maps[0] = {const_cast<float*>(x) + images.begin * at.shapes[0].floats(), at.shapes[0], images.size(), nchw};
+    for (size_t i = 1; i < maps.size(); ++i) maps[i] = {memory + at.begin[i], at.shapes[i], images.size()};
     for (size_t k = 0; k < outputs_.size(); ++k) maps[outputs_[k]].data = results[k] + images.begin * at.shapes[outputs_[k]].floats();
     std::vector<Map> inputs;
     for (size_t i = 0; i < steps_.size(); ++i) {

@@ -18,12 +18,12 @@ struct MapShape {
   int64_t floats() const { return pixels() * channels; }
 };
 
-// A contiguous float32 feature map (batch, height, width, channels); the image may have other strides (in elements).
+// A contiguous float32 feature map (batch, height, width, channels).
 struct Map {
   float* data = nullptr;
   MapShape shape;
   int64_t batch = 0;
-  int64_t strides[4] = {};
+  bool nchw = false;  // only the image: (batch, channels, height, width)
 
   int64_t rows() const { return batch * shape.pixels(); }
 };
@@ -35,6 +35,8 @@ class Step {
   virtual MapShape shape(const std::vector<MapShape>& inputs) const = 0;
   // Whether the output for such inputs is the first input itself, so that nothing needs to run.
   virtual bool is_identity(const std::vector<MapShape>&) const { return false; }
+  // Whether its input may be the image as (batch, channels, height, width).
+  virtual bool takes_nchw() const { return false; }
   virtual void run(const std::vector<Map>& inputs, const Map& output) const = 0;
 };
 

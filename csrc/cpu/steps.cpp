@@ -1,4 +1,5 @@
 // The kinds of steps that the inference engine knows: thin wrappers of the ops' forward cores, and the few small maps between them.
+#include "conv3x3.h"
 #include "depthwise_conv.h"
 #include "engine.h"
 #include "feed_forward.h"
@@ -20,7 +21,6 @@ class Source {
  public:
   Source(const std::string& kind, const std::vector<Tensor>& weights, const std::vector<int64_t>& integers, const std::vector<double>& numbers)
       : kind_(kind), weights_(weights), integers_(integers), numbers_(numbers) {}
-  ~Source() = default;
 
   const Tensor& weight() { return take(weights_, weight_, "weight"); }
   int64_t integer() { return take(integers_, integer_, "integer"); }
@@ -247,69 +247,33 @@ class PatchAttention : public Step {
   int64_t heads_, patch_height_, patch_width_;
 };
 
-// Dense 3x3: the nine neighbours of a run of pixels are laid out as rows, which then are a matrix product. The image is read as it comes.
+// Inputs a, (b). Weights: (outputs, 3, 3, inputs), scale, shift.
 class Conv3x3 : public Step {
  public:
   explicit Conv3x3(Source& from) : Conv3x3{from, from.weight(), from.weight(), from.weight()} {}
 
   MapShape shape(const Shapes& in) const override {
-    check_channels("conv3x3", in[0].channels + (in.size() > 1 ? in[1].channels : 0), weight_.inputs() / 9);
-    return {(in[0].height + stride_ - 1) / stride_, (in[0].width + stride_ - 1) / stride_, weight_.outputs()};
+    check_channels("conv3x3", in[0].channels + (in.size() > 1 ? in[1].channels : 0), weights_.inputs);
+    return {weights_.out_size(in[0].height), weights_.out_size(in[0].width), weights_.outputs};
   }
+  bool takes_nchw() const override { return Conv3x3Weights::few(weights_.inputs); }
   void run(const Maps& in, const Map& out) const override {
-    const MapShape &from = in[0].shape, &to = out.shape;
-    const int64_t inputs = weight_.inputs() / 9, row = 9 * inputs, rows = out.batch * to.height;
-    const int64_t parts = count_parts(out.rows() * row * to.channels, 1 << 19);
-    dispatch_activation(act_, [&](auto act) {
-      for_each_part(parts, [&](int64_t part) {
-        const Range mine = part_range(rows, part, parts);
-        float* tile = workspace(kTileRows * row);
-        for (int64_t y = mine.begin; y < mine.end; ++y)
-          for (int64_t first = 0; first < to.width; first += kTileRows) {
-            const int64_t count = std::min(kTileRows, to.width - first);
-            for (int64_t i = 0; i < count; ++i)
-              for (int64_t t = 0; t < 9; ++t) {
-                const int64_t sy = y % to.height * stride_ + (t / 3 - 1) * dilation_, sx = (first + i) * stride_ + (t % 3 - 1) * dilation_;
-                float* target = tile + i * row + t * inputs;
-                if (sy < 0 || sy >= from.height || sx < 0 || sx >= from.width) {
-                  std::fill_n(target, inputs, 0.0f);
-                  continue;
-                }
-                for (const Map& x : in) target = copy(x, y / to.height, sy, sx, target);
-              }
-            float* target = out.data + (y * to.width + first) * to.channels;
-            multiply(tile, row, count, weight_, [&](int64_t r, int64_t c, Vec sums) {
-              store_some(target + r * to.channels + c, activate<act>(affine_(sums, c)), to.channels - c);
-            });
-          }
-      });
-    });
+    const MapShape& s = in[0].shape;
+    const bool two = in.size() > 1;
+    const Conv3x3Inputs x{in[0].data, two ? in[1].data : nullptr, s.channels, two ? in[1].shape.channels : 0, in[0].batch, s.height, s.width, in[0].nchw};
+    dispatch_activation(act_, [&](auto act) { conv3x3_forward<act>(weights_, x, out.data); });
   }
 
  private:
   Conv3x3(Source& from, const Tensor& weight, const Tensor& scale, const Tensor& shift)
-      : stride_(from.integer()), dilation_(from.integer()), act_(from.integer()), weight_(pack(weight)),
-        affine_(Folded("conv3x3", weight, scale, shift, weight.numel() / weight.size(0)).affine()) {}
+      : weights_(make(Folded("conv3x3", weight, scale, shift, 9 * weight.size(3)), from.integer())), act_(from.integer()) {}
 
-  static PackedWeight pack(const Tensor& weight) {
-    const int64_t inputs = weight.size(1);
-    const FloatMatrix w("weight", weight, weight.size(0), 9 * inputs);
-    return PackedWeight(weight.size(0), 9 * inputs, [&](int64_t o, int64_t i) { return w.data()[(o * inputs + i % inputs) * 9 + i / inputs]; });
+  static Conv3x3Weights make(const Folded& conv, int64_t stride) {
+    return Conv3x3Weights(conv.weight.data(), conv.outputs, conv.inputs / 9, stride, conv.affine());
   }
 
-  static float* copy(const Map& x, int64_t sample, int64_t y, int64_t column, float* to) {
-    if (x.strides[3]) {
-      const float* from = x.data + sample * x.strides[0] + y * x.strides[1] + column * x.strides[2];
-      for (int64_t c = 0; c < x.shape.channels; ++c) to[c] = from[c * x.strides[3]];
-    } else {
-      std::copy_n(x.data + ((sample * x.shape.height + y) * x.shape.width + column) * x.shape.channels, x.shape.channels, to);
-    }
-    return to + x.shape.channels;
-  }
-
-  int64_t stride_, dilation_, act_;
-  PackedWeight weight_;
-  ScaleShift affine_;
+  Conv3x3Weights weights_;
+  int64_t act_;
 };
 
 // The mean over height and width.

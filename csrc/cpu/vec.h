@@ -233,60 +233,51 @@ MVIT3_INLINE Vec clamp(Vec x, Vec low, Vec high) {
 #endif
 }
 
-// 2^r for -1/2 .. 1/2: minimax, relative error 2e-9.
+// 2^r for 0 .. 1: minimax, relative error 9e-8.
 MVIT3_INLINE Vec exp2_fraction(Vec r) {
-  Vec p = 1.53532572e-4f;
-  p = fma(p, r, 1.33990031e-3f);
-  p = fma(p, r, 9.61843878e-3f);
-  p = fma(p, r, 5.55033199e-2f);
-  p = fma(p, r, 0.240226477f);
-  p = fma(p, r, 0.693147182f);
-  return fma(p, r, 1.0f);
+  Vec p = 1.87757669e-3f;
+  p = fma(p, r, 8.98933969e-3f);
+  p = fma(p, r, 5.58263175e-2f);
+  p = fma(p, r, 0.240153626f);
+  p = fma(p, r, 0.693153083f);
+  return fma(p, r, 0.99999994f);
 }
 
-// 2^(x * factor) for |x * factor| up to 126, and beyond: inf above 128 (127.5 without AVX-512), about 1e-38 below, NaN for NaN. `rest` is
-// what float32 lacks of the factor: without it the result of a large |x| is off by up to |x| * 2e-8, relatively.
-template <bool Exact>
-MVIT3_INLINE Vec exp2_scaled(Vec x, float factor, float rest) {
-  const Vec low = factor > 0 ? -87.33f : -104.0f, high = factor > 0 ? 104.0f : 87.33f;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
+
+// The largest integer up to x, for |x| up to 2^21; without AVX-512, at an integer, perhaps the one below.
+MVIT3_INLINE Vec floor(Vec x) {
 #if defined(__AVX512F__)
-  const Vec v = clamp(x, low, high);
-  Vec n = v * factor;
-  n.part[0] = NativeFloat(_mm512_roundscale_ps(__m512(n.part[0]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  x.part[0] = NativeFloat(_mm512_roundscale_ps(__m512(x.part[0]), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  return x;
 #else
-  constexpr float kMax = 88.37f;
-  const Vec v = factor > 0 ? clamp(x, low, kMax) : clamp(x, -kMax, high);
-  const Vec magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then sits in the low bits
-  const Vec shifted = fma(v, factor, magic);
-  const Vec n = shifted - magic;
+  return (x - 0.5f + kMagic) - kMagic;
 #endif
-  Vec r = fma(v, factor, Vec(0.0f) - n);
-  if constexpr (Exact) r = fma(v, rest, r);
+}
+
+// 2^(floor(x) + r) for r of 0 .. 1. Without AVX-512 x must be an integer of -126 .. 127.
+MVIT3_INLINE Vec exp2_parts(Vec x, Vec r) {
   Vec p = exp2_fraction(r);
 #if defined(__AVX512F__)
-  p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(n.part[0])));
-  return p;
+  p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(x.part[0])));
 #else
-  for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(shifted.part[i]) << 23));
-  const Vec infinity = std::numeric_limits<float>::infinity();
-  return factor > 0 ? select_greater(x, kMax, infinity, p) : select_greater(-kMax, x, infinity, p);
+  x += kMagic;
+  for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(x.part[i]) << 23));
 #endif
+  return p;
 }
 
-// 2^x, within 2 ulp, for -126 .. 126; the value at the nearer end beyond, NaN for NaN.
+// 2^x, within 2 ulp; inf above 128 (127 without AVX-512), at most 2^-125 below -125, NaN for NaN.
 MVIT3_INLINE Vec exp2(Vec x) {
-  const Vec v = clamp(x, -126.0f, 126.0f);
 #if defined(__AVX512F__)
-  Vec n;
-  n.part[0] = NativeFloat(_mm512_roundscale_ps(__m512(v.part[0]), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  Vec p = exp2_fraction(v - n);
-  p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(n.part[0])));
+  Vec r;
+  r.part[0] = NativeFloat(_mm512_reduce_ps(__m512(x.part[0]), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+  return exp2_parts(x, r);
 #else
-  const Vec magic = 12582912.0f, shifted = v + magic;
-  Vec p = exp2_fraction(v - (shifted - magic));
-  for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(shifted.part[i]) << 23));
+  constexpr float kMax = 127.0f;
+  const Vec v = clamp(x, -125.0f, kMax), n = floor(v);
+  return select_greater(x, kMax, std::numeric_limits<float>::infinity(), exp2_parts(n, v - n));
 #endif
-  return p;
 }
 
 // The greater of two; `b` where one of them is NaN.
@@ -303,12 +294,18 @@ MVIT3_INLINE float sum_of_lanes(Vec v) {
   return lanes[0];
 }
 
-constexpr float kLog2e = 1.442695f, kLog2eRest = 1.925963e-8f;
+constexpr float kLog2e = 1.44269504f;
 
-// exp(x), within 2 ulp.
-MVIT3_INLINE Vec exp(Vec x) { return exp2_scaled<true>(x, kLog2e, kLog2eRest); }
+// exp(x), within 2 ulp, for -86 .. 88; the value at the nearer end beyond, NaN for NaN.
+MVIT3_INLINE Vec exp(Vec x) {
+  constexpr float kLn2High = 0.693359375f, kLn2Rest = -2.12194440e-4f;  // a multiple of the first is exact
+  const Vec v = clamp(x, -86.0f, 88.0f), n = floor(v * kLog2e);
+  return exp2_parts(n, fnma(n, kLn2Rest, fnma(n, kLn2High, v)) * kLog2e);
+}
 
-// 1 / (1 + exp(-x)). A division beats an estimate refined by Newton's method: it has a unit of its own.
-MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / (Vec(1.0f) + exp2_scaled<false>(x, -kLog2e, -kLog2eRest)); }
+// 1 + exp(-x), relative error up to 2e-7 + 6e-8 |x|. A division by it beats an estimate refined by Newton's method: it has a unit of its own.
+MVIT3_INLINE Vec sigmoid_divisor(Vec x) { return Vec(1.0f) + exp2(x * -kLog2e); }
+
+MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / sigmoid_divisor(x); }
 
 }  // namespace mvit3

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.conv3x3 import conv3x3_inference
 from ..ops.types import BatchNorm, ConvNorm, Linear, Moments
 from .layout import to_nchw, to_nhwc
 
@@ -43,8 +42,7 @@ class ConvNormAct(nn.Module):
     """Convolution with zero padding (k - 1) / 2 * dilation, optional batch normalisation, activation.
 
     (B, C, H, W) to (B, O, ceil(H / stride), ceil(W / stride)), best in channels_last memory. 1x1 and depth-wise 3x3 convolutions run as
-    one op; dense ones run as the library's convolution and `ops.batch_norm_act`, in evaluation as one pass where that is faster.
-    State-dict keys: block.conv.*, block.norm.*.
+    one op; dense ones run as the library's convolution and `ops.batch_norm_act`. State-dict keys: block.conv.*, block.norm.*.
 
     Args:
         act: "identity", "silu" or "relu".
@@ -93,8 +91,6 @@ class ConvNormAct(nn.Module):
             y, moments = ops.pointwise_conv(x, Linear(conv.weight, conv.bias), params, self.act, residual)
         elif depthwise and norm is not None and residual is None:
             y, moments = ops.depthwise_conv(x, conv.weight, params, self.act, conv.stride[0], conv.dilation[0])
-        elif residual is None and (y := self._inference(x)) is not None:
-            return y
         elif norm is not None:
             y, moments = ops.batch_norm_act(to_nhwc(conv(to_nchw(x))), params, self.act, residual)
         else:
@@ -104,24 +100,14 @@ class ConvNormAct(nn.Module):
         return y
 
     def forward_concat_nhwc(self, a: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`forward_nhwc` of concat(a, b), which is not built where the convolution is 1x1, or 3x3 in one pass."""
+        """`forward_nhwc` of concat(a, b), which is not built where the convolution is 1x1."""
         conv, norm = self.block.conv, self.norm
-        if residual is None and (y := self._inference(a, b)) is not None:
-            return y
         if conv.kernel_size != (1, 1) or norm is None or not _is_plain(norm):
             return self.forward_nhwc(torch.cat((a, b), -1), residual)
         y, moments = ops.pointwise_fusion(a, b, conv.weight, _parameters(norm), self.act, residual)
         if moments is not None:
             _update_running(norm, moments, y.shape[:-1].numel())
         return y
-
-    def _inference(self, x: Tensor, other: Tensor | None = None) -> Tensor | None:
-        """A dense 3x3 convolution with its norm and activation in one pass over concat(x, other), where there is a kernel for it."""
-        conv, norm = self.block.conv, self.norm
-        plain = conv.kernel_size == (3, 3) and conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None
-        if not plain or norm is None or not _is_plain(norm):
-            return None
-        return conv3x3_inference(x, other, conv.weight, _parameters(norm), self.act, conv.stride[0])
 
     def _forward_modules(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = _ACTIVATIONS[self.act](to_nhwc(self.block(to_nchw(x))))

@@ -98,20 +98,14 @@ def _(module: blocks.GlobalRepresentation, program: Program, x: int) -> int:
     for child in layers:
         layer: Layer = child.layer()
         if child.num_heads is None:
-            weights, eps = _norm_weights(layer.norm1)
-            x = program.add(
-                "separable_attention",
-                [x],
-                [*weights, *_linear(layer.qkv), *_linear(layer.out_proj)],
-                [*patch, int(layer.norm1.per_sample)],
-                [eps],
-            )
+            weights = [layer.norm1.weight, layer.norm1.bias, *_linear(layer.qkv), *_linear(layer.out_proj)]
+            x = program.add("separable_attention", [x], weights, [*patch, int(layer.norm1.per_sample)], [layer.norm1.eps])
         else:
             qkv = _norm_linear(program, x, layer.norm1, layer.qkv)
             attended = program.add("patch_attention", [qkv], (), [child.num_heads, *patch])
             x = _pointwise(program, [attended], *_affine(*layer.out_proj, None), "identity", residual=x)
-        weights, eps = _norm_weights(layer.norm2)
-        x = program.add("feed_forward", [x], [*weights, *_linear(layer.fc1), *_linear(layer.fc2)], [int(layer.norm2.per_sample)], [eps])
+        weights = [layer.norm2.weight, layer.norm2.bias, *_linear(layer.fc1), *_linear(layer.fc2)]
+        x = program.add("feed_forward", [x], weights, [int(layer.norm2.per_sample)], [layer.norm2.eps])
     per_sample = isinstance(norm, nn.GroupNorm)
     return program.add("layer_norm", [x], [norm.weight, norm.bias], [int(per_sample)], [norm.eps])
 
@@ -145,12 +139,14 @@ def _conv(module: blocks.ConvNormAct, program: Program, inputs: list[int], resid
     conv, affine = module.block.conv, _conv_affine(module)
     if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
         return _pointwise(program, inputs, *affine, module.act, residual)
-    integers = [conv.stride[0], conv.dilation[0], ACTIVATIONS.index(module.act)]
-    if residual is not None or conv.kernel_size != (3, 3):
-        raise NotImplementedError(f"{module} has no step")
-    if conv.groups == conv.in_channels == conv.out_channels and len(inputs) == 1:
-        return program.add("depthwise_conv", inputs, affine, integers)
-    return program.add("conv3x3", inputs, affine, integers)
+    stride, dilation, act = conv.stride[0], conv.dilation[0], ACTIVATIONS.index(module.act)
+    if residual is None and conv.kernel_size == (3, 3):
+        if conv.groups == conv.in_channels == conv.out_channels and len(inputs) == 1:
+            return program.add("depthwise_conv", inputs, affine, [stride, dilation, act])
+        if conv.groups == 1 and dilation == 1:
+            weight, scale, shift = affine
+            return program.add("conv3x3", inputs, [weight.permute(0, 2, 3, 1).contiguous(), scale, shift], [stride, act])
+    raise NotImplementedError(f"{module} has no step")
 
 
 def _pointwise(
@@ -162,12 +158,7 @@ def _pointwise(
 
 
 def _norm_linear(program: Program, x: int, norm: LayerNorm, linear: Linear) -> int:
-    weights, eps = _norm_weights(norm)
-    return program.add("norm_linear", [x], [*weights, *_linear(linear)], [int(norm.per_sample)], [eps])
-
-
-def _norm_weights(norm: LayerNorm) -> tuple[list[Tensor], float]:
-    return [norm.weight, norm.bias], norm.eps
+    return program.add("norm_linear", [x], [norm.weight, norm.bias, *_linear(linear)], [int(norm.per_sample)], [norm.eps])
 
 
 def _linear(linear: Linear) -> list[Tensor]:
