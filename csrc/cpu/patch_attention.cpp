@@ -14,10 +14,10 @@ namespace {
 template <typename T>
 class AttentionBackward {
  public:
-  static constexpr int64_t kQueries = 64;  // of a block of scores: 8 KiB, twice
+  static constexpr int64_t kQueries = 128;  // of a block of scores: 16 KiB, twice
 
   AttentionBackward(const PatchGroups& groups, const Dropout& dropout, const T* dout, const T* qkv, const T* out, const float* lse, T* dqkv)
-      : g_(groups), dropout_(dropout), dout_(dout), qkv_(qkv), out_(out), lse_(lse), dqkv_(dqkv) {}
+      : g_(groups), dropout_(dropout), dout_(dout), qkv_(qkv), out_(out), lse_(lse), dqkv_(dqkv), far_(GroupsAhead::pays(groups.bytes<T>(8))) {}
 
   // The memory that `run` needs.
   int64_t floats() const {
@@ -33,8 +33,10 @@ class AttentionBackward {
       g_.load_tokens(group, count, qkv_, 3, qkv);
       g_.load_tokens(group, count, dout_, 1, grads);
       g_.load_tokens(group, count, out_, 1, outs);
+      GroupsAhead ahead;
+      if (far_) ahead = GroupsAhead(g_, group, count, heads_at_once(), 5 * ((g_.tokens() + kPanel - 1) / kPanel) * ((g_.tokens() + kQueries - 1) / kQueries));
       for (int64_t end = group + count; group < end; ++group, qkv += 3 * g_.rows_floats(), grads += g_.rows_floats(), outs += g_.rows_floats())
-        differentiate(group, qkv, grads, outs, rest);
+        differentiate(group, qkv, grads, outs, ahead, rest);
     }
   }
 
@@ -42,7 +44,7 @@ class AttentionBackward {
   int64_t group_floats() const { return 5 * g_.rows_floats(); }
   int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
 
-  void differentiate(int64_t group, const float* queries, const float* grads, const float* outs, float* memory) const {
+  void differentiate(int64_t group, const float* queries, const float* grads, const float* outs, GroupsAhead& ahead, float* memory) const {
     const int64_t dim = g_.dim, tokens = g_.tokens(), lanes = lanes_of(dim);
     float *deltas = memory, *dqueries = deltas + round_up(tokens, kLanes), *rest = dqueries + tokens * lanes;
     for (int64_t i = 0; i < tokens; ++i) {  // the gradient of out times out: what softmax's backward subtracts
@@ -53,18 +55,28 @@ class AttentionBackward {
     for (int64_t first = 0; first < tokens; first += kPanel) {
       const int64_t count = std::min(kPanel, tokens - first);
       if (count > kLanes)
-        add_keys<kPanelVecs>(group, first, count, queries, grads, deltas, dqueries, rest);
+        add_keys<kPanelVecs>(group, first, count, queries, grads, deltas, dqueries, ahead, rest);
       else
-        add_keys<1>(group, first, count, queries, grads, deltas, dqueries, rest);
+        add_keys<1>(group, first, count, queries, grads, deltas, dqueries, ahead, rest);
     }
     const Vec scale = g_.scale();
     g_.store_tokens(group, 0, tokens, dqueries, [&](int64_t) { return scale; }, dqkv_, 3 * g_.channels(), g_.channel(group));
   }
 
+  void fetch(GroupsAhead& ahead) const {
+    ahead.step(g_, [&](Range tokens) {
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, qkv_, 3);
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, dout_, 1);
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, out_, 1);
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, dqkv_, 3);  // to be written
+    });
+  }
+
   // A block of keys: their part of the gradient of all queries, and the gradients of the keys and their values.
   template <int Vecs>
   void add_keys(
-      int64_t group, int64_t first, int64_t count, const float* queries, const float* grads, const float* deltas, float* dqueries, float* memory) const {
+      int64_t group, int64_t first, int64_t count, const float* queries, const float* grads, const float* deltas, float* dqueries,
+      GroupsAhead& ahead, float* memory) const {
     constexpr int64_t kWide = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens(), channel = g_.channel(group), channels = g_.channels(), lanes = lanes_of(dim);
     const float *keys = queries + g_.rows_floats(), *values = keys + g_.rows_floats();
@@ -76,14 +88,19 @@ class AttentionBackward {
 
     for (int64_t query = 0; query < tokens; query += kQueries) {
       const int64_t n = std::min(kQueries, tokens - query);
+      fetch(ahead);
       multiply_panel_into(n, Vecs, {queries + query * dim, keys_t, dim, 1, kWide, dim}, scores, kWide, false);
+      fetch(ahead);
       multiply_panel_into(n, Vecs, {grads + query * dim, values_t, dim, 1, kWide, dim}, dscores, kWide, false);
       if (dropout_.active())
         weigh<Vecs, true>(group, first, query, n, deltas, scores, dscores);
       else
         weigh<Vecs, false>(group, first, query, n, deltas, scores, dscores);
+      fetch(ahead);
       multiply_panel_into(dim, Vecs, {grads + query * dim, scores, 1, dim, kWide, n}, dvalues_t, kWide, query > 0);
+      fetch(ahead);
       multiply_panel_into(dim, Vecs, {queries + query * dim, dscores, 1, dim, kWide, n}, dkeys_t, kWide, query > 0);
+      fetch(ahead);
       for (int64_t c = 0; c < dim; c += kPanel)
         multiply_panel_into(
             n, std::min<int64_t>(kPanelVecs, (dim - c + kLanes - 1) / kLanes), {dscores, keys + first * dim + c, kWide, 1, dim, count},
@@ -125,6 +142,7 @@ class AttentionBackward {
   const T *dout_, *qkv_, *out_;
   const float* lse_;
   T* dqkv_;
+  bool far_;
 };
 
 PatchGroups groups_of(const Tensor& qkv, int64_t heads, int64_t patch_height, int64_t patch_width) {

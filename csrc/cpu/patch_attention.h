@@ -23,6 +23,11 @@ struct PatchGroups {
   int64_t per_image() const { return patch_height * patch_width * heads; }
   int64_t groups() const { return batch * per_image(); }
   int64_t channel(int64_t group) const { return group % heads * dim; }
+  // Of maps of `parts` times D channels.
+  template <typename T>
+  int64_t bytes(int64_t parts) const {
+    return batch * height * width * parts * channels() * int64_t(sizeof(T));
+  }
   float scale() const { return float(1 / std::sqrt(double(dim))); }
 
   // f(i, pixel) for tokens first..first+count-1 of a group: the i'th of them is that pixel of the whole map.
@@ -59,6 +64,19 @@ struct PatchGroups {
     });
   }
 
+  // Asks for the memory of some of these tokens, into the second-level cache.
+  template <typename T>
+  void prefetch_tokens(int64_t group, int64_t count, Range tokens, const T* x, int64_t parts) const {
+    constexpr uintptr_t kLine = 64;
+    for_each_token(group, tokens.begin, tokens.size(), [&](int64_t, int64_t pixel) {
+      for (int64_t p = 0; p < parts; ++p) {
+        const T* source = x + (pixel * parts + p) * channels() + channel(group);
+        for (auto line = reinterpret_cast<uintptr_t>(source) & ~(kLine - 1); line < reinterpret_cast<uintptr_t>(source + count * dim); line += kLine)
+          prefetch(reinterpret_cast<const void*>(line));
+      }
+    });
+  }
+
   // The way back, from rows of lanes_of(dim) floats, each times factor(i).
   template <typename T, typename Factor>
   void store_tokens(int64_t group, int64_t first, int64_t count, const float* rows, const Factor& factor, T* x, int64_t stride, int64_t channel) const {
@@ -70,6 +88,31 @@ struct PatchGroups {
   }
 };
 
+// The groups that a thread loads next. Their pixels lie too far apart for the hardware to fetch them ahead of `load_tokens`, and asking for
+// all of them at once takes as long as reading them: so a share is fetched before every product of the groups at hand.
+struct GroupsAhead {
+  int64_t group = 0, count = 0;  // no groups: nothing to fetch
+  int64_t share = 0, done = 0;   // tokens
+
+  GroupsAhead() = default;
+  // After `before` groups from `first` on, whose work has `products` products each. The next heads of an image follow each other.
+  GroupsAhead(const PatchGroups& g, int64_t first, int64_t before, int64_t at_once, int64_t products)
+      : group(first + before), count(group < g.groups() ? std::min(at_once, g.heads - group % g.heads) : 0),
+        share((g.tokens() + before * products - 1) / (before * products)) {}
+
+  // Calls f(tokens) with the next share.
+  template <typename F>
+  void step(const PatchGroups& g, const F& f) {
+    if (count == 0 || done >= g.tokens()) return;
+    const Range tokens{done, std::min(done + share, g.tokens())};
+    done = tokens.end;
+    f(tokens);
+  }
+
+  // Whether it pays: not for what a second-level cache may still hold.
+  static bool pays(int64_t bytes) { return bytes > int64_t(8) << 20; }
+};
+
 // Attention of blocks of kPanel queries; a group has blocks_per_group() of them.
 template <typename T>
 class AttentionForward {
@@ -78,7 +121,7 @@ class AttentionForward {
 
   // `lse`, if not null, receives the binary logarithm of each query's sum of 2^score: (groups, tokens).
   AttentionForward(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse)
-      : g_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse) {}
+      : g_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse), far_(GroupsAhead::pays(groups.bytes<T>(4))) {}
 
   int64_t blocks_per_group() const { return (g_.tokens() + kPanel - 1) / kPanel; }
   int64_t blocks() const { return g_.groups() * blocks_per_group(); }
@@ -89,19 +132,21 @@ class AttentionForward {
   void run(Range blocks, float* memory) const {
     const int64_t per_group = blocks_per_group();
     int64_t loaded = 0, end = 0;  // the groups in memory
+    GroupsAhead ahead;
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t group = block / per_group, first = block % per_group * kPanel, count = std::min(kPanel, g_.tokens() - first);
       if (group >= end) {
         loaded = group;
         end = group + std::min({heads_at_once(), g_.heads - group % g_.heads, (blocks.end - 1) / per_group - group + 1});
         g_.load_tokens(group, end - group, qkv_, 3, memory);
+        if (far_) ahead = GroupsAhead(g_, group, end - group, heads_at_once(), per_group * 2 * ((g_.tokens() + kKeys - 1) / kKeys));
       }
       const float* tokens = memory + (group - loaded) * group_floats();
       float* rest = memory + heads_at_once() * group_floats();
       if (count > kLanes)
-        attend<kPanelVecs>(group, first, count, tokens, rest);
+        attend<kPanelVecs>(group, first, count, tokens, ahead, rest);
       else
-        attend<1>(group, first, count, tokens, rest);
+        attend<1>(group, first, count, tokens, ahead, rest);
     }
   }
 
@@ -109,8 +154,12 @@ class AttentionForward {
   int64_t group_floats() const { return 3 * g_.rows_floats(); }
   int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
 
+  void fetch(GroupsAhead& ahead) const {
+    ahead.step(g_, [&](Range tokens) { g_.prefetch_tokens(ahead.group, ahead.count, tokens, qkv_, 3); });
+  }
+
   template <int Vecs>
-  void attend(int64_t group, int64_t first, int64_t count, const float* rows, float* memory) const {
+  void attend(int64_t group, int64_t first, int64_t count, const float* rows, GroupsAhead& ahead, float* memory) const {
     constexpr int64_t kWide = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens();
     const float *keys = rows + g_.rows_floats(), *values = keys + g_.rows_floats();
@@ -125,6 +174,7 @@ class AttentionForward {
     }
     for (int64_t key = 0; key < tokens; key += kKeys) {
       const int64_t n = std::min(kKeys, tokens - key);
+      fetch(ahead);
       multiply_panel_into(n, Vecs, {keys + key * dim, queries, dim, 1, kWide, dim}, scores, kWide, false);
       Vec before[Vecs];
       for (int v = 0; v < Vecs; ++v) before[v] = top[v];
@@ -151,6 +201,7 @@ class AttentionForward {
         for (int v = 0; v < Vecs; ++v) total[v] += run[v];
       }
       if (dropout_.active()) drop<Vecs>(group, first, key, n, scores);
+      fetch(ahead);
       multiply_panel_into(dim, Vecs, {values + key * dim, scores, 1, dim, kWide, n}, sums, kWide, key > 0);
     }
 
@@ -180,6 +231,7 @@ class AttentionForward {
   const T* qkv_;
   T* out_;
   float* lse_;
+  bool far_;
 };
 
 // qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads.
