@@ -126,6 +126,13 @@ MVIT3_INLINE void for_each_block_of(int64_t rows, Operands in, const F& f) {
   }
 }
 
+// out[row * out_stride + column] = (or, with `add`, +=) the product of all rows and one panel of `vecs` vectors.
+inline void multiply_panel_into(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add) {
+  for_each_block_of(rows, in, [&](int64_t first, int64_t count, const Operands& block) {
+    multiply_long(count, vecs, block, out + first * out_stride, out_stride, add);
+  });
+}
+
 // emit(row, column, sums) for every row and vector of a panel that begins with `column`.
 template <typename Emit>
 void multiply_panel(int64_t rows, int64_t vecs, const Operands& in, int64_t column, const Emit& emit) {
@@ -160,9 +167,7 @@ void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& 
 inline void multiply_into(
     const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, Range panels, float* out, int64_t out_stride, bool add = false) {
   for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
-    for_each_block_of(rows, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, [&](int64_t first, int64_t count, const Operands& in) {
-      multiply_long(count, vecs, in, out + first * out_stride + output, out_stride, add);
-    });
+    multiply_panel_into(rows, vecs, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, out + output, out_stride, add);
   });
 }
 
@@ -177,9 +182,7 @@ inline void add_outer(
     bool add = true) {
   for (int64_t column = 0; column < b_columns; column += kPanel) {
     const int64_t vecs = std::min<int64_t>(kPanelVecs, (b_columns - column + kLanes - 1) / kLanes);
-    for_each_block_of(a_columns, {a, b + column, 1, a_stride, b_stride, rows}, [&](int64_t first, int64_t count, const Operands& in) {
-      multiply_block(count, vecs, in, out + first * out_stride + column, out_stride, add);
-    });
+    multiply_panel_into(a_columns, vecs, {a, b + column, 1, a_stride, b_stride, rows}, out + column, out_stride, add);
   }
 }
 

@@ -14,78 +14,97 @@ namespace {
 template <typename T>
 class AttentionBackward {
  public:
-  static constexpr int64_t kQueries = 64;  // of a block of scores: 8 KiB, twice
+  static constexpr int64_t kQueries = 128;  // of a block of scores: 16 KiB, twice
 
   AttentionBackward(const PatchGroups& groups, const Dropout& dropout, const T* dout, const T* qkv, const T* out, const float* lse, T* dqkv)
-      : g_(groups), dropout_(dropout), dout_(dout), qkv_(qkv), out_(out), lse_(lse), dqkv_(dqkv) {}
+      : g_(groups), dropout_(dropout), dout_(dout), qkv_(qkv), out_(out), lse_(lse), dqkv_(dqkv), far_(GroupsAhead::pays(groups.bytes<T>(8))) {}
 
   // The memory that `run` needs.
   int64_t floats() const {
-    return 3 * rows_floats() + round_up(g_.tokens(), kLanes) + g_.tokens() * lanes_of(g_.dim) + 2 * kQueries * kPanel + 4 * g_.dim * kPanel +
+    return heads_at_once() * group_floats() + round_up(g_.tokens(), kLanes) + g_.tokens() * lanes_of(g_.dim) + 2 * kQueries * kPanel + 4 * g_.dim * kPanel +
         kPanel * lanes_of(g_.dim);
   }
 
-  void run(int64_t group, float* memory) const {
-    const int64_t dim = g_.dim, tokens = g_.tokens(), channel = g_.channel(group), channels = g_.channels(), lanes = lanes_of(dim);
-    float *queries = memory, *keys = queries + rows_floats(), *grads = keys + rows_floats(), *deltas = grads + rows_floats();
-    float *dqueries = deltas + round_up(tokens, kLanes), *panels = dqueries + tokens * lanes;
-
-    g_.load_tokens(group, 0, tokens, qkv_, 3 * channels, channel, queries);
-    g_.load_tokens(group, 0, tokens, qkv_, 3 * channels, channels + channel, keys);
-    // The gradient of out, and its product with out: what softmax's backward subtracts.
-    g_.for_each_token(group, 0, tokens, [&](int64_t i, int64_t pixel) {
-      const int64_t at = pixel * channels + channel;
-      Vec sum = 0.0f;
-      for (int64_t c = 0; c < dim; c += kLanes) {
-        const Vec grad = load_some(dout_ + at + c, dim - c);
-        store(grads + i * dim + c, grad);
-        sum = fma(grad, load_some(out_ + at + c, dim - c), sum);
-      }
-      deltas[i] = sum_of_lanes(sum);
-    });
-    std::fill_n(dqueries, tokens * lanes, 0.0f);
-    for (int64_t first = 0; first < tokens; first += kPanel) {
-      const int64_t count = std::min(kPanel, tokens - first);
-      if (count > kLanes)
-        add_keys<kPanelVecs>(group, first, count, queries, keys, grads, deltas, dqueries, panels);
-      else
-        add_keys<1>(group, first, count, queries, keys, grads, deltas, dqueries, panels);
+  void run(Range groups, float* memory) const {
+    float* rest = memory + heads_at_once() * group_floats();
+    for (int64_t group = groups.begin; group < groups.end;) {
+      const int64_t count = std::min({heads_at_once(), g_.heads - group % g_.heads, groups.end - group}), rows = count * g_.rows_floats();
+      float *qkv = memory, *grads = qkv + 3 * rows, *outs = grads + rows;
+      g_.load_tokens(group, count, qkv_, 3, qkv);
+      g_.load_tokens(group, count, dout_, 1, grads);
+      g_.load_tokens(group, count, out_, 1, outs);
+      GroupsAhead ahead;
+      if (far_) ahead = GroupsAhead(g_, group, count, heads_at_once(), 5 * ((g_.tokens() + kPanel - 1) / kPanel) * ((g_.tokens() + kQueries - 1) / kQueries));
+      for (int64_t end = group + count; group < end; ++group, qkv += 3 * g_.rows_floats(), grads += g_.rows_floats(), outs += g_.rows_floats())
+        differentiate(group, qkv, grads, outs, ahead, rest);
     }
-    const Vec scale = g_.scale();
-    g_.store_tokens(group, 0, tokens, dqueries, [&](int64_t) { return scale; }, dqkv_, 3 * channels, channel);
   }
 
  private:
-  int64_t rows_floats() const { return round_up(g_.tokens() * g_.dim + kLanes, kLanes); }
+  int64_t group_floats() const { return 5 * g_.rows_floats(); }
+  int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
+
+  void differentiate(int64_t group, const float* queries, const float* grads, const float* outs, GroupsAhead& ahead, float* memory) const {
+    const int64_t dim = g_.dim, tokens = g_.tokens(), lanes = lanes_of(dim);
+    float *deltas = memory, *dqueries = deltas + round_up(tokens, kLanes), *rest = dqueries + tokens * lanes;
+    for (int64_t i = 0; i < tokens; ++i) {  // the gradient of out times out: what softmax's backward subtracts
+      Vec sum = 0.0f;
+      for (int64_t c = 0; c < dim; c += kLanes) sum = fma(load_some(grads + i * dim + c, dim - c), load_some(outs + i * dim + c, dim - c), sum);
+      deltas[i] = sum_of_lanes(sum);
+    }
+    for (int64_t first = 0; first < tokens; first += kPanel) {
+      const int64_t count = std::min(kPanel, tokens - first);
+      if (count > kLanes)
+        add_keys<kPanelVecs>(group, first, count, queries, grads, deltas, dqueries, ahead, rest);
+      else
+        add_keys<1>(group, first, count, queries, grads, deltas, dqueries, ahead, rest);
+    }
+    const Vec scale = g_.scale();
+    g_.store_tokens(group, 0, tokens, dqueries, [&](int64_t) { return scale; }, dqkv_, 3 * g_.channels(), g_.channel(group));
+  }
+
+  void fetch(GroupsAhead& ahead) const {
+    ahead.step(g_, [&](Range tokens) {
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, qkv_, 3);
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, dout_, 1);
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, out_, 1);
+      g_.prefetch_tokens(ahead.group, ahead.count, tokens, dqkv_, 3);  // to be written
+    });
+  }
 
   // A block of keys: their part of the gradient of all queries, and the gradients of the keys and their values.
   template <int Vecs>
   void add_keys(
-      int64_t group, int64_t first, int64_t count, const float* queries, const float* keys, const float* grads, const float* deltas, float* dqueries, float* panels) const {
+      int64_t group, int64_t first, int64_t count, const float* queries, const float* grads, const float* deltas, float* dqueries,
+      GroupsAhead& ahead, float* memory) const {
     constexpr int64_t kWide = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens(), channel = g_.channel(group), channels = g_.channels(), lanes = lanes_of(dim);
-    float *keys_t = panels, *values_t = keys_t + dim * kPanel, *dkeys_t = values_t + dim * kPanel, *dvalues_t = dkeys_t + dim * kPanel;
+    const float *keys = queries + g_.rows_floats(), *values = keys + g_.rows_floats();
+    float *keys_t = memory, *values_t = keys_t + dim * kPanel, *dkeys_t = values_t + dim * kPanel, *dvalues_t = dkeys_t + dim * kPanel;
     float *scores = dvalues_t + dim * kPanel, *dscores = scores + kQueries * kPanel, *rows = dscores + kQueries * kPanel;
 
     transpose(keys + first * dim, dim, count, dim, g_.scale() * kLog2e, keys_t, kWide);
-    g_.load_tokens(group, first, count, qkv_, 3 * channels, 2 * channels + channel, rows);
-    transpose(rows, dim, count, dim, 1.0f, values_t, kWide);
-    std::fill_n(dkeys_t, 2 * dim * kPanel, 0.0f);
+    transpose(values + first * dim, dim, count, dim, 1.0f, values_t, kWide);
 
     for (int64_t query = 0; query < tokens; query += kQueries) {
       const int64_t n = std::min(kQueries, tokens - query);
-      multiply_panel(n, Vecs, {queries + query * dim, keys_t, dim, 1, kWide, dim}, 0, StoreSums{scores, kWide});
-      multiply_panel(n, Vecs, {grads + query * dim, values_t, dim, 1, kWide, dim}, 0, StoreSums{dscores, kWide});
+      fetch(ahead);
+      multiply_panel_into(n, Vecs, {queries + query * dim, keys_t, dim, 1, kWide, dim}, scores, kWide, false);
+      fetch(ahead);
+      multiply_panel_into(n, Vecs, {grads + query * dim, values_t, dim, 1, kWide, dim}, dscores, kWide, false);
       if (dropout_.active())
-        differentiate<Vecs, true>(group, first, query, n, deltas, scores, dscores);
+        weigh<Vecs, true>(group, first, query, n, deltas, scores, dscores);
       else
-        differentiate<Vecs, false>(group, first, query, n, deltas, scores, dscores);
-      add_outer(grads + query * dim, dim, dim, scores, kWide, kWide, n, dvalues_t, kWide);
-      add_outer(queries + query * dim, dim, dim, dscores, kWide, kWide, n, dkeys_t, kWide);
+        weigh<Vecs, false>(group, first, query, n, deltas, scores, dscores);
+      fetch(ahead);
+      multiply_panel_into(dim, Vecs, {grads + query * dim, scores, 1, dim, kWide, n}, dvalues_t, kWide, query > 0);
+      fetch(ahead);
+      multiply_panel_into(dim, Vecs, {queries + query * dim, dscores, 1, dim, kWide, n}, dkeys_t, kWide, query > 0);
+      fetch(ahead);
       for (int64_t c = 0; c < dim; c += kPanel)
-        multiply_panel(
-            n, std::min<int64_t>(kPanelVecs, (dim - c + kLanes - 1) / kLanes), {dscores, keys + first * dim + c, kWide, 1, dim, count}, c,
-            AddSums{dqueries + query * lanes, lanes});
+        multiply_panel_into(
+            n, std::min<int64_t>(kPanelVecs, (dim - c + kLanes - 1) / kLanes), {dscores, keys + first * dim + c, kWide, 1, dim, count},
+            dqueries + query * lanes + c, lanes, first > 0);
     }
 
     const Vec scale = g_.scale();
@@ -97,7 +116,7 @@ class AttentionBackward {
 
   // Scores become the probabilities (after dropout), the gradients of these become those of the scores.
   template <int Vecs, bool Drop>
-  void differentiate(int64_t group, int64_t first, int64_t query, int64_t n, const float* deltas, float* scores, float* dscores) const {
+  void weigh(int64_t group, int64_t first, int64_t query, int64_t n, const float* deltas, float* scores, float* dscores) const {
     const int64_t tokens = g_.tokens();
     const float* lse = lse_ + group * tokens;
     const uint32_t seed = Drop ? dropout_.key(group / g_.per_image()) : 0;
@@ -123,6 +142,7 @@ class AttentionBackward {
   const T *dout_, *qkv_, *out_;
   const float* lse_;
   T* dqkv_;
+  bool far_;
 };
 
 PatchGroups groups_of(const Tensor& qkv, int64_t heads, int64_t patch_height, int64_t patch_width) {
@@ -169,9 +189,7 @@ Tensor patch_attention_backward(
           static_cast<const float*>(dense_lse.data_ptr()), static_cast<T*>(dqkv.mutable_data_ptr()));
       const int64_t parts = std::min(g.groups(), count_parts(g.groups() * g.tokens() * g.tokens() * 5 * g.dim, 1 << 17));
       for_each_part(parts, [&](int64_t part) {
-        const Range mine = part_range(g.groups(), part, parts);
-        float* memory = workspace(backward.floats());
-        for (int64_t group = mine.begin; group < mine.end; ++group) backward.run(group, memory);
+        backward.run(part_range(g.groups(), part, parts), workspace(backward.floats()));
       });
     });
   return dqkv;

@@ -23,6 +23,11 @@ struct PatchGroups {
   int64_t per_image() const { return patch_height * patch_width * heads; }
   int64_t groups() const { return batch * per_image(); }
   int64_t channel(int64_t group) const { return group % heads * dim; }
+  // Of maps of `parts` times D channels.
+  template <typename T>
+  int64_t bytes(int64_t parts) const {
+    return batch * height * width * parts * channels() * int64_t(sizeof(T));
+  }
   float scale() const { return float(1 / std::sqrt(double(dim))); }
 
   // f(i, pixel) for tokens first..first+count-1 of a group: the i'th of them is that pixel of the whole map.
@@ -36,13 +41,39 @@ struct PatchGroups {
     }
   }
 
-  // Tokens of a group from a map x of `stride` channels, beginning at `channel`, as dense float32 rows. The last row may be followed by
-  // up to a vector of anything.
+  // Floats of a group's tokens as dense rows, the last of which may be followed by up to a vector of anything.
+  int64_t rows_floats() const { return round_up(tokens() * dim + kLanes, kLanes); }
+
+  // How many heads to load at once, if a head takes that many floats: what lies together in a pixel is best read together, and should
+  // stay in the second-level cache.
+  int64_t heads_at_once(int64_t floats) const { return std::clamp<int64_t>(kTileFloats / floats, 1, heads); }
+
+  // All tokens of `count` groups, the heads from that of `group` on, from a map x of `parts` times D channels, as dense float32 rows:
+  // part p of the i'th group begins at rows + (i * parts + p) * rows_floats().
   template <typename T>
-  void load_tokens(int64_t group, int64_t first, int64_t count, const T* x, int64_t stride, int64_t channel, float* rows) const {
-    for_each_token(group, first, count, [&](int64_t i, int64_t pixel) {
-      const T* source = x + pixel * stride + channel;
-      for (int64_t c = 0; c < dim; c += kLanes) store(rows + i * dim + c, load_some(source + c, dim - c));
+  void load_tokens(int64_t group, int64_t count, const T* x, int64_t parts, float* rows) const {
+    const int64_t size = rows_floats();
+    for_each_token(group, 0, tokens(), [&](int64_t token, int64_t pixel) {
+      for (int64_t p = 0; p < parts; ++p) {
+        const T* source = x + (pixel * parts + p) * channels() + channel(group);
+        for (int64_t i = 0; i < count; ++i) {
+          float* target = rows + (i * parts + p) * size + token * dim;
+          for (int64_t c = 0; c < dim; c += kLanes) store(target + c, load_some(source + i * dim + c, dim - c));
+        }
+      }
+    });
+  }
+
+  // Asks for the memory of some of these tokens, into the second-level cache.
+  template <typename T>
+  void prefetch_tokens(int64_t group, int64_t count, Range tokens, const T* x, int64_t parts) const {
+    constexpr uintptr_t kLine = 64;
+    for_each_token(group, tokens.begin, tokens.size(), [&](int64_t, int64_t pixel) {
+      for (int64_t p = 0; p < parts; ++p) {
+        const T* source = x + (pixel * parts + p) * channels() + channel(group);
+        for (auto line = reinterpret_cast<uintptr_t>(source) & ~(kLine - 1); line < reinterpret_cast<uintptr_t>(source + count * dim); line += kLine)
+          prefetch(reinterpret_cast<const void*>(line));
+      }
     });
   }
 
@@ -51,25 +82,35 @@ struct PatchGroups {
   void store_tokens(int64_t group, int64_t first, int64_t count, const float* rows, const Factor& factor, T* x, int64_t stride, int64_t channel) const {
     for_each_token(group, first, count, [&](int64_t i, int64_t pixel) {
       T* target = x + pixel * stride + channel;
-      for (int64_t c = 0; c < dim; c += kLanes) store_some(target + c, load(rows + i * lanes_of(dim) + c) * factor(i), dim - c);
+      const Vec times = factor(i);
+      for (int64_t c = 0; c < dim; c += kLanes) store_some(target + c, load(rows + i * lanes_of(dim) + c) * times, dim - c);
     });
   }
 };
 
-// What a product does with its sums.
-struct StoreSums {
-  float* out;
-  int64_t stride;
-  MVIT3_INLINE void operator()(int64_t row, int64_t column, Vec sums) const { store(out + row * stride + column, sums); }
-};
+// The groups that a thread loads next. Their pixels lie too far apart for the hardware to fetch them ahead of `load_tokens`, and asking for
+// all of them at once takes as long as reading them: so a share is fetched before every product of the groups at hand.
+struct GroupsAhead {
+  int64_t group = 0, count = 0;  // no groups: nothing to fetch
+  int64_t share = 0, done = 0;   // tokens
 
-struct AddSums {
-  float* out;
-  int64_t stride;
-  MVIT3_INLINE void operator()(int64_t row, int64_t column, Vec sums) const {
-    float* p = out + row * stride + column;
-    store(p, load(p) + sums);
+  GroupsAhead() = default;
+  // After `before` groups from `first` on, whose work has `products` products each. The next heads of an image follow each other.
+  GroupsAhead(const PatchGroups& g, int64_t first, int64_t before, int64_t at_once, int64_t products)
+      : group(first + before), count(group < g.groups() ? std::min(at_once, g.heads - group % g.heads) : 0),
+        share((g.tokens() + before * products - 1) / (before * products)) {}
+
+  // Calls f(tokens) with the next share.
+  template <typename F>
+  void step(const PatchGroups& g, const F& f) {
+    if (count == 0 || done >= g.tokens()) return;
+    const Range tokens{done, std::min(done + share, g.tokens())};
+    done = tokens.end;
+    f(tokens);
   }
+
+  // Whether it pays: not for what a second-level cache may still hold.
+  static bool pays(int64_t bytes) { return bytes > int64_t(8) << 20; }
 };
 
 // Attention of blocks of kPanel queries; a group has blocks_per_group() of them.
@@ -80,44 +121,51 @@ class AttentionForward {
 
   // `lse`, if not null, receives the binary logarithm of each query's sum of 2^score: (groups, tokens).
   AttentionForward(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse)
-      : g_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse) {}
+      : g_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse), far_(GroupsAhead::pays(groups.bytes<T>(4))) {}
 
   int64_t blocks_per_group() const { return (g_.tokens() + kPanel - 1) / kPanel; }
   int64_t blocks() const { return g_.groups() * blocks_per_group(); }
 
   // The memory that `run` needs.
-  int64_t floats() const { return 2 * key_floats() + std::min(kKeys, g_.tokens()) * kPanel + 2 * g_.dim * kPanel + kPanel * lanes_of(g_.dim) + 2 * kPanel; }
+  int64_t floats() const { return heads_at_once() * group_floats() + std::min(kKeys, g_.tokens()) * kPanel + 2 * g_.dim * kPanel + kPanel * lanes_of(g_.dim) + 2 * kPanel; }
 
   void run(Range blocks, float* memory) const {
     const int64_t per_group = blocks_per_group();
+    int64_t loaded = 0, end = 0;  // the groups in memory
+    GroupsAhead ahead;
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t group = block / per_group, first = block % per_group * kPanel, count = std::min(kPanel, g_.tokens() - first);
-      if (block == blocks.begin || first == 0) {
-        const int64_t channel = g_.channel(group);
-        g_.load_tokens(group, 0, g_.tokens(), qkv_, 3 * g_.channels(), g_.channels() + channel, memory);
-        g_.load_tokens(group, 0, g_.tokens(), qkv_, 3 * g_.channels(), 2 * g_.channels() + channel, memory + key_floats());
+      if (group >= end) {
+        loaded = group;
+        end = group + std::min({heads_at_once(), g_.heads - group % g_.heads, (blocks.end - 1) / per_group - group + 1});
+        g_.load_tokens(group, end - group, qkv_, 3, memory);
+        if (far_) ahead = GroupsAhead(g_, group, end - group, heads_at_once(), per_group * 2 * ((g_.tokens() + kKeys - 1) / kKeys));
       }
+      const float* tokens = memory + (group - loaded) * group_floats();
+      float* rest = memory + heads_at_once() * group_floats();
       if (count > kLanes)
-        attend<kPanelVecs>(group, first, count, memory);
+        attend<kPanelVecs>(group, first, count, tokens, ahead, rest);
       else
-        attend<1>(group, first, count, memory);
+        attend<1>(group, first, count, tokens, ahead, rest);
     }
   }
 
  private:
-  int64_t key_floats() const { return round_up(g_.tokens() * g_.dim + kLanes, kLanes); }
+  int64_t group_floats() const { return 3 * g_.rows_floats(); }
+  int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
+
+  void fetch(GroupsAhead& ahead) const {
+    ahead.step(g_, [&](Range tokens) { g_.prefetch_tokens(ahead.group, ahead.count, tokens, qkv_, 3); });
+  }
 
   template <int Vecs>
-  void attend(int64_t group, int64_t first, int64_t count, float* memory) const {
+  void attend(int64_t group, int64_t first, int64_t count, const float* rows, GroupsAhead& ahead, float* memory) const {
     constexpr int64_t kWide = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens();
-    const float *keys = memory, *values = keys + key_floats();
-    float *scores = memory + 2 * key_floats(), *queries = scores + std::min(kKeys, tokens) * kPanel, *sums = queries + dim * kPanel;
-    float *rows = sums + dim * kPanel, *greatest = rows + kPanel * lanes_of(dim), *totals = greatest + kPanel;
-
-    g_.load_tokens(group, first, count, qkv_, 3 * g_.channels(), g_.channel(group), rows);
-    transpose(rows, dim, count, dim, g_.scale() * kLog2e, queries, kWide);
-    std::fill_n(sums, dim * kWide, 0.0f);
+    const float *keys = rows + g_.rows_floats(), *values = keys + g_.rows_floats();
+    float *scores = memory, *queries = scores + std::min(kKeys, tokens) * kPanel, *sums = queries + dim * kPanel;
+    float *results = sums + dim * kPanel, *greatest = results + kPanel * lanes_of(dim), *totals = greatest + kPanel;
+    transpose(rows + first * dim, dim, count, dim, g_.scale() * kLog2e, queries, kWide);
 
     Vec top[Vecs], total[Vecs];
     for (int v = 0; v < Vecs; ++v) {
@@ -126,7 +174,8 @@ class AttentionForward {
     }
     for (int64_t key = 0; key < tokens; key += kKeys) {
       const int64_t n = std::min(kKeys, tokens - key);
-      multiply_panel(n, Vecs, {keys + key * dim, queries, dim, 1, kWide, dim}, 0, StoreSums{scores, kWide});
+      fetch(ahead);
+      multiply_panel_into(n, Vecs, {keys + key * dim, queries, dim, 1, kWide, dim}, scores, kWide, false);
       Vec before[Vecs];
       for (int v = 0; v < Vecs; ++v) before[v] = top[v];
       for (int64_t k = 0; k < n; ++k)
@@ -152,15 +201,16 @@ class AttentionForward {
         for (int v = 0; v < Vecs; ++v) total[v] += run[v];
       }
       if (dropout_.active()) drop<Vecs>(group, first, key, n, scores);
-      add_outer(values + key * dim, dim, dim, scores, kWide, kWide, n, sums, kWide);
+      fetch(ahead);
+      multiply_panel_into(dim, Vecs, {values + key * dim, scores, 1, dim, kWide, n}, sums, kWide, key > 0);
     }
 
     for (int v = 0; v < Vecs; ++v) {
       store(greatest + v * kLanes, top[v]);
       store(totals + v * kLanes, total[v]);
     }
-    transpose(sums, kWide, dim, count, 1.0f, rows, lanes_of(dim));
-    g_.store_tokens(group, first, count, rows, [&](int64_t i) { return Vec(1 / totals[i]); }, out_, g_.channels(), g_.channel(group));
+    transpose(sums, kWide, dim, count, 1.0f, results, lanes_of(dim));
+    g_.store_tokens(group, first, count, results, [&](int64_t i) { return Vec(1 / totals[i]); }, out_, g_.channels(), g_.channel(group));
     if (lse_)
       for (int64_t i = 0; i < count; ++i) lse_[group * tokens + first + i] = greatest[i] + std::log2(totals[i]);
   }
@@ -181,6 +231,7 @@ class AttentionForward {
   const T* qkv_;
   T* out_;
   float* lse_;
+  bool far_;
 };
 
 // qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads.

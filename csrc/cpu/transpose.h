@@ -26,6 +26,7 @@ MVIT3_INLINE void exchange(NativeFloat& a, NativeFloat& b, std::integer_sequence
 
 template <int Step>
 MVIT3_INLINE void exchange_all(NativeFloat* rows) {
+#pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i)
     if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kWidth>{});
 }
@@ -43,11 +44,14 @@ MVIT3_INLINE void transpose_native(NativeFloat* rows) {
 inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float factor, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += kWidth)
     for (int64_t c = 0; c < columns; c += kWidth) {
-      NativeFloat block[kWidth];
+      NativeFloat block[kWidth];  // unrolled, or the block would not stay in registers
+#pragma GCC unroll 16
       for (int64_t i = 0; i < kWidth; ++i)
         block[i] = r + i < rows ? *reinterpret_cast<const UnalignedFloat*>(in + (r + i) * in_stride + c) * factor : NativeFloat{};
       transpose_native(block);
-      for (int64_t i = 0; i < std::min<int64_t>(kWidth, columns - c); ++i) *reinterpret_cast<UnalignedFloat*>(out + (c + i) * out_stride + r) = block[i];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i)
+        if (c + i < columns) *reinterpret_cast<UnalignedFloat*>(out + (c + i) * out_stride + r) = block[i];
     }
   if constexpr (kWidth < kLanes)  // the rest of the last vector
     for (int64_t c = 0; c < columns; ++c)
