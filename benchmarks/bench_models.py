@@ -222,15 +222,16 @@ def with_ratios(row: dict[str, object]) -> dict[str, object]:
 
 
 def record(rows: list[dict[str, object]], facts: dict[str, object]) -> None:
-    """Writes the rows to results/models_cpu.json, beside the rows there of other networks and works."""
+    """Writes the rows to results/models_cpu.json, beside the other rows there of what this benchmark still measures."""
 
     def key(row: dict[str, object]) -> tuple[object, ...]:
         return tuple(row.get(name) for name in ("model", "work", "batch", "side"))
 
     path = RESULTS / "models_cpu.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    new = {key(row) for row in rows}
-    write("models", [*(row for row in kept if key(row) not in new), *rows], facts, "models_cpu")
+    wanted = {(name, work.name, work.batch, work.side) for work in WORK for name in work.models}
+    rest = wanted - {key(row) for row in rows}
+    write("models", [*(row for row in kept if key(row) in rest), *rows], facts, "models_cpu")
 
 
 def main() -> None:
