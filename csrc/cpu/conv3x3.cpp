@@ -29,11 +29,11 @@ Tensor conv3x3_inference(
       STD_TORCH_CHECK(
           other->is_cpu() && other->scalar_type() == x.scalar_type() && other->numel() == batch * height * width * others,
           "other must have the dtype, height and width of x");
-    const Conv3x3Inputs<T> in{static_cast<const T*>(dense.data_ptr()), other ? static_cast<const T*>(second.data_ptr()) : nullptr, channels, others,
+    const Conv3x3Inputs<T> in{data_of<T>(dense), other ? data_of<T>(second) : nullptr, channels, others,
                               batch, height, width, nchw};
     const Tensor y = new_output(torch::stable::new_empty(x, {batch, weights.out_size(height), weights.out_size(width), outputs}));
     if (y.numel() > 0)
-      dispatch_activation(act, [&](auto code) { conv3x3_forward<code>(weights, in, static_cast<T*>(y.mutable_data_ptr())); });
+      dispatch_activation(act, [&](auto code) { conv3x3_forward<code>(weights, in, mutable_data_of<T>(y)); });
     return y;
   });
 }
