@@ -75,6 +75,15 @@ def test_isa_is_chosen_and_agrees(isa, tmp_path):
     torch.testing.assert_close(results[isa], results["generic"], rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("isa", _native.supported_isas()[1:])
+def test_networks_on_every_isa(isa):
+    """The rest of the suite runs on the best instruction set; here whole networks, in training and fused, run on the others."""
+    tests = Path(__file__).parent
+    files = [str(tests / "models" / "test_bound.py"), str(tests / "patching" / "test_fuse.py") + "::test_sizes"]
+    done = python(f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))", MVIT3_ISA=isa)
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
 def test_bad_isa():
     done = python(STATE, MVIT3_ISA="sse9")
     assert done.returncode != 0
