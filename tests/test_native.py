@@ -175,10 +175,12 @@ def test_build_without_a_compiler(expected, tmp_path):
 
 
 @pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
-def test_kernels_are_built_where_the_suite_runs_for_ci():
-    """Without the extension every test of a CPU kernel is skipped: that must not look like success."""
+def test_build_that_must_be_loaded():
+    """Without the extension every test of a CPU kernel is skipped: that must not look like success in CI or in `make sanitize`."""
     if os.environ.get("CI"):
         assert _native.why_not() is None, _native.why_not()
+    if sanitized := os.environ.get("MVIT3_SANITIZE"):
+        assert _native.isa() == sanitized and "sanitize" in _native.build_info()["flags"], _native.why_not()
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="the compiled kernels are not built")
