@@ -8,10 +8,11 @@ LIBRARIES := $(VENV)/.libraries
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help setup test demo lint format bench report clean
+.PHONY: help setup test sanitize demo lint format bench report clean
 help:
 	@echo "make demo    train mobilevitv3_xxs on handwritten digits with reference and with fused ops, then evaluate the checkpoint"
 	@echo "make test    lint and the whole test suite"
+	@echo "make sanitize  the tests of the CPU kernels with GCC's checks of memory and of undefined behaviour; ISA=avx512 for another variant"
 	@echo "make bench   the CPU benchmarks; make report puts their results into the README"
 	@echo "make setup   only the virtual environment in $(VENV);  make clean removes it"
 
@@ -36,6 +37,17 @@ $(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.
 test: $(INSTALLED) lint
 	$(BIN)/python -m mvit3_kernels.info
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# A copy of the package with one variant, which is checked while it runs: the generic one has no masked loads, which GCC does not check.
+# Python itself is not checked, so it needs the checking library, and the one that throws exceptions, before everything else. A finding ends
+# the process: its report must not wait in pytest's capture.
+ISA := generic
+CHECKED := build/sanitized_$(ISA)
+sanitize: $(INSTALLED)
+	CXX=$(CXX) MVIT3_SANITIZE=$(ISA) $(BIN)/python setup.py --quiet build --build-base $(CHECKED) --build-lib $(CHECKED)/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(CHECKED)/lib MVIT3_SANITIZE=$(ISA) $(BIN)/pytest -q -n 2 --dist worksteal --capture=sys \
+	  tests/test_native.py::test_build_that_must_be_loaded tests/ops/test_*_cpu.py tests/ops/test_fuzz.py tests/patching
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ reason is printed and kept in the package, where `python -m mvit3_kernels.info` 
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -24,6 +25,12 @@ ISA_FLAGS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
+# MVIT3_SANITIZE=<ISA>: that variant alone, which checks its use of memory and for undefined behaviour while it runs (`make sanitize`).
+LINK_FLAGS: list[str] = []
+if sanitized := os.environ.get("MVIT3_SANITIZE"):
+    LINK_FLAGS = ["-fsanitize=address,undefined"]
+    FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", *LINK_FLAGS, "-fno-sanitize-recover=all"]
+    ISA_FLAGS = {sanitized: ISA_FLAGS[sanitized]}
 
 NO_BUILD = None
 try:
@@ -95,10 +102,24 @@ def extensions() -> list[Extension]:
     sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
     headers = sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))
     variants = [
-        CppExtension(f"{PACKAGE}._cpu_{isa}", sources, depends=headers, extra_compile_args=FLAGS + STABLE_ABI + flags, py_limited_api=True)
+        CppExtension(
+            f"{PACKAGE}._cpu_{isa}",
+            sources,
+            depends=headers,
+            extra_compile_args=FLAGS + STABLE_ABI + flags,
+            extra_link_args=LINK_FLAGS,
+            py_limited_api=True,
+        )
         for isa, flags in ISA_FLAGS.items()
     ]
-    host = Extension(f"{PACKAGE}._host", ["csrc/host.cpp"], include_dirs=[pybind11.get_include()], extra_compile_args=FLAGS, language="c++")
+    host = Extension(
+        f"{PACKAGE}._host",
+        ["csrc/host.cpp"],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args=FLAGS,
+        extra_link_args=LINK_FLAGS,
+        language="c++",
+    )
     return [host, *variants]
 
 

@@ -1,14 +1,16 @@
-"""inverted_residual on the CPU, a training step of one block (forward and backward) beside the block of plain modules in channels_last.
+"""inverted_residual on the CPU, evaluation and a training step of one block (forward and backward), in float32.
 
-    python benchmarks/bench_inverted_residual.py [--json] [--threads 2] [--batch 8]
+    python benchmarks/bench_inverted_residual.py [--json] [--threads 2] [--batch 8 1]
 
-"composed" is the same op as PyTorch's products around batch_norm_act: what runs where the kernel does not. Outputs and input gradients are
-checked against each other before they are timed.
+Beside it: "eager" is the block of plain modules in channels_last; "composed" is the same op as PyTorch's products around `batch_norm_act`:
+what runs where the kernel does not. The floor is the products alone, timed as `torch.mm` of the same sizes in the same turns, or the
+tensors that must be read and written at the rate of a copy, whichever takes longer. Results are checked before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 from unittest import mock
@@ -16,63 +18,115 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.common import interleaved, machine, table, write
+from benchmarks.common import check, interleaved, machine, table, write
 from benchmarks.peers import inverted_residual as plain
 from mvit3_kernels.nn import InvertedResidual
 from mvit3_kernels.ops import inverted_residual as public  # noqa: F401 -- loads the op's module
 
-# (input, expanded and output channels, side of the map, stride)
+# (where it stands, input, expanded and output channels, side of the map, stride)
 BLOCKS = (
-    (16, 64, 32, 128, 1),
-    (32, 128, 64, 128, 2),
-    (64, 256, 64, 64, 1),
-    (64, 256, 128, 64, 2),
-    (128, 512, 256, 32, 2),
-    (256, 1024, 320, 16, 2),
+    ("v3-S", 16, 64, 32, 128, 1),
+    ("v3-S", 32, 128, 64, 128, 2),
+    ("v3-S", 64, 256, 64, 64, 1),
+    ("v3-S", 64, 256, 128, 64, 2),
+    ("v3-S", 128, 512, 256, 32, 2),
+    ("v3-S", 256, 1024, 320, 16, 2),
+    ("v3-1.0", 32, 64, 64, 128, 1),
+    ("v3-1.0", 64, 128, 128, 128, 2),
+    ("v3-1.0", 128, 256, 128, 64, 1),
+    ("v3-1.0", 128, 256, 256, 64, 2),
+    ("v3-1.0", 256, 512, 384, 32, 2),
+    ("v3-1.0", 384, 768, 512, 16, 2),
 )
 OP = sys.modules["mvit3_kernels.ops.inverted_residual"]
 
 
-def measure(batch: int, inputs: int, wide: int, outputs: int, side: int, stride: int) -> dict[str, object]:
-    torch.manual_seed(0)
-    block = InvertedResidual(inputs, outputs, wide, stride).to(memory_format=torch.channels_last)
-    peer = plain(block)
-    x = torch.randn(batch, inputs, side, side).to(memory_format=torch.channels_last).requires_grad_()
-    dy = torch.randn_like(block(x))
+class Case:
+    def __init__(self, batch: int, inputs: int, wide: int, outputs: int, side: int, stride: int, training: bool) -> None:
+        torch.manual_seed(0)
+        self.block = InvertedResidual(inputs, outputs, wide, stride).to(memory_format=torch.channels_last).train(training)
+        self.peer = plain(self.block).train(training)
+        self.x = torch.randn(batch, inputs, side, side).to(memory_format=torch.channels_last)
+        self.dy = torch.randn(batch, outputs, side // stride, side // stride).to(memory_format=torch.channels_last)
+        rows, out_rows = batch * side**2, batch * (side // stride) ** 2
+        self.factors = [
+            (torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)) for m, k, n in ((rows, inputs, wide), (out_rows, wide, outputs))
+        ]
 
-    def step(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        y = module(x)
-        return y.detach(), torch.autograd.grad(y, (x, *module.parameters()), dy)[0]
+    def step(self, module: nn.Module) -> dict[str, Tensor]:
+        """The output, and in training the gradients of x and of every parameter."""
+        learned = {name: p for name, p in module.named_parameters() if self.block.training}
+        x = self.x.to(next(module.parameters()).dtype).requires_grad_(self.block.training)
+        with torch.set_grad_enabled(self.block.training):
+            y = module(x)
+        found = {"y": y.detach()}
+        if self.block.training:
+            grads = torch.autograd.grad(y, (x, *learned.values()), self.dy.to(y))
+            found |= {f"d{i}": g for i, g in enumerate(grads)}
+        return found
 
-    def ours() -> tuple[Tensor, Tensor]:
-        return step(block)
+    def eager(self) -> dict[str, Tensor]:
+        return self.step(self.peer)
 
-    def composed() -> tuple[Tensor, Tensor]:
+    def ours(self) -> dict[str, Tensor]:
+        return self.step(self.block)
+
+    def composed(self) -> dict[str, Tensor]:
         with mock.patch.object(OP, "KERNELS", ()):
-            return step(block)
+            return self.step(self.block)
 
-    want = step(peer)
-    error = max(float((a - b).norm() / b.norm()) for run in (ours, composed) for a, b in zip(run(), want, strict=True))
-    if not error < 1e-4:
-        raise AssertionError(f"{inputs} -> {wide} -> {outputs}: results differ by {error:.1e} of the norm")
-    times = interleaved({"eager": lambda: step(peer), "composed": composed, "ours": ours}, rounds=7)
-    ms = {f"{name}_ms": t["median_ms"] for name, t in times.items()}
-    shape = {"channels": f"{inputs}->{wide}->{outputs}", "map": f"{side}x{side}", "stride": stride}
-    return {**shape, **ms, "against_eager": ms["eager_ms"] / ms["ours_ms"], "error": f"{error:.1e}"}
+    def mm(self) -> None:
+        for x, w, y in self.factors:
+            torch.mm(x, w)
+            if self.block.training:
+                torch.mm(y, w.t())
+                torch.mm(x.t(), y)
+
+    def floats(self) -> int:
+        """What must be read and written. In training that is x twice (for its moments as well), the depth-wise convolution's output z and
+        that of the projection p written and read forward, and y; backward x, p and dy twice, z twice, and dx."""
+        x, y, z = self.x.numel(), self.dy.numel(), self.factors[1][0].numel()
+        return 4 * x + 4 * z + 7 * y if self.block.training else x + y
+
+
+def measure(place: str, batch: int, shape: tuple[int, ...], training: bool, copy_gb_s: float) -> dict[str, object]:
+    case = Case(batch, *shape, training)
+    check(case.ours(), case.eager(), case.step(copy.deepcopy(case.peer).double()))
+    runs = {run.__name__: run for run in (case.eager, case.composed, case.ours, case.mm)}
+    turns = interleaved(runs, rounds=7 if batch > 1 else 25)
+    times = {name: t["median_ms"] for name, t in turns.items()}
+    floor = max(times["mm"], case.floats() * 4 / copy_gb_s / 1e6)
+    inputs, wide, outputs, side, stride = shape
+    return {
+        "place": place,
+        "map": f"{batch}x{side}x{side}",
+        "channels": f"{inputs}->{wide}->{outputs}",
+        "stride": stride,
+        "mode": "training" if training else "evaluation",
+        **{f"{name}_ms": time for name, time in times.items()},
+        "of_floor": floor / times["ours"],
+        "against_eager": times["eager"] / times["ours"],
+        "against_composed": times["composed"] / times["ours"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="write results/inverted_residual_cpu.json")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     facts = machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = [measure(options.batch, *block) for block in BLOCKS]
+    rows = [
+        measure(place, batch, shape, training, facts["copy_gb_s"])
+        for batch in options.batch
+        for training in (False, True)
+        for place, *shape in BLOCKS
+    ]
     print(table(rows))
     if options.json:
         print(write("inverted_residual", rows, facts, "inverted_residual_cpu"))

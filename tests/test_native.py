@@ -75,6 +75,26 @@ def test_isa_is_chosen_and_agrees(isa, tmp_path):
     torch.testing.assert_close(results[isa], results["generic"], rtol=2e-6, atol=2e-6)
 
 
+SELECTED = (
+    "models/test_bound.py",
+    "patching/test_fuse.py::test_sizes",
+    "ops/test_fuzz.py",
+    *(
+        f"ops/test_batch_norm_act_cpu.py::test_{name}"
+        for name in ("shapes", "activation_range", "not_finite", "unaligned_memory", "constant_channels")
+    ),
+)
+
+
+@pytest.mark.parametrize("isa", _native.supported_isas()[1:])
+def test_kernels_of_every_isa(isa):
+    """The rest of the suite runs on the best instruction set: here whole networks, in training and fused, random calls of every op, and
+    what is hard for vector code run on the others."""
+    files = [str(Path(__file__).parent / selected) for selected in SELECTED]
+    done = python(f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))", MVIT3_ISA=isa)
+    assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
+
+
 def test_bad_isa():
     done = python(STATE, MVIT3_ISA="sse9")
     assert done.returncode != 0
@@ -155,10 +175,12 @@ def test_build_without_a_compiler(expected, tmp_path):
 
 
 @pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
-def test_kernels_are_built_where_the_suite_runs_for_ci():
-    """Without the extension every test of a CPU kernel is skipped: that must not look like success."""
+def test_build_that_must_be_loaded():
+    """Without the extension every test of a CPU kernel is skipped: that must not look like success in CI or in `make sanitize`."""
     if os.environ.get("CI"):
         assert _native.why_not() is None, _native.why_not()
+    if sanitized := os.environ.get("MVIT3_SANITIZE"):
+        assert _native.isa() == sanitized and "sanitize" in _native.build_info()["flags"], _native.why_not()
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="the compiled kernels are not built")

@@ -9,8 +9,7 @@
 #include <numeric>
 
 #include "activation.h"
-#include "parallel.h"
-#include "tensor.h"
+#include "moments.h"
 
 namespace mvit3 {
 namespace {
@@ -95,29 +94,20 @@ void moments_part(const T* x, const Periods& p, int64_t part, LaneSums& sums) {
   });
 }
 
-// Mean and biased variance of each channel: the sums of all parts and lanes and the elements of the tail, put together by the formula
-// of Chan, Golub and LeVeque.
+// Mean and biased variance of each channel: of all parts and lanes and the elements of the tail.
 template <typename T>
-void combine_moments(const T* x, const Periods& p, std::vector<LaneSums>& parts, std::vector<double>& mean, std::vector<double>& var) {
+void combine_moments(const T* x, const Periods& p, const std::vector<LaneSums>& parts, std::vector<double>& mean, std::vector<double>& var) {
   for (int64_t c = 0; c < p.channels; ++c) {
-    double n = 0, average = 0, squares = 0;
-    const auto add = [&](double count, double other, double other_squares) {
-      const double delta = other - average;
-      n += count;
-      average += delta * count / n;
-      squares += other_squares + delta * delta * (n - count) * count / n;
-    };
+    Spread all;
     for (int64_t part = 0; part < p.parts; ++part) {
       const double count = double(p.part(part).size());
-      LaneSums& sums = parts[part];
-      for (int64_t lane = c; count && lane < p.length; lane += p.channels) {
-        const double offset = sums.sum[lane] / count;
-        add(count, sums.pivot[lane] + offset, sums.square[lane] - sums.sum[lane] * offset);
-      }
+      const LaneSums& sums = parts[part];
+      for (int64_t lane = c; lane < p.length; lane += p.channels)
+        all.join(Spread::about(sums.pivot[lane], count, sums.sum[lane], sums.square[lane]));
     }
-    for (int64_t lane = c; lane < p.tail; lane += p.channels) add(1, to_float(x[p.full * p.length + lane]), 0);
-    mean[c] = average;
-    var[c] = n ? squares / n : 0;
+    for (int64_t lane = c; lane < p.tail; lane += p.channels) all.join({1, to_float(x[p.full * p.length + lane]), 0});
+    mean[c] = all.mean;
+    var[c] = all.variance();
   }
 }
 
@@ -222,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(
     const Tensor dense = torch::stable::contiguous(x);
     const Periods p(dense, sizeof(T));
     std::vector<double> mean(p.channels), var(p.channels);
-    const auto* input = static_cast<const T*>(dense.data_ptr());
+    const auto* input = data_of<T>(dense);
     if (training) {
       batch_moments(input, p, mean, var);
     } else {
@@ -235,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(
 
     Tensor y = new_output(dense);
     const Tensor dense_residual = residual ? contiguous_like("residual", *residual, x) : dense;
-    const auto* added = static_cast<const T*>(dense_residual.data_ptr());
-    auto* output = static_cast<T*>(y.mutable_data_ptr());
+    const auto* added = data_of<T>(dense_residual);
+    auto* output = mutable_data_of<T>(y);
     const bool past_cache = exceeds_cache(dense.numel() * int64_t(sizeof(T))) && is_aligned(output);
     dispatch_activation(act, [&](auto code) {
       dispatch_bool(residual.has_value(), [&](auto has_residual) {
@@ -349,9 +339,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
     BackwardTerms terms{Affine(p, mean64, scale, read_channels("bias", bias, p.channels)), Scratch<float>(p.length), Scratch<float>(p.length)};
 
     Tensor dx = new_output(dense);
-    const auto* grad = static_cast<const T*>(dense_dy.data_ptr());
-    const auto* input = static_cast<const T*>(dense.data_ptr());
-    auto* output = static_cast<T*>(dx.mutable_data_ptr());
+    const auto* grad = data_of<T>(dense_dy);
+    const auto* input = data_of<T>(dense);
+    auto* output = mutable_data_of<T>(dx);
     const bool past_cache = exceeds_cache(dense.numel() * int64_t(sizeof(T))) && is_aligned(output);
     Scratch<double> sums(2 * p.parts * p.length, 0.0);
     std::vector<double> dbias, dweight;

@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_forward(
     const Tensor dense = torch::stable::contiguous(x);
     Layer layer(dense, weight, norm_weight, norm_bias, eps, stride, dilation);
     const DepthwiseGeometry& g = layer.geometry;
-    const T* input = static_cast<const T*>(dense.data_ptr());
+    const T* input = data_of<T>(dense);
     if (training) {
       filtered_moments(layer, input);
     } else {
@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_forward(
     }
     const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height, g.out_width, g.channels}));
     const DepthwiseWeights weights(layer.weight.data(), g.channels, layer.affine());
-    dispatch_activation(act, [&](auto code) { depthwise_conv<code>(g, weights, input, static_cast<T*>(y.mutable_data_ptr())); });
+    dispatch_activation(act, [&](auto code) { depthwise_conv<code>(g, weights, input, mutable_data_of<T>(y)); });
     if (!training) layer.mean.clear(), layer.var.clear();
     const Tensor like = torch::stable::new_empty(x, {0}, ScalarType::Float);
     return std::make_tuple(y, write_channels(layer.mean, like), write_channels(layer.var, like));
@@ -299,21 +299,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_backward(
     STD_TORCH_CHECK(dy.numel() == g.out_rows() * g.out_row_size(), "dy must have the shape of y");
     layer.mean = read_channels("mean", mean, g.channels);
     layer.var = read_channels("var", var, g.channels);
-    const T *input = static_cast<const T*>(dense.data_ptr()), *grad = static_cast<const T*>(dense_dy.data_ptr());
+    const T *input = data_of<T>(dense), *grad = data_of<T>(dense_dy);
     const Tensor dx = new_output(dense), dweight = torch::stable::new_empty(weight, weight.sizes());
     const Gradient<T> gradient(layer, input, grad);
     Values dtaps, dgamma, dbeta;
     dispatch_activation(act, [&](auto code) {
       dispatch_shift(g, [&](auto shift) {
         const NormBackward norm = norm_backward<code, shift>(layer, gradient, training);
-        dtaps = taps_backward<code, shift>(layer, gradient, norm, input, static_cast<T*>(dx.mutable_data_ptr()));
+        dtaps = taps_backward<code, shift>(layer, gradient, norm, input, mutable_data_of<T>(dx));
         dgamma = norm.dgamma;
         dbeta = norm.dbeta;
       });
     });
     dispatch_dtype("weight", dweight, [&](auto parameter) {
       using P = decltype(parameter);
-      std::transform(dtaps.begin(), dtaps.end(), static_cast<P*>(dweight.mutable_data_ptr()), [](double v) { return from_float<P>(float(v)); });
+      std::transform(dtaps.begin(), dtaps.end(), mutable_data_of<P>(dweight), [](double v) { return from_float<P>(float(v)); });
     });
     return std::make_tuple(dx, dweight, write_channels(dgamma, norm_weight), write_channels(dbeta, norm_bias));
   });

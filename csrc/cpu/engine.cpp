@@ -46,7 +46,7 @@ class Engine {
     for (const int64_t output : outputs_) {
       const MapShape& shape = whole->shapes[output];
       results.push_back(torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
-      result_data.push_back(static_cast<float*>(results.back().mutable_data_ptr()));
+      result_data.push_back(mutable_data_of<float>(results.back()));
     }
     // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would not.
     const int64_t groups = (batch + kMostImages - 1) / kMostImages;

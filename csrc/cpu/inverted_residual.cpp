@@ -253,7 +253,7 @@ NormBackward last_norm_backward(const Block& b, const T* dy, const T* p) {
 template <typename T>
 void write_matrix(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t columns, int64_t stride, const Tensor& out) {
   dispatch_dtype("gradient", out, [&](auto type) {
-    add_up_rows(parts, rows, columns, stride, static_cast<decltype(type)*>(out.mutable_data_ptr()));
+    add_up_rows(parts, rows, columns, stride, mutable_data_of<decltype(type)>(out));
   });
 }
 
@@ -601,7 +601,7 @@ void write_taps(const std::vector<WideSums>& sums, int64_t channels, const Tenso
       for (int64_t t = 0; t < 9; ++t) total[e * 9 + t] += part.taps[(e / kLanes * 9 + t) * kLanes + e % kLanes];
   dispatch_dtype("gradient", out, [&](auto type) {
     using T = decltype(type);
-    T* data = static_cast<T*>(out.mutable_data_ptr());
+    T* data = mutable_data_of<T>(out);
     for (int64_t i = 0; i < channels * 9; ++i) data[i] = from_float<T>(float(total[i]));
   });
 }
@@ -663,11 +663,6 @@ Block read_block(
       read("project", project, outputs, wide)};
 }
 
-template <typename T>
-T* data_of(const Tensor& t) {
-  return t.numel() ? static_cast<T*>(const_cast<void*>(t.data_ptr())) : nullptr;
-}
-
 Tensor empty_map(const Tensor& x, const Shape& s, int64_t channels) {
   return torch::stable::new_empty(x, {s.batch, s.out_height(), s.out_width(), channels});
 }
@@ -691,7 +686,7 @@ Tensor inverted_residual_inference(
   const InvertedResidualWeights weights(s, b.expand, b.depthwise, b.project, act);
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
-    inverted_residual_forward(weights, data_of<const T>(dense), s.batch, s.height, s.width, data_of<T>(y));
+    inverted_residual_forward(weights, data_of<T>(dense), s.batch, s.height, s.width, mutable_data_of<T>(y));
   });
   return y;
 }
@@ -719,8 +714,9 @@ Trained inverted_residual_training(
   const Tensor covariance = torch::stable::new_empty(dense, {moments, moments}, ScalarType::Float);
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
-    const Kept<T> kept{data_of<T>(e), data_of<T>(z), data_of<T>(p), data_of<float>(mean), data_of<float>(covariance)};
-    dispatch_activation(act, [&](auto code) { forward<T, code>(b, data_of<const T>(dense), data_of<T>(y), kept); });
+    const Kept<T> kept{mutable_data_of<T>(e), mutable_data_of<T>(z), mutable_data_of<T>(p),
+                       mutable_data_of<float>(mean), mutable_data_of<float>(covariance)};
+    dispatch_activation(act, [&](auto code) { forward<T, code>(b, data_of<T>(dense), mutable_data_of<T>(y), kept); });
   });
   const auto channels = [&](const Values& v) { return write_channels(v, mean); };
   return {
@@ -756,10 +752,11 @@ Gradient inverted_residual_backward(
   const Tensor dexpand = like(expand), ddepthwise = like(depthwise), dproject = like(project);
   return dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
-    const Kept<T> kept{data_of<T>(e), data_of<T>(z), data_of<T>(p), data_of<float>(mean), data_of<float>(covariance)};
-    Gradients<T> out{data_of<T>(dx), dexpand, ddepthwise, dproject, {}, {}};
+    const Kept<T> kept{mutable_data_of<T>(e), mutable_data_of<T>(z), mutable_data_of<T>(p),
+                       mutable_data_of<float>(mean), mutable_data_of<float>(covariance)};
+    Gradients<T> out{mutable_data_of<T>(dx), dexpand, ddepthwise, dproject, {}, {}};
     dispatch_activation(act, [&](auto code) {
-      backward<T, code>(b, data_of<const T>(dense_dy), data_of<const T>(dense), kept, data_of<T>(wide), data_of<T>(filtered), out);
+      backward<T, code>(b, data_of<T>(dense_dy), data_of<T>(dense), kept, mutable_data_of<T>(wide), mutable_data_of<T>(filtered), out);
     });
     return Gradient{
         dx, dexpand, write_channels(out.gammas[0], expand_weight), write_channels(out.betas[0], expand_bias),

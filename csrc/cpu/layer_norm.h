@@ -4,7 +4,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 
 #include "moments.h"
 
@@ -29,21 +28,6 @@ MVIT3_INLINE double sum_lanes(Vec v) {
   return total;
 }
 
-// Number, mean and sum of squared distances to the mean of some values; sets of values join by the formula of Chan, Golub and LeVeque.
-struct Spread {
-  double count = 0, mean = 0, squares = 0;
-
-  void join(const Spread& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count, delta = other.mean - mean;
-    squares += other.squares + delta * delta * (count * other.count / total);
-    mean += delta * (other.count / total);
-    count = total;
-  }
-
-  float rstd(double eps) const { return float(1 / std::sqrt(std::max(squares / count, 0.0) + eps)); }
-};
-
 // Of one row: the mean first, then the distances to it, which a large mean does not harm.
 template <typename T>
 MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
@@ -64,8 +48,7 @@ MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
     store(tail, load_some(row + full, left) - centre);
     add(load_some(tail, left));  // nothing of the padding
   }
-  const double offset = sum_lanes(rest) / double(channels);
-  return {double(channels), double(float(first)) + offset, sum_lanes(squares) - offset * offset * double(channels)};
+  return Spread::about(float(first), double(channels), sum_lanes(rest), sum_lanes(squares));
 }
 
 // Of `count` values that lie one behind the other, by their distances to the first one.
@@ -99,8 +82,7 @@ Spread spread(const T* x, int64_t count) {
     sum += sums[i];
     square += squares[i];
   }
-  const double offset = count > 0 ? sum / double(count) : 0;
-  return {double(count), pivot + offset, square - sum * offset};
+  return Spread::about(pivot, double(count), sum, square);
 }
 
 // A map and the statistics of its norm: `mean` and `rstd` of each token or of each sample.

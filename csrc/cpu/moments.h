@@ -1,9 +1,33 @@
 // Mean and variance of the channels of a map, by a method that a large mean does not harm.
 #pragma once
 
+#include <cmath>
+
 #include "tile.h"
 
 namespace mvit3 {
+
+// Number, mean and sum of squared distances to the mean of some values; sets of values join by the formula of Chan, Golub and LeVeque.
+struct Spread {
+  double count = 0, mean = 0, squares = 0;
+
+  // From the sums of the values' distances to a pivot and of the distances squared.
+  static Spread about(double pivot, double count, double sum, double square) {
+    const double offset = count > 0 ? sum / count : 0;
+    return {count, pivot + offset, square - sum * offset};
+  }
+
+  void join(const Spread& other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, delta = other.mean - mean;
+    squares += other.squares + delta * delta * (count * other.count / total);
+    mean += delta * (other.count / total);
+    count = total;
+  }
+
+  double variance() const { return count > 0 ? std::max(squares, 0.0) / count : 0; }
+  float rstd(double eps) const { return float(1 / std::sqrt(variance() + eps)); }
+};
 
 // Calls f(first, last) for short runs of `count` rows: float32 holds the sum of a run, float64 that of the runs.
 template <typename F>
@@ -58,19 +82,13 @@ class ChannelSums {
     accumulate(square_.data() + c, square);
   }
 
-  // Puts the sums of all threads together by the formula of Chan, Golub and LeVeque.
+  // Puts the sums of all threads together.
   static void combine(const std::vector<ChannelSums>& parts, Values& mean, Values& var) {
     for (size_t c = 0; c < mean.size(); ++c) {
-      double n = 0, average = 0, squares = 0;
-      for (const ChannelSums& part : parts) {
-        if (part.count_ == 0) continue;
-        const double count = double(part.count_), offset = part.sum_[c] / count, delta = part.pivot_[c] + offset - average;
-        n += count;
-        average += delta * count / n;
-        squares += part.square_[c] - part.sum_[c] * offset + delta * delta * (n - count) * count / n;
-      }
-      mean[c] = average;
-      var[c] = n ? std::max(squares, 0.0) / n : 0;
+      Spread all;
+      for (const ChannelSums& part : parts) all.join(Spread::about(part.pivot_[c], double(part.count_), part.sum_[c], part.square_[c]));
+      mean[c] = all.mean;
+      var[c] = all.variance();
     }
   }
 

@@ -10,16 +10,6 @@
 namespace mvit3 {
 namespace {
 
-template <typename T>
-const T* data_of(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-
-template <typename T>
-T* mutable_data_of(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 // y, and mean and 1 / deviation of each token or sample.
 std::tuple<Tensor, Tensor, Tensor> norm_linear_forward(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& weight,

@@ -97,7 +97,7 @@ struct NormLinearGradients {
     const Scratch<float> scale = p.scale(), shift = p.shift();
     auto sums = accumulators<double>(ranges, 2 * lanes);
     dispatch_dtype("weight", like, [&](auto type) {
-      auto* out = static_cast<decltype(type)*>(dweight.mutable_data_ptr());
+      auto* out = mutable_data_of<decltype(type)>(dweight);
       for_each_part(ranges, [&](int64_t range) {
         const Range mine = part_range(p.outputs, range, ranges);
         double* dscale = sums[range].data();

@@ -165,8 +165,7 @@ std::tuple<Tensor, Tensor> patch_attention_forward(
   if (out.numel() > 0)
     dispatch_dtype("qkv", dense, [&](auto type) {
       using T = decltype(type);
-      patch_attention(
-          g, dropout, static_cast<const T*>(dense.data_ptr()), static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr()));
+      patch_attention(g, dropout, data_of<T>(dense), mutable_data_of<T>(out), mutable_data_of<float>(lse));
     });
   return std::make_tuple(out, lse);
 }
@@ -185,8 +184,7 @@ Tensor patch_attention_backward(
     dispatch_dtype("qkv", dense, [&](auto type) {
       using T = decltype(type);
       const AttentionBackward<T> backward(
-          g, dropout, static_cast<const T*>(dense_dout.data_ptr()), static_cast<const T*>(dense.data_ptr()), static_cast<const T*>(dense_out.data_ptr()),
-          static_cast<const float*>(dense_lse.data_ptr()), static_cast<T*>(dqkv.mutable_data_ptr()));
+          g, dropout, data_of<T>(dense_dout), data_of<T>(dense), data_of<T>(dense_out), data_of<float>(dense_lse), mutable_data_of<T>(dqkv));
       const int64_t parts = std::min(g.groups(), count_parts(g.groups() * g.tokens() * g.tokens() * 5 * g.dim, 1 << 17));
       for_each_part(parts, [&](int64_t part) {
         backward.run(part_range(g.groups(), part, parts), workspace(backward.floats()));

@@ -37,15 +37,13 @@ struct Layer {
       bool training,
       double eps)
       : a(torch::stable::contiguous(first)), b(second ? torch::stable::contiguous(*second) : a), rows(a.size(0) * a.size(1) * a.size(2)),
-        outputs(w.size(0)), inputs{data_of(a), second ? data_of(b) : nullptr, a.size(3), second ? b.size(3) : 0},
+        outputs(w.size(0)), inputs{data_of<T>(a), second ? data_of<T>(b) : nullptr, a.size(3), second ? b.size(3) : 0},
         statistics(!norm_weight ? Statistics::kNone : training ? Statistics::kBatch : Statistics::kFixed),
         weight("weight", w, outputs, inputs.channels()), bias(b_conv ? read_channels("bias", *b_conv, outputs) : Values(outputs, 0.0)),
         norm(norm_weight ? Norm("norm", *norm_weight, norm_bias.value(), outputs, eps) : Norm(Values(outputs, 1.0), bias)) {
     STD_TORCH_CHECK(a.is_cpu() && b.is_cpu() && b.scalar_type() == a.scalar_type(), "a and b must be of one dtype, on the CPU");
     STD_TORCH_CHECK(b.dim() == 4 && b.numel() == rows * b.size(3), "b must be a feature map of the size of a");
   }
-
-  static const T* data_of(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
 
   // `mean` and `var` are of the product with the bias, which moves the mean.
   void set_statistics(const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
@@ -65,11 +63,6 @@ struct Layer {
   Tensor new_map(int64_t channels) const { return new_output(torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), channels})); }
   Tensor nothing() const { return torch::stable::new_empty(a, {0}); }
 };
-
-template <typename T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // Calls f(storage type, activation).
 template <typename F>
@@ -219,7 +212,7 @@ Tensor pointwise_conv_inference(
     layer.set_statistics(running_mean, running_var);
     const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
     const PointwiseWeights weights{layer.packed(), layer.norm.affine()};
-    pointwise_conv<code>(weights, layer.inputs, residual ? layer.data_of(added) : nullptr, mutable_data<T>(y), layer.rows);
+    pointwise_conv<code>(weights, layer.inputs, residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), layer.rows);
     return y;
   });
 }
@@ -243,14 +236,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_training(
     Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
     if (layer.statistics == Statistics::kFixed) layer.set_statistics(running_mean, running_var);
     const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
-    const T* add = residual ? layer.data_of(added) : nullptr;
+    const T* add = residual ? data_of<T>(added) : nullptr;
     Tensor p = layer.nothing();
     if (layer.statistics == Statistics::kNone && code == kIdentity) {
       const PointwiseWeights weights{layer.packed(), layer.norm.affine()};
-      pointwise_conv<code>(weights, layer.inputs, add, mutable_data<T>(y), layer.rows);
+      pointwise_conv<code>(weights, layer.inputs, add, mutable_data_of<T>(y), layer.rows);
     } else {
       p = layer.new_map(layer.outputs);
-      forward<code>(layer, add, mutable_data<T>(p), mutable_data<T>(y));
+      forward<code>(layer, add, mutable_data_of<T>(p), mutable_data_of<T>(y));
     }
     Values mean, var;
     if (layer.statistics == Statistics::kBatch) {
@@ -287,11 +280,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backwa
     STD_TORCH_CHECK(dy.scalar_type() == a.scalar_type() && dy.numel() == layer.rows * layer.outputs, "dy must have dtype and shape of y");
     STD_TORCH_CHECK(!kept || (p.scalar_type() == a.scalar_type() && p.numel() == dy.numel()), "p must have dtype and shape of y");
     const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
-    Backward<code, T> backward(layer, layer.data_of(dense_dy), kept ? layer.data_of(dense_p) : nullptr);
-    Gradients grads = backward.run(mutable_data<T>(da), b ? mutable_data<T>(db) : nullptr);
+    Backward<code, T> backward(layer, data_of<T>(dense_dy), kept ? data_of<T>(dense_p) : nullptr);
+    Gradients grads = backward.run(mutable_data_of<T>(da), b ? mutable_data_of<T>(db) : nullptr);
     const Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
     dispatch_dtype("weight", weight, [&](auto w) {
-      add_up_rows(grads.weight.parts(), layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data<decltype(w)>(dweight));
+      add_up_rows(grads.weight.parts(), layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data_of<decltype(w)>(dweight));
     });
     const auto channels = [&](const Values& values, const std::optional<Tensor>& like) { return like ? write_channels(values, *like) : layer.nothing(); };
     return std::make_tuple(da, db, dweight, channels(grads.bias, bias), channels(grads.gamma, norm_weight), channels(grads.beta, norm_bias));

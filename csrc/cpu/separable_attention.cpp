@@ -561,13 +561,6 @@ NormLinearParameters qkv_of(
   return NormLinearParameters(norm_weight, norm_bias, "qkv.weight", weight, "qkv.bias", bias, map.channels);
 }
 
-template <typename T>
-const T* data_of(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-
-float* floats_of(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
 Tensor separable_attention_inference(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& qkv_weight,
     const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const std::optional<Tensor>& out_bias, int64_t patch_height, int64_t patch_width) {
@@ -578,7 +571,7 @@ Tensor separable_attention_inference(
   if (y.numel() == 0) return y;
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
-    separable_attention(map, eps, per_sample, weights, data_of<T>(dense), static_cast<T*>(y.mutable_data_ptr()));
+    separable_attention(map, eps, per_sample, weights, data_of<T>(dense), mutable_data_of<T>(y));
   });
   return y;
 }
@@ -598,11 +591,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_attention_t
   const Tensor scores = torch::stable::new_empty(mean, {map.samples, map.positions(), map.patches()});
   const Tensor pooled = torch::stable::new_empty(mean, {map.samples, map.positions(), map.lanes()});
   const Tensor context = torch::stable::new_empty(mean, {map.samples, map.positions(), map.lanes()});
-  const SeparableAttentionKept kept{floats_of(mean), floats_of(rstd), floats_of(scores), floats_of(pooled), floats_of(context)};
+  const SeparableAttentionKept kept{mutable_data_of<float>(mean), mutable_data_of<float>(rstd), mutable_data_of<float>(scores),
+                                    mutable_data_of<float>(pooled), mutable_data_of<float>(context)};
   if (y.numel() > 0)
     dispatch_dtype("x", dense, [&](auto type) {
       using T = decltype(type);
-      separable_attention(map, eps, per_sample, weights, dropout, data_of<T>(dense), static_cast<T*>(y.mutable_data_ptr()), kept);
+      separable_attention(map, eps, per_sample, weights, dropout, data_of<T>(dense), mutable_data_of<T>(y), kept);
     });
   return std::make_tuple(y, mean, rstd, scores, pooled, context);
 }
@@ -623,17 +617,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_att
   const FloatMatrix out("out_proj.weight", out_weight, channels, channels);
   const BackwardWeights weights(qkv, out);
   const SeparableAttentionDropout dropout{Dropout(score_dropout, seed, 0), Dropout(output_dropout, seed, 1)};
-  const SeparableAttentionKept kept{floats_of(mean), floats_of(rstd), floats_of(scores), floats_of(pooled), floats_of(context)};
+  const SeparableAttentionKept kept{mutable_data_of<float>(mean), mutable_data_of<float>(rstd), mutable_data_of<float>(scores),
+                                    mutable_data_of<float>(pooled), mutable_data_of<float>(context)};
   Sums sums = dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
     if (dense.numel() == 0) return Sums(1, channels, lanes);
-    return Backward<T>(map, per_sample, weights, dropout, data_of<T>(dense_dy), data_of<T>(dense), static_cast<T*>(dx.mutable_data_ptr()), kept).run();
+    return Backward<T>(map, per_sample, weights, dropout, data_of<T>(dense_dy), data_of<T>(dense), mutable_data_of<T>(dx), kept).run();
   });
   const Values dqkv_bias = add_up(sums.qkv_bias, 1 + 2 * channels);
   const NormLinearGradients gradients(qkv, sums.products(), dqkv_bias, qkv_weight);
   const Tensor dout = torch::stable::new_empty(out_weight, out_weight.sizes());
   dispatch_dtype("out_proj.weight", dout, [&](auto type) {
-    add_up_rows(sums.out.parts(), channels, channels, lanes, static_cast<decltype(type)*>(dout.mutable_data_ptr()));
+    add_up_rows(sums.out.parts(), channels, channels, lanes, mutable_data_of<decltype(type)>(dout));
   });
   return std::make_tuple(
       dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,

@@ -48,6 +48,17 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
+// Where the elements of a contiguous tensor lie: null where it has none.
+template <typename T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+
+template <typename T>
+T* mutable_data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 // Calls f with a value of the storage type of `x` (float, BFloat16 or Float16).
 template <typename F>
 auto dispatch_dtype(const char* name, const Tensor& x, F&& f) {
@@ -79,7 +90,7 @@ inline Tensor contiguous_like(const char* name, const Tensor& t, const Tensor& x
 
 template <typename T, typename F>
 void copy_channels(const Tensor& t, int64_t channels, F&& to_double, double* out) {
-  const T* data = static_cast<const T*>(t.data_ptr());
+  const T* data = data_of<T>(t);
   for (int64_t i = 0; i < channels; ++i) out[i] = to_double(data[i]);
 }
 
@@ -103,11 +114,11 @@ inline std::vector<double> read_channels(const char* name, const Tensor& t, int6
 inline Tensor write_channels(const std::vector<double>& values, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
   if (like.scalar_type() == ScalarType::Double) {
-    std::copy(values.begin(), values.end(), static_cast<double*>(out.mutable_data_ptr()));
+    std::copy(values.begin(), values.end(), mutable_data_of<double>(out));
   } else {
     dispatch_dtype("parameter", like, [&](auto type) {
       using T = decltype(type);
-      T* data = static_cast<T*>(out.mutable_data_ptr());
+      T* data = mutable_data_of<T>(out);
       for (size_t i = 0; i < values.size(); ++i) data[i] = from_float<T>(float(values[i]));
     });
   }

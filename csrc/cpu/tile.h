@@ -155,10 +155,10 @@ class FloatMatrix {
     dispatch_dtype(name, dense_, [&](auto type) {
       using T = decltype(type);
       if constexpr (std::is_same_v<T, float>)
-        data_ = static_cast<const float*>(dense_.data_ptr());
+        data_ = data_of<float>(dense_);
       else {
         const int64_t count = outputs * inputs;
-        const T* source = static_cast<const T*>(dense_.data_ptr());
+        const T* source = data_of<T>(dense_);
         for (int64_t i = 0; i < count; i += kLanes) store_some(copy_.data() + i, load_some(source + i, count - i), count - i);
         data_ = copy_.data();
       }

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -247,17 +243,3 @@ def test_raw_op_refuses(change, message):
     given |= {"training": True, "eps": 1e-5, "act": 1, "residual": None} | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.mvit3.batch_norm_act(*given.values())
-
-
-@pytest.mark.parametrize("isa", _native.supported_isas())
-def test_every_instruction_set(isa):
-    """All variants come from one source, and only one loads per process: the others run these tests in processes of their own."""
-    chosen = "test_bound and 24 or test_activation_range or test_not_finite or test_unaligned or test_constant"
-    done = subprocess.run(
-        [sys.executable, "-c", "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-x", __file__, "-k", chosen],
-        env={**os.environ, "MVIT3_ISA": isa},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
