@@ -58,18 +58,18 @@ def measure(batch: int, width: int, side: int, dtype: torch.dtype, facts: dict[s
         truth = on("reference", qkv.detach().double().requires_grad_(), dout.double())
         check(on("cpu", qkv, dout), on("reference", qkv, dout), truth)
     runs = {
-        "forward": {"eager": lambda: forward("reference"), "sdpa": sdpa, "ours": lambda: forward("cpu")},
-        "step": {"eager": lambda: on("reference", qkv, dout), "sdpa": sdpa_step, "ours": lambda: on("cpu", qkv, dout)},
+        "evaluation": {"eager": lambda: forward("reference"), "sdpa": sdpa, "ours": lambda: forward("cpu")},
+        "training": {"eager": lambda: on("reference", qkv, dout), "sdpa": sdpa_step, "ours": lambda: on("cpu", qkv, dout)},
     }
     rows = []
-    for name, candidates in runs.items():
+    for mode, candidates in runs.items():
         rounds = 3 if tokens > 1024 else 5 if quick else 15
         times = {who: t["median_ms"] for who, t in interleaved(candidates, rounds, warmup=1).items()}
-        products, tensors = (2, 4) if name == "forward" else (7, 4 + 8)
+        products, tensors = (2, 4) if mode == "evaluation" else (7, 4 + 8)
         flops = products * 2 * batch * 4 * tokens**2 * width
         size = tensors * qkv.numel() / 3 * qkv.element_size()
         floor = max(flops / facts["mm_gflop_s"], size / facts["copy_gb_s"]) / 1e6
-        shape = {"run": name, "dtype": str(dtype).removeprefix("torch."), "batch": batch, "width": width, "map": f"{side}x{side}"}
+        shape = {"mode": mode, "dtype": str(dtype).removeprefix("torch."), "batch": batch, "width": width, "map": f"{side}x{side}"}
         rates = {"against_eager": times["eager"] / times["ours"], "gflop_s": flops / times["ours"] / 1e6}
         ms = {f"{who}_ms": t for who, t in times.items()}
         rows.append({**shape, **ms, "floor_ms": floor, **rates, "of_floor": floor / times["ours"]})

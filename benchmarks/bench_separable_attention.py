@@ -81,7 +81,7 @@ def measure(batch: int, channels: int, side: int, layers: int, facts: dict[str, 
     passes = (5 if training else 2) * size / float(facts["copy_gb_s"]) / 1e6 if size > 2**23 else 0.0
     floor = products + passes
     return {
-        "step": "training" if training else "inference",
+        "mode": "training" if training else "evaluation",
         "batch": batch,
         "channels": channels,
         "map": f"{side}x{side}",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,12 +75,41 @@ def batch_norm_act(result: dict) -> str:
     return f"{intro}{conditions(result['machine'])}\n\n{table(header, rows)}"
 
 
-SECTIONS = {"models_cpu": models, "batch_norm_act_cpu": batch_norm_act}
+OPS = ("inverted_residual", "pointwise", "feed_forward", "patch_attention", "separable_attention", "depthwise_conv")
+
+
+def ops(results: dict[str, dict]) -> str:
+    """A line for each op and mode: medians over the measured shapes, with the least and the greatest."""
+
+    def spread(values: list[float], form: Callable[[float], str]) -> str:
+        return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
+
+    lines = []
+    for name, result in results.items():
+        by_mode: dict[tuple[str, str], list[dict]] = {}
+        for row in result["rows"]:
+            if row.get("dtype", result["machine"].get("dtype", "float32")) == "float32":
+                by_mode.setdefault((row.get("op", name), row["mode"]), []).append(row)
+        for (op, mode), rows in by_mode.items():
+            speed = spread([row["against_eager"] for row in rows], lambda v: f"{v:.1f}x")
+            floor = spread([row["of_floor"] for row in rows], lambda v: f"{100 * v:.0f} %")
+            lines.append([f"`{op}`", mode, str(len(rows)), speed, floor, result["machine"]["revision"]])
+    header = ["op", "mode", "shapes", "against eager: median (least to most)", "share of the floor", "revision"]
+    intro = (
+        "Single ops at the shapes of mobilevitv3_s and mobilevitv3_100, float32, `make bench`. Training is forward and backward. The floor is\n"
+        "the larger of the bare products (`torch.mm`) and the bytes that must move at the rate of a copy; `benchmarks/results/` has all rows.\n"
+    )
+    return f"{intro}\n{table(header, lines)}"
 
 
 def section() -> str:
-    parts = [write(json.loads(path.read_text())) for name, write in SECTIONS.items() if (path := RESULTS / f"{name}.json").exists()]
-    return "\n".join(parts)
+    def read(name: str) -> dict | None:
+        path = RESULTS / f"{name}_cpu.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    parts = [write(result) for name, write in (("models", models), ("batch_norm_act", batch_norm_act)) if (result := read(name))]
+    single = {name: result for name in OPS if (result := read(name))}
+    return "\n".join([*parts, *([ops(single)] if single else [])])
 
 
 def main() -> None:
