@@ -96,8 +96,8 @@ def ops(results: dict[str, dict]) -> str:
             lines.append([f"`{op}`", mode, str(len(rows)), speed, floor, result["machine"]["revision"]])
     header = ["op", "mode", "shapes", "against eager: median (least to most)", "share of the floor", "revision"]
     intro = (
-        "Single ops at the shapes of mobilevitv3_s and mobilevitv3_100, float32, `make bench`. Training is forward and\n"
-        "backward. The floor is the larger of the bare products (`torch.mm`) and the bytes at the rate of a copy; all rows: `benchmarks/results/`.\n"
+        "Single ops at the shapes of mobilevitv3_s and mobilevitv3_100, float32, `make bench`. Training is forward and backward. The\n"
+        "floor is the larger of the bare products (`torch.mm`) and the bytes at the rate of a copy. All rows: `benchmarks/results/`.\n"
     )
     return f"{intro}\n{table(header, lines)}"
 
