@@ -78,7 +78,7 @@ def test_isa_is_chosen_and_agrees(isa, tmp_path):
 def test_bad_isa():
     done = python(STATE, MVIT3_ISA="sse9")
     assert done.returncode != 0
-    assert "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, got 'sse9'" in done.stderr
+    assert "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, avx512_bf16, got 'sse9'" in done.stderr
 
 
 @needs_kernels
