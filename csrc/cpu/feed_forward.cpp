@@ -91,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
         store(hidden + at, mask(value, r, c));
         store(dhidden + at, mask(product * slope, r, c));
       });
-      products2.add(part, grads, hidden, count);
+      products2.add(part, grads, {hidden, wide_lanes}, count);
       add_columns(grads.data, grads.stride, count, channels, sums2[part].data());
-      products1.add(part, {dhidden, wide_lanes}, normalised, count);
+      products1.add(part, {dhidden, wide_lanes}, {normalised, lanes}, count);
       add_columns(dhidden, wide_lanes, count, wide, sums1[part].data());
       multiply_into(dhidden, wide_lanes, count, first_transposed, dnormalised, lanes);
       norm.tile(part, first, count, dnormalised, normalised, lanes);

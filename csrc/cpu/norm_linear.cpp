@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
       const RowsOf<E> rows = as_rows(data_of<T>(dense_dy) + first * outputs, outputs, count, outputs, memory);
       map.normalise_again(first, count, normalised, lanes);
       multiply_into(rows.data, rows.stride, count, transposed, grads, lanes);
-      products.add(part, rows, normalised, count);
+      products.add(part, rows, {normalised, lanes}, count);
       add_columns(rows.data, rows.stride, count, outputs, sums[part].data());
       norm.tile(part, first, count, grads, normalised, lanes);
     });

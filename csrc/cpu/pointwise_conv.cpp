@@ -136,7 +136,7 @@ class Backward {
       float* gradient = workspace(kTileRows * (lanes_ + x.stride()) + x.tile_floats(kTileRows));
       float *tile = gradient + kTileRows * lanes_, *gathered = tile + kTileRows * x.stride();
       const RowsOf<E> dp = product_gradient(part, first, count, gradient);
-      products.add(part, dp, x.rows(first, count, tile_of<E>(gathered)).data, count);
+      products.add(part, dp, x.rows(first, count, tile_of<E>(gathered)), count);
       multiply_to(dp, count, to_a, da + first * x.a_channels, tile);
       if (db) multiply_to(dp, count, to_b, db + first * x.b_channels, tile);
     });

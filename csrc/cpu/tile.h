@@ -154,18 +154,17 @@ class OuterSumsOf {
     for (int64_t i = 0; i < parts; ++i) sums_.emplace_back(columns * stride);
   }
 
-  // Rows of b are `stride` apart.
-  void add(int64_t part, const RowsOf<E>& a, const E* b, int64_t count) {
+  void add(int64_t part, const RowsOf<E>& a, const RowsOf<E>& b, int64_t count) {
     float* sums = sums_[part].data();
     if constexpr (std::is_same_v<E, float>) {
-      add_outer(a.data, a.stride, columns_, b, stride_, stride_, count, sums, stride_, begun_[part]);
+      add_outer(a.data, a.stride, columns_, b.data, b.stride, stride_, count, sums, stride_, begun_[part]);
     } else {
       constexpr int64_t kDepth = Dot<E>::kDepth;
       const int64_t lanes = lanes_of(columns_), steps = (count + kDepth - 1) / kDepth;
       E* a_steps = tile_of<E>(workspace<2>(steps * (lanes + stride_)));
       E* b_steps = a_steps + steps * kDepth * lanes;
       rows_in_steps(a.data, a.stride, count, columns_, a_steps);
-      rows_in_steps(b, stride_, count, stride_, b_steps);
+      rows_in_steps(b.data, b.stride, count, stride_, b_steps);
       add_outer(a_steps, lanes * kDepth, columns_, b_steps, stride_ * kDepth, stride_, steps, sums, stride_, begun_[part]);
     }
     begun_[part] = true;
