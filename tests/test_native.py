@@ -31,6 +31,13 @@ y.backward(torch.randn(y.shape, generator=generator))
 torch.save((y.detach(), *moments, x.grad), PATH)
 """
 
+PRODUCT = """
+import torch, mvit3_kernels
+from mvit3_kernels.ops import Linear, pointwise_conv
+with mvit3_kernels.backend("cpu"):
+    print(pointwise_conv(torch.ones(1, 1, 1, 255).bfloat16(), Linear(torch.full((1, 255), 1 + 0.9 / 256), None))[0].item())
+"""
+
 
 def python(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
     """Runs `code` with the package in `folder`, without the settings of this process."""
@@ -73,6 +80,17 @@ def test_isa_is_chosen_and_agrees(isa, tmp_path):
         assert done.returncode == 0, done.stderr
         results[name] = torch.load(path)
     torch.testing.assert_close(results[isa], results["generic"], rtol=2e-6, atol=2e-6)
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", _native.ISAS)
+def test_bfloat16_products_round_float32_weights_where_the_cpu_multiplies_bfloat16(isa):
+    """As autocast does. 255 weights of 1 + 0.9 / 256 are 255 ones in bfloat16; their sum in float32, 255.9, would be stored as 256."""
+    if isa not in _native.supported_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    done = python(PRODUCT, MVIT3_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == (255 if isa == "avx512_bf16" else 256)
 
 
 def test_bad_isa():
