@@ -25,6 +25,7 @@ ISA_FLAGS = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
+    ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 # MVIT3_SANITIZE=<ISA>: that variant alone, which checks its use of memory and for undefined behaviour while it runs (`make sanitize`).
 LINK_FLAGS: list[str] = []
 if sanitized := os.environ.get("MVIT3_SANITIZE"):

@@ -20,6 +20,7 @@ std::vector<std::string> supported_isas() {
                     __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back("avx512_bf16");
   if (avx512) isas.push_back("avx512");
   if (avx2) isas.push_back("avx2");
 #endif

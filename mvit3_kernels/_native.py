@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 ENVIRONMENT = "MVIT3_ISA"
 _FOLDER = Path(__file__).parent
 _FAILURE_FILE = _FOLDER / "_build_failure.txt"  # written by setup.py where it could not compile
@@ -25,7 +25,7 @@ def why_not() -> str | None:
 
 
 def isa() -> str | None:
-    """The instruction set of the loaded kernels: "avx512", "avx2" or "generic"; None when none are loaded."""
+    """The instruction set of the loaded kernels: "avx512_bf16", "avx512", "avx2" or "generic"; None when none are loaded."""
     return _isa
 
 

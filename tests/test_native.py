@@ -31,6 +31,13 @@ y.backward(torch.randn(y.shape, generator=generator))
 torch.save((y.detach(), *moments, x.grad), PATH)
 """
 
+PRODUCT = """
+import torch, mvit3_kernels
+from mvit3_kernels.ops import Linear, pointwise_conv
+with mvit3_kernels.backend("cpu"):
+    print(pointwise_conv(torch.ones(1, 1, 1, 255).bfloat16(), Linear(torch.full((1, 255), 1 + 0.9 / 256), None))[0].item())
+"""
+
 
 def python(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
     """Runs `code` with the package in `folder`, without the settings of this process."""
@@ -94,11 +101,21 @@ def test_kernels_of_every_isa(isa):
     done = python(f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))", MVIT3_ISA=isa)
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
+@needs_kernels
+@pytest.mark.parametrize("isa", _native.ISAS)
+def test_bfloat16_products_round_float32_weights_where_the_cpu_multiplies_bfloat16(isa):
+    """As autocast does. 255 weights of 1 + 0.9 / 256 are 255 ones in bfloat16; their sum in float32, 255.9, would be stored as 256."""
+    if isa not in _native.supported_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    done = python(PRODUCT, MVIT3_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == (255 if isa == "avx512_bf16" else 256)
+
 
 def test_bad_isa():
     done = python(STATE, MVIT3_ISA="sse9")
     assert done.returncode != 0
-    assert "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, got 'sse9'" in done.stderr
+    assert "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, avx512_bf16, got 'sse9'" in done.stderr
 
 
 @needs_kernels

@@ -110,7 +110,9 @@ MVIT3_INLINE Vec load(const Float16* p) {
 #if defined(__AVX2__)
 // Sixteen floats rounded to 16 bits, in one register.
 MVIT3_INLINE __m256i narrow(Vec v, BFloat16) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512BF16__)  // takes subnormal numbers for zero
+  return __m256i(_mm512_cvtneps_pbh(__m512(v.part[0])));
+#elif defined(__AVX512BW__)
   const __m512 value = __m512(v.part[0]);
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

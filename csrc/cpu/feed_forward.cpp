@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_forward(
   const int64_t count = per_sample ? tokens.samples : tokens.total();
   const Tensor mean = torch::stable::new_empty(dense, {count}, ScalarType::Float), rstd = torch::stable::new_empty(mean, {count});
   if (tokens.total() == 0) return std::make_tuple(y, mean, rstd);
-  const FeedForwardWeights weights(first, second, read_vector("bias2", bias2, tokens.channels));
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
+    const FeedForwardWeightsOf<Multiplied<T>> weights(first, second, read_vector("bias2", bias2, tokens.channels));
     const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
     feed_forward(map, eps, weights, dropout, mutable_data_of<T>(y));
   });
@@ -47,23 +47,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
   const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
 
   const Scratch<float> bias = parameters.folded_bias();
-  const PackedWeight forward = parameters.packed(), first_transposed = parameters.transposed();
-  const PackedWeight second_transposed = PackedWeight::columns(second.data(), wide, channels, wide);
-
   const int64_t parts = count_parts(tokens.total() * channels * wide, 1 << 21);
-  OuterSums products1(parts, wide, lanes), products2(parts, channels, wide_lanes);
   auto sums1 = accumulators<double>(parts, wide_lanes), sums2 = accumulators<double>(parts, lanes);
-  dispatch_dtype("x", dense, [&](auto type) {
+  return dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
+    using E = Multiplied<T>;
+    const auto forward = parameters.packed<E>(), first_transposed = parameters.transposed<E>();
+    const auto second_transposed = PackedWeightOf<E>::columns(second.data(), wide, channels, wide);
+    OuterSumsOf<E> products1(parts, wide, lanes), products2(parts, channels, wide_lanes);
     const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
     NormedMapBackward<T> norm(map, data_of<T>(dense_dy), mutable_data_of<T>(dx), parts);
     const int64_t floats = 3 * lanes + 2 * wide_lanes, tile = tile_rows(floats);
     for_each_tile(tokens.total(), parts, [&](int64_t part, int64_t first, int64_t count) {
-      float* normalised = workspace(tile * floats);
-      float *dnormalised = normalised + tile * lanes, *memory = dnormalised + tile * lanes, *hidden = memory + tile * lanes;
-      float* dhidden = hidden + tile * wide_lanes;
+      float *dnormalised = workspace(tile * floats), *product1 = dnormalised + tile * lanes;
+      E *normalised = tile_of<E>(product1 + tile * wide_lanes), *memory = normalised + tile * lanes, *dhidden = memory + tile * lanes;
+      E* hidden = sizeof(E) == sizeof(float) ? tile_of<E>(product1) : dhidden + tile * wide_lanes;  // in the product's place where it fits
       const T* given = data_of<T>(dense_dy) + first * channels;
-      FloatRows grads = as_floats(given, channels, count, channels, memory);
+      RowsOf<E> grads = as_rows(given, channels, count, channels, memory);
       if (dropout.output.active()) {
         const TileMask mask(dropout.output, first, count, tokens.rows, channels);
         for (int64_t r = 0; r < count; ++r)
@@ -73,31 +73,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
       }
       const TileMask mask(dropout.hidden, first, count, tokens.rows, wide);
       map.normalise_again(first, count, normalised, lanes);
-      multiply_into(normalised, lanes, count, forward, hidden, wide_lanes);
+      multiply_into(normalised, lanes, count, forward, product1, wide_lanes);
       multiply(grads.data, grads.stride, count, second_transposed, [&](int64_t r, int64_t c, Vec product) {
-        float* at = hidden + r * wide_lanes + c;
+        const int64_t at = r * wide_lanes + c;
         Vec value, slope;
-        activate_with_slope<kSilu>(load(at) + load(bias.data() + c), value, slope);
-        store(at, mask(value, r, c));
-        store(dhidden + r * wide_lanes + c, mask(product * slope, r, c));
+        activate_with_slope<kSilu>(load(product1 + at) + load(bias.data() + c), value, slope);
+        store(hidden + at, mask(value, r, c));
+        store(dhidden + at, mask(product * slope, r, c));
       });
-      products2.add(part, grads, hidden, count);
+      products2.add(part, grads, {hidden, wide_lanes}, count);
       add_columns(grads.data, grads.stride, count, channels, sums2[part].data());
-      products1.add(part, {dhidden, wide_lanes}, normalised, count);
+      products1.add(part, {dhidden, wide_lanes}, {normalised, lanes}, count);
       add_columns(dhidden, wide_lanes, count, wide, sums1[part].data());
       multiply_into(dhidden, wide_lanes, count, first_transposed, dnormalised, lanes);
       norm.tile(part, first, count, dnormalised, normalised, lanes);
     }, tile);
     norm.finish();
-  });
 
-  const Values dbias1 = add_up(sums1, wide), dbias2 = add_up(sums2, channels);
-  const NormLinearGradients gradients(parameters, products1.parts(), dbias1, weight1);
-  const Tensor dweight2 = torch::stable::new_empty(weight2, weight2.sizes());
-  dispatch_dtype("weight2", weight2, [&](auto type) { add_up_rows(products2.parts(), channels, wide, wide_lanes, mutable_data_of<decltype(type)>(dweight2)); });
-  return std::make_tuple(
-      dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
-      write_bias(dbias1, bias1, x), dweight2, write_bias(dbias2, bias2, x));
+    const Values dbias1 = add_up(sums1, wide), dbias2 = add_up(sums2, channels);
+    const NormLinearGradients gradients(parameters, products1.parts(), dbias1, weight1);
+    const Tensor dweight2 = torch::stable::new_empty(weight2, weight2.sizes());
+    dispatch_dtype("weight2", weight2, [&](auto w) { add_up_rows(products2.parts(), channels, wide, wide_lanes, mutable_data_of<decltype(w)>(dweight2)); });
+    return std::make_tuple(
+        dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
+        write_bias(dbias1, bias1, x), dweight2, write_bias(dbias2, bias2, x));
+  });
 }
 
 }  // namespace

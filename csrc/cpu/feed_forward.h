@@ -8,14 +8,17 @@
 namespace mvit3 {
 
 // What the forward pass reads: packed once for a version of the parameters.
-struct FeedForwardWeights {
-  NormLinearWeights first;
-  PackedWeight second;
+template <typename E>
+struct FeedForwardWeightsOf {
+  NormLinearWeightsOf<E> first;
+  PackedWeightOf<E> second;
   Scratch<float> bias;
 
-  FeedForwardWeights(const NormLinearParameters& first, const FloatMatrix& second, Scratch<float> bias)
-      : first(first), second(PackedWeight::rows(second.data(), first.inputs, first.outputs, first.outputs)), bias(std::move(bias)) {}
+  FeedForwardWeightsOf(const NormLinearParameters& first, const FloatMatrix& second, Scratch<float> bias)
+      : first(first), second(PackedWeightOf<E>::rows(second.data(), first.inputs, first.outputs, first.outputs)), bias(std::move(bias)) {}
 };
+
+using FeedForwardWeights = FeedForwardWeightsOf<float>;
 
 // The two dropouts of a call.
 struct FeedForwardDropout {
@@ -47,14 +50,14 @@ class TileMask {
 };
 
 // Statistics that the map has no memory for are not kept.
-template <typename T>
-void feed_forward(const NormedMap<T>& x, double eps, const FeedForwardWeights& w, const FeedForwardDropout& dropout, T* y) {
+template <typename E, typename T>
+void feed_forward(const NormedMap<T>& x, double eps, const FeedForwardWeightsOf<E>& w, const FeedForwardDropout& dropout, T* y) {
   const int64_t channels = x.tokens().channels, lanes = lanes_of(channels), wide = w.second.inputs(), wide_lanes = lanes_of(wide);
   const int64_t tile = tile_rows(lanes + wide_lanes);
   x.measure(eps);
   for_each_tile(x.tokens().total(), count_parts(x.tokens().total() * channels * wide, 1 << 19), [&](int64_t, int64_t first, int64_t count) {
-    float* normalised = workspace(tile * (lanes + wide_lanes));
-    float* hidden = normalised + tile * lanes;
+    E* normalised = tile_of<E>(workspace(tile * (lanes + wide_lanes)));
+    E* hidden = normalised + tile * lanes;
     const TileMask hidden_mask(dropout.hidden, first, count, x.tokens().rows, wide), mask(dropout.output, first, count, x.tokens().rows, channels);
     x.normalise(first, count, eps, normalised, lanes);
     multiply(normalised, lanes, count, w.first.weight, [&](int64_t r, int64_t c, Vec sums) {

@@ -3,8 +3,10 @@
 // A weight (outputs, inputs) is packed into panels of a few vectors of outputs, each panel [inputs][outputs of the panel], so that a
 // micro-kernel streams it from the first-level cache while a block of rows accumulates in registers. What happens to the finished
 // sums is up to the caller: `emit(row, output, sums)` is inlined, so a norm, an activation or a residual costs no pass.
+// E is the type of both operands (dot.h): float, or bfloat16 in pairs of inputs where the CPU multiplies it.
 #pragma once
 
+#include "dot.h"
 #include "parallel.h"
 #include "tensor.h"
 
@@ -22,24 +24,34 @@ constexpr int64_t kPanel = kPanelVecs * kLanes;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// A weight in panels, padded with zero outputs to whole vectors.
-class PackedWeight {
+// Writes a vector of one step: at(k) is the vector of neighbour k.
+template <typename E, typename At>
+MVIT3_INLINE void store_step(E* out, const At& at) {
+  Vec values[Dot<E>::kDepth];
+  for (int64_t k = 0; k < Dot<E>::kDepth; ++k) values[k] = at(k);
+  Dot<E>::store(out, values);
+}
+
+// A weight in panels, padded with zeros to whole vectors of outputs and whole steps of inputs.
+template <typename E>
+class PackedWeightOf {
  public:
   // `at(output, input)` reads the weight.
   template <typename At>
-  PackedWeight(int64_t outputs, int64_t inputs, const At& at) : PackedWeight(outputs, inputs) {
-    for_each_panel([&](int64_t first, int64_t width, float* out) {
+  PackedWeightOf(int64_t outputs, int64_t inputs, const At& at) : PackedWeightOf(outputs, inputs) {
+    for_each_panel([&](int64_t first, int64_t width, E* out) {
       constexpr int64_t kBlock = 16;  // of inputs: what is written stays in the first-level cache
-      for (int64_t begin = 0; begin < inputs_; begin += kBlock)
+      for (int64_t begin = 0; begin < depth_; begin += kBlock)
         for (int64_t o = 0; o < width; ++o)
-          for (int64_t i = begin; i < std::min(begin + kBlock, inputs_); ++i) out[i * width + o] = first + o < outputs_ ? at(first + o, i) : 0.0f;
+          for (int64_t i = begin; i < std::min(begin + kBlock, depth_); ++i)
+            out[(i / kDepth * width + o) * kDepth + i % kDepth] = from_float<E>(first + o < outputs_ && i < inputs_ ? at(first + o, i) : 0.0f);
     });
   }
 
   // The weight w (outputs, inputs), its rows `stride` apart; with `scale`, padded to whole vectors, column c times scale[c].
-  static PackedWeight rows(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
-    PackedWeight packed(outputs, inputs);
-    packed.for_each_panel([&](int64_t first, int64_t width, float* out) {
+  static PackedWeightOf rows(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
+    PackedWeightOf packed(outputs, inputs);
+    packed.for_each_panel([&](int64_t first, int64_t width, E* out) {
       for (int64_t i = 0; i < inputs; i += kLanes)  // what is written stays in the first-level cache
         for (int64_t o = 0; o < width; o += kLanes) {
           alignas(64) float square[kLanes * kLanes];
@@ -48,35 +60,41 @@ class PackedWeight {
             store(square + r * kLanes, scale ? row * load(scale + i) : row);
           }
           transpose(square);
-          for (int64_t r = 0; r < std::min<int64_t>(kLanes, inputs - i); ++r) store(out + (i + r) * width + o, load(square + r * kLanes));
+          for (int64_t r = 0; r < std::min<int64_t>(kLanes, packed.depth_ - i); r += kDepth)
+            store_step(out + (i + r) * width + o * kDepth, [&](int64_t k) { return load(square + (r + k) * kLanes); });
         }
     });
     return packed;
   }
 
   // The transpose of w (inputs, outputs), its rows `stride` apart; `scale` as above.
-  static PackedWeight columns(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
-    PackedWeight packed(outputs, inputs);
-    packed.for_each_panel([&](int64_t first, int64_t width, float* out) {
-      for (int64_t i = 0; i < inputs; ++i)
-        for (int64_t o = 0; o < width; o += kLanes) {
-          const Vec row = load_some(w + i * stride + first + o, outputs - first - o);
-          store(out + i * width + o, scale ? row * load(scale + first + o) : row);
-        }
+  static PackedWeightOf columns(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
+    PackedWeightOf packed(outputs, inputs);
+    packed.for_each_panel([&](int64_t first, int64_t width, E* out) {
+      for (int64_t i = 0; i < inputs; i += kDepth)
+        for (int64_t o = 0; o < width; o += kLanes)
+          store_step(out + i * width + o * kDepth, [&](int64_t k) {
+            const Vec row = i + k < inputs ? load_some(w + (i + k) * stride + first + o, outputs - first - o) : Vec(0.0f);
+            return scale ? row * load(scale + first + o) : row;
+          });
     });
     return packed;
   }
 
   int64_t outputs() const { return outputs_; }
   int64_t inputs() const { return inputs_; }
+  int64_t steps() const { return depth_ / kDepth; }
   Range panels() const { return {0, (outputs_ + kPanel - 1) / kPanel}; }
 
   // The panel that begins with output `first`, a multiple of kPanel, and its number of vectors.
-  const float* panel(int64_t first) const { return data_.data() + first * inputs_; }
+  const E* panel(int64_t first) const { return data_.data() + first * depth_; }
   int64_t panel_vecs(int64_t first) const { return std::min<int64_t>(kPanelVecs, (outputs_ - first + kLanes - 1) / kLanes); }
 
  private:
-  PackedWeight(int64_t outputs, int64_t inputs) : outputs_(outputs), inputs_(inputs), data_(round_up(outputs, kLanes) * inputs) {}
+  static constexpr int64_t kDepth = Dot<E>::kDepth;
+
+  PackedWeightOf(int64_t outputs, int64_t inputs)
+      : outputs_(outputs), inputs_(inputs), depth_(round_up(inputs, kDepth)), data_(round_up(outputs, kLanes) * depth_) {}
 
   // f(first output, width, data) for every panel, over all threads.
   template <typename F>
@@ -85,40 +103,48 @@ class PackedWeight {
     for_each_part(parts, [&](int64_t part) {
       const Range range = part_range(panels, part, parts);
       for (int64_t first = range.begin * kPanel; first < range.end * kPanel; first += kPanel)
-        f(first, panel_vecs(first) * kLanes, data_.data() + first * inputs_);
+        f(first, panel_vecs(first) * kLanes, data_.data() + first * depth_);
     });
   }
 
-  int64_t outputs_, inputs_;
-  Scratch<float> data_;
+  int64_t outputs_, inputs_, depth_;  // depth: the inputs, padded
+  Scratch<E> data_;
 };
 
-// Two operands of a block: a(row, k) = a[row * row_step + k * step], b(k, vector) = b[k * b_step + vector * kLanes]. One of row_step and
-// step is 1: either the reduction runs along the rows of a feature map, or the rows of the block do.
-struct Operands {
-  const float *a, *b;
+using PackedWeight = PackedWeightOf<float>;
+
+// Two operands of a block, with Dot<E>::kDepth neighbours at each place: a(row, k) = a[row * row_step + k * step], b(k, vector) =
+// b[k * b_step + vector * kLanes * kDepth]. One of row_step and step is kDepth: either the reduction runs along the rows of a feature map,
+// or the rows of the block do.
+template <typename E>
+struct OperandsOf {
+  const E *a, *b;
   int64_t row_step, step, b_step, depth;
 };
 
+using Operands = OperandsOf<float>;
+
 // Writes (or, with `add`, adds) the product of a block of 1..kBlockRows rows and 1..kPanelVecs vectors to out[row * out_stride + column].
-void multiply_block(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add);
+template <typename E>
+void multiply_block(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add);
 
 // The same for a sum of any length, cut: a sum of sums errs less than a running one, and a piece of a panel stays in cache.
-inline void multiply_long(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add) {
+template <typename E>
+void multiply_long(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
   constexpr int64_t kLongest = 512;
   const int64_t pieces = std::max<int64_t>((in.depth + kLongest - 1) / kLongest, 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const Range range = part_range(in.depth, piece, pieces);
-    const Operands part{in.a + range.begin * in.step, in.b + range.begin * in.b_step, in.row_step, in.step, in.b_step, range.size()};
+    const OperandsOf<E> part{in.a + range.begin * in.step, in.b + range.begin * in.b_step, in.row_step, in.step, in.b_step, range.size()};
     multiply_block(rows, vecs, part, out, out_stride, add || piece > 0);
   }
 }
 
 // All blocks of rows against one panel of `vecs` vectors: f(first row, number of rows, operands of the block).
-template <typename F>
-MVIT3_INLINE void for_each_block_of(int64_t rows, Operands in, const F& f) {
+template <typename E, typename F>
+MVIT3_INLINE void for_each_block_of(int64_t rows, OperandsOf<E> in, const F& f) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const float* a = in.a;
+  const E* a = in.a;
   for (int64_t block = 0; block < blocks; ++block) {
     const Range range = part_range(rows, block, blocks);  // blocks of almost equal size: no short last one
     in.a = a + range.begin * in.row_step;
@@ -127,17 +153,18 @@ MVIT3_INLINE void for_each_block_of(int64_t rows, Operands in, const F& f) {
 }
 
 // out[row * out_stride + column] = (or, with `add`, +=) the product of all rows and one panel of `vecs` vectors.
-inline void multiply_panel_into(int64_t rows, int64_t vecs, const Operands& in, float* out, int64_t out_stride, bool add) {
-  for_each_block_of(rows, in, [&](int64_t first, int64_t count, const Operands& block) {
+template <typename E = float>
+void multiply_panel_into(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
+  for_each_block_of(rows, in, [&](int64_t first, int64_t count, const OperandsOf<E>& block) {
     multiply_long(count, vecs, block, out + first * out_stride, out_stride, add);
   });
 }
 
 // emit(row, column, sums) for every row and vector of a panel that begins with `column`.
-template <typename Emit>
-void multiply_panel(int64_t rows, int64_t vecs, const Operands& in, int64_t column, const Emit& emit) {
+template <typename E = float, typename Emit>
+void multiply_panel(int64_t rows, int64_t vecs, const OperandsOf<E>& in, int64_t column, const Emit& emit) {
   alignas(64) float sums[kBlockRows * kPanel];  // in the first-level cache: what becomes of the sums is compiled once, not once a block size
-  for_each_block_of(rows, in, [&](int64_t first, int64_t count, const Operands& block) {
+  for_each_block_of(rows, in, [&](int64_t first, int64_t count, const OperandsOf<E>& block) {
     multiply_long(count, vecs, block, sums, kPanel, false);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t v = 0; v < vecs; ++v) emit(first + r, column + v * kLanes, load(sums + r * kPanel + v * kLanes));
@@ -145,51 +172,64 @@ void multiply_panel(int64_t rows, int64_t vecs, const Operands& in, int64_t colu
 }
 
 // Calls f(first output, number of vectors) for every panel of `panels`.
-template <typename F>
-MVIT3_INLINE void for_each_panel(const PackedWeight& weight, Range panels, const F& f) {
+template <typename E, typename F>
+MVIT3_INLINE void for_each_panel(const PackedWeightOf<E>& weight, Range panels, const F& f) {
   for (int64_t panel = panels.begin; panel < panels.end; ++panel) f(panel * kPanel, weight.panel_vecs(panel * kPanel));
 }
 
-// emit(row, output, sums) for every row 0..rows-1 and vector of outputs: sums = x[row] W^T. Row r begins at x + r * stride.
-template <typename Emit>
-void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, Range panels, const Emit& emit) {
+// The operands of rows x, `stride` apart, and of the panel of `vecs` vectors that begins with `output`.
+template <typename E>
+OperandsOf<E> operands(const E* x, int64_t stride, const PackedWeightOf<E>& weight, int64_t output, int64_t vecs) {
+  constexpr int64_t kDepth = Dot<E>::kDepth;
+  return {x, weight.panel(output), stride, kDepth, vecs * kLanes * kDepth, weight.steps()};
+}
+
+// emit(row, output, sums) for every row 0..rows-1 and vector of outputs: sums = x[row] W^T. Row r begins at x + r * stride, and is readable to
+// a whole step.
+template <typename E, typename Emit>
+void multiply(const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, Range panels, const Emit& emit) {
   for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
-    multiply_panel(rows, vecs, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, output, emit);
+    multiply_panel(rows, vecs, operands(x, stride, weight, output, vecs), output, emit);
   });
 }
 
-template <typename Emit>
-void multiply(const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, const Emit& emit) {
+template <typename E, typename Emit>
+void multiply(const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, const Emit& emit) {
   multiply(x, stride, rows, weight, weight.panels(), emit);
 }
 
 // out[row * out_stride + output] = (or, with `add`, +=) x[row] W^T. Rows of out are padded to whole vectors.
-inline void multiply_into(
-    const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, Range panels, float* out, int64_t out_stride, bool add = false) {
+template <typename E>
+void multiply_into(
+    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, Range panels, float* out, int64_t out_stride, bool add = false) {
   for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
-    multiply_panel_into(rows, vecs, {x, weight.panel(output), stride, 1, vecs * kLanes, weight.inputs()}, out + output, out_stride, add);
+    multiply_panel_into(rows, vecs, operands(x, stride, weight, output, vecs), out + output, out_stride, add);
   });
 }
 
-inline void multiply_into(
-    const float* x, int64_t stride, int64_t rows, const PackedWeight& weight, float* out, int64_t out_stride, bool add = false) {
+template <typename E>
+void multiply_into(
+    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, float* out, int64_t out_stride, bool add = false) {
   multiply_into(x, stride, rows, weight, weight.panels(), out, out_stride, add);
 }
 
-// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `rows` rows. Rows of b and of out are padded to whole vectors.
-inline void add_outer(
-    const float* a, int64_t a_stride, int64_t a_columns, const float* b, int64_t b_stride, int64_t b_columns, int64_t rows, float* out, int64_t out_stride,
+// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `steps` steps of rows, each of Dot<E>::kDepth rows side by side, column
+// by column (`rows_in_steps`). Strides are those of a and b from step to step. Rows of b and of out are padded to whole vectors.
+template <typename E>
+void add_outer(
+    const E* a, int64_t a_stride, int64_t a_columns, const E* b, int64_t b_stride, int64_t b_columns, int64_t steps, float* out, int64_t out_stride,
     bool add = true) {
+  constexpr int64_t kDepth = Dot<E>::kDepth;
   for (int64_t column = 0; column < b_columns; column += kPanel) {
     const int64_t vecs = std::min<int64_t>(kPanelVecs, (b_columns - column + kLanes - 1) / kLanes);
-    multiply_panel_into(a_columns, vecs, {a, b + column, 1, a_stride, b_stride, rows}, out + column, out_stride, add);
+    multiply_panel_into<E>(a_columns, vecs, {a, b + column * kDepth, kDepth, a_stride, b_stride, steps}, out + column, out_stride, add);
   }
 }
 
 // Cuts a product over threads: f(range of rows, range of panels) once a part, all parts in parallel. Rows are cut first, in ranges that fill
 // blocks; a map of few rows is cut over panels as well, so that every thread has work and reads only its part of the weight.
-template <typename F>
-void for_each_block(int64_t rows, const PackedWeight& weight, const F& f) {
+template <typename E, typename F>
+void for_each_block(int64_t rows, const PackedWeightOf<E>& weight, const F& f) {
   const int64_t panels = weight.panels().size(), threads = count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16);
   int64_t row_parts = 1;
   double least = 0;

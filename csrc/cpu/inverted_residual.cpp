@@ -22,8 +22,10 @@ struct Block {
   Shape shape;
   ConvNorm expand, depthwise, project;
 
-  PackedWeight expand_weight() const { return expand.pack(shape.wide, shape.inputs); }
-  PackedWeight project_weight() const { return project.pack(shape.outputs, shape.wide); }
+  template <typename E>
+  PackedWeightOf<E> expand_weight() const { return expand.pack<E>(shape.wide, shape.inputs); }
+  template <typename E>
+  PackedWeightOf<E> project_weight() const { return project.pack<E>(shape.outputs, shape.wide); }
 };
 
 // What forward computes and backward reads: of e and the moments of x only one is there.
@@ -79,14 +81,15 @@ int64_t next_tile(int64_t rows, int64_t first, int64_t count, int64_t channels) 
 // e = x W^T and its mean and variance.
 template <typename T>
 void expand_stored(Block& b, const T* x, T* e) {
+  using E = Multiplied<T>;
   const Shape& s = b.shape;
-  const PackedWeight weight = b.expand_weight();
+  const PackedWeightOf<E> weight = b.expand_weight<E>();
   const int64_t parts = count_parts(s.rows() * s.wide), stride = tile_stride(s.wide);
   const bool past_cache = streams(e, s.rows(), s.wide);
   auto sums = channel_sums(parts, s.wide);
   for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float *tile = workspace(kTileRows * (stride + lanes_of(s.inputs))), *narrow = tile + kTileRows * stride;
-    const FloatRows in = as_floats(x + first * s.inputs, s.inputs, count, s.inputs, narrow);
+    float* tile = workspace(kTileRows * (stride + lanes_of(s.inputs)));
+    const RowsOf<E> in = as_rows(x + first * s.inputs, s.inputs, count, s.inputs, tile_of<E>(tile + kTileRows * stride));
     multiply_into(in.data, in.stride, count, weight, tile, stride);
     sums[part].add(tile, count, stride);
     store_rows(tile, stride, count, s.wide, e + first * s.wide, s.wide, past_cache);
@@ -139,8 +142,9 @@ void expansion_moments(Block& b, const T* x, float* mean, float* covariance) {
 // z, the filtered map, and its mean and variance.
 template <typename T, int Act>
 void filter(Block& b, const T* x, const Kept<T>& kept) {
+  using E = Multiplied<T>;
   const Shape& s = b.shape;
-  const PackedWeight weight = b.expand_weight();
+  const PackedWeightOf<E> weight = b.expand_weight<E>();
   const ScaleShift norm = b.expand.affine();
   const Scratch<float> taps = pack_taps(b.depthwise.weight.data(), s.wide);
   const int64_t pixel = tile_stride(s.wide), out_width = s.out_width(), d = s.dilation, slots = 2 * d + 1;
@@ -150,7 +154,8 @@ void filter(Block& b, const T* x, const Kept<T>& kept) {
   for_each_range(s.batch, s.out_height(), ranges, parts, [&](int64_t part, int64_t image, Range range) {
     const int64_t ring_floats = Ring::floats(slots, s.width, d, pixel);
     float* memory = workspace(ring_floats + out_width * pixel + s.width * lanes_of(s.inputs));
-    float *filtered = memory + ring_floats, *narrow = filtered + out_width * pixel;
+    float* filtered = memory + ring_floats;
+    E* narrow = tile_of<E>(filtered + out_width * pixel);
     const Ring ring(memory, slots, s.height, s.width, d, pixel);
     int64_t next = 0;  // the first row that the ring does not hold yet
     for (int64_t row = range.begin; row < range.end; ++row) {
@@ -164,7 +169,7 @@ void filter(Block& b, const T* x, const Kept<T>& kept) {
             store(out + r * pixel + c, activate<Act>(norm(load_some(e + r * s.wide + c, s.wide - c), c)));
           });
         } else {
-          const FloatRows in = as_floats(x + first * s.inputs, s.inputs, s.width, s.inputs, narrow);
+          const RowsOf<E> in = as_rows(x + first * s.inputs, s.inputs, s.width, s.inputs, narrow);
           multiply(in.data, in.stride, s.width, weight, [&](int64_t r, int64_t c, Vec product) {
             store(out + r * pixel + c, activate<Act>(norm(product, c)));
           });
@@ -187,13 +192,15 @@ void filter(Block& b, const T* x, const Kept<T>& kept) {
 // p, the projection before its norm, with its mean and variance; then y.
 template <typename T, int Act>
 void project(Block& b, const T* x, const T* z, T* p, T* y) {
+  using E = Multiplied<T>;
   const Shape& s = b.shape;
-  const PackedWeight weight = b.project_weight();
+  const PackedWeightOf<E> weight = b.project_weight<E>();
   const ScaleShift norm = b.depthwise.affine();
   const int64_t parts = count_parts(s.out_rows() * s.wide), stride = tile_stride(s.wide), out_stride = lanes_of(s.outputs);
   auto sums = channel_sums(parts, s.outputs);
   for_each_tile(s.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float *tile = workspace(kTileRows * (stride + out_stride)), *product = tile + kTileRows * stride;
+    float* product = workspace(kTileRows * (stride + out_stride));
+    E* tile = tile_of<E>(product + kTileRows * out_stride);
     const T* values = z + first * s.wide;
     for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
       store(tile + r * stride + c, activate<Act>(norm(load_some(values + r * s.wide + c, s.wide - c), c)));
@@ -261,18 +268,19 @@ void write_matrix(const std::vector<Scratch<float>>& parts, int64_t rows, int64_
 // own gradient needs; and the gradient of the projection's weight.
 template <typename T, int Act>
 NormBackward project_backward(const Block& b, const NormBackward& last, const T* dy, const T* z, const T* p, T* dn, const Tensor& dweight) {
+  using E = Multiplied<T>;
   const Shape& s = b.shape;
-  const PackedWeight transposed = PackedWeight::columns(b.project.weight.data(), s.wide, s.outputs, s.wide);
+  const auto transposed = PackedWeightOf<E>::columns(b.project.weight.data(), s.wide, s.outputs, s.wide);
   const ScaleShift norm = b.depthwise.affine();
   const Scratch<float> mean = b.depthwise.means();
   const int64_t parts = count_parts(s.out_rows() * s.wide), lanes = lanes_of(s.wide);
   const int64_t stride = tile_stride(s.wide), out_stride = lanes_of(s.outputs);
   const bool past_cache = streams(dn, s.out_rows(), s.wide);
   auto sums = accumulators<double>(parts, 2 * lanes);
-  auto products = accumulators<float>(parts, s.outputs * lanes);
+  OuterSumsOf<E> products(parts, s.outputs, lanes);
   for_each_tile(s.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float* dp = workspace(kTileRows * (out_stride + 2 * stride));
-    float *hidden = dp + kTileRows * out_stride, *grads = hidden + kTileRows * stride;
+    float* grads = workspace(kTileRows * (out_stride + 2 * stride));
+    E *dp = tile_of<E>(grads + kTileRows * stride), *hidden = dp + kTileRows * out_stride;
     for_each_vec(count, s.outputs, [&](int64_t r, int64_t c) {
       const int64_t at = (first + r) * s.outputs + c, left = s.outputs - c;
       store(dp + r * out_stride + c, last(load_some(dy + at, left), load_some(p + at, left), c));
@@ -289,12 +297,12 @@ NormBackward project_backward(const Block& b, const NormBackward& last, const T*
       store(hidden + r * stride + c, value);
       store(grads + r * stride + c, load(grads + r * stride + c) * slope);
     });
-    add_outer(dp, out_stride, s.outputs, hidden, stride, lanes, count, products[part].data(), lanes);
+    products.add(part, {dp, out_stride}, {hidden, stride}, count);
     add_sum_and_dot(grads, stride, values, s.wide, mean, s.wide, count, sums[part]);
     store_rows(grads, stride, count, s.wide, dn + first * s.wide, s.wide, past_cache);
     if (past_cache) stream_fence();
   });
-  write_matrix<T>(products, s.outputs, s.wide, lanes, dweight);
+  write_matrix<T>(products.parts(), s.outputs, s.wide, lanes, dweight);
   return NormBackward::from(b.depthwise, sums, s.out_rows());
 }
 
@@ -410,37 +418,44 @@ class TapsBackward {
 // What a part gathers where it passes the gradient of the first norm's output, dn.
 struct WideSums {
   Scratch<double> taps, dn;  // gradients of the taps [lanes / 16][9][16]; sums of dn, and of dn * (e - mean) where e is stored
-  Scratch<float> products;   // (x - mean)^T dn, (C, lanes), where e is recomputed
 
-  WideSums(const Shape& s, bool stored)
-      : taps(9 * lanes_of(s.wide), 0.0), dn(2 * lanes_of(s.wide), 0.0), products(stored ? 1 : s.inputs * lanes_of(s.wide), 0.0f) {}
+  explicit WideSums(const Shape& s) : taps(9 * lanes_of(s.wide), 0.0), dn(2 * lanes_of(s.wide), 0.0) {}
+};
+
+template <typename E>
+struct WideGradients {
+  std::vector<WideSums> sums;
+  OuterSumsOf<E> products;  // (x - mean)^T dn, (C, lanes), where e is recomputed
 };
 
 // Through the middle norm, the taps and the activation. Where e is stored, `dn` gets the gradient of the first norm's output; else dx gets
 // what the expansion's weight makes of it, without that norm's correction.
 template <typename T, int Act>
-std::vector<WideSums> depthwise_backward(
+WideGradients<Multiplied<T>> depthwise_backward(
     const Block& b, const NormBackward& middle, const T* x, const Kept<T>& kept, const T* filtered_dn, T* dn, T* dx) {
+  using E = Multiplied<T>;
   const Shape& s = b.shape;
   const int64_t pixel = tile_stride(s.wide), row_floats = s.width * pixel, out_width = s.out_width(), out_height = s.out_height();
   const int64_t d = s.dilation, c = s.inputs, in_stride = lanes_of(c);
   const bool stored = kept.stored(), past_cache = stored && streams(dn, s.rows(), s.wide);
   const float* w = b.expand.weight.data();
   const ScaleShift norm = b.expand.affine();
-  const PackedWeight expand = b.expand_weight();
-  const PackedWeight back(c, s.wide, [&](int64_t i, int64_t e) { return w[e * c + i] * norm.scale[e]; });
+  const PackedWeightOf<E> expand = b.expand_weight<E>();
+  const PackedWeightOf<E> back(c, s.wide, [&](int64_t i, int64_t e) { return w[e * c + i] * norm.scale[e]; });
   const Scratch<float> taps = pack_taps(b.depthwise.weight.data(), s.wide), mean = b.expand.means();
 
   const int64_t ranges = ranges_of(s, s.height), parts = parts_for(s.batch * ranges);
-  std::vector<WideSums> sums;
+  WideGradients<E> out{{}, OuterSumsOf<E>(parts, stored ? 0 : c, lanes_of(s.wide))};
+  std::vector<WideSums>& sums = out.sums;
   sums.reserve(parts);
-  for (int64_t i = 0; i < parts; ++i) sums.emplace_back(s, stored);
+  for (int64_t i = 0; i < parts; ++i) sums.emplace_back(s);
   for_each_range(s.batch, s.height, ranges, parts, [&](int64_t part, int64_t image, Range range) {
     const int64_t tile = std::clamp<int64_t>(kTileFloats / (3 * row_floats), std::min<int64_t>(s.stride, range.size()), range.size());
     const int64_t slots = (tile + 2 * d) / s.stride + 2, ring_floats = Ring::floats(slots, out_width, d, pixel);
     float* memory = workspace(ring_floats + 3 * tile * row_floats + 3 * tile * s.width * in_stride);
     float *values = memory + ring_floats, *slopes = values + tile * row_floats, *grads = slopes + tile * row_floats;
-    float *narrow = grads + tile * row_floats, *centred = narrow + tile * s.width * in_stride, *product = centred + tile * s.width * in_stride;
+    float* product = grads + tile * row_floats;
+    E *narrow = tile_of<E>(product + tile * s.width * in_stride), *centred = narrow + tile * s.width * in_stride;
     const Ring ring(memory, slots, out_height, out_width, d, pixel);
     const TapsBackward taps_backward(s, taps, ring);
     int64_t next = 0;  // the first row of the gradient before the middle norm that the ring does not hold yet
@@ -464,11 +479,11 @@ std::vector<WideSums> depthwise_backward(
         store(values + r * pixel + i, value);
         store(slopes + r * pixel + i, slope);
       };
-      FloatRows in{};
+      RowsOf<E> in{};
       if (stored) {
         for_each_vec(pixels, s.wide, [&](int64_t r, int64_t i) { activate_both(r, i, load_some(e + r * s.wide + i, s.wide - i)); });
       } else {
-        in = as_floats(x + start * c, c, pixels, c, narrow);
+        in = as_rows(x + start * c, c, pixels, c, narrow);
         multiply(in.data, in.stride, pixels, expand, activate_both);
       }
       for (int64_t row = first; row < last; ++row) {
@@ -488,33 +503,35 @@ std::vector<WideSums> depthwise_backward(
         for_each_vec(pixels, c, [&](int64_t r, int64_t i) {
           store(centred + r * in_stride + i, load_some(in.data + r * in.stride + i, c - i) - load_some(kept.mean + i, c - i));
         });
-        add_outer(centred, in_stride, c, grads, pixel, lanes_of(s.wide), pixels, sums[part].products.data(), lanes_of(s.wide));
-        multiply_into(grads, pixel, pixels, back, product, in_stride);
+        const RowsOf<E> dn_rows = as_rows(grads, pixel, pixels, s.wide, tile_of<E>(values));  // the values are read
+        out.products.add(part, {centred, in_stride}, dn_rows, pixels);
+        multiply_into(dn_rows.data, dn_rows.stride, pixels, back, product, in_stride);
         store_rows(product, in_stride, pixels, c, dx + start * c, c);
       }
     }
     if (past_cache) stream_fence();
   });
-  return sums;
+  return out;
 }
 
 // Stored: through the first norm and the expansion.
 template <typename T>
 void expand_backward(const Block& b, const NormBackward& first_norm, const T* dy, const T* x, const T* e, const T* dn, Gradients<T>& out) {
+  using E = Multiplied<T>;
   const Shape& s = b.shape;
-  const PackedWeight transposed = PackedWeight::columns(b.expand.weight.data(), s.inputs, s.wide, s.inputs);
+  const auto transposed = PackedWeightOf<E>::columns(b.expand.weight.data(), s.inputs, s.wide, s.inputs);
   const int64_t parts = count_parts(s.rows() * s.wide), stride = tile_stride(s.wide), in_lanes = lanes_of(s.inputs);
   const int64_t in_stride = tile_stride(s.inputs);
-  auto products = accumulators<float>(parts, s.wide * in_lanes);
+  OuterSumsOf<E> products(parts, s.wide, in_lanes);
   for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float* de = workspace(kTileRows * (stride + 2 * in_stride));
-    float *narrow = de + kTileRows * stride, *dx = narrow + kTileRows * in_stride;
+    float* dx = workspace(kTileRows * (stride + 2 * in_stride));
+    E *de = tile_of<E>(dx + kTileRows * in_stride), *narrow = de + kTileRows * stride;
     for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
       const int64_t at = (first + r) * s.wide + c, left = s.wide - c;
       store(de + r * stride + c, first_norm(load_some(dn + at, left), load_some(e + at, left), c));
     });
     load_rows(x + first * s.inputs, s.inputs, count, s.inputs, narrow, in_stride);
-    add_outer(de, stride, s.wide, narrow, in_stride, in_lanes, count, products[part].data(), in_lanes);
+    products.add(part, {de, stride}, {narrow, in_stride}, count);
     const int64_t after = (first + count) * s.wide, next = next_tile(s.rows(), first, count, s.wide), steps = count * in_lanes / kLanes;
     Ahead ahead_dn(dn + after, next, steps), ahead_e(e + after, next, steps);
     multiply(de, stride, count, transposed, [&](int64_t r, int64_t c, Vec product) {
@@ -529,21 +546,19 @@ void expand_backward(const Block& b, const NormBackward& first_norm, const T* dy
       store_some(out.dx + at, value, left);
     });
   });
-  write_matrix<T>(products, s.wide, s.inputs, in_lanes, out.expand);
+  write_matrix<T>(products.parts(), s.wide, s.inputs, in_lanes, out.expand);
 }
 
 // Recomputed, identity B: the gradients of the expansion and its norm from the sums, and the correction of dx, which touches narrow
 // tensors alone.
 template <typename T>
 void correct_expansion(
-    const Block& b, const std::vector<WideSums>& sums, const Values& dbeta, const T* dy, const T* x, const Kept<T>& kept, Gradients<T>& out) {
+    const Block& b, const std::vector<Scratch<float>>& sums, const Values& dbeta, const T* dy, const T* x, const Kept<T>& kept, Gradients<T>& out) {
   const Shape& s = b.shape;
   const ConvNorm& expand = b.expand;
   const int64_t c = s.inputs, lanes = lanes_of(s.wide), in_lanes = lanes_of(c);
   const double rows = double(s.rows());
-  Values products(c * lanes, 0.0);
-  for (const WideSums& part : sums)
-    for (int64_t i = 0; i < c * lanes; ++i) products[i] += part.products[i];
+  const Values products = add_up(sums, c * lanes);
   const float* w = expand.weight.data();
   Values dgamma(s.wide, 0.0);
   for (int64_t e = 0; e < s.wide; ++e) {
@@ -612,7 +627,8 @@ void backward(const Block& b, const T* dy, const T* x, const Kept<T>& kept, T* w
   const Shape& s = b.shape;
   const NormBackward last = last_norm_backward(b, dy, kept.p);
   const NormBackward middle = project_backward<T, Act>(b, last, dy, kept.z, kept.p, filtered, out.project);
-  const std::vector<WideSums> sums = depthwise_backward<T, Act>(b, middle, x, kept, filtered, wide, out.dx);
+  auto wide_gradients = depthwise_backward<T, Act>(b, middle, x, kept, filtered, wide, out.dx);
+  const std::vector<WideSums>& sums = wide_gradients.sums;
   const int64_t lanes = lanes_of(s.wide);
   Values total(2 * lanes, 0.0);
   for (const WideSums& part : sums)
@@ -624,7 +640,7 @@ void backward(const Block& b, const T* dy, const T* x, const Kept<T>& kept, T* w
     expand_backward(b, first, dy, x, kept.e, wide, out);
     out.gammas[0] = first.dgamma;
   } else {
-    correct_expansion(b, sums, out.betas[0], dy, x, kept, out);
+    correct_expansion(b, wide_gradients.products.parts(), out.betas[0], dy, x, kept, out);
   }
   write_taps(sums, s.wide, out.depthwise);
   out.gammas[1] = middle.dgamma;
@@ -683,9 +699,9 @@ Tensor inverted_residual_inference(
   const Shape& s = b.shape;
   const Tensor dense = torch::stable::contiguous(x);
   const Tensor y = empty_map(dense, s, s.outputs);
-  const InvertedResidualWeights weights(s, b.expand, b.depthwise, b.project, act);
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
+    const InvertedResidualWeightsOf<Multiplied<T>> weights(s, b.expand, b.depthwise, b.project, act);
     inverted_residual_forward(weights, data_of<T>(dense), s.batch, s.height, s.width, mutable_data_of<T>(y));
   });
   return y;

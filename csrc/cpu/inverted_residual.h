@@ -26,7 +26,8 @@ struct ConvNorm : Norm {
       const char* name, const Tensor& w, int64_t outputs, int64_t inputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
       : Norm(name, norm_weight, norm_bias, outputs, eps), weight(name, w, outputs, inputs) {}
 
-  PackedWeight pack(int64_t outputs, int64_t inputs) const { return PackedWeight::rows(weight.data(), outputs, inputs, inputs); }
+  template <typename E = float>
+  PackedWeightOf<E> pack(int64_t outputs, int64_t inputs) const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs, inputs); }
 };
 
 // `Columns` neighbours of a filtered row, each the sum of nine taps: a pixel that several of them read is loaded once.
@@ -86,21 +87,22 @@ void for_each_range(int64_t batch, int64_t height, int64_t ranges, int64_t parts
 }
 
 // The block in evaluation: the three norms are folded into the weights, what is left of them is a shift.
-struct InvertedResidualWeights {
+template <typename E>
+struct InvertedResidualWeightsOf {
   int64_t inputs, wide, outputs, stride, dilation, act;
-  PackedWeight expand, project;
+  PackedWeightOf<E> expand, project;
   Scratch<float> taps, expand_shift, filter_shift, project_shift;
 
-  InvertedResidualWeights(
+  InvertedResidualWeightsOf(
       const InvertedResidualShape& s, const ConvNorm& first, const ConvNorm& second, const ConvNorm& third, int64_t act)
-      : InvertedResidualWeights(s, first, second, third, act, first.affine(), second.affine(), third.affine()) {}
+      : InvertedResidualWeightsOf(s, first, second, third, act, first.affine(), second.affine(), third.affine()) {}
 
   InvertedResidualShape shape(int64_t batch, int64_t height, int64_t width) const {
     return {batch, height, width, inputs, wide, outputs, stride, dilation};
   }
 
  private:
-  InvertedResidualWeights(
+  InvertedResidualWeightsOf(
       const InvertedResidualShape& s, const ConvNorm& first, const ConvNorm& second, const ConvNorm& third, int64_t act, ScaleShift a,
       ScaleShift b, ScaleShift c)
       : inputs(s.inputs), wide(s.wide), outputs(s.outputs), stride(s.stride), dilation(s.dilation), act(act),
@@ -108,16 +110,21 @@ struct InvertedResidualWeights {
         taps(pack_taps(second.weight.data(), wide, b.scale.data())), expand_shift(std::move(a.shift)), filter_shift(std::move(b.shift)),
         project_shift(std::move(c.shift)) {}
 
-  static PackedWeight scaled(const ConvNorm& conv, const ScaleShift& norm, int64_t outputs, int64_t inputs) {
+  static PackedWeightOf<E> scaled(const ConvNorm& conv, const ScaleShift& norm, int64_t outputs, int64_t inputs) {
     const float *w = conv.weight.data(), *scale = norm.scale.data();
-    return PackedWeight(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * inputs + i] * scale[o]; });
+    return PackedWeightOf<E>(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * inputs + i] * scale[o]; });
   }
 };
 
+using InvertedResidualWeights = InvertedResidualWeightsOf<float>;
+
 template <typename T, int Act>
 class InvertedResidualForward {
+  using E = Multiplied<T>;
+  using Weights = InvertedResidualWeightsOf<E>;
+
  public:
-  InvertedResidualForward(const InvertedResidualWeights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y)
+  InvertedResidualForward(const Weights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y)
       : w_(w), s_(w.shape(batch, height, width)), x_(x), y_(y) {}
 
   // With a handful of rows a thread, the rows that two ranges both expand cost more than passing the filtered map from thread to thread.
@@ -138,7 +145,7 @@ class InvertedResidualForward {
       const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
       const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1, ring_floats = Ring::floats(slots, s_.width, d, pixel);
       float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
-      float *filtered = memory + ring_floats, *narrow = filtered + tile * out_width * pixel;
+      E *filtered = tile_of<E>(memory + ring_floats), *narrow = filtered + tile * out_width * pixel;
       const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
       int64_t next = 0;  // the first row that is not expanded yet
       for (int64_t first = range.begin; first < range.end; first += tile) {
@@ -146,7 +153,7 @@ class InvertedResidualForward {
         next = std::max({next, first * s_.stride - d, int64_t(0)});
         for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
           float* out = ring.row(next);
-          const FloatRows in = as_floats(x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, narrow);
+          const RowsOf<E> in = as_rows(x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, narrow);
           expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
         }
         for (int64_t row = first; row < last; ++row)
@@ -166,13 +173,13 @@ class InvertedResidualForward {
     const int64_t tasks = round_up(s_.batch * ((panels + fitting - 1) / fitting), threads);
     const int64_t chunks = std::clamp<int64_t>(tasks / s_.batch, 1, panels);
     const int64_t widest = (panels + chunks - 1) / chunks * kPanel, hidden = tile_stride(s_.wide);
-    float* filtered = workspace<1>(s_.out_rows() * hidden);
+    E* filtered = tile_of<E>(workspace<1>(s_.out_rows() * hidden));
     for_each_range(s_.batch, panels, chunks, parts_for(s_.batch * chunks), [&](int64_t, int64_t image, Range range) {
       const Range channels{range.begin * kPanel, std::min(range.end * kPanel, lanes_of(s_.wide))};
       const int64_t pixel = tile_stride(channels.size()), ring_floats = Ring::floats(s_.height, s_.width, d, pixel);
       float* memory = workspace(Ring::floats(s_.height, s_.width, d, tile_stride(widest)) + pixels * lanes_of(s_.inputs));
       const Ring ring(memory, s_.height, s_.height, s_.width, d, pixel);
-      const FloatRows in = as_floats(x_ + image * pixels * s_.inputs, s_.inputs, pixels, s_.inputs, memory + ring_floats);
+      const RowsOf<E> in = as_rows(x_ + image * pixels * s_.inputs, s_.inputs, pixels, s_.inputs, tile_of<E>(memory + ring_floats));
       expand(in, pixels, range, [&](int64_t r, int64_t c) {
         return ring.row(0) + (r + r / s_.width * 2 * d) * pixel + c - channels.begin;
       });
@@ -186,7 +193,7 @@ class InvertedResidualForward {
 
   // at(row, channel) is where the activated expansion goes.
   template <typename At>
-  void expand(FloatRows in, int64_t rows, Range panels, const At& at) const {
+  void expand(RowsOf<E> in, int64_t rows, Range panels, const At& at) const {
     const float* shift = w_.expand_shift.data();
     multiply(in.data, in.stride, rows, w_.expand, panels, [&](int64_t r, int64_t c, Vec sums) {
       store(at(r, c), activate<Act>(sums + load(shift + c)));
@@ -194,7 +201,7 @@ class InvertedResidualForward {
   }
 
   // A row of the ring, which holds `channels` alone, to a row of `out`, which holds all.
-  void filter(const Ring& ring, int64_t row, float* out, Range channels, int64_t pixel, int64_t out_pixel) const {
+  void filter(const Ring& ring, int64_t row, E* out, Range channels, int64_t pixel, int64_t out_pixel) const {
     const float* rows[3];
     for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(row * s_.stride + (t - 1) * s_.dilation);
     const float *shift = w_.filter_shift.data() + channels.begin, *taps = w_.taps.data() + channels.begin * 9;
@@ -204,7 +211,7 @@ class InvertedResidualForward {
     });
   }
 
-  void project(const float* filtered, int64_t pixel, int64_t first, int64_t rows, Range panels) const {
+  void project(const E* filtered, int64_t pixel, int64_t first, int64_t rows, Range panels) const {
     const T* residual = s_.skip() ? x_ + first * s_.inputs : nullptr;
     T* out = y_ + first * s_.outputs;
     const float* shift = w_.project_shift.data();
@@ -216,7 +223,7 @@ class InvertedResidualForward {
     });
   }
 
-  const InvertedResidualWeights& w_;
+  const Weights& w_;
   const InvertedResidualShape s_;
   const T* x_;
   T* y_;
@@ -224,7 +231,7 @@ class InvertedResidualForward {
 
 // y (batch, height / stride, width / stride, outputs) from x (batch, height, width, inputs).
 template <typename T>
-void inverted_residual_forward(const InvertedResidualWeights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y) {
+void inverted_residual_forward(const InvertedResidualWeightsOf<Multiplied<T>>& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y) {
   if (batch * height * width * w.outputs == 0) return;
   dispatch_activation(w.act, [&](auto act) { InvertedResidualForward<T, act>(w, x, batch, height, width, y).run(); });
 }

@@ -120,8 +120,9 @@ class NormedMap {
     }
   }
 
-  // The normalised rows, `stride` floats each, lanes behind the last channel without a meaning. The first time, tokens are measured.
-  void normalise(int64_t first, int64_t count, double eps, float* out, int64_t stride) const {
+  // The normalised rows, `stride` apart, lanes behind the last channel without a meaning. The first time, tokens are measured.
+  template <typename E>
+  void normalise(int64_t first, int64_t count, double eps, E* out, int64_t stride) const {
     for (int64_t r = first; r < first + count; ++r, out += stride) {
       if (per_sample_) {
         write(r, mean_[r / tokens_.rows], rstd_[r / tokens_.rows], out);
@@ -138,7 +139,8 @@ class NormedMap {
   }
 
   // The same from the statistics that were kept.
-  void normalise_again(int64_t first, int64_t count, float* out, int64_t stride) const {
+  template <typename E>
+  void normalise_again(int64_t first, int64_t count, E* out, int64_t stride) const {
     for (int64_t r = first; r < first + count; ++r, out += stride) write(r, mean(r), rstd(r), out);
   }
 
@@ -146,7 +148,8 @@ class NormedMap {
   float rstd(int64_t r) const { return rstd_[per_sample_ ? r / tokens_.rows : r]; }
 
  private:
-  MVIT3_INLINE void write(int64_t r, float mean, float rstd, float* out) const {
+  template <typename E>
+  MVIT3_INLINE void write(int64_t r, float mean, float rstd, E* out) const {
     for (int64_t c = 0; c < tokens_.channels; c += kLanes)
       store(out + c, (load_some(row(r) + c, tokens_.channels - c) - mean) * rstd);
   }
@@ -165,8 +168,9 @@ class NormedMapBackward {
   NormedMapBackward(const NormedMap<T>& map, const T* residual, T* dx, int64_t parts)
       : map_(map), residual_(residual), dx_(dx), sums_(accumulators<double>(parts, map.per_sample() ? 2 * map.tokens().samples : 1)) {}
 
-  // Rows of `stride` floats: grads zero behind the last channel.
-  void tile(int64_t part, int64_t first, int64_t count, const float* grads, const float* normalised, int64_t stride) {
+  // Rows `stride` apart: grads zero behind the last channel.
+  template <typename E>
+  void tile(int64_t part, int64_t first, int64_t count, const float* grads, const E* normalised, int64_t stride) {
     const int64_t channels = map_.tokens().channels;
     for (int64_t r = first; r < first + count; ++r, grads += stride, normalised += stride) {
       Vec sum = 0.0f, dot = 0.0f;

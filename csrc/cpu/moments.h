@@ -36,7 +36,8 @@ MVIT3_INLINE void for_each_run(int64_t count, const F& f) {
 }
 
 // Adds to sums[c] the column c of `count` rows.
-inline void add_columns(const float* rows, int64_t stride, int64_t count, int64_t columns, double* sums) {
+template <typename T>
+void add_columns(const T* rows, int64_t stride, int64_t count, int64_t columns, double* sums) {
   for (int64_t c = 0; c < columns; c += kLanes)
     for_each_run(count, [&](int64_t first, int64_t last) {
       Vec sum = 0.0f;

@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_forward(
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
     const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
-    norm_linear(map, eps, NormLinearWeights(parameters), mutable_data_of<T>(y));
+    norm_linear(map, eps, NormLinearWeightsOf<Multiplied<T>>(parameters), mutable_data_of<T>(y));
   });
   return std::make_tuple(y, mean, rstd);
 }
@@ -40,31 +40,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
   const NormLinearParameters parameters(norm_weight, norm_bias, "weight", weight, "bias", bias, tokens.channels);
   const int64_t inputs = parameters.inputs, outputs = parameters.outputs, lanes = lanes_of(inputs), out_lanes = lanes_of(outputs);
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.numel() == tokens.total() * outputs, "dy must have the dtype and rows of x");
-  const PackedWeight transposed = parameters.transposed();
   const int64_t parts = count_parts(tokens.total() * inputs * outputs, 1 << 21);
-  OuterSums products(parts, outputs, lanes);
   auto sums = accumulators<double>(parts, out_lanes);
-  dispatch_dtype("x", dense, [&](auto type) {
+  return dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
+    using E = Multiplied<T>;
+    const auto transposed = parameters.transposed<E>();
+    OuterSumsOf<E> products(parts, outputs, lanes);
     const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
     NormedMapBackward<T> norm(map, nullptr, mutable_data_of<T>(dx), parts);
     for_each_tile(tokens.total(), parts, [&](int64_t part, int64_t first, int64_t count) {
-      float* normalised = workspace(kTileRows * (2 * lanes + out_lanes));
-      float *grads = normalised + kTileRows * lanes, *memory = grads + kTileRows * lanes;
-      const FloatRows rows = as_floats(data_of<T>(dense_dy) + first * outputs, outputs, count, outputs, memory);
+      float* grads = workspace(kTileRows * (2 * lanes + out_lanes));
+      E *normalised = tile_of<E>(grads + kTileRows * lanes), *memory = normalised + kTileRows * lanes;
+      const RowsOf<E> rows = as_rows(data_of<T>(dense_dy) + first * outputs, outputs, count, outputs, memory);
       map.normalise_again(first, count, normalised, lanes);
       multiply_into(rows.data, rows.stride, count, transposed, grads, lanes);
-      products.add(part, rows, normalised, count);
+      products.add(part, rows, {normalised, lanes}, count);
       add_columns(rows.data, rows.stride, count, outputs, sums[part].data());
       norm.tile(part, first, count, grads, normalised, lanes);
     });
     norm.finish();
+    const Values dbias = add_up(sums, outputs);
+    const NormLinearGradients gradients(parameters, products.parts(), dbias, weight);
+    return std::make_tuple(
+        dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
+        write_bias(dbias, bias, x));
   });
-  const Values dbias = add_up(sums, outputs);
-  const NormLinearGradients gradients(parameters, products.parts(), dbias, weight);
-  return std::make_tuple(
-      dx, write_channels(gradients.dgamma, norm_weight), write_channels(gradients.dbeta, norm_bias), gradients.dweight,
-      write_bias(dbias, bias, x));
 }
 
 }  // namespace

@@ -37,8 +37,10 @@ struct NormLinearParameters {
   }
 
   // W gamma and its transpose.
-  PackedWeight packed() const { return PackedWeight::rows(weight.data(), outputs, inputs, inputs, scale().data()); }
-  PackedWeight transposed() const { return PackedWeight::columns(weight.data(), inputs, outputs, inputs, scale().data()); }
+  template <typename E>
+  PackedWeightOf<E> packed() const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs, inputs, scale().data()); }
+  template <typename E>
+  PackedWeightOf<E> transposed() const { return PackedWeightOf<E>::columns(weight.data(), inputs, outputs, inputs, scale().data()); }
 
  private:
   static Scratch<float> padded(const Values& values) {
@@ -58,20 +60,23 @@ struct NormLinearParameters {
 };
 
 // What the forward pass reads: packed once for a version of the parameters.
-struct NormLinearWeights {
-  PackedWeight weight;
+template <typename E>
+struct NormLinearWeightsOf {
+  PackedWeightOf<E> weight;
   Scratch<float> bias;
 
-  explicit NormLinearWeights(const NormLinearParameters& p) : weight(p.packed()), bias(p.folded_bias()) {}
+  explicit NormLinearWeightsOf(const NormLinearParameters& p) : weight(p.packed<E>()), bias(p.folded_bias()) {}
 };
 
+using NormLinearWeights = NormLinearWeightsOf<float>;
+
 // y, (rows of the map, outputs). Statistics that the map has no memory for are not kept.
-template <typename T>
-void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeights& w, T* y) {
+template <typename E, typename T>
+void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeightsOf<E>& w, T* y) {
   const int64_t lanes = lanes_of(x.tokens().channels), outputs = w.weight.outputs();
   x.measure(eps);
   for_each_block(x.tokens().total(), w.weight, [&](Range rows, Range panels) {
-    float* tile = workspace(kTileRows * lanes);
+    E* tile = tile_of<E>(workspace(kTileRows * lanes));
     for (int64_t first = rows.begin; first < rows.end; first += kTileRows) {
       const int64_t count = std::min(kTileRows, rows.end - first);
       x.normalise(first, count, eps, tile, lanes);

@@ -19,6 +19,8 @@ enum class Statistics { kNone, kFixed, kBatch };  // no norm; from running stati
 // The arguments of the op, checked and made contiguous.
 template <typename T>
 struct Layer {
+  using E = Multiplied<T>;  // of the operands of products
+
   Tensor a, b;
   int64_t rows, outputs;
   PointwiseInputs<T> inputs;
@@ -54,10 +56,10 @@ struct Layer {
     for (int64_t c = 0; c < outputs; ++c) norm.mean[c] -= bias[c];
   }
 
-  PackedWeight packed() const { return PackedWeight::rows(weight.data(), outputs, inputs.channels(), inputs.channels()); }
+  PackedWeightOf<E> packed() const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs.channels(), inputs.channels()); }
   // The columns of `channels` inputs as a weight from outputs to inputs.
-  PackedWeight transposed(int64_t first, int64_t channels) const {
-    return PackedWeight::columns(weight.data() + first, channels, outputs, inputs.channels());
+  PackedWeightOf<E> transposed(int64_t first, int64_t channels) const {
+    return PackedWeightOf<E>::columns(weight.data() + first, channels, outputs, inputs.channels());
   }
 
   Tensor new_map(int64_t channels) const { return new_output(torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), channels})); }
@@ -75,7 +77,8 @@ auto dispatch(const Tensor& a, int64_t act, const F& f) {
 template <int Act, typename T>
 void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   const int64_t outputs = layer.outputs, lanes = lanes_of(outputs);
-  const PackedWeight weight = layer.packed();
+  using E = Multiplied<T>;
+  const PackedWeightOf<E> weight = layer.packed();
   const int64_t parts = product_parts(layer.rows, weight);
   const bool of_batch = layer.statistics == Statistics::kBatch;
   const auto finish = [&](const ScaleShift& affine, int64_t first, int64_t count) {
@@ -86,7 +89,7 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   const ScaleShift known = layer.norm.affine();
   for_each_tile(layer.rows, parts, [&](int64_t part, int64_t first, int64_t count) {
     float* tile = workspace(kTileRows * lanes + layer.inputs.tile_floats(kTileRows));
-    multiply_to(layer.inputs.rows(first, count, tile + kTileRows * lanes), count, weight, p + first * outputs, tile);
+    multiply_to(layer.inputs.rows(first, count, tile_of<E>(tile + kTileRows * lanes)), count, weight, p + first * outputs, tile);
     if (of_batch)
       sums[part].add(p + first * outputs, count, outputs);
     else
@@ -98,32 +101,35 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   for_each_tile(layer.rows, parts, [&](int64_t, int64_t first, int64_t count) { finish(affine, first, count); });
 }
 
+template <typename E>
 struct Gradients {
-  OuterSums weight;
+  OuterSumsOf<E> weight;
   Values bias, gamma, beta;
 };
 
 template <int Act, typename T>
 class Backward {
+  using E = Multiplied<T>;
+
  public:
   Backward(const Layer<T>& layer, const T* dy, const T* p)
       : layer_(layer), dy_(dy), p_(p), affine_(layer.norm.affine()), mean_(layer.norm.means()), lanes_(lanes_of(layer.outputs)),
         parts_(count_parts(layer.rows * layer.outputs * layer.inputs.channels(), 1 << 18)), sums_(accumulators<double>(parts_, 2 * lanes_)) {}
 
   // The gradients of a and b, in da and db, and those of the parameters.
-  Gradients run(T* da, T* db) {
+  Gradients<E> run(T* da, T* db) {
     if (layer_.statistics == Statistics::kBatch) {
       sum_up();
       norm_ = NormBackward::from(layer_.norm, sums_, layer_.rows);
     }
     const auto& x = layer_.inputs;
-    const PackedWeight to_a = layer_.transposed(0, x.a_channels), to_b = layer_.transposed(x.a_channels, x.b_channels);
-    OuterSums products(parts_, layer_.outputs, x.stride());
+    const PackedWeightOf<E> to_a = layer_.transposed(0, x.a_channels), to_b = layer_.transposed(x.a_channels, x.b_channels);
+    OuterSumsOf<E> products(parts_, layer_.outputs, x.stride());
     for_each_tile(layer_.rows, parts_, [&](int64_t part, int64_t first, int64_t count) {
       float* gradient = workspace(kTileRows * (lanes_ + x.stride()) + x.tile_floats(kTileRows));
       float *tile = gradient + kTileRows * lanes_, *gathered = tile + kTileRows * x.stride();
-      const FloatRows dp = product_gradient(part, first, count, gradient);
-      products.add(part, dp, x.rows(first, count, gathered).data, count);
+      const RowsOf<E> dp = product_gradient(part, first, count, gradient);
+      products.add(part, dp, x.rows(first, count, tile_of<E>(gathered)), count);
       multiply_to(dp, count, to_a, da + first * x.a_channels, tile);
       if (db) multiply_to(dp, count, to_b, db + first * x.b_channels, tile);
     });
@@ -167,22 +173,23 @@ class Backward {
   }
 
   // The gradient of the product; its sums too where they are not known yet.
-  FloatRows product_gradient(int64_t part, int64_t first, int64_t count, float* tile) {
+  RowsOf<E> product_gradient(int64_t part, int64_t first, int64_t count, float* tile) {
     const int64_t outputs = layer_.outputs;
-    if (!p_) {  // neither norm nor activation
-      const FloatRows dp = as_floats(dy_ + first * outputs, outputs, count, outputs, tile);
+    E* rounded = tile_of<E>(tile);  // in the place of the floats, which are read before their place is needed
+    if (!p_) {                      // neither norm nor activation
+      const RowsOf<E> dp = as_rows(dy_ + first * outputs, outputs, count, outputs, rounded);
       add_columns(dp.data, dp.stride, count, outputs, sums_[part].data());
       return dp;
     }
     if (norm_) {
-      norm_gradient(first, count, [&](int64_t at, int64_t c, Vec value, Vec grad) { store(tile + at, (*norm_)(grad, value, c)); });
-      return {tile, lanes_};
+      norm_gradient(first, count, [&](int64_t at, int64_t c, Vec value, Vec grad) { store(rounded + at, (*norm_)(grad, value, c)); });
+      return {rounded, lanes_};
     }
     norm_gradient(first, count, [&](int64_t at, int64_t, Vec, Vec grad) { store(tile + at, grad); });
     add_sums(part, {tile, lanes_}, first, count);
     for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < outputs; c += kLanes) store(tile + r * lanes_ + c, load(tile + r * lanes_ + c) * load(affine_.scale.data() + c));
-    return {tile, lanes_};
+      for (int64_t c = 0; c < outputs; c += kLanes) store(rounded + r * lanes_ + c, load(tile + r * lanes_ + c) * load(affine_.scale.data() + c));
+    return {rounded, lanes_};
   }
 
   const Layer<T>& layer_;
@@ -211,7 +218,7 @@ Tensor pointwise_conv_inference(
     Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, false, eps);
     layer.set_statistics(running_mean, running_var);
     const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
-    const PointwiseWeights weights{layer.packed(), layer.norm.affine()};
+    const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
     pointwise_conv<code>(weights, layer.inputs, residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), layer.rows);
     return y;
   });
@@ -239,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_training(
     const T* add = residual ? data_of<T>(added) : nullptr;
     Tensor p = layer.nothing();
     if (layer.statistics == Statistics::kNone && code == kIdentity) {
-      const PointwiseWeights weights{layer.packed(), layer.norm.affine()};
+      const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
       pointwise_conv<code>(weights, layer.inputs, add, mutable_data_of<T>(y), layer.rows);
     } else {
       p = layer.new_map(layer.outputs);
@@ -281,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backwa
     STD_TORCH_CHECK(!kept || (p.scalar_type() == a.scalar_type() && p.numel() == dy.numel()), "p must have dtype and shape of y");
     const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
     Backward<code, T> backward(layer, data_of<T>(dense_dy), kept ? data_of<T>(dense_p) : nullptr);
-    Gradients grads = backward.run(mutable_data_of<T>(da), b ? mutable_data_of<T>(db) : nullptr);
+    Gradients<Multiplied<T>> grads = backward.run(mutable_data_of<T>(da), b ? mutable_data_of<T>(db) : nullptr);
     const Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
     dispatch_dtype("weight", weight, [&](auto w) {
       add_up_rows(grads.weight.parts(), layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data_of<decltype(w)>(dweight));

@@ -11,6 +11,7 @@ namespace mvit3 {
 // Rows of a, or of a|b where there is a second input.
 template <typename T>
 struct PointwiseInputs {
+  using E = Multiplied<T>;
   const T *a, *b;
   int64_t a_channels, b_channels;
 
@@ -20,8 +21,8 @@ struct PointwiseInputs {
   int64_t tile_floats(int64_t rows) const { return rows * stride() + kLanes; }
 
   // Rows padded to whole vectors with zeros: where they lie, if they are such rows, or in `tile`.
-  FloatRows rows(int64_t first, int64_t count, float* tile) const {
-    if constexpr (std::is_same_v<T, float>)
+  RowsOf<E> rows(int64_t first, int64_t count, E* tile) const {
+    if constexpr (std::is_same_v<T, E>)
       if (!b && a_channels % kLanes == 0) return {a + first * a_channels, a_channels};
     for (int64_t r = 0; r < count; ++r) {
       load_rows(a + (first + r) * a_channels, 0, 1, a_channels, tile + r * stride(), 0);
@@ -32,8 +33,8 @@ struct PointwiseInputs {
 };
 
 // out = x W^T, dense rows of any storage type; `tile` takes them in float32 where they cannot be written at once.
-template <typename T>
-void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, T* out, float* tile) {
+template <typename E, typename T>
+void multiply_to(RowsOf<E> x, int64_t rows, const PackedWeightOf<E>& weight, T* out, float* tile) {
   const int64_t channels = weight.outputs(), stride = lanes_of(channels);
   if constexpr (std::is_same_v<T, float>)
     if (channels == stride) return multiply_into(x.data, x.stride, rows, weight, out, stride);
@@ -58,21 +59,24 @@ void finish_rows(
 }
 
 // What does not change from call to call.
-struct PointwiseWeights {
-  PackedWeight weight;  // (outputs, channels of a and of b)
-  ScaleShift affine;    // bias and norm
+template <typename E>
+struct PointwiseWeightsOf {
+  PackedWeightOf<E> weight;  // (outputs, channels of a and of b)
+  ScaleShift affine;         // bias and norm
 };
+
+using PointwiseWeights = PointwiseWeightsOf<float>;
 
 // Evaluation, in one pass.
 template <int Act, typename T>
-void pointwise_conv(const PointwiseWeights& weights, const PointwiseInputs<T>& x, const T* residual, T* y, int64_t rows) {
+void pointwise_conv(const PointwiseWeightsOf<Multiplied<T>>& weights, const PointwiseInputs<T>& x, const T* residual, T* y, int64_t rows) {
   const int64_t outputs = weights.weight.outputs(), stride = lanes_of(outputs);
   for_each_block(rows, weights.weight, [&](Range mine, Range panels) {
     float* product = workspace(kTileRows * stride + x.tile_floats(kTileRows));
     const Range columns{panels.begin * kPanel, std::min(panels.end * kPanel, outputs)};
     for (int64_t first = mine.begin; first < mine.end; first += kTileRows) {
       const int64_t count = std::min(kTileRows, mine.end - first), at = first * outputs;
-      const FloatRows in = x.rows(first, count, product + kTileRows * stride);
+      const auto in = x.rows(first, count, tile_of<Multiplied<T>>(product + kTileRows * stride));
       multiply_into(in.data, in.stride, count, weights.weight, panels, product, stride);
       finish_rows<Act>(product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at);
     }
@@ -80,7 +84,8 @@ void pointwise_conv(const PointwiseWeights& weights, const PointwiseInputs<T>& x
 }
 
 // How many parts a product of this size is worth.
-inline int64_t product_parts(int64_t rows, const PackedWeight& weight) {
+template <typename E>
+int64_t product_parts(int64_t rows, const PackedWeightOf<E>& weight) {
   return count_parts(rows * weight.outputs() * std::max<int64_t>(weight.inputs(), 1), 1 << 18);
 }
 

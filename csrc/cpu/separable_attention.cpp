@@ -400,7 +400,7 @@ class Backward {
         }
       }
       for (int64_t p = 0; p < positions; ++p) add_scaled(dcontext(task.index) + p * lanes, 1.0f, sums + p * lanes, 1.0f, lanes);
-      sums_.out.add(task.part, {grad, lanes}, value, count);
+      sums_.out.add(task.part, {grad, lanes}, {value, lanes}, count);
       sums_.add_value(task.part, dvalue, normal, count);
       add_columns(grad, lanes, count, channels, sums_.out_bias[task.part].data());
       add_columns(dvalue, lanes, count, channels, sums_.qkv_bias[task.part].data() + 1 + channels);

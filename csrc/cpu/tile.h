@@ -46,9 +46,9 @@ void for_each_tile(int64_t rows, int64_t parts, const F& f, int64_t tile = kTile
   });
 }
 
-// `rows` rows of `channels` elements to float32 rows of `stride` floats, zero from the last channel to the next whole vector.
-template <typename T>
-void load_rows(const T* x, int64_t x_stride, int64_t rows, int64_t channels, float* tile, int64_t stride) {
+// `rows` rows of `channels` elements to rows of another type, `stride` apart, zero from the last channel to the next whole vector.
+template <typename T, typename E>
+void load_rows(const T* x, int64_t x_stride, int64_t rows, int64_t channels, E* tile, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += kLanes) store(tile + r * stride + c, load_some(x + r * x_stride + c, channels - c));
 }
@@ -72,18 +72,32 @@ bool streams(const T* out, int64_t rows, int64_t channels) {
   return channels % kLanes == 0 && is_aligned(out) && exceeds_cache(rows * channels * int64_t(sizeof(T)));
 }
 
-// The rows as float32, at `stride` floats each: where they lie, or in `tile` if they are stored in 16 bits.
-struct FloatRows {
-  const float* data;
+template <typename E>
+struct RowsOf {
+  const E* data;
   int64_t stride;
 };
 
-inline FloatRows as_floats(const float* x, int64_t stride, int64_t, int64_t, float*) { return {x, stride}; }
+using FloatRows = RowsOf<float>;
 
-template <typename Half>
-FloatRows as_floats(const Half* x, int64_t stride, int64_t rows, int64_t channels, float* tile) {
+// Rows of another type, for a product: where they lie if they are of that type (and of whole steps of it), or converted to `tile`.
+template <typename E, typename T>
+RowsOf<E> as_rows(const T* x, int64_t stride, int64_t rows, int64_t channels, E* tile) {
+  if constexpr (std::is_same_v<E, T>)
+    if (channels % Dot<E>::kDepth == 0) return {x, stride};
   load_rows(x, stride, rows, channels, tile, lanes_of(channels));
   return {tile, lanes_of(channels)};
+}
+
+template <typename T>
+FloatRows as_floats(const T* x, int64_t stride, int64_t rows, int64_t channels, float* tile) {
+  return as_rows<float>(x, stride, rows, channels, tile);
+}
+
+// Memory of a thread for rows of another type than float.
+template <typename E>
+E* tile_of(float* floats) {
+  return reinterpret_cast<E*>(floats);
 }
 
 // One accumulator a part.
@@ -118,17 +132,41 @@ void add_up_rows(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t
   });
 }
 
+// Rows as `add_outer` reads them: Dot<E>::kDepth rows side by side, column by column, padded with zeros to whole vectors of columns and
+// whole steps of rows.
+template <typename E, typename T>
+void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out) {
+  constexpr int64_t kDepth = Dot<E>::kDepth;
+  for (int64_t r = 0; r < rows; r += kDepth)
+    for (int64_t c = 0; c < columns; c += kLanes)
+      store_step(out + r * lanes_of(columns) + c * kDepth, [&](int64_t k) {
+        return r + k < rows ? load_some(x + (r + k) * stride + c, columns - c) : Vec(0.0f);
+      });
+}
+
 // Sums of products a^T b over the rows of tiles, one a part: the gradient of a weight. The first product of a part is written, not
 // added, so that nothing is cleared.
-class OuterSums {
+template <typename E>
+class OuterSumsOf {
  public:
   // `columns` of a, rows of `stride` floats for the columns of b, padded to whole vectors.
-  OuterSums(int64_t parts, int64_t columns, int64_t stride) : columns_(columns), stride_(stride), begun_(parts, false) {
+  OuterSumsOf(int64_t parts, int64_t columns, int64_t stride) : columns_(columns), stride_(stride), begun_(parts, false) {
     for (int64_t i = 0; i < parts; ++i) sums_.emplace_back(columns * stride);
   }
 
-  void add(int64_t part, const FloatRows& a, const float* b, int64_t count) {
-    add_outer(a.data, a.stride, columns_, b, stride_, stride_, count, sums_[part].data(), stride_, begun_[part]);
+  void add(int64_t part, const RowsOf<E>& a, const RowsOf<E>& b, int64_t count) {
+    float* sums = sums_[part].data();
+    if constexpr (std::is_same_v<E, float>) {
+      add_outer(a.data, a.stride, columns_, b.data, b.stride, stride_, count, sums, stride_, begun_[part]);
+    } else {
+      constexpr int64_t kDepth = Dot<E>::kDepth;
+      const int64_t lanes = lanes_of(columns_), steps = (count + kDepth - 1) / kDepth;
+      E* a_steps = tile_of<E>(workspace<2>(steps * (lanes + stride_)));
+      E* b_steps = a_steps + steps * kDepth * lanes;
+      rows_in_steps(a.data, a.stride, count, columns_, a_steps);
+      rows_in_steps(b.data, b.stride, count, stride_, b_steps);
+      add_outer(a_steps, lanes * kDepth, columns_, b_steps, stride_ * kDepth, stride_, steps, sums, stride_, begun_[part]);
+    }
     begun_[part] = true;
   }
 
@@ -144,6 +182,8 @@ class OuterSums {
   std::vector<Scratch<float>> sums_;
   std::vector<char> begun_;
 };
+
+using OuterSums = OuterSumsOf<float>;
 
 // A weight of any storage type as float32 (outputs, inputs): where it lies, or a copy.
 class FloatMatrix {

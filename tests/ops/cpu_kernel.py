@@ -90,10 +90,11 @@ class CpuKernel:
             assert torch.equal(t, want[name]), name
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-    def test_nan_and_infinity_reach_the_results(self, option, value):
+    @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+    def test_nan_and_infinity_reach_the_results(self, option, value, stored):
         arguments = self.make((3, *self.shapes[0][1:]), option)
         arguments[self.maps[0]][1, -1, -1, -1] = value
-        found, want = (self.results(backend, arguments) for backend in ("cpu", "reference"))
+        found, want = (self.results(backend, arguments, stored) for backend in ("cpu", "reference"))
         assert not want["y"].isfinite().all()
         for name, t in want.items():
             assert torch.equal(found[name].isnan(), t.isnan()), name
