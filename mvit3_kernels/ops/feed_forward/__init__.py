@@ -68,8 +68,8 @@ def _op(x, norm_weight, norm_bias, eps, per_sample, weight1, bias1, weight2, bia
     return feed_forward(x, norm, Linear(weight1, bias1), Linear(weight2, bias2), hidden_dropout, output_dropout, seed)
 
 
-# The kernel. Backward needs beside the inputs: mean and rstd of the norm, and the hidden tensor before its activation, which forward returns
-# with `keep`, else an empty tensor. (Computing it again would cost a seventh of a training step's products.)
+# The kernel. Backward needs beside the inputs: mean and rstd of the norm, and the hidden tensor before its activation, which forward
+# returns with `keep`, else an empty tensor. (Computing it again would cost a seventh of a training step's products.)
 
 _PARAMETERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, float hidden_dropout, float output_dropout, Tensor? seed"
 torch.library.define(
