@@ -81,7 +81,7 @@ auto dispatch(const Tensor& a, int64_t act, const F& f) {
 // p and y; the statistics where they are of the batch. Where they are known, y follows p tile by tile.
 template <int Act, typename T>
 void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
-  const int64_t outputs = layer.outputs;
+  const int64_t outputs = layer.outputs, lanes = lanes_of(outputs);
   const PackedWeight weight = layer.packed();
   const int64_t parts = product_parts(layer.rows, weight);
   const bool of_batch = layer.statistics == Statistics::kBatch;
@@ -92,8 +92,8 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   auto sums = channel_sums(parts, outputs);
   const ScaleShift known = layer.norm.affine();
   for_each_tile(layer.rows, parts, [&](int64_t part, int64_t first, int64_t count) {
-    const FloatRows x = layer.inputs.rows(first, count, workspace(layer.inputs.tile_floats(kTileRows)));
-    multiply_to(x, count, weight, p + first * outputs);
+    float* tile = workspace(kTileRows * lanes + layer.inputs.tile_floats(kTileRows));
+    multiply_to(layer.inputs.rows(first, count, tile + kTileRows * lanes), count, weight, p + first * outputs, tile);
     if (of_batch)
       sums[part].add(p + first * outputs, count, outputs);
     else
@@ -127,11 +127,12 @@ class Backward {
     const PackedWeight to_a = layer_.transposed(0, x.a_channels), to_b = layer_.transposed(x.a_channels, x.b_channels);
     OuterSums products(parts_, layer_.outputs, x.stride());
     for_each_tile(layer_.rows, parts_, [&](int64_t part, int64_t first, int64_t count) {
-      float *gradient = workspace(kTileRows * lanes_ + x.tile_floats(kTileRows)), *gathered = gradient + kTileRows * lanes_;
+      float* gradient = workspace(kTileRows * (lanes_ + x.stride()) + x.tile_floats(kTileRows));
+      float *tile = gradient + kTileRows * lanes_, *gathered = tile + kTileRows * x.stride();
       const FloatRows dp = product_gradient(part, first, count, gradient);
       products.add(part, dp, x.rows(first, count, gathered).data, count);
-      multiply_to(dp, count, to_a, da + first * x.a_channels);
-      if (db) multiply_to(dp, count, to_b, db + first * x.b_channels);
+      multiply_to(dp, count, to_a, da + first * x.a_channels, tile);
+      if (db) multiply_to(dp, count, to_b, db + first * x.b_channels, tile);
     });
     if (!norm_) norm_ = NormBackward::from(layer_.norm, sums_, 1);
     Values bias = norm_->dbeta;

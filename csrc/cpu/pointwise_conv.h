@@ -31,15 +31,15 @@ struct PointwiseInputs {
   }
 };
 
-// out = x W^T, dense rows of any storage type.
+// out = x W^T, dense rows of any storage type; `tile` takes them in float32 where they cannot be written at once.
 template <typename T>
-void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, T* out) {
-  const int64_t channels = weight.outputs();
-  multiply(x.data, x.stride, rows, weight, [&](int64_t r, int64_t c, Vec sums) {
-    T* at = out + r * channels + c;
-    prefetch_to_write(at + kPanel);  // of the panel that comes next
-    store_some(at, sums, channels - c);
-  });
+void multiply_to(FloatRows x, int64_t rows, const PackedWeight& weight, T* out, float* tile) {
+  const int64_t channels = weight.outputs(), stride = lanes_of(channels);
+  if constexpr (std::is_same_v<T, float>)
+    if (channels == stride) return multiply_into(x.data, x.stride, rows, weight, out, stride);
+  multiply_into(x.data, x.stride, rows, weight, tile, stride);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes) store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
 }
 
 // y = act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and residual are dense. What
