@@ -1,4 +1,4 @@
-// y = x + dropout(W2 dropout(SiLU(W1 norm(x) + b1)) + b2). The hidden tensor exists in tiles only.
+// y = x + dropout(W2 dropout(SiLU(W1 norm(x) + b1)) + b2). The hidden tensor exists in tiles only, unless training keeps it.
 #pragma once
 
 #include "activation.h"
@@ -49,9 +49,10 @@ class TileMask {
   int64_t elements_[kTileRows];
 };
 
-// Statistics that the map has no memory for are not kept.
+// Statistics that the map has no memory for are not kept; nor is W1 norm(x) + b1 without memory of its own.
 template <typename E, typename T>
-void feed_forward(const NormedMap<T>& x, double eps, const FeedForwardWeightsOf<E>& w, const FeedForwardDropout& dropout, T* y) {
+void feed_forward(
+    const NormedMap<T>& x, double eps, const FeedForwardWeightsOf<E>& w, const FeedForwardDropout& dropout, T* y, T* kept = nullptr) {
   const int64_t channels = x.tokens().channels, lanes = lanes_of(channels), wide = w.second.inputs(), wide_lanes = lanes_of(wide);
   const int64_t tile = tile_rows(lanes + wide_lanes);
   x.measure(eps);
@@ -61,7 +62,13 @@ void feed_forward(const NormedMap<T>& x, double eps, const FeedForwardWeightsOf<
     const TileMask hidden_mask(dropout.hidden, first, count, x.tokens().rows, wide), mask(dropout.output, first, count, x.tokens().rows, channels);
     x.normalise(first, count, eps, normalised, lanes);
     multiply(normalised, lanes, count, w.first.weight, [&](int64_t r, int64_t c, Vec sums) {
-      store(hidden + r * wide_lanes + c, hidden_mask(activate<kSilu>(sums + load(w.first.bias.data() + c)), r, c));
+      const Vec value = sums + load(w.first.bias.data() + c);
+      if (kept) {
+        T* out = kept + (first + r) * wide + c;
+        prefetch_to_write(out + kPanel);
+        store_some(out, value, wide - c);
+      }
+      store(hidden + r * wide_lanes + c, hidden_mask(activate<kSilu>(value), r, c));
     });
     multiply(hidden, wide_lanes, count, w.second, [&](int64_t r, int64_t c, Vec sums) {
       const int64_t left = channels - c;

@@ -170,8 +170,10 @@ void filter(Block& b, const T* x, const Kept<T>& kept) {
           });
         } else {
           const RowsOf<E> in = as_rows(x + first * s.inputs, s.inputs, s.width, s.inputs, narrow);
+          Ahead ahead(x + (first + s.width) * s.inputs, next + 1 < s.height ? s.width * s.inputs : 0, s.width * pixel / kLanes);
           multiply(in.data, in.stride, s.width, weight, [&](int64_t r, int64_t c, Vec product) {
             store(out + r * pixel + c, activate<Act>(norm(product, c)));
+            ahead.step();
           });
         }
       }
@@ -286,21 +288,28 @@ NormBackward project_backward(const Block& b, const NormBackward& last, const T*
       store(dp + r * out_stride + c, last(load_some(dy + at, left), load_some(p + at, left), c));
     });
     const T* values = z + first * s.wide;
-    Ahead ahead(values + count * s.wide, next_tile(s.out_rows(), first, count, s.wide), count * lanes / kLanes);
+    const int64_t after = (first + count) * s.outputs, next = next_tile(s.out_rows(), first, count, s.outputs), steps = count * lanes / kLanes;
+    Ahead ahead_z(values + count * s.wide, next_tile(s.out_rows(), first, count, s.wide), steps);
+    Ahead ahead_dy(dy + after, next, steps), ahead_p(p + after, next, steps);
     multiply(dp, out_stride, count, transposed, [&](int64_t r, int64_t c, Vec product) {
       store(grads + r * stride + c, product);
-      ahead.step();
+      ahead_z.step();
+      ahead_dy.step();
+      ahead_p.step();
     });
     for_each_vec(count, s.wide, [&](int64_t r, int64_t c) {
+      const int64_t at = r * stride + c, left = s.wide - c;
       Vec value, slope;
-      activate_with_slope<Act>(norm(load_some(values + r * s.wide + c, s.wide - c), c), value, slope);
-      store(hidden + r * stride + c, value);
-      store(grads + r * stride + c, load(grads + r * stride + c) * slope);
+      activate_with_slope<Act>(norm(load_some(values + r * s.wide + c, left), c), value, slope);
+      const Vec grad = load(grads + at) * slope;
+      store(hidden + at, value);
+      store(grads + at, grad);
+      T* out = dn + (first + r) * s.wide + c;  // beside the arithmetic: alone it would wait for memory
+      past_cache ? stream(out, grad) : store_some(out, grad, left);
     });
+    if (past_cache) stream_fence();
     products.add(part, {dp, out_stride}, {hidden, stride}, count);
     add_sum_and_dot(grads, stride, values, s.wide, mean, s.wide, count, sums[part]);
-    store_rows(grads, stride, count, s.wide, dn + first * s.wide, s.wide, past_cache);
-    if (past_cache) stream_fence();
   });
   write_matrix<T>(products.parts(), s.outputs, s.wide, lanes, dweight);
   return NormBackward::from(b.depthwise, sums, s.out_rows());
@@ -472,12 +481,20 @@ WideGradients<Multiplied<T>> depthwise_backward(
         });
       }
       const int64_t start = image * s.pixels() + first * s.width, pixels = (last - first) * s.width;
+      const int64_t next_pixels = std::min(tile, range.end - last) * s.width, steps = pixels * pixel / kLanes;
+      const int64_t following = next_pixels > 0 ? std::min((std::min(last + tile, range.end) - 1 + d) / s.stride + 1, out_height) - next : 0;
+      const int64_t at = (image * out_height + next) * out_width * s.wide, count = following * out_width * s.wide;
+      Ahead ahead_dn(filtered_dn + at, count, steps), ahead_z(kept.z + at, count, steps);
+      Ahead ahead_x(x + (start + pixels) * c, stored ? 0 : next_pixels * c, steps);
       const T* e = kept.e + start * s.wide;
       const auto activate_both = [&](int64_t r, int64_t i, Vec v) {
         Vec value, slope;
         activate_with_slope<Act>(norm(v, i), value, slope);
         store(values + r * pixel + i, value);
         store(slopes + r * pixel + i, slope);
+        ahead_dn.step();
+        ahead_z.step();
+        ahead_x.step();
       };
       RowsOf<E> in{};
       if (stored) {
@@ -594,16 +611,20 @@ void correct_expansion(
   add_outer(w, c, c, scaled.data(), in_lanes, in_lanes, s.wide, k.data(), in_lanes);
   const PackedWeight correction = PackedWeight::columns(k.data(), c, c, in_lanes);
   for_each_tile(s.rows(), count_parts(s.rows() * c), [&](int64_t, int64_t first, int64_t count) {
-    float *tile = workspace(2 * kTileRows * in_lanes), *product = tile + kTileRows * in_lanes;
+    float* tile = workspace(kTileRows * in_lanes);
     for_each_vec(count, c, [&](int64_t r, int64_t i) {
       store(tile + r * in_lanes + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
     });
-    multiply_into(tile, in_lanes, count, correction, product, in_lanes);
-    for_each_vec(count, c, [&](int64_t r, int64_t i) {
+    const int64_t after = (first + count) * c, next = next_tile(s.rows(), first, count, c), steps = count * in_lanes / kLanes;
+    Ahead ahead_x(x + after, next, steps), ahead_dx(out.dx + after, next, steps), ahead_dy(dy + after, s.skip() ? next : 0, steps);
+    multiply(tile, in_lanes, count, correction, [&](int64_t r, int64_t i, Vec product) {
       const int64_t at = (first + r) * c + i, left = c - i;
-      Vec value = load_some(out.dx + at, left) - load(shift.data() + i) - load(product + r * in_lanes + i);
+      Vec value = load_some(out.dx + at, left) - load(shift.data() + i) - product;
       if (s.skip()) value += load_some(dy + at, left);
       store_some(out.dx + at, value, left);
+      ahead_x.step();
+      ahead_dx.step();
+      ahead_dy.step();
     });
   });
   out.gammas[0] = dgamma;

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mvit3_kernels
-from mvit3_kernels.ops import feed_forward
+from mvit3_kernels.ops import feed_forward, norm_linear
 from mvit3_kernels.ops.random import random_words
 
 from .cpu_kernel import CpuKernel, in_float32, needs_the_kernels
@@ -64,10 +64,10 @@ class TestFeedForwardCpu(CpuKernel):
     @staticmethod
     def registered(arguments):
         x, norm, fc1, fc2, *dropout = arguments.values()
-        inputs = (x, norm.weight, norm.bias, norm.eps, norm.per_sample, *fc1, *fc2, *dropout)
+        inputs = (x, norm.weight, norm.bias, norm.eps, norm.per_sample, *fc1, *fc2, *dropout, True)
         yield torch.ops.mvit3.feed_forward_forward.default, inputs
-        y, mean, rstd = torch.ops.mvit3.feed_forward_forward(*inputs)
-        backward = (torch.ones_like(y), x, norm.weight, norm.bias, norm.per_sample, *fc1, *fc2, *dropout, mean, rstd)
+        y, *kept = torch.ops.mvit3.feed_forward_forward(*inputs)
+        backward = (torch.ones_like(y), x, norm.weight, norm.bias, norm.per_sample, *fc1, *fc2, *dropout, *kept)
         yield torch.ops.mvit3.feed_forward_backward.default, backward
 
     @pytest.mark.parametrize("p", [1e-11, 0.1, 0.5, 0.99])
@@ -77,7 +77,7 @@ class TestFeedForwardCpu(CpuKernel):
         channels, size = 37, (3, 5, 9)
         x = torch.zeros(*size, channels)
         ones, zeros = torch.ones(channels), torch.zeros(channels, channels)
-        given = (zeros, ones, zeros, ones, 0.0, p, torch.tensor(start))
+        given = (zeros, ones, zeros, ones, 0.0, p, torch.tensor(start), False)
         y = torch.ops.mvit3.feed_forward_forward(x, ones, ones, 1e-5, False, *given)[0]
         words = random_words(torch.tensor(start), 1, size[0], 5 * 9 * channels).view(x.shape)
         torch.testing.assert_close(y, (words >= int(p * 2**32)) / torch.tensor(1 - p, dtype=torch.float32))
@@ -95,19 +95,32 @@ class TestFeedForwardCpu(CpuKernel):
         x, norm, fc1, fc2, *_ = in_float32(self.make((2, 4, 6, 5, 7))).values()
         op = torch.ops.mvit3.feed_forward_forward
         with pytest.raises(RuntimeError, match="weight2 must have 5 x 7 elements"):
-            op(x, *norm, *fc1, fc2.weight[:-1], fc2.bias, 0.0, 0.0, None)
+            op(x, *norm, *fc1, fc2.weight[:-1], fc2.bias, 0.0, 0.0, None, False)
         with pytest.raises(RuntimeError, match="dropout needs a seed"):
-            op(x, *norm, *fc1, *fc2, 0.5, 0.0, None)
+            op(x, *norm, *fc1, *fc2, 0.5, 0.0, None, False)
         with pytest.raises(RuntimeError, match="at least 0 and below 1"):
-            op(x, *norm, *fc1, *fc2, 0.0, 1.0, seed())
+            op(x, *norm, *fc1, *fc2, 0.0, 1.0, seed(), False)
 
 
 @needs_the_kernels
-def test_nothing_of_the_hidden_width_is_kept():
+def test_what_is_kept():
+    """For backward: x, the norm's statistics and the hidden tensor, once."""
     arguments = mapped(TestFeedForwardCpu().make((2, 4, 6, 20, 30)), lambda _, t: t.float().requires_grad_())
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), mvit3_kernels.backend("cpu"):
         feed_forward(**arguments)
     parameters = {t.data_ptr() for group in ("norm", "fc1", "fc2") for t in arguments[group] if isinstance(t, torch.Tensor)}
     activations = [t for t in kept if t.data_ptr() not in parameters]
-    assert sum(t.numel() for t in activations) == 2 * 4 * 6 * (20 + 2)  # x, mean and 1 / deviation
+    assert sum(t.numel() for t in activations) == 2 * 4 * 6 * (20 + 2 + 30)
+
+
+@needs_the_kernels
+def test_the_hidden_tensor_is_kept_on_demand():
+    x, norm, fc1, fc2, *_ = in_float32(TestFeedForwardCpu().make((2, 4, 6, 20, 30))).values()
+    given = (x, *norm, *fc1, *fc2, 0.0, 0.0, None)
+    *_, hidden = torch.ops.mvit3.feed_forward_forward(*given, True)
+    torch.testing.assert_close(hidden, norm_linear(x, norm, fc1))
+    y, mean, rstd, nothing = torch.ops.mvit3.feed_forward_forward(*given, False)
+    assert nothing.numel() == 0
+    with pytest.raises(RuntimeError, match="hidden must come from a call that keeps it"):
+        torch.ops.mvit3.feed_forward_backward(y, x, *norm[:2], norm.per_sample, *fc1, *fc2, 0.0, 0.0, None, mean, rstd, nothing)

@@ -54,7 +54,8 @@ def feed_forward(
     check_dropout(seed, x, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
     if dispatch.select("feed_forward", KERNELS, x) is None:
         return reference.feed_forward(x, norm, fc1, fc2, hidden_dropout, output_dropout, seed, norm_linear=norm_linear)
-    return torch.ops.mvit3.feed_forward_forward(x, *norm, *fc1, *fc2, hidden_dropout, output_dropout, seed)[0]
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, norm.weight, norm.bias, *fc1, *fc2))
+    return torch.ops.mvit3.feed_forward_forward(x, *norm, *fc1, *fc2, hidden_dropout, output_dropout, seed, keep)[0]
 
 
 @register(
@@ -67,25 +68,28 @@ def _op(x, norm_weight, norm_bias, eps, per_sample, weight1, bias1, weight2, bia
     return feed_forward(x, norm, Linear(weight1, bias1), Linear(weight2, bias2), hidden_dropout, output_dropout, seed)
 
 
-# The kernel. mean and rstd of the norm are all that backward needs beside the inputs: it computes the hidden tensor again.
+# The kernel. Backward needs beside the inputs: mean and rstd of the norm, and the hidden tensor before its activation, which forward
+# returns with `keep`, else an empty tensor. (Computing it again would cost a seventh of a training step's products.)
 
 _PARAMETERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, float hidden_dropout, float output_dropout, Tensor? seed"
 torch.library.define(
     "mvit3::feed_forward_forward",
-    f"(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, {_PARAMETERS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, {_PARAMETERS}, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "mvit3::feed_forward_backward",
-    f"(Tensor dy, Tensor x, Tensor norm_weight, Tensor norm_bias, bool per_sample, {_PARAMETERS}, Tensor mean, Tensor rstd) "
+    f"(Tensor dy, Tensor x, Tensor norm_weight, Tensor norm_bias, bool per_sample, {_PARAMETERS}, Tensor mean, Tensor rstd, Tensor hidden) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.register_fake("mvit3::feed_forward_forward")
-def _forward_fake(x, norm_weight, norm_bias, eps, per_sample, *parameters):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), *statistics_fake(x, per_sample)
+def _forward_fake(x, norm_weight, norm_bias, eps, per_sample, weight1, *parameters):
+    hidden = x.new_empty(*x.shape[:-1], weight1.shape[0]) if parameters[-1] else x.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *statistics_fake(x, per_sample), hidden
 
 
 @torch.library.register_fake("mvit3::feed_forward_backward")
@@ -94,22 +98,21 @@ def _backward_fake(dy, x, norm_weight, norm_bias, per_sample, *parameters):
 
 
 def _setup_context(ctx, inputs, output):
-    x, norm_weight, norm_bias, _, ctx.per_sample, *linears, hidden_dropout, output_dropout, seed = inputs
-    _, mean, rstd = output
+    x, norm_weight, norm_bias, _, ctx.per_sample, *linears, hidden_dropout, output_dropout, seed, _ = inputs
     ctx.dropouts = hidden_dropout, output_dropout
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, norm_bias, *linears, seed, mean, rstd)
+    ctx.save_for_backward(x, norm_weight, norm_bias, *linears, seed, *output[1:])
 
 
 def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 12
-    x, norm_weight, norm_bias, *linears, seed, mean, rstd = ctx.saved_tensors
-    arguments = (x, norm_weight, norm_bias, ctx.per_sample, *linears, *ctx.dropouts, seed, mean, rstd)
+        return (None,) * 13
+    x, norm_weight, norm_bias, *linears, seed, mean, rstd, hidden = ctx.saved_tensors
+    arguments = (x, norm_weight, norm_bias, ctx.per_sample, *linears, *ctx.dropouts, seed, mean, rstd, hidden)
     dx, dnorm_weight, dnorm_bias, *grads = torch.ops.mvit3.feed_forward_backward(dy, *arguments)
     grads = (None if t is None else grad for t, grad in zip(linears, grads, strict=True))
-    return dx, dnorm_weight, dnorm_bias, None, None, *grads, None, None, None
+    return dx, dnorm_weight, dnorm_bias, None, None, *grads, None, None, None, None
 
 
 torch.library.register_autograd("mvit3::feed_forward_forward", _gradients, setup_context=_setup_context)

@@ -15,8 +15,9 @@ from . import reference
 
 __all__ = ["inverted_residual"]
 
-# Up to this width of the input, training recomputes the expanded tensor in backward instead of storing it (benchmarks/NOTES.md).
-MOST_RECOMPUTED_CHANNELS = 64
+# Training recomputes the expanded tensor in backward where that costs at most this many multiply-adds for each of its elements, else it
+# stores the tensor (benchmarks/NOTES.md).
+MOST_RECOMPUTED_PRODUCTS = 96
 # With a handful of values per channel a normalised value hardly depends on its input, and what the recomputing way leaves of the gradient
 # after its correction on the narrow side is mostly rounding.
 LEAST_POSITIONS = 32
@@ -39,10 +40,11 @@ def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: Conv
     return "x is empty" if x.numel() == 0 else None
 
 
-def _stores(x: Tensor, stride: int) -> bool:
-    """Whether training keeps the expanded tensor for backward."""
-    positions = x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
-    return x.shape[-1] > MOST_RECOMPUTED_CHANNELS or positions < LEAST_POSITIONS
+def _stores(x: Tensor, wide: int, stride: int) -> bool:
+    """Whether training keeps the expanded tensor, `wide` channels, for backward."""
+    inputs, positions = x.shape[-1], x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
+    products = inputs + 2 * inputs**2 / wide  # the element again; moments of the input and correction on the narrow side
+    return products > MOST_RECOMPUTED_PRODUCTS or positions < LEAST_POSITIONS
 
 
 KERNELS = (dispatch.Kernel("cpu", _cpu_why_not),)
@@ -90,7 +92,7 @@ def inverted_residual(
         fixed = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)]
         return torch.ops.mvit3.inverted_residual_inference(x, *fixed, *geometry), (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
-    y, *moments = torch.ops.mvit3.inverted_residual_training(x, *learned, *geometry, _stores(x, stride))[:7]
+    y, *moments = torch.ops.mvit3.inverted_residual_training(x, *learned, *geometry, _stores(x, wide, stride))[:7]
     return y, (Moments(*moments[:2]), Moments(*moments[2:4]), Moments(*moments[4:]))
 
 
