@@ -1,4 +1,5 @@
-"""What the Triton kernels of several ops share: activations, statistics that stay accurate, and the split of rows over programs.
+"""What the Triton kernels of several ops share: activations, products, dropout, statistics that stay accurate, where a token lies, and the
+split of rows over programs.
 
 A per-channel reduction over the rows of a map never uses float atomics. Each program reduces a contiguous range of rows and writes one
 partial result; the kernel that consumes the statistic combines the partials in its prologue, in a fixed order. So the result is the
@@ -15,7 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import random
+
 IDENTITY, SILU, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # positions in types.ACTIVATIONS
+
+GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (random.GOLDEN, *random.MULTIPLIERS))
 
 # Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors has at most 264
 # partials: three trips.
@@ -46,6 +51,57 @@ def activate_backward(dy, z, ACT: tl.constexpr):
     elif ACT == RELU:
         dy = tl.where(z > 0, dy, 0.0)
     return dy
+
+
+@triton.jit
+def dot(a, b, sums):
+    """sums + a @ b for float32 `sums`; float32 operands are not rounded to TF32."""
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+# Dropout: the hash of random.py.
+
+
+@triton.jit
+def _mix(word, shift, multiplier):
+    return (word ^ (word >> shift)) * multiplier
+
+
+@triton.jit
+def dropout_key(seed_ptr, sample, SITE: tl.constexpr):
+    """The key of a sample's mask; `seed_ptr` points to one int64."""
+    seed = tl.load(seed_ptr)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return _mix(_mix(low + sample.to(tl.uint32) * GOLDEN, 16, FIRST_MULTIPLIER) ^ high ^ SITE, 15, SECOND_MULTIPLIER)
+
+
+@triton.jit
+def dropout_kept(key, element, threshold):
+    """Whether the elements at these positions of the sample with this key are kept; positions count modulo 2^32."""
+    word = _mix((element.to(tl.uint32) * GOLDEN) ^ key, 16, FIRST_MULTIPLIER)
+    word = _mix(word ^ (key * GOLDEN), 15, SECOND_MULTIPLIER)
+    return (word ^ (word >> 16)) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def dropped(tile, seed_ptr, row, column, rows_per_sample, keep, keep_scale, SITE: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of a map of WIDTH channels after dropout; `row` counts over all samples, `keep` is the threshold."""
+    key = dropout_key(seed_ptr, row // rows_per_sample, SITE)
+    element = (row % rows_per_sample)[:, None] * WIDTH + column[None, :]
+    return tl.where(dropout_kept(key[:, None], element, keep), tile * keep_scale, 0.0)
+
+
+def dropout_threshold(p: float) -> int:
+    """What a word must reach for its element to be kept."""
+    return int(p * 2**32)
+
+
+@triton.jit
+def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """The pixel of a sample where a token lies, of those that share their position inside a patch."""
+    columns = width // PATCH_W
+    row = token // columns * PATCH_H + position // PATCH_W
+    return row * width + token % columns * PATCH_W + position % PATCH_W
 
 
 @triton.jit

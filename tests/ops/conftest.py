@@ -1,3 +1,3 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.ops.contract", "tests.ops.dropout", "tests.ops.measure")
+pytest.register_assert_rewrite("tests.ops.contract", "tests.ops.dropout", "tests.ops.kernel", "tests.ops.measure", "tests.ops.triton_kernel")

@@ -1,0 +1,184 @@
+"""Triton kernels of norm_linear.
+
+A program holds whole rows of x: it measures and normalises them, rounds them once to the dtype of x, and multiplies them by blocks of the
+weight that come from cache. So the normalised tensor exists nowhere, and neither weight nor bias is folded beforehand, which would cost a
+launch for every call in training. Backward is two products: the gradient of x over whole rows, with the norm's own gradient as its
+epilogue, and the weight's, in parts of the rows, from which the gradients of scale and shift follow as sums over the weight's columns
+(identity C). Launches: 1 forward and 3 backward where the norm is of tokens, 2 and 4 where it is of samples, whose statistics and sums
+need all rows first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import dot, multiprocessors, on_device
+from ..triton_rows import (
+    NOT_SPECIALIZED,
+    Rows,
+    load_row_statistics,
+    load_tile,
+    load_vector,
+    norm_linear_gradients,
+    row_statistics,
+    store_norm_gradient,
+    store_tile,
+)
+
+
+def configuration(rows: Rows) -> dict[str, int]:
+    """BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
+    narrow = rows.x.dtype is torch.float32
+    return {"BLOCK_M": rows.block(), "BLOCK_N": 16 if narrow else 64, "num_warps": 4 if narrow else 8, "num_stages": 2}
+
+
+def bytes_moved(x: Tensor, outputs: int, per_sample: bool) -> tuple[int, int]:
+    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; dy and x twice, dx. Of samples, x once more
+    forward, and backward x, and dx twice."""
+    narrow = x.numel() * x.element_size()
+    wide = narrow // x.shape[-1] * outputs
+    return narrow * (2 if per_sample else 1) + wide, narrow * (6 if per_sample else 3) + 2 * wide
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _norm_linear_fwd_kernel(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, rows_per_sample, outputs_per_program, eps,
+    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row, valid = start + lane, start + lane < rows
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    head = load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32)
+    tail = load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32)
+    if PER_SAMPLE:
+        mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
+    else:
+        row_mean, row_rstd = row_statistics(head, tail, head_column, tail_column, eps, C)
+        if tl.program_id(1) == 0:
+            tl.store(mean_ptr + row, row_mean, mask=valid)
+            tl.store(rstd_ptr + row, row_rstd, mask=valid)
+        mean, rstd = row_mean[:, None], row_rstd[:, None]
+    scale, shift = load_vector(norm_weight_ptr, head_column, C), load_vector(norm_bias_ptr, head_column, C)
+    head_normed = ((head - mean) * rstd * scale[None, :] + shift[None, :]).to(dtype)
+    scale, shift = load_vector(norm_weight_ptr, tail_column, C), load_vector(norm_bias_ptr, tail_column, C)
+    tail_normed = ((tail - mean) * rstd * scale[None, :] + shift[None, :]).to(dtype)
+
+    begin = tl.program_id(1) * outputs_per_program
+    for first_output in range(begin, tl.minimum(begin + outputs_per_program, O), BLOCK_N):
+        output = first_output + tl.arange(0, BLOCK_N)
+        weight = load_tile(weight_ptr, output, output < O, head_column, C, C).to(dtype)
+        sums = dot(head_normed, tl.trans(weight), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        weight = load_tile(weight_ptr, output, output < O, tail_column, C, C).to(dtype)
+        sums = dot(tail_normed, tl.trans(weight), sums) + load_vector(bias_ptr, output, O)[None, :]
+        store_tile(y_ptr + start * O, lane, valid, output, sums, O, O)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _input_bwd_kernel(
+    dy_ptr, x_ptr, norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, rows, rows_per_sample,
+    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    start = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row, valid = start + lane, start + lane < rows
+    head = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    for first in range(0, O, BLOCK_N):
+        output = first + tl.arange(0, BLOCK_N)
+        dy = load_tile(dy_ptr + start * O, lane, valid, output, O, O)
+        head = dot(dy, load_tile(weight_ptr, output, output < O, head_column, C, C).to(dy.dtype), head)
+        tail = dot(dy, load_tile(weight_ptr, output, output < O, tail_column, C, C).to(dy.dtype), tail)
+    mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
+    head_normal = (load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32) - mean) * rstd
+    tail_normal = (load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32) - mean) * rstd
+    head *= load_vector(norm_weight_ptr, head_column, C)[None, :]
+    tail *= load_vector(norm_weight_ptr, tail_column, C)[None, :]
+    store_norm_gradient(
+        dx_ptr + start * C, sums_ptr, None, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
+        PER_SAMPLE, C,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _weight_bwd_kernel(
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part,
+    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    head = tl.zeros((BLOCK_N, HEAD), tl.float32)
+    tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    begin = part.to(tl.int64) * rows_per_part
+    for first in range(0, rows_per_part, BLOCK_M):
+        start = begin + first
+        row, valid = start + lane, (first + lane < rows_per_part) & (start + lane < rows)
+        dy = load_tile(dy_ptr + start * O, lane, valid, output, O, O)
+        total += dy.to(tl.float32)
+        mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
+        x = load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32)
+        head = dot(tl.trans(dy), ((x - mean) * rstd).to(dy.dtype), head)
+        x = load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32)
+        tail = dot(tl.trans(dy), ((x - mean) * rstd).to(dy.dtype), tail)
+    product_ptr += part * (O * C)
+    store_tile(product_ptr, output, output < O, head_column, head, C, C)
+    store_tile(product_ptr, output, output < O, tail_column, tail, C, C)
+    tl.store(sums_ptr + part * O + output, tl.sum(total, 0), mask=output < O)
+
+
+def norm_linear_forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, per_sample: bool, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward pass: y, and mean and 1 / deviation of each token or sample."""
+    rows, outputs = Rows.of(x), weight.shape[0]
+    y = x.new_empty(*x.shape[:-1], outputs)
+    mean, rstd = rows.statistics(eps, per_sample)
+    if y.numel() > 0:
+        config = configuration(rows)
+        blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
+        # Where rows alone do not fill the GPU, programs share a block of rows, and each takes some of the outputs.
+        shares = min(pieces, max(1, multiprocessors(x) // blocks))
+        per_program = triton.cdiv(pieces, shares) * config["BLOCK_N"]
+        with on_device(x):
+            _norm_linear_fwd_kernel[(blocks, triton.cdiv(outputs, per_program))](
+                rows.x, norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
+                y, mean, rstd, rows.rows, rows.rows_per_sample, per_program, eps, PER_SAMPLE=per_sample, O=outputs, **rows.tiles, **config,
+            )  # fmt: skip
+    return y, mean, rstd
+
+
+def norm_linear_backward(
+    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, per_sample: bool, weight: Tensor, bias: Tensor | None, mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the backward pass: the gradients of x, norm weight, norm bias, weight and bias (empty without one)."""
+    rows, outputs = Rows.of(x), weight.shape[0]
+    dy, dx = dy.contiguous(), torch.empty_like(rows.x)
+    norm_weight, norm_bias, weight = norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous()
+    config = configuration(rows)
+    flags = {"PER_SAMPLE": per_sample, "O": outputs, **rows.tiles, **config}
+    pieces = triton.cdiv(outputs, config["BLOCK_N"])
+    parts, rows_per_part = rows.split(pieces, config["BLOCK_M"])
+    with on_device(x):
+        product = torch.empty((parts, outputs, rows.channels), dtype=torch.float32, device=x.device)
+        sums = torch.empty((parts, outputs), dtype=torch.float32, device=x.device)
+        if rows.rows:
+            row_sums = torch.empty((2, rows.rows), dtype=torch.float32, device=x.device) if per_sample else None
+            _input_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
+                dy, rows.x, norm_weight, weight, mean, rstd, dx, row_sums, rows.rows, rows.rows_per_sample, **flags
+            )
+            if per_sample:
+                rows.finish_sample_gradient(dx, None, mean, rstd, row_sums)
+            _weight_bwd_kernel[(pieces, parts)](
+                dy, rows.x, mean, rstd, product, sums, rows.rows, rows.rows_per_sample, rows_per_part, **flags
+            )
+        dnorm_weight, dnorm_bias, dweight, dbias = norm_linear_gradients(product, sums, weight, norm_weight, norm_bias, bias)
+    return dx, dnorm_weight, dnorm_bias, dweight, dbias if bias is not None else x.new_empty(0)

@@ -1,0 +1,234 @@
+"""Whole rows of a map in a program: what the Triton kernels of a layer norm in front of a linear map share.
+
+A row is two tiles, each a power of 2 wide, for few widths of the networks are one: 144 channels are 128 + 16, 192 are 128 + 64, and nothing
+is multiplied in vain, where one tile of 256 would be half empty. With the whole row at hand the statistics of a token cost no pass, and its
+gradient needs no second one. Gradients of parameters are partial sums of a range of rows for each program, in a float32 workspace, which
+one small launch adds up in a fixed order: no atomics, the same result in every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_common import inverse_std, multiprocessors, on_device, split_rows
+
+NOT_SPECIALIZED = ["rows", "rows_per_sample", "rows_per_part", "parts", "outputs_per_program", "eps"]
+_NOT_SPECIALIZED = NOT_SPECIALIZED
+
+
+def two_tiles(channels: int) -> tuple[int, int]:
+    """Widths of the tiles of a row, at least 16 each, which a product needs."""
+    head = max(triton.next_power_of_2(channels) // 2, 16)
+    return head, max(triton.next_power_of_2(max(channels - head, 1)), 16)
+
+
+@triton.jit
+def load_tile(ptr, lane, valid, column, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `lane` of a matrix with rows of STRIDE values, as it is stored; zeros from WIDTH on and where a row is not valid."""
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    return tl.load(ptr + lane[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, lane, valid, column, tile, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    tl.store(ptr + lane[:, None] * STRIDE + column[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, column, WIDTH: tl.constexpr):
+    """Part of a parameter in float32, one value a column; zeros where there is no parameter."""
+    if ptr is None:
+        return tl.zeros(column.shape, tl.float32)
+    return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def row_statistics(head, tail, head_column, tail_column, eps, C: tl.constexpr):
+    """Mean and 1 / deviation of each row of float32 tiles. Distances are summed to a mean that their own sum corrects."""
+    mean = (tl.sum(head, 1) + tl.sum(tail, 1)) / C
+    head = tl.where((head_column < C)[None, :], head - mean[:, None], 0.0)
+    tail = tl.where((tail_column < C)[None, :], tail - mean[:, None], 0.0)
+    offset = (tl.sum(head, 1) + tl.sum(tail, 1)) / C
+    var = (tl.sum(head * head, 1) + tl.sum(tail * tail, 1)) / C - offset * offset
+    return mean + offset, inverse_std(tl.maximum(var, 0.0), eps)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _sample_statistics_kernel(
+    x_ptr, mean_ptr, rstd_ptr, rows_per_sample, eps, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    head_column, tail_column = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    lane = tl.arange(0, BLOCK_M)
+    x_ptr += tl.program_id(0).to(tl.int64) * rows_per_sample * C
+    count = rows_per_sample.to(tl.float32) * C
+    # Distances to the mean of the first rows: a large mean costs no accuracy.
+    valid = lane < rows_per_sample
+    head = load_tile(x_ptr, lane, valid, head_column, C, C).to(tl.float32)
+    tail = load_tile(x_ptr, lane, valid, tail_column, C, C).to(tl.float32)
+    pivot = (tl.sum(head) + tl.sum(tail)) / (tl.minimum(rows_per_sample, BLOCK_M).to(tl.float32) * C)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for first in range(0, rows_per_sample, BLOCK_M):
+        valid = first + lane < rows_per_sample
+        head = load_tile(x_ptr + first * C, lane, valid, head_column, C, C).to(tl.float32)
+        tail = load_tile(x_ptr + first * C, lane, valid, tail_column, C, C).to(tl.float32)
+        head = tl.where(valid[:, None] & (head_column < C)[None, :], head - pivot, 0.0)
+        tail = tl.where(valid[:, None] & (tail_column < C)[None, :], tail - pivot, 0.0)
+        total += tl.sum(head, 1) + tl.sum(tail, 1)
+        squares += tl.sum(head * head, 1) + tl.sum(tail * tail, 1)
+    offset = tl.sum(total) / count
+    var = tl.sum(squares) / count - offset * offset
+    tl.store(mean_ptr + tl.program_id(0), pivot + offset)
+    tl.store(rstd_ptr + tl.program_id(0), inverse_std(tl.maximum(var, 0.0), eps))
+
+
+@triton.jit
+def load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE: tl.constexpr):
+    if PER_SAMPLE:
+        row = row // rows_per_sample
+    return tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None], tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
+
+
+@triton.jit
+def store_norm_gradient(
+    dx_ptr, sums_ptr, residual_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
+    PER_SAMPLE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Takes the gradients of the normalised rows to those of the rows, plus a residual's. Per sample the means that this needs are known
+    only when all rows are: dx holds the gradients of the normalised rows until then, and `sums_ptr` their row sums, (2, rows)."""
+    total = tl.sum(head, 1) + tl.sum(tail, 1)
+    product = tl.sum(head * head_normal, 1) + tl.sum(tail * tail_normal, 1)
+    if PER_SAMPLE:
+        tl.store(sums_ptr + row, total, mask=valid)
+        tl.store(sums_ptr + rows + row, product, mask=valid)
+    else:
+        head = rstd * (head - (total / C)[:, None] - head_normal * (product / C)[:, None])
+        tail = rstd * (tail - (total / C)[:, None] - tail_normal * (product / C)[:, None])
+        if residual_ptr is not None:
+            head += load_tile(residual_ptr, lane, valid, head_column, C, C).to(tl.float32)
+            tail += load_tile(residual_ptr, lane, valid, tail_column, C, C).to(tl.float32)
+    store_tile(dx_ptr, lane, valid, head_column, head, C, C)
+    store_tile(dx_ptr, lane, valid, tail_column, tail, C, C)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _sample_gradient_kernel(
+    dx_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, sums_ptr, rows, rows_per_sample,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    sample, lane = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_M)
+    wide = tl.arange(0, 1024)
+    sums_ptr += sample * rows_per_sample
+    total = tl.zeros((1024,), tl.float32)
+    product = tl.zeros((1024,), tl.float32)
+    for first in range(0, rows_per_sample, 1024):
+        valid = first + wide < rows_per_sample
+        total += tl.load(sums_ptr + first + wide, mask=valid, other=0.0)
+        product += tl.load(sums_ptr + rows + first + wide, mask=valid, other=0.0)
+    count = rows_per_sample.to(tl.float32) * C
+    offset, slope = tl.sum(total) / count, tl.sum(product) / count
+    mean, rstd = tl.load(mean_ptr + sample), tl.load(rstd_ptr + sample)
+
+    first = tl.program_id(0) * BLOCK_M
+    valid = first + lane < rows_per_sample
+    at = (sample * rows_per_sample + first) * C
+    for part in tl.static_range(2):
+        column = tl.arange(0, HEAD) if part == 0 else HEAD + tl.arange(0, TAIL)
+        normal = (load_tile(x_ptr + at, lane, valid, column, C, C).to(tl.float32) - mean) * rstd
+        grad = load_tile(dx_ptr + at, lane, valid, column, C, C).to(tl.float32)
+        grad = rstd * (grad - offset - normal * slope)
+        if residual_ptr is not None:
+            grad += load_tile(residual_ptr + at, lane, valid, column, C, C).to(tl.float32)
+        store_tile(dx_ptr + at, lane, valid, column, grad, C, C)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _norm_linear_gradient_kernel(
+    product_ptr, sums_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, dweight_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr, parts,
+    C: tl.constexpr, O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    # With G = dy^T (normalised x) and s = sum dy the gradients are: weight G * scale + s shift, scale columnsum(weight * G), shift weight^T s.
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift = load_vector(norm_weight_ptr, column, C), load_vector(norm_bias_ptr, column, C)
+    dscale = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    dshift = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    for first in range(0, O, BLOCK_O):
+        output = first + tl.arange(0, BLOCK_O)
+        valid = output < O
+        product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+        total = tl.zeros((BLOCK_O,), tl.float32)
+        for part in range(parts):
+            product += load_tile(product_ptr + part * (O * C), output, valid, column, C, C)
+            total += tl.load(sums_ptr + part * O + output, mask=valid, other=0.0)
+        weight = load_tile(weight_ptr, output, valid, column, C, C).to(tl.float32)
+        dscale += weight * product
+        dshift += weight * total[:, None]
+        store_tile(dweight_ptr, output, valid, column, product * scale[None, :] + total[:, None] * shift[None, :], C, C)
+        if dbias_ptr is not None and tl.program_id(0) == 0:
+            tl.store(dbias_ptr + output, total.to(dbias_ptr.dtype.element_ty), mask=valid)
+    valid = column < C
+    tl.store(dnorm_weight_ptr + column, tl.sum(dscale, 0).to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_bias_ptr + column, tl.sum(dshift, 0).to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
+
+
+class Rows(NamedTuple):
+    """A map as rows, for the launchers: contiguous, with its tiles."""
+
+    x: Tensor
+    rows: int
+    rows_per_sample: int
+    channels: int
+    tiles: dict[str, int]  # C, HEAD, TAIL
+
+    @staticmethod
+    def of(x: Tensor) -> Rows:
+        batch, height, width, channels = x.shape
+        head, tail = two_tiles(channels)
+        return Rows(x.contiguous(), batch * height * width, height * width, channels, {"C": channels, "HEAD": head, "TAIL": tail})
+
+    def block(self) -> int:
+        """Rows of a program: with the accumulators of two products 64 x 256 values fit its registers. Float32 has no matrix units of its own
+        precision; its products are made in registers."""
+        width = self.tiles["HEAD"] + self.tiles["TAIL"]
+        if self.x.dtype is torch.float32:
+            return 16
+        return 64 if width <= 256 else 32
+
+    def statistics(self, eps: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+        """mean and rstd: filled for samples; for tokens to be written by the kernel that reads the rows."""
+        count = self.rows // self.rows_per_sample if per_sample and self.rows else self.rows
+        mean, rstd = (torch.empty(self.x.shape[0] if per_sample else count, dtype=torch.float32, device=self.x.device) for _ in range(2))
+        if per_sample and self.rows:
+            with on_device(self.x):
+                _sample_statistics_kernel[(count,)](self.x, mean, rstd, self.rows_per_sample, eps, BLOCK_M=32, num_warps=8, **self.tiles)
+        return mean, rstd
+
+    def finish_sample_gradient(self, dx: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, sums: Tensor) -> None:
+        grid = (triton.cdiv(self.rows_per_sample, 32), self.rows // self.rows_per_sample)
+        _sample_gradient_kernel[grid](
+            dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
+        )
+
+    def split(self, programs_beside: int, block: int) -> tuple[int, int]:
+        """(parts, rows of each) of the sums over rows, where a part is `programs_beside` programs."""
+        return split_rows(self.rows, 2 * multiprocessors(self.x) // programs_beside, block)
+
+
+def norm_linear_gradients(
+    product: Tensor, sums: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of norm weight, norm bias, weight and bias (empty without one) from partial products (parts, O, C) and sums (parts, O)."""
+    parts, outputs, channels = product.shape
+    dweight, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (weight, norm_weight, norm_bias))
+    dbias = None if bias is None else torch.empty_like(bias)
+    _norm_linear_gradient_kernel[(triton.cdiv(channels, 16),)](
+        product, sums, weight, norm_weight, norm_bias, dweight, dbias, dnorm_weight, dnorm_bias, parts,
+        C=channels, O=outputs, BLOCK_C=16, BLOCK_O=64, num_warps=4,
+    )  # fmt: skip
+    return dnorm_weight, dnorm_bias, dweight, product.new_empty(0) if dbias is None else dbias
