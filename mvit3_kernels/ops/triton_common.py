@@ -88,7 +88,7 @@ def dropped(tile, seed_ptr, row, column, rows_per_sample, keep, keep_scale, SITE
     """A tile of a map of WIDTH channels after dropout; `row` counts over all samples, `keep` is the threshold."""
     key = dropout_key(seed_ptr, row // rows_per_sample, SITE)
     element = (row % rows_per_sample)[:, None] * WIDTH + column[None, :]
-    return tl.where(dropout_kept(key[:, None], element, keep), tile * keep_scale, 0.0)
+    return tile * tl.where(dropout_kept(key[:, None], element, keep), keep_scale, 0.0)  # NaN stays NaN
 
 
 def dropout_threshold(p: float) -> int:

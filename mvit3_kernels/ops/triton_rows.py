@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import inverse_std, multiprocessors, on_device, split_rows
+from .triton_common import dot, dropout_threshold, dropped, inverse_std, multiprocessors, on_device, split_rows
 
-NOT_SPECIALIZED = ["rows", "rows_per_sample", "rows_per_part", "parts", "outputs_per_program", "eps"]
+NOT_SPECIALIZED = ["rows", "rows_per_sample", "rows_per_part", "parts", "outputs_per_program", "eps", "keep", "keep_scale"]
 _NOT_SPECIALIZED = NOT_SPECIALIZED
 
 
@@ -96,6 +96,46 @@ def load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAM
 
 
 @triton.jit
+def normalise_rows(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps,
+    MEASURE: tl.constexpr, PER_SAMPLE: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The normalised rows in the dtype of x, and zeros from C on. `x_ptr` points to the first row of the program. With MEASURE tokens are
+    measured, and their statistics stored; samples are measured already."""
+    head_column, tail_column = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    head = load_tile(x_ptr, lane, valid, head_column, C, C).to(tl.float32)
+    tail = load_tile(x_ptr, lane, valid, tail_column, C, C).to(tl.float32)
+    if MEASURE and not PER_SAMPLE:
+        row_mean, row_rstd = row_statistics(head, tail, head_column, tail_column, eps, C)
+        if tl.program_id(1) == 0:
+            tl.store(mean_ptr + row, row_mean, mask=valid)
+            tl.store(rstd_ptr + row, row_rstd, mask=valid)
+        mean, rstd = row_mean[:, None], row_rstd[:, None]
+    else:
+        mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    scale, shift = load_vector(norm_weight_ptr, head_column, C), load_vector(norm_bias_ptr, head_column, C)
+    head = ((head - mean) * rstd * scale[None, :] + shift[None, :]).to(dtype)
+    scale, shift = load_vector(norm_weight_ptr, tail_column, C), load_vector(norm_bias_ptr, tail_column, C)
+    tail = ((tail - mean) * rstd * scale[None, :] + shift[None, :]).to(dtype)
+    return head, tail
+
+
+@triton.jit
+def load_weight(ptr, output, like, C: tl.constexpr, O: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """The rows `output` of a weight (O, C) as two tiles, in the dtype of `like`."""
+    head = load_tile(ptr, output, output < O, tl.arange(0, HEAD), C, C).to(like.dtype)
+    return head, load_tile(ptr, output, output < O, HEAD + tl.arange(0, TAIL), C, C).to(like.dtype)
+
+
+@triton.jit
+def multiply_rows(head, tail, head_weight, tail_weight):
+    """rows @ weight^T in float32."""
+    sums = tl.zeros((head.shape[0], head_weight.shape[0]), tl.float32)
+    return dot(tail, tl.trans(tail_weight), dot(head, tl.trans(head_weight), sums))
+
+
+@triton.jit
 def store_norm_gradient(
     dx_ptr, sums_ptr, residual_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
     PER_SAMPLE: tl.constexpr, C: tl.constexpr,
@@ -146,6 +186,53 @@ def _sample_gradient_kernel(
         if residual_ptr is not None:
             grad += load_tile(residual_ptr + at, lane, valid, column, C, C).to(tl.float32)
         store_tile(dx_ptr + at, lane, valid, column, grad, C, C)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _row_products_kernel(
+    a_ptr, x_ptr, mean_ptr, rstd_ptr, seed_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part, keep, keep_scale,
+    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A part of a^T x and of a sum. With statistics x is normalised, and the sum is that of a; without them x goes through the dropout of
+    site 1, if there is a seed, and the sum is that of x."""
+    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    head = tl.zeros((BLOCK_N, HEAD), tl.float32)
+    tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    head_total = tl.zeros((HEAD,), tl.float32)
+    tail_total = tl.zeros((TAIL,), tl.float32)
+    begin = part * rows_per_part
+    end = tl.minimum(begin + rows_per_part, rows)
+    for first in range(0, end - begin, BLOCK_M):
+        start, row = begin.to(tl.int64) + first, begin + first + lane
+        a = load_tile(a_ptr + start * O, lane, row < end, output, O, O)
+        head_x = load_tile(x_ptr + start * C, lane, row < end, head_column, C, C)
+        tail_x = load_tile(x_ptr + start * C, lane, row < end, tail_column, C, C)
+        if mean_ptr is not None:
+            total += a.to(tl.float32)
+            mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, row < end, rows_per_sample, PER_SAMPLE)
+            head_x = ((head_x.to(tl.float32) - mean) * rstd).to(a.dtype)
+            tail_x = ((tail_x.to(tl.float32) - mean) * rstd).to(a.dtype)
+        else:
+            if seed_ptr is not None:
+                head_x = dropped(head_x.to(tl.float32), seed_ptr, row, head_column, rows_per_sample, keep, keep_scale, 1, C).to(a.dtype)
+                tail_x = dropped(tail_x.to(tl.float32), seed_ptr, row, tail_column, rows_per_sample, keep, keep_scale, 1, C).to(a.dtype)
+            if tl.program_id(0) == 0:
+                head_total += tl.sum(head_x.to(tl.float32), 0)
+                tail_total += tl.sum(tail_x.to(tl.float32), 0)
+        head = dot(tl.trans(a), head_x, head)
+        tail = dot(tl.trans(a), tail_x, tail)
+    product_ptr += part * (O * C)
+    store_tile(product_ptr, output, output < O, head_column, head, C, C)
+    store_tile(product_ptr, output, output < O, tail_column, tail, C, C)
+    if mean_ptr is not None:
+        tl.store(sums_ptr + part * O + output, tl.sum(total, 0), mask=output < O)
+    elif tl.program_id(0) == 0:
+        tl.store(sums_ptr + part * C + head_column, head_total, mask=head_column < C)
+        tl.store(sums_ptr + part * C + tail_column, tail_total, mask=tail_column < C)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -215,9 +302,23 @@ class Rows(NamedTuple):
             dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
         )
 
-    def split(self, programs_beside: int, block: int) -> tuple[int, int]:
-        """(parts, rows of each) of the sums over rows, where a part is `programs_beside` programs."""
-        return split_rows(self.rows, 2 * multiprocessors(self.x) // programs_beside, block)
+    def products(
+        self, a: Tensor, outputs: int, mean: Tensor | None, rstd: Tensor | None, per_sample: bool, dropout: float = 0.0, seed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Partial a^T x, (parts, outputs, C), and partial sums: with statistics of the normalised x and of a, else of the dropped x and of it."""
+        narrow = self.x.dtype is torch.float32
+        config = {"BLOCK_M": 16 if narrow else 32, "BLOCK_N": 16 if narrow else 64, "num_warps": 8, "num_stages": 2}
+        pieces = triton.cdiv(outputs, config["BLOCK_N"])
+        parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // pieces, config["BLOCK_M"])
+        product = torch.empty((parts, outputs, self.channels), dtype=torch.float32, device=self.x.device)
+        sums = torch.empty((parts, outputs if mean is not None else self.channels), dtype=torch.float32, device=self.x.device)
+        if self.rows:
+            keep = (dropout_threshold(dropout), 1 / (1 - dropout))
+            _row_products_kernel[(pieces, parts)](
+                a, self.x, mean, rstd, seed if dropout > 0 else None, product, sums, self.rows, self.rows_per_sample, rows_per_part, *keep,
+                PER_SAMPLE=per_sample, O=outputs, **self.tiles, **config,
+            )  # fmt: skip
+        return product, sums
 
 
 def norm_linear_gradients(

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map
-from ..norm_linear import gradient_fake, norm_linear, statistics_fake
+from ..norm_linear import gradient_fake, norm_linear, statistics_fake, triton_why_not
 from ..registry import register
 from ..types import LayerNorm, Linear
 from . import reference
 
 __all__ = ["feed_forward"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", triton_why_not))
 
 
 def feed_forward(
@@ -81,6 +81,9 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+for _name in ("forward", "backward"):
+    dispatch.register_triton(f"feed_forward_{_name}", __name__)
 
 
 @torch.library.register_fake("mvit3::feed_forward_forward")

@@ -22,8 +22,10 @@ from ..triton_rows import (
     load_row_statistics,
     load_tile,
     load_vector,
+    load_weight,
+    multiply_rows,
     norm_linear_gradients,
-    row_statistics,
+    normalise_rows,
     store_norm_gradient,
     store_tile,
 )
@@ -49,32 +51,18 @@ def _norm_linear_fwd_kernel(
     PER_SAMPLE: tl.constexpr, O: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    row, valid = start + lane, start + lane < rows
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    head = load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32)
-    tail = load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32)
-    if PER_SAMPLE:
-        mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
-    else:
-        row_mean, row_rstd = row_statistics(head, tail, head_column, tail_column, eps, C)
-        if tl.program_id(1) == 0:
-            tl.store(mean_ptr + row, row_mean, mask=valid)
-            tl.store(rstd_ptr + row, row_rstd, mask=valid)
-        mean, rstd = row_mean[:, None], row_rstd[:, None]
-    scale, shift = load_vector(norm_weight_ptr, head_column, C), load_vector(norm_bias_ptr, head_column, C)
-    head_normed = ((head - mean) * rstd * scale[None, :] + shift[None, :]).to(dtype)
-    scale, shift = load_vector(norm_weight_ptr, tail_column, C), load_vector(norm_bias_ptr, tail_column, C)
-    tail_normed = ((tail - mean) * rstd * scale[None, :] + shift[None, :]).to(dtype)
-
+    lane = tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + lane
+    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
+    head, tail = normalise_rows(
+        x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps,
+        True, PER_SAMPLE, C, HEAD, TAIL,
+    )  # fmt: skip
     begin = tl.program_id(1) * outputs_per_program
-    for first_output in range(begin, tl.minimum(begin + outputs_per_program, O), BLOCK_N):
-        output = first_output + tl.arange(0, BLOCK_N)
-        weight = load_tile(weight_ptr, output, output < O, head_column, C, C).to(dtype)
-        sums = dot(head_normed, tl.trans(weight), tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        weight = load_tile(weight_ptr, output, output < O, tail_column, C, C).to(dtype)
-        sums = dot(tail_normed, tl.trans(weight), sums) + load_vector(bias_ptr, output, O)[None, :]
+    for first in range(begin, tl.minimum(begin + outputs_per_program, O), BLOCK_N):
+        output = first + tl.arange(0, BLOCK_N)
+        head_weight, tail_weight = load_weight(weight_ptr, output, head, C, O, HEAD, TAIL)
+        sums = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias_ptr, output, O)[None, :]
         store_tile(y_ptr + start * O, lane, valid, output, sums, O, O)
 
 
@@ -85,15 +73,16 @@ def _input_bwd_kernel(
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    row, valid = start + lane, start + lane < rows
+    row = tl.program_id(0) * BLOCK_M + lane
+    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
     head = tl.zeros((BLOCK_M, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for first in range(0, O, BLOCK_N):
         output = first + tl.arange(0, BLOCK_N)
         dy = load_tile(dy_ptr + start * O, lane, valid, output, O, O)
-        head = dot(dy, load_tile(weight_ptr, output, output < O, head_column, C, C).to(dy.dtype), head)
-        tail = dot(dy, load_tile(weight_ptr, output, output < O, tail_column, C, C).to(dy.dtype), tail)
+        head_weight, tail_weight = load_weight(weight_ptr, output, dy, C, O, HEAD, TAIL)
+        head = dot(dy, head_weight, head)
+        tail = dot(dy, tail_weight, tail)
     mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
     head_normal = (load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32) - mean) * rstd
     tail_normal = (load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32) - mean) * rstd
@@ -103,35 +92,6 @@ def _input_bwd_kernel(
         dx_ptr + start * C, sums_ptr, None, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
         PER_SAMPLE, C,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _weight_bwd_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part,
-    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(1)
-    head = tl.zeros((BLOCK_N, HEAD), tl.float32)
-    tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    begin = part.to(tl.int64) * rows_per_part
-    for first in range(0, rows_per_part, BLOCK_M):
-        start = begin + first
-        row, valid = start + lane, (first + lane < rows_per_part) & (start + lane < rows)
-        dy = load_tile(dy_ptr + start * O, lane, valid, output, O, O)
-        total += dy.to(tl.float32)
-        mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
-        x = load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32)
-        head = dot(tl.trans(dy), ((x - mean) * rstd).to(dy.dtype), head)
-        x = load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32)
-        tail = dot(tl.trans(dy), ((x - mean) * rstd).to(dy.dtype), tail)
-    product_ptr += part * (O * C)
-    store_tile(product_ptr, output, output < O, head_column, head, C, C)
-    store_tile(product_ptr, output, output < O, tail_column, tail, C, C)
-    tl.store(sums_ptr + part * O + output, tl.sum(total, 0), mask=output < O)
 
 
 def norm_linear_forward(
@@ -165,11 +125,7 @@ def norm_linear_backward(
     norm_weight, norm_bias, weight = norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous()
     config = configuration(rows)
     flags = {"PER_SAMPLE": per_sample, "O": outputs, **rows.tiles, **config}
-    pieces = triton.cdiv(outputs, config["BLOCK_N"])
-    parts, rows_per_part = rows.split(pieces, config["BLOCK_M"])
     with on_device(x):
-        product = torch.empty((parts, outputs, rows.channels), dtype=torch.float32, device=x.device)
-        sums = torch.empty((parts, outputs), dtype=torch.float32, device=x.device)
         if rows.rows:
             row_sums = torch.empty((2, rows.rows), dtype=torch.float32, device=x.device) if per_sample else None
             _input_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
@@ -177,8 +133,5 @@ def norm_linear_backward(
             )
             if per_sample:
                 rows.finish_sample_gradient(dx, None, mean, rstd, row_sums)
-            _weight_bwd_kernel[(pieces, parts)](
-                dy, rows.x, mean, rstd, product, sums, rows.rows, rows.rows_per_sample, rows_per_part, **flags
-            )
-        dnorm_weight, dnorm_bias, dweight, dbias = norm_linear_gradients(product, sums, weight, norm_weight, norm_bias, bias)
-    return dx, dnorm_weight, dnorm_bias, dweight, dbias if bias is not None else x.new_empty(0)
+        product, sums = rows.products(dy, outputs, mean, rstd, per_sample)
+        return dx, *norm_linear_gradients(product, sums, weight, norm_weight, norm_bias, bias)

@@ -114,7 +114,7 @@ def _attention_fwd_kernel(
         maximum = new_maximum
         if seed_ptr is not None:
             kept = dropout_kept(mask_key, (group * tokens + query[:, None]) * tokens + key[None, :], threshold)
-            probabilities = tl.where(kept, probabilities * keep_scale, 0.0)
+            probabilities *= tl.where(kept, keep_scale, 0.0)
         v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
         sums = dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
 
@@ -168,8 +168,8 @@ def _attention_bwd_kernel(
         weights = probabilities
         if seed_ptr is not None:
             kept = dropout_kept(mask_key, (group * tokens + query[None, :]) * tokens + mine[:, None], threshold)
-            weights = tl.where(kept, weights * keep_scale, 0.0)
-            grads = tl.where(kept, grads * keep_scale, 0.0)
+            weights = probabilities * tl.where(kept, keep_scale, 0.0)
+            grads *= tl.where(kept, keep_scale, 0.0)
         dv = dot(weights.to(dout.dtype), dout, dv)
         dk = dot((probabilities * (grads - delta[None, :])).to(q.dtype), q, dk)
     _store(dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, 3 * CHANNELS, DIM, BLOCK_D)
@@ -191,7 +191,7 @@ def _attention_bwd_kernel(
         grads = dot(my_dout, tl.trans(v), tl.zeros((BLOCK, STEP), tl.float32))
         if seed_ptr is not None:
             kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
-            grads = tl.where(kept, grads * keep_scale, 0.0)
+            grads *= tl.where(kept, keep_scale, 0.0)
         dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
     _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, 3 * CHANNELS, DIM, BLOCK_D)
 

@@ -1,0 +1,28 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+"""feed_forward's Triton kernels on CPU tensors, step by step; run by test_feed_forward_triton.py."""
+
+from mvit3_kernels import ops
+from tests.ops.batch_norm_act_cases import poison
+from tests.ops.test_feed_forward_cpu import TestFeedForwardCpu as Cpu
+from tests.ops.triton_kernel import InterpretedKernel
+from tests.triton_tools import compute_like_a_gpu
+
+poison()
+compute_like_a_gpu()
+
+
+class TestFeedForward(InterpretedKernel):
+    op = staticmethod(ops.feed_forward)
+    # Rows of two tiles that are full, short and empty; rows of several samples in one program and the other way round.
+    shapes = ((2, 3, 5, 7, 9), (3, 1, 3, 33, 70), (1, 5, 7, 48, 20))
+    options = {
+        "no-bias": {"bias": False, "conv": True},
+        "per-sample": {"mean": 30.0, "per_sample": True},
+        "dropouts": {"hidden_dropout": 0.3, "output_dropout": 0.2},
+        "dropouts-per-sample": {"hidden_dropout": 0.1, "output_dropout": 0.5, "per_sample": True},
+    }
+    arguments = staticmethod(Cpu.arguments)
+    registered = staticmethod(Cpu.registered)
+
+
+del Cpu
