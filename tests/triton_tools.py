@@ -119,5 +119,6 @@ def resources(kernel) -> Resources:
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
-    return Resources(registers, stack, kernel.metadata.shared, max((int(n or 1) * int(bits) for n, bits in loads), default=0))
+    loads = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])]
+    copies = [8 * int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], *(\w+)", kernel.asm["ptx"])]
+    return Resources(registers, stack, kernel.metadata.shared, max(loads + copies, default=0))

@@ -182,6 +182,21 @@ def multiprocessors(x: Tensor) -> int:
     return _multiprocessors(x.get_device()) if x.is_cuda else 2
 
 
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def multiplies_from_shared_memory(x: Tensor) -> bool:
+    """Whether the GPU of `x` is of NVIDIA's generation that multiplies 64 rows straight from shared memory (sm_90). The others hold the
+    operands of a product in registers, so that their tiles must be smaller."""
+    if interpreted():
+        return True
+    if x.is_cuda:
+        return torch.version.hip is None and _capability(x.get_device()) == (9, 0)
+    return triton.runtime.driver.active.get_current_target().arch == 90  # compiling for a GPU that is not there
+
+
 def on_device(x: Tensor) -> AbstractContextManager[None]:
     """Makes the GPU of `x` the current one, where Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()

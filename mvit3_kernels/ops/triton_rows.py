@@ -15,16 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import dot, dropout_threshold, dropped, inverse_std, multiprocessors, on_device, split_rows
+from .triton_common import (
+    dot,
+    dropout_threshold,
+    dropped,
+    inverse_std,
+    multiplies_from_shared_memory,
+    multiprocessors,
+    on_device,
+    split_rows,
+)
 
 NOT_SPECIALIZED = ["rows", "rows_per_sample", "rows_per_part", "parts", "outputs_per_program", "eps", "keep", "keep_scale"]
 _NOT_SPECIALIZED = NOT_SPECIALIZED
 
 
-def two_tiles(channels: int) -> tuple[int, int]:
+def two_tiles(channels: int, even: bool) -> tuple[int, int]:
     """Widths of the tiles of a row, at least 16 each, which a product needs."""
     head = max(triton.next_power_of_2(channels) // 2, 16)
-    return head, max(triton.next_power_of_2(max(channels - head, 1)), 16)
+    return head, head if even else max(triton.next_power_of_2(max(channels - head, 1)), 16)
 
 
 @triton.jit
@@ -122,10 +131,10 @@ def normalise_rows(
 
 
 @triton.jit
-def load_weight(ptr, output, like, C: tl.constexpr, O: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """The rows `output` of a weight (O, C) as two tiles, in the dtype of `like`."""
-    head = load_tile(ptr, output, output < O, tl.arange(0, HEAD), C, C).to(like.dtype)
-    return head, load_tile(ptr, output, output < O, HEAD + tl.arange(0, TAIL), C, C).to(like.dtype)
+def load_weight(ptr, output, like, C: tl.constexpr, OUT: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """The rows `output` of a weight (OUT, C) as two tiles, in the dtype of `like`."""
+    head = load_tile(ptr, output, output < OUT, tl.arange(0, HEAD), C, C).to(like.dtype)
+    return head, load_tile(ptr, output, output < OUT, HEAD + tl.arange(0, TAIL), C, C).to(like.dtype)
 
 
 @triton.jit
@@ -136,7 +145,7 @@ def multiply_rows(head, tail, head_weight, tail_weight):
 
 
 @triton.jit
-def store_norm_gradient(
+def _store_norm_gradient(
     dx_ptr, sums_ptr, residual_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
     PER_SAMPLE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +164,36 @@ def store_norm_gradient(
             tail += load_tile(residual_ptr, lane, valid, tail_column, C, C).to(tl.float32)
     store_tile(dx_ptr, lane, valid, head_column, head, C, C)
     store_tile(dx_ptr, lane, valid, tail_column, tail, C, C)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _input_bwd_kernel(
+    dy_ptr, x_ptr, residual_ptr, norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, rows, rows_per_sample,
+    PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + lane
+    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
+    head = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    for first in range(0, OUT, BLOCK_N):
+        output = first + tl.arange(0, BLOCK_N)
+        dy = load_tile(dy_ptr + start * OUT, lane, valid, output, OUT, OUT)
+        head_weight, tail_weight = load_weight(weight_ptr, output, dy, C, OUT, HEAD, TAIL)
+        head = dot(dy, head_weight, head)
+        tail = dot(dy, tail_weight, tail)
+    mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
+    head_normal = (load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32) - mean) * rstd
+    tail_normal = (load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32) - mean) * rstd
+    head *= load_vector(norm_weight_ptr, head_column, C)[None, :]
+    tail *= load_vector(norm_weight_ptr, tail_column, C)[None, :]
+    if residual_ptr is not None:
+        residual_ptr += start * C
+    _store_norm_gradient(
+        dx_ptr + start * C, sums_ptr, residual_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal,
+        rstd, rows, PER_SAMPLE, C,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -191,7 +230,7 @@ def _sample_gradient_kernel(
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _row_products_kernel(
     a_ptr, x_ptr, mean_ptr, rstd_ptr, seed_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part, keep, keep_scale,
-    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A part of a^T x and of a sum. With statistics x is normalised, and the sum is that of a; without them x goes through the dropout of
@@ -208,7 +247,7 @@ def _row_products_kernel(
     end = tl.minimum(begin + rows_per_part, rows)
     for first in range(0, end - begin, BLOCK_M):
         start, row = begin.to(tl.int64) + first, begin + first + lane
-        a = load_tile(a_ptr + start * O, lane, row < end, output, O, O)
+        a = load_tile(a_ptr + start * OUT, lane, row < end, output, OUT, OUT)
         head_x = load_tile(x_ptr + start * C, lane, row < end, head_column, C, C)
         tail_x = load_tile(x_ptr + start * C, lane, row < end, tail_column, C, C)
         if mean_ptr is not None:
@@ -225,11 +264,11 @@ def _row_products_kernel(
                 tail_total += tl.sum(tail_x.to(tl.float32), 0)
         head = dot(tl.trans(a), head_x, head)
         tail = dot(tl.trans(a), tail_x, tail)
-    product_ptr += part * (O * C)
-    store_tile(product_ptr, output, output < O, head_column, head, C, C)
-    store_tile(product_ptr, output, output < O, tail_column, tail, C, C)
+    product_ptr += part * (OUT * C)
+    store_tile(product_ptr, output, output < OUT, head_column, head, C, C)
+    store_tile(product_ptr, output, output < OUT, tail_column, tail, C, C)
     if mean_ptr is not None:
-        tl.store(sums_ptr + part * O + output, tl.sum(total, 0), mask=output < O)
+        tl.store(sums_ptr + part * OUT + output, tl.sum(total, 0), mask=output < OUT)
     elif tl.program_id(0) == 0:
         tl.store(sums_ptr + part * C + head_column, head_total, mask=head_column < C)
         tl.store(sums_ptr + part * C + tail_column, tail_total, mask=tail_column < C)
@@ -238,21 +277,22 @@ def _row_products_kernel(
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _norm_linear_gradient_kernel(
     product_ptr, sums_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, dweight_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr, parts,
-    C: tl.constexpr, O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+    C: tl.constexpr, OUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    # With G = dy^T (normalised x) and s = sum dy the gradients are: weight G * scale + s shift, scale columnsum(weight * G), shift weight^T s.
+    # With G = dy^T (normalised x) and s = sum dy the gradients are: of the weight G * scale + s shift, of scale the column sums of
+    # weight * G, of shift weight^T s.
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift = load_vector(norm_weight_ptr, column, C), load_vector(norm_bias_ptr, column, C)
     dscale = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     dshift = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
-    for first in range(0, O, BLOCK_O):
+    for first in range(0, OUT, BLOCK_O):
         output = first + tl.arange(0, BLOCK_O)
-        valid = output < O
+        valid = output < OUT
         product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
         total = tl.zeros((BLOCK_O,), tl.float32)
         for part in range(parts):
-            product += load_tile(product_ptr + part * (O * C), output, valid, column, C, C)
-            total += tl.load(sums_ptr + part * O + output, mask=valid, other=0.0)
+            product += load_tile(product_ptr + part * (OUT * C), output, valid, column, C, C)
+            total += tl.load(sums_ptr + part * OUT + output, mask=valid, other=0.0)
         weight = load_tile(weight_ptr, output, valid, column, C, C).to(tl.float32)
         dscale += weight * product
         dshift += weight * total[:, None]
@@ -272,20 +312,24 @@ class Rows(NamedTuple):
     rows_per_sample: int
     channels: int
     tiles: dict[str, int]  # C, HEAD, TAIL
+    wide: bool  # multiplies_from_shared_memory
 
     @staticmethod
     def of(x: Tensor) -> Rows:
         batch, height, width, channels = x.shape
-        head, tail = two_tiles(channels)
-        return Rows(x.contiguous(), batch * height * width, height * width, channels, {"C": channels, "HEAD": head, "TAIL": tail})
+        wide = multiplies_from_shared_memory(x)
+        head, tail = two_tiles(channels, even=not wide)  # operands of two shapes in registers make a kernel spill
+        tiles = {"C": channels, "HEAD": head, "TAIL": tail}
+        return Rows(x.contiguous(), batch * height * width, height * width, channels, tiles, wide)
 
     def block(self) -> int:
-        """Rows of a program: with the accumulators of two products 64 x 256 values fit its registers. Float32 has no matrix units of its own
-        precision; its products are made in registers."""
-        width = self.tiles["HEAD"] + self.tiles["TAIL"]
+        """Rows of a program. Float32 has no matrix units of its own precision; its products are made in registers."""
         if self.x.dtype is torch.float32:
             return 16
-        return 64 if width <= 256 else 32
+        return 64 if self.wide and self.width() <= 256 else 32
+
+    def width(self) -> int:
+        return self.tiles["HEAD"] + self.tiles["TAIL"]
 
     def statistics(self, eps: float, per_sample: bool) -> tuple[Tensor, Tensor]:
         """mean and rstd: filled for samples; for tokens to be written by the kernel that reads the rows."""
@@ -296,18 +340,42 @@ class Rows(NamedTuple):
                 _sample_statistics_kernel[(count,)](self.x, mean, rstd, self.rows_per_sample, eps, BLOCK_M=32, num_warps=8, **self.tiles)
         return mean, rstd
 
-    def finish_sample_gradient(self, dx: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, sums: Tensor) -> None:
-        grid = (triton.cdiv(self.rows_per_sample, 32), self.rows // self.rows_per_sample)
-        _sample_gradient_kernel[grid](
-            dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
-        )
+    def input_gradient(
+        self, dy: Tensor, residual: Tensor | None, norm_weight: Tensor, per_sample: bool, weight: Tensor, mean: Tensor, rstd: Tensor
+    ) -> Tensor:
+        """The gradient of x where `dy` is that of weight @ norm(x), and that of a residual on top."""
+        dx = torch.empty_like(self.x)
+        if not self.rows:
+            return dx
+        narrow = self.x.dtype is torch.float32
+        block = self.block()
+        sums = torch.empty((2, self.rows), dtype=torch.float32, device=self.x.device) if per_sample else None
+        _input_bwd_kernel[(triton.cdiv(self.rows, block),)](
+            dy, self.x, residual, norm_weight, weight, mean, rstd, dx, sums, self.rows, self.rows_per_sample, PER_SAMPLE=per_sample,
+            OUT=weight.shape[0], BLOCK_M=block, BLOCK_N=16 if narrow or self.width() > 256 else 32, num_warps=8, num_stages=2, **self.tiles,
+        )  # fmt: skip
+        if per_sample:
+            grid = (triton.cdiv(self.rows_per_sample, 32), self.rows // self.rows_per_sample)
+            _sample_gradient_kernel[grid](
+                dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
+            )
+        return dx
 
     def products(
-        self, a: Tensor, outputs: int, mean: Tensor | None, rstd: Tensor | None, per_sample: bool, dropout: float = 0.0, seed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Partial a^T x, (parts, outputs, C), and partial sums: with statistics of the normalised x and of a, else of the dropped x and of it."""
+        self,
+        a: Tensor,
+        outputs: int,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        per_sample: bool,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Partial products a^T x, (parts, outputs, C), and sums: with statistics x is normalised, and the sums are those of a; without them
+        x goes through the dropout, and the sums are those of x."""
         narrow = self.x.dtype is torch.float32
-        config = {"BLOCK_M": 16 if narrow else 32, "BLOCK_N": 16 if narrow else 64, "num_warps": 8, "num_stages": 2}
+        outputs_at_once = 16 if narrow else 64 if self.wide and self.width() <= 256 else 32
+        config = {"BLOCK_M": 16 if narrow else 32, "BLOCK_N": outputs_at_once, "num_warps": 8, "num_stages": 2}
         pieces = triton.cdiv(outputs, config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // pieces, config["BLOCK_M"])
         product = torch.empty((parts, outputs, self.channels), dtype=torch.float32, device=self.x.device)
@@ -316,20 +384,24 @@ class Rows(NamedTuple):
             keep = (dropout_threshold(dropout), 1 / (1 - dropout))
             _row_products_kernel[(pieces, parts)](
                 a, self.x, mean, rstd, seed if dropout > 0 else None, product, sums, self.rows, self.rows_per_sample, rows_per_part, *keep,
-                PER_SAMPLE=per_sample, O=outputs, **self.tiles, **config,
+                PER_SAMPLE=per_sample, OUT=outputs, **self.tiles, **config,
             )  # fmt: skip
         return product, sums
 
-
-def norm_linear_gradients(
-    product: Tensor, sums: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of norm weight, norm bias, weight and bias (empty without one) from partial products (parts, O, C) and sums (parts, O)."""
-    parts, outputs, channels = product.shape
-    dweight, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (weight, norm_weight, norm_bias))
-    dbias = None if bias is None else torch.empty_like(bias)
-    _norm_linear_gradient_kernel[(triton.cdiv(channels, 16),)](
-        product, sums, weight, norm_weight, norm_bias, dweight, dbias, dnorm_weight, dnorm_bias, parts,
-        C=channels, O=outputs, BLOCK_C=16, BLOCK_O=64, num_warps=4,
-    )  # fmt: skip
-    return dnorm_weight, dnorm_bias, dweight, product.new_empty(0) if dbias is None else dbias
+    def norm_linear_backward(
+        self, dy: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, per_sample: bool, weight: Tensor,
+        bias: Tensor | None, mean: Tensor, rstd: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """The gradients of x (with that of a residual on top), norm weight, norm bias, weight and bias (empty without one)."""
+        norm_weight, norm_bias, weight = norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous()
+        dweight, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (weight, norm_weight, norm_bias))
+        dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+        outputs = weight.shape[0]
+        with on_device(self.x):
+            dx = self.input_gradient(dy, residual, norm_weight, per_sample, weight, mean, rstd)
+            product, sums = self.products(dy, outputs, mean, rstd, per_sample)
+            _norm_linear_gradient_kernel[(triton.cdiv(self.channels, 16),)](
+                product, sums, weight, norm_weight, norm_bias, dweight, dbias, dnorm_weight, dnorm_bias, product.shape[0],
+                C=self.channels, OUT=outputs, BLOCK_C=16, BLOCK_O=64, num_warps=4,
+            )  # fmt: skip
+        return dx, dnorm_weight, dnorm_bias, dweight, self.x.new_empty(0) if dbias is None else dbias

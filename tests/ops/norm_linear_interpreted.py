@@ -1,8 +1,6 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
 """norm_linear's Triton kernels on CPU tensors, step by step; run by test_norm_linear_triton.py."""
 
-import torch
-
 from mvit3_kernels import ops
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.test_norm_linear_cpu import TestNormLinearCpu as Cpu

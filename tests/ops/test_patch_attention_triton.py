@@ -1,4 +1,3 @@
-# ruff: noqa: RUF012 -- class attributes are the tables of the tests
 import torch
 
 from mvit3_kernels.ops import patch_attention

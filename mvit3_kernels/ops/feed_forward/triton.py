@@ -1,10 +1,11 @@
 """Triton kernels of feed_forward.
 
-The hidden tensor exists in registers and shared memory only. Forward, a program holds its rows, normalised once, and the sums of their
-outputs, and walks over the hidden channels: a block of them is made, activated, and multiplied into the sums. Backward computes the hidden
-tensor again, for the gradient of x and for that of each weight, whose sums would not fit the registers together. That is 8 products of the
-size of one of forward's, where the least is 5; writing the hidden tensor and its gradient to memory instead would cost 8 passes over x.
-Norm and its gradient as in norm_linear. Launches: 1 forward and 5 backward, for a norm of samples 2 and 6.
+Forward, the hidden tensor exists in registers and shared memory only: a program holds its rows, normalised once, and the sums of their
+outputs, and walks over the hidden channels; a block of them is made, activated, and multiplied into the sums. Nothing of it is saved.
+Backward makes it again and writes it, beside its gradient, for the products that follow: norm_linear's backward, and the second weight's.
+Making it a second and a third time inside those products instead would save 7 passes over C channels of 10, and cost 4 more products
+(about as long, by count, at C = 144) and kernels whose operands and sums do not fit the registers together (compiled, and dropped).
+Launches: 1 forward and 6 backward, for a norm of samples 2 and 7.
 """
 
 from __future__ import annotations
@@ -18,14 +19,11 @@ from ..triton_common import SILU, activate, activate_backward, dot, dropout_thre
 from ..triton_rows import (
     NOT_SPECIALIZED,
     Rows,
-    load_row_statistics,
     load_tile,
     load_vector,
     load_weight,
     multiply_rows,
-    norm_linear_gradients,
     normalise_rows,
-    store_norm_gradient,
     store_tile,
 )
 
@@ -34,16 +32,16 @@ _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_kee
 
 def configuration(rows: Rows) -> dict[str, int]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over."""
-    if rows.x.dtype is torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}
+    if rows.x.dtype is torch.float32 or rows.width() > 256:
+        return {"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
     return {"BLOCK_M": rows.block(), "BLOCK_F": 32, "num_warps": 8, "num_stages": 1}
 
 
-def bytes_moved(x: Tensor, per_sample: bool) -> tuple[int, int]:
-    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; x and dy twice, dx. Of samples, x once more
-    forward, and backward x and dy once and dx twice."""
+def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
+    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; x and dy three times, dx, and of the
+    tensors of the hidden width two writes and three reads. Of samples, x once more forward, and backward x once and dx twice."""
     size = x.numel() * x.element_size()
-    return size * (3 if per_sample else 2), size * (9 if per_sample else 5)
+    return size * (3 if per_sample else 2), size * (10 if per_sample else 7) + 5 * size // x.shape[-1] * hidden
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -85,61 +83,41 @@ def _feed_forward_fwd_kernel(
     store_tile(y_ptr + start * C, lane, valid, tail_column, tail, C, C)
 
 
-@triton.jit
-def _load_branch_gradient(
-    dy_ptr, output_seed_ptr, lane, row, valid, column, rows_per_sample, output_keep, output_scale, C: tl.constexpr
-):  # fmt: skip
-    """The gradient of what the second product gives, before the output's dropout."""
-    dy = load_tile(dy_ptr, lane, valid, column, C, C)
-    if output_seed_ptr is not None:
-        dy = dropped(dy.to(tl.float32), output_seed_ptr, row, column, rows_per_sample, output_keep, output_scale, 1, C).to(dy.dtype)
-    return dy
-
-
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def _input_bwd_kernel(
-    dy_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, hidden_ptr, dpre_ptr, sums_ptr, hidden_seed_ptr, output_seed_ptr, rows, rows_per_sample, eps, hidden_keep, hidden_scale, output_keep, output_scale,
+def _hidden_bwd_kernel(
+    dy_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr, mean_ptr, rstd_ptr, hidden_ptr, dpre_ptr,
+    hidden_seed_ptr, output_seed_ptr, rows, rows_per_sample, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    """The hidden tensor once more, and the gradient of what is activated."""
     head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * BLOCK_M + lane
     start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
-    x_ptr += start * C
-    dy_ptr += start * C
-    head_normed, tail_normed = normalise_rows(
-        x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps, False, PER_SAMPLE, C, HEAD, TAIL
-    )
-    head_dy = _load_branch_gradient(dy_ptr, output_seed_ptr, lane, row, valid, head_column, rows_per_sample, output_keep, output_scale, C)
-    tail_dy = _load_branch_gradient(dy_ptr, output_seed_ptr, lane, row, valid, tail_column, rows_per_sample, output_keep, output_scale, C)
-    head = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    head, tail = normalise_rows(
+        x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, 0.0,
+        False, PER_SAMPLE, C, HEAD, TAIL,
+    )  # fmt: skip
+    head_dy = load_tile(dy_ptr + start * C, lane, valid, head_column, C, C)
+    tail_dy = load_tile(dy_ptr + start * C, lane, valid, tail_column, C, C)
+    if output_seed_ptr is not None:
+        grad = dropped(head_dy.to(tl.float32), output_seed_ptr, row, head_column, rows_per_sample, output_keep, output_scale, 1, C)
+        head_dy = grad.to(head_dy.dtype)
+        grad = dropped(tail_dy.to(tl.float32), output_seed_ptr, row, tail_column, rows_per_sample, output_keep, output_scale, 1, C)
+        tail_dy = grad.to(tail_dy.dtype)
     for first in range(0, F, BLOCK_F):
         column = first + tl.arange(0, BLOCK_F)
-        head_weight, tail_weight = load_weight(weight1_ptr, column, head_normed, C, F, HEAD, TAIL)
-        pre = multiply_rows(head_normed, tail_normed, head_weight, tail_weight) + load_vector(bias1_ptr, column, F)[None, :]
+        head_weight, tail_weight = load_weight(weight1_ptr, column, head, C, F, HEAD, TAIL)
+        pre = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias1_ptr, column, F)[None, :]
+        hidden = activate(pre, SILU)
         dhidden = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
         dhidden = dot(head_dy, load_tile(weight2_ptr, head_column, head_column < C, column, F, F).to(head_dy.dtype), dhidden)
         dhidden = dot(tail_dy, load_tile(weight2_ptr, tail_column, tail_column < C, column, F, F).to(head_dy.dtype), dhidden)
-        hidden = activate(pre, SILU)
         if hidden_seed_ptr is not None:
             hidden = dropped(hidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, 0, F)
             dhidden = dropped(dhidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, 0, F)
         store_tile(hidden_ptr + start * F, lane, valid, column, hidden, F, F)
-        dpre = activate_backward(dhidden, pre, SILU).to(head_dy.dtype)
-        store_tile(dpre_ptr + start * F, lane, valid, column, dpre, F, F)
-        head = dot(dpre, head_weight, head)
-        tail = dot(dpre, tail_weight, tail)
-    mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
-    head_normal = (load_tile(x_ptr, lane, valid, head_column, C, C).to(tl.float32) - mean) * rstd
-    tail_normal = (load_tile(x_ptr, lane, valid, tail_column, C, C).to(tl.float32) - mean) * rstd
-    head *= load_vector(norm_weight_ptr, head_column, C)[None, :]
-    tail *= load_vector(norm_weight_ptr, tail_column, C)[None, :]
-    store_norm_gradient(
-        dx_ptr + start * C, sums_ptr, dy_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
-        PER_SAMPLE, C,
-    )  # fmt: skip
+        store_tile(dpre_ptr + start * F, lane, valid, column, activate_backward(dhidden, pre, SILU), F, F)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -190,27 +168,21 @@ def feed_forward_backward(
     weight2: Tensor, bias2: Tensor | None, hidden_dropout: float, output_dropout: float, seed: Tensor | None, mean: Tensor, rstd: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty without one)."""
-    rows, hidden = Rows.of(x), weight1.shape[0]
-    dy, dx = dy.contiguous(), torch.empty_like(rows.x)
-    norm_weight, norm_bias, weight1, weight2 = (t.contiguous() for t in (norm_weight, norm_bias, weight1, weight2))
-    parameters = (norm_weight, norm_bias, weight1, None if bias1 is None else bias1.contiguous(), weight2)
+    rows, hidden, config = Rows.of(x), weight1.shape[0], configuration(Rows.of(x))
+    dy, weight2 = dy.contiguous(), weight2.contiguous()
+    parameters = (norm_weight.contiguous(), norm_bias.contiguous(), weight1.contiguous(), None if bias1 is None else bias1.contiguous())
     seeds, keep = _dropouts(hidden_dropout, output_dropout, seed)
-    config = configuration(rows)
     wide, dpre = (x.new_empty(rows.rows, hidden) for _ in range(2))
-    row_sums = torch.empty((2, rows.rows if per_sample else 0), dtype=torch.float32, device=x.device)
-    dweight2, dbias2 = torch.empty_like(weight2), None if bias2 is None else torch.empty_like(bias2)
+    dweight2, dbias2 = torch.empty_like(weight2), None if bias2 is None else torch.empty_like(bias2, memory_format=torch.contiguous_format)
     with on_device(x):
         if rows.rows:
-            _input_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                dy, rows.x, *parameters, mean, rstd, dx, wide, dpre, row_sums, *seeds, rows.rows, rows.rows_per_sample, 0.0, *keep,
+            _hidden_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
+                dy, rows.x, *parameters, weight2, mean, rstd, wide, dpre, *seeds, rows.rows, rows.rows_per_sample, *keep,
                 PER_SAMPLE=per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip
-            if per_sample:
-                rows.finish_sample_gradient(dx, dy, mean, rstd, row_sums)
-        product, sums = rows.products(dpre, hidden, mean, rstd, per_sample)
-        dnorm_weight, dnorm_bias, dweight1, dbias1 = norm_linear_gradients(product, sums, weight1, norm_weight, norm_bias, bias1)
         product, sums = rows._replace(x=dy).products(wide, hidden, None, None, per_sample, output_dropout, seed)
         _second_gradient_kernel[(triton.cdiv(rows.channels, 32), triton.cdiv(hidden, 32))](
             product, sums, dweight2, dbias2, product.shape[0], C=rows.channels, F=hidden, BLOCK_C=32, BLOCK_F=32, num_warps=4
         )
-    return dx, dnorm_weight, dnorm_bias, dweight1, dbias1, dweight2, x.new_empty(0) if dbias2 is None else dbias2
+    gradients = rows.norm_linear_backward(dpre, dy, norm_weight, norm_bias, per_sample, weight1, bias1, mean, rstd)
+    return *gradients, dweight2, x.new_empty(0) if dbias2 is None else dbias2

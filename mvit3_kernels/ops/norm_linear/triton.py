@@ -15,18 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import dot, multiprocessors, on_device
+from ..triton_common import multiprocessors, on_device
 from ..triton_rows import (
     NOT_SPECIALIZED,
     Rows,
-    load_row_statistics,
-    load_tile,
     load_vector,
     load_weight,
     multiply_rows,
-    norm_linear_gradients,
     normalise_rows,
-    store_norm_gradient,
     store_tile,
 )
 
@@ -34,12 +30,13 @@ from ..triton_rows import (
 def configuration(rows: Rows) -> dict[str, int]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
     narrow = rows.x.dtype is torch.float32
-    return {"BLOCK_M": rows.block(), "BLOCK_N": 16 if narrow else 64, "num_warps": 4 if narrow else 8, "num_stages": 2}
+    wide = rows.width() > 256
+    return {"BLOCK_M": rows.block(), "BLOCK_N": 16 if narrow or wide else 32, "num_warps": 8, "num_stages": 2}
 
 
 def bytes_moved(x: Tensor, outputs: int, per_sample: bool) -> tuple[int, int]:
-    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; dy and x twice, dx. Of samples, x once more
-    forward, and backward x, and dx twice."""
+    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; dy and x twice, dx. Of samples, forward
+    x once more, and backward x once more and dx twice."""
     narrow = x.numel() * x.element_size()
     wide = narrow // x.shape[-1] * outputs
     return narrow * (2 if per_sample else 1) + wide, narrow * (6 if per_sample else 3) + 2 * wide
@@ -48,7 +45,7 @@ def bytes_moved(x: Tensor, outputs: int, per_sample: bool) -> tuple[int, int]:
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _norm_linear_fwd_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, rows_per_sample, outputs_per_program, eps,
-    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
+    PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK_M)
@@ -59,39 +56,11 @@ def _norm_linear_fwd_kernel(
         True, PER_SAMPLE, C, HEAD, TAIL,
     )  # fmt: skip
     begin = tl.program_id(1) * outputs_per_program
-    for first in range(begin, tl.minimum(begin + outputs_per_program, O), BLOCK_N):
+    for first in range(begin, tl.minimum(begin + outputs_per_program, OUT), BLOCK_N):
         output = first + tl.arange(0, BLOCK_N)
-        head_weight, tail_weight = load_weight(weight_ptr, output, head, C, O, HEAD, TAIL)
-        sums = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias_ptr, output, O)[None, :]
-        store_tile(y_ptr + start * O, lane, valid, output, sums, O, O)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _input_bwd_kernel(
-    dy_ptr, x_ptr, norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, rows, rows_per_sample,
-    PER_SAMPLE: tl.constexpr, O: tl.constexpr,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
-    row = tl.program_id(0) * BLOCK_M + lane
-    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
-    head = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
-    for first in range(0, O, BLOCK_N):
-        output = first + tl.arange(0, BLOCK_N)
-        dy = load_tile(dy_ptr + start * O, lane, valid, output, O, O)
-        head_weight, tail_weight = load_weight(weight_ptr, output, dy, C, O, HEAD, TAIL)
-        head = dot(dy, head_weight, head)
-        tail = dot(dy, tail_weight, tail)
-    mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE)
-    head_normal = (load_tile(x_ptr + start * C, lane, valid, head_column, C, C).to(tl.float32) - mean) * rstd
-    tail_normal = (load_tile(x_ptr + start * C, lane, valid, tail_column, C, C).to(tl.float32) - mean) * rstd
-    head *= load_vector(norm_weight_ptr, head_column, C)[None, :]
-    tail *= load_vector(norm_weight_ptr, tail_column, C)[None, :]
-    store_norm_gradient(
-        dx_ptr + start * C, sums_ptr, None, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
-        PER_SAMPLE, C,
-    )  # fmt: skip
+        head_weight, tail_weight = load_weight(weight_ptr, output, head, C, OUT, HEAD, TAIL)
+        sums = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias_ptr, output, OUT)[None, :]
+        store_tile(y_ptr + start * OUT, lane, valid, output, sums, OUT, OUT)
 
 
 def norm_linear_forward(
@@ -110,7 +79,7 @@ def norm_linear_forward(
         with on_device(x):
             _norm_linear_fwd_kernel[(blocks, triton.cdiv(outputs, per_program))](
                 rows.x, norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
-                y, mean, rstd, rows.rows, rows.rows_per_sample, per_program, eps, PER_SAMPLE=per_sample, O=outputs, **rows.tiles, **config,
+                y, mean, rstd, rows.rows, rows.rows_per_sample, per_program, eps, PER_SAMPLE=per_sample, OUT=outputs, **rows.tiles, **config,
             )  # fmt: skip
     return y, mean, rstd
 
@@ -120,18 +89,4 @@ def norm_linear_backward(
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward pass: the gradients of x, norm weight, norm bias, weight and bias (empty without one)."""
-    rows, outputs = Rows.of(x), weight.shape[0]
-    dy, dx = dy.contiguous(), torch.empty_like(rows.x)
-    norm_weight, norm_bias, weight = norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous()
-    config = configuration(rows)
-    flags = {"PER_SAMPLE": per_sample, "O": outputs, **rows.tiles, **config}
-    with on_device(x):
-        if rows.rows:
-            row_sums = torch.empty((2, rows.rows), dtype=torch.float32, device=x.device) if per_sample else None
-            _input_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                dy, rows.x, norm_weight, weight, mean, rstd, dx, row_sums, rows.rows, rows.rows_per_sample, **flags
-            )
-            if per_sample:
-                rows.finish_sample_gradient(dx, None, mean, rstd, row_sums)
-        product, sums = rows.products(dy, outputs, mean, rstd, per_sample)
-        return dx, *norm_linear_gradients(product, sums, weight, norm_weight, norm_bias, bias)
+    return Rows.of(x).norm_linear_backward(dy.contiguous(), None, norm_weight, norm_bias, per_sample, weight, bias, mean, rstd)

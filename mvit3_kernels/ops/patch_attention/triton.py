@@ -81,7 +81,8 @@ def _store(ptr, pixel, valid, channel, tile, STRIDE: tl.constexpr, DIM: tl.const
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr, seed_ptr, pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
@@ -131,7 +132,8 @@ def _product_of_out(dout, out):
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
     dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dqkv_ptr, pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
