@@ -105,6 +105,12 @@ def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.co
 
 
 @triton.jit
+def at_least_zero(x):
+    """What rounding made negative is zero; NaN stays NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def inverse_std(var, eps):
     # Rounded root and division: they are per channel, so exactness is free, and every element inherits their error.
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
@@ -123,7 +129,7 @@ def merge_moments(count, mean, m2):
     offset = tl.where(count[:, None] > 0, mean - rough[None, :], 0.0)
     correction = tl.sum(count[:, None] * offset, 0) / safe
     m2 = tl.sum(m2 + count[:, None] * offset * offset, 0) - total * correction * correction
-    return total, rough + correction, tl.maximum(m2, 0.0)
+    return total, rough + correction, at_least_zero(m2)
 
 
 @triton.jit

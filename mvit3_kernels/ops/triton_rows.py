@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import (
+    at_least_zero,
     dot,
     dropout_threshold,
     dropped,
@@ -53,8 +54,10 @@ def store_tile(ptr, lane, valid, column, tile, STRIDE: tl.constexpr, WIDTH: tl.c
 def load_vector(ptr, column, WIDTH: tl.constexpr):
     """Part of a parameter in float32, one value a column; zeros where there is no parameter."""
     if ptr is None:
-        return tl.zeros(column.shape, tl.float32)
-    return tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+        vector = column.to(tl.float32) * 0.0
+    else:
+        vector = tl.load(ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    return vector
 
 
 @triton.jit
@@ -65,7 +68,7 @@ def row_statistics(head, tail, head_column, tail_column, eps, C: tl.constexpr):
     tail = tl.where((tail_column < C)[None, :], tail - mean[:, None], 0.0)
     offset = (tl.sum(head, 1) + tl.sum(tail, 1)) / C
     var = (tl.sum(head * head, 1) + tl.sum(tail * tail, 1)) / C - offset * offset
-    return mean + offset, inverse_std(tl.maximum(var, 0.0), eps)
+    return mean + offset, inverse_std(at_least_zero(var), eps)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -94,7 +97,7 @@ def _sample_statistics_kernel(
     offset = tl.sum(total) / count
     var = tl.sum(squares) / count - offset * offset
     tl.store(mean_ptr + tl.program_id(0), pivot + offset)
-    tl.store(rstd_ptr + tl.program_id(0), inverse_std(tl.maximum(var, 0.0), eps))
+    tl.store(rstd_ptr + tl.program_id(0), inverse_std(at_least_zero(var), eps))
 
 
 @triton.jit

@@ -32,9 +32,9 @@ _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_kee
 
 def configuration(rows: Rows) -> dict[str, int]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over."""
-    if rows.x.dtype is torch.float32 or rows.width() > 256:
-        return {"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": rows.block(), "BLOCK_F": 32, "num_warps": 8, "num_stages": 1}
+    if rows.x.dtype is torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": rows.block(), "BLOCK_F": 32 if rows.block() == 64 else 16, "num_warps": 8, "num_stages": 1}
 
 
 def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:

@@ -13,13 +13,14 @@ from . import reference
 
 __all__ = ["norm_linear"]
 
-WIDEST_ROW = 512  # of the Triton kernels, which hold whole rows in registers
+WIDEST_ROW = 512  # of the Triton kernels, which hold whole rows in registers and shared memory
 
 
-def triton_why_not(x: Tensor) -> str | None:
+def triton_why_not(x: Tensor, widest: int = WIDEST_ROW) -> str | None:
     """Why the Triton kernels of a norm in front of a linear map cannot take a call on `x`."""
-    too_wide = f"its kernels take rows of at most {WIDEST_ROW} channels, x has {x.shape[-1]}" if x.shape[-1] > WIDEST_ROW else None
-    return dispatch.triton_why_not(x) or too_wide
+    if x.shape[-1] > widest:
+        return f"its kernels take rows of at most {widest} channels of {x.dtype}, x has {x.shape[-1]}"
+    return dispatch.triton_why_not(x)
 
 
 KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", triton_why_not))

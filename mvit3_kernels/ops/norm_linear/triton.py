@@ -76,10 +76,11 @@ def norm_linear_forward(
         # Where rows alone do not fill the GPU, programs share a block of rows, and each takes some of the outputs.
         shares = min(pieces, max(1, multiprocessors(x) // blocks))
         per_program = triton.cdiv(pieces, shares) * config["BLOCK_N"]
+        parameters = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, weight, bias))
         with on_device(x):
             _norm_linear_fwd_kernel[(blocks, triton.cdiv(outputs, per_program))](
-                rows.x, norm_weight.contiguous(), norm_bias.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(),
-                y, mean, rstd, rows.rows, rows.rows_per_sample, per_program, eps, PER_SAMPLE=per_sample, OUT=outputs, **rows.tiles, **config,
+                rows.x, *parameters, y, mean, rstd, rows.rows, rows.rows_per_sample, per_program, eps,
+                PER_SAMPLE=per_sample, OUT=outputs, **rows.tiles, **config,
             )  # fmt: skip
     return y, mean, rstd
 
