@@ -307,6 +307,13 @@ def _norm_linear_gradient_kernel(
     tl.store(dnorm_bias_ptr + column, tl.sum(dshift, 0).to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
 
 
+def products_configuration(rows: Rows) -> dict[str, int]:
+    """Of the sums over rows: BLOCK_M rows at a time, BLOCK_N outputs of a program."""
+    if rows.x.dtype is torch.float32:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_M": 32, "BLOCK_N": 64 if rows.wide and rows.width() <= 256 else 32, "num_warps": 8, "num_stages": 2}
+
+
 class Rows(NamedTuple):
     """A map as rows, for the launchers: contiguous, with its tiles."""
 
@@ -376,9 +383,7 @@ class Rows(NamedTuple):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Partial products a^T x, (parts, outputs, C), and sums: with statistics x is normalised, and the sums are those of a; without them
         x goes through the dropout, and the sums are those of x."""
-        narrow = self.x.dtype is torch.float32
-        outputs_at_once = 16 if narrow else 64 if self.wide and self.width() <= 256 else 32
-        config = {"BLOCK_M": 16 if narrow else 32, "BLOCK_N": outputs_at_once, "num_warps": 8, "num_stages": 2}
+        config = products_configuration(self)
         pieces = triton.cdiv(outputs, config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // pieces, config["BLOCK_M"])
         product = torch.empty((parts, outputs, self.channels), dtype=torch.float32, device=self.x.device)

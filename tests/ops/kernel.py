@@ -52,7 +52,7 @@ class KernelTester:
 
         with mvit3_kernels.backend(backend):
             y, *moments = tensors(self.op(**mapped(arguments, leaf)))
-            grads = torch.autograd.grad(y, list(leaves.values()), Draw(7)(*y.shape).to(dtype))
+            grads = torch.autograd.grad(y, list(leaves.values()), Draw(7)(*y.shape).to(y))
         found = {"y": y.detach()} | {f"moments[{i}]": t for i, t in enumerate(moments)}
         return found | {f"d {name}": g for name, g in zip(leaves, grads, strict=True)}
 

@@ -4,20 +4,18 @@
 from mvit3_kernels import ops
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.test_norm_linear_cpu import TestNormLinearCpu as Cpu
-from tests.ops.triton_kernel import InterpretedKernel
+from tests.ops.triton_kernel import TritonResults
 from tests.triton_tools import compute_like_a_gpu
 
 poison()
 compute_like_a_gpu()
 
 
-class TestNormLinear(InterpretedKernel):
+class TestNormLinear(TritonResults):
     op = staticmethod(ops.norm_linear)
     # Rows of two tiles that are full, short and empty; rows of several samples in one program and the other way round.
-    shapes = ((2, 3, 5, 7, 9), (3, 1, 3, 33, 70), (1, 9, 9, 48, 20), (2, 1, 1, 16, 3))
+    shapes = ((2, 3, 3, 7, 9), (2, 1, 9, 33, 40))
     options = {
-        "per-token": {},
-        "per-sample": {"per_sample": True},
         "large-mean": {"mean": 30.0, "bias": False, "conv": True},
         "large-mean-per-sample": {"mean": 30.0, "per_sample": True},
     }

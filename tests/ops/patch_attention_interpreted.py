@@ -11,14 +11,14 @@ from mvit3_kernels.ops.random import random_words
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.inputs import Draw
 from tests.ops.test_patch_attention_triton import arguments, registered
-from tests.ops.triton_kernel import InterpretedKernel
+from tests.ops.triton_kernel import TritonResults
 from tests.triton_tools import compute_like_a_gpu
 
 poison()
 compute_like_a_gpu()
 
 
-class TestPatchAttention(InterpretedKernel):
+class TestPatchAttention(TritonResults):
     op = staticmethod(ops.patch_attention)
     maps = ("qkv",)
     # Sequences of several tokens, of more than one block, and of one token.

@@ -4,20 +4,20 @@
 from mvit3_kernels import ops
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.test_pointwise_conv_cpu import TestPointwiseConvCpu as Cpu
-from tests.ops.triton_kernel import InterpretedKernel
+from tests.ops.triton_kernel import TritonResults
 from tests.triton_tools import compute_like_a_gpu
 
 poison()
 compute_like_a_gpu()
 
 
-class TestPointwiseConv(InterpretedKernel):
+class TestPointwiseConv(TritonResults):
     op = staticmethod(ops.pointwise_conv)
     maps = ("x", "residual")
     # Several blocks of inputs and of outputs, several parts of the rows, and less than one.
-    shapes = ((2, 3, 5, 7, 9), (2, 9, 7, 33, 70), (1, 13, 1, 1, 2))
+    shapes = ((2, 3, 5, 7, 9), (2, 9, 7, 33, 70))
     options = {name: Cpu.options[name] for name in ("training-silu", "training-bias-residual", "training-large-mean", "plain")}
-    options |= {name: Cpu.options[name] for name in ("frozen-silu-residual", "plain-bias-residual", "plain-relu")}
+    options |= {name: Cpu.options[name] for name in ("frozen-silu-residual", "plain-silu")}
     arguments = staticmethod(Cpu.arguments)
     registered = staticmethod(Cpu.registered)
     test_with_and_without_gradients_agree = Cpu.test_with_and_without_gradients_agree

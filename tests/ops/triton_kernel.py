@@ -24,8 +24,8 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installe
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-class InterpretedKernel(KernelTester):
-    """Shapes are tiny, and sizes that a kernel treats differently are all there."""
+class TritonResults(KernelTester):
+    """What the kernels compute, interpreted (shapes are tiny then, with every size that a kernel treats differently) or on a GPU."""
 
     backend = "triton"
 
