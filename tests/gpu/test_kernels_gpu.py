@@ -1,5 +1,5 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
-"""The Triton kernels of every op but batch_norm_act, which has a file of its own, on a GPU: shapes of the networks at 256x256, and odd ones."""
+"""The Triton kernels of every op but batch_norm_act on a GPU: shapes of the networks at 256x256, and odd ones."""
 
 import pytest
 import torch

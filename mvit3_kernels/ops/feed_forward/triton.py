@@ -3,8 +3,8 @@
 Forward, the hidden tensor exists in registers and shared memory only: a program holds its rows, normalised once, and the sums of their
 outputs, and walks over the hidden channels; a block of them is made, activated, and multiplied into the sums. Nothing of it is saved.
 Backward makes it again and writes it, beside its gradient, for the products that follow: norm_linear's backward, and the second weight's.
-Making it a second and a third time inside those products instead would save 7 passes over C channels of 10, and cost 4 more products
-(about as long, by count, at C = 144) and kernels whose operands and sums do not fit the registers together (compiled, and dropped).
+Making both again inside each of those instead would cost 8 products where these are 5, and save 10 passes over C channels (about as long,
+by count, at C = 144); but a row, two weights and sums together do not fit the registers of any configuration that was tried.
 Launches: 1 forward and 6 backward, for a norm of samples 2 and 7.
 """
 

@@ -34,13 +34,15 @@ def configuration(a: Tensor, b: Tensor | None) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
 
 
-def bytes_moved(a: Tensor, b: Tensor | None, outputs: int, training: bool, norm: bool, residual: bool) -> tuple[int, int]:
-    """Bytes of full-size tensors that the forward and the backward pass of a call with gradients read and write: the inputs and y, in
-    training p three times; backward dy and p (twice where a norm is in training) and its gradient three times, the inputs twice."""
-    rows, size = a.numel() // a.shape[-1], a.element_size()
-    narrow, wide = rows * size * (a.shape[-1] + (0 if b is None else b.shape[-1])), rows * size * outputs
-    forward = narrow + wide * (1 + residual + (2 if training else 1) * norm)
-    return forward, 2 * narrow + wide * (3 + (4 if training else 2) if norm else 2)
+def bytes_moved(a: Tensor, b: Tensor | None, outputs: int, training: bool, keeps_p: bool, residual: bool) -> tuple[int, int]:
+    """Bytes of full-size tensors that the forward and the backward pass of a call with gradients read and write: the inputs, a residual
+    and y, and p where it is kept; the inputs and their gradients, dy and p (twice where a norm is in training), and the gradient of p,
+    which each product reads."""
+    size = a.numel() // a.shape[-1] * a.element_size()
+    narrow, wide = size * (a.shape[-1] + (0 if b is None else b.shape[-1])), size * outputs
+    forward = narrow + wide * (1 + residual + keeps_p * (2 if training else 1))
+    products = 2 if b is None else 4
+    return forward, 2 * narrow + wide * (products + keeps_p * (5 if training else 3))
 
 
 @triton.jit
