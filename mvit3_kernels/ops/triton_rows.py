@@ -28,7 +28,6 @@ from .triton_common import (
 )
 
 NOT_SPECIALIZED = ["rows", "rows_per_sample", "rows_per_part", "parts", "outputs_per_program", "eps", "keep", "keep_scale"]
-_NOT_SPECIALIZED = NOT_SPECIALIZED
 
 
 def two_tiles(channels: int, even: bool) -> tuple[int, int]:
@@ -71,7 +70,7 @@ def row_statistics(head, tail, head_column, tail_column, eps, C: tl.constexpr):
     return mean + offset, inverse_std(at_least_zero(var), eps)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _sample_statistics_kernel(
     x_ptr, mean_ptr, rstd_ptr, rows_per_sample, eps, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
@@ -169,7 +168,7 @@ def _store_norm_gradient(
     store_tile(dx_ptr, lane, valid, tail_column, tail, C, C)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _input_bwd_kernel(
     dy_ptr, x_ptr, residual_ptr, norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, sums_ptr, rows, rows_per_sample,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
@@ -199,12 +198,12 @@ def _input_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _sample_gradient_kernel(
     dx_ptr, x_ptr, residual_ptr, mean_ptr, rstd_ptr, sums_ptr, rows, rows_per_sample,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    sample, lane = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_M)
+    sample, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_M)
     wide = tl.arange(0, 1024)
     sums_ptr += sample * rows_per_sample
     total = tl.zeros((1024,), tl.float32)
@@ -217,7 +216,7 @@ def _sample_gradient_kernel(
     offset, slope = tl.sum(total) / count, tl.sum(product) / count
     mean, rstd = tl.load(mean_ptr + sample), tl.load(rstd_ptr + sample)
 
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(1) * BLOCK_M
     valid = first + lane < rows_per_sample
     at = (sample * rows_per_sample + first) * C
     for part in tl.static_range(2):
@@ -230,7 +229,7 @@ def _sample_gradient_kernel(
         store_tile(dx_ptr + at, lane, valid, column, grad, C, C)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _row_products_kernel(
     a_ptr, x_ptr, mean_ptr, rstd_ptr, seed_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part, keep, keep_scale,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
@@ -277,7 +276,7 @@ def _row_products_kernel(
         tl.store(sums_ptr + part * C + tail_column, tail_total, mask=tail_column < C)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _norm_linear_gradient_kernel(
     product_ptr, sums_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, dweight_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr, parts,
     C: tl.constexpr, OUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -365,7 +364,7 @@ class Rows(NamedTuple):
             OUT=weight.shape[0], BLOCK_M=block, BLOCK_N=16 if narrow or self.width() > 256 else 32, num_warps=8, num_stages=2, **self.tiles,
         )  # fmt: skip
         if per_sample:
-            grid = (triton.cdiv(self.rows_per_sample, 32), self.rows // self.rows_per_sample)
+            grid = (self.rows // self.rows_per_sample, triton.cdiv(self.rows_per_sample, 32))
             _sample_gradient_kernel[grid](
                 dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
             )

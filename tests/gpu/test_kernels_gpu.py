@@ -38,6 +38,7 @@ class TestPatchAttention(GpuKernel):
     op = staticmethod(patch_attention)
     maps = ("qkv",)
     cpu = test_patch_attention_triton
+    one_pixel = {"patch_size": (1, 1)}
     shapes = (
         (2, 6, 4, 2, 9),
         (4, 32, 32, 4, 36),

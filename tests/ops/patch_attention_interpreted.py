@@ -24,6 +24,7 @@ class TestPatchAttention(TritonResults):
     # Sequences of several tokens, of more than one block, and of one token.
     shapes = ((2, 2, 6, 1, 3), (1, 11, 14, 1, 20), (1, 2, 2, 1, 1))
     options = {"plain": {"patch": (1, 2)}, "dropout": {"dropout": 0.3, "patch": (1, 1)}}
+    one_pixel = {"patch_size": (1, 1)}
     arguments = staticmethod(arguments)
     registered = staticmethod(registered)
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mvit3_kernels
 from mvit3_kernels.ops.dispatch import HAS_TRITON
 
 from ..triton_tools import SHARED_MEMORY_LIMITS, offline, resources, run_interpreted
 from .inputs import Arguments, Draw, mapped
-from .kernel import KernelTester
+from .kernel import KernelTester, in_float32
 from .measure import tensors
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -28,11 +29,20 @@ class TritonResults(KernelTester):
     """What the kernels compute, interpreted (shapes are tiny then, with every size that a kernel treats differently) or on a GPU."""
 
     backend = "triton"
+    one_pixel: Arguments = {}  # noqa: RUF012 -- options that a map of one pixel needs
 
     @staticmethod
     def spoiled(name, t):
         # Moments of parts are joined by differences of means, which make NaN of an infinite one.
         return ~t.isfinite() if "moments" in name else t.isnan()
+
+    def test_maps_that_are_too_large(self):
+        arguments = in_float32(self.make((1, 1, 1, *self.shapes[0][3:])))
+        for name in self.maps:
+            if arguments[name] is not None:
+                arguments[name] = arguments[name].expand(2**31, -1, -1, -1)
+        with mvit3_kernels.backend("triton"), pytest.raises(mvit3_kernels.BackendError, match=r"less than 2\^31 pixels"):
+            self.op(**arguments | self.one_pixel)
 
     def test_runs_are_identical(self, option):
         arguments = self.make(self.shapes[0], option)

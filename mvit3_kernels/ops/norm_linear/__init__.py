@@ -20,7 +20,7 @@ def triton_why_not(x: Tensor, widest: int = WIDEST_ROW) -> str | None:
     """Why the Triton kernels of a norm in front of a linear map cannot take a call on `x`."""
     if x.shape[-1] > widest:
         return f"its kernels take rows of at most {widest} channels of {x.dtype}, x has {x.shape[-1]}"
-    return dispatch.triton_why_not(x)
+    return dispatch.triton_32_bit_why_not(x)
 
 
 KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", triton_why_not))

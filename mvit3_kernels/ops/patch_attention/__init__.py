@@ -17,8 +17,9 @@ WIDEST_HEAD = 128  # of the Triton kernels: two tiles of wider heads do not fit 
 
 def _triton_why_not(qkv: Tensor, num_heads: int) -> str | None:
     dim = qkv.shape[-1] // (3 * num_heads)
-    too_wide = f"its kernels take heads of at most {WIDEST_HEAD} channels, these have {dim}" if dim > WIDEST_HEAD else None
-    return dispatch.triton_why_not(qkv) or too_wide
+    if dim > WIDEST_HEAD:
+        return f"its kernels take heads of at most {WIDEST_HEAD} channels, these have {dim}"
+    return dispatch.triton_32_bit_why_not(qkv)
 
 
 KERNELS = (

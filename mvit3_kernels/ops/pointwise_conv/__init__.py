@@ -14,7 +14,7 @@ from . import reference
 
 __all__ = ["pointwise_conv"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", dispatch.triton_why_not))
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", dispatch.triton_32_bit_why_not))
 
 
 def pointwise_conv(

@@ -65,8 +65,10 @@ def _pointwise_fwd_kernel(
     ACT: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    output, lane = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    part = tl.program_id(1)
+    # Programs of one part side by side: they read the same rows. One axis, for a second one ends at 65,535.
+    blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
+    output, lane = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    part = tl.program_id(0) // blocks
     shift = load_vector(bias_ptr, output, OUT)
     if norm_weight_ptr is not None and y_ptr is not None:
         scale = load_vector(norm_weight_ptr, output, OUT) * inverse_std(load_vector(var_ptr, output, OUT), eps)
@@ -125,7 +127,7 @@ def _launch(
     parts, rows_per_part = split_rows(rows, programs, config["BLOCK_M"])
     part = torch.empty((2, parts, outputs), dtype=torch.float32, device=a.device) if measured else None
     with on_device(a):
-        _pointwise_fwd_kernel[(blocks, parts)](
+        _pointwise_fwd_kernel[(blocks * parts,)](
             a, b, weight, *vectors, *_dense(*statistics, residual), p, y, part, rows, parts, rows_per_part, eps,
             ACT=act, CA=a.shape[-1], CB=0 if b is None else b.shape[-1], OUT=outputs, **config,
         )  # fmt: skip
