@@ -25,7 +25,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 import mvit3_kernels
 from benchmarks.peers import plain
-from mvit3_kernels.ops import BatchNorm, batch_norm_act
+from mvit3_kernels import ops
+from mvit3_kernels.ops import BatchNorm, LayerNorm, Linear, batch_norm_act
 
 RESULTS = Path(__file__).parent / "results"
 Step = Callable[[], Any]
@@ -182,20 +183,91 @@ def ceilings(options: argparse.Namespace, report: Report) -> Row:
 
 # Ops
 
-# Maps of mobilevitv3_s at 256x256: (H, C) of the stem, the local representations, the head.
+# Maps of mobilevitv3_s at 256x256: (H, C) of the stem, the local representations, the head; (H, D, C) of the global representations.
 MAPS = ((128, 16), (64, 64), (32, 128), (16, 256), (8, 320), (8, 640))
+TRANSFORMERS = ((32, 144, 128), (16, 192, 256), (8, 240, 320))
 SWEEP = {"TILE_BYTES": (8192, 16384, 32768), "PROGRAMS_PER_SM": (1, 2, 4), "num_warps": (4, 8, 16), "BLOCK_C": (32, 64)}
 
 
-def _op_steps(op: Callable, x: Tensor, norm: BatchNorm, dy: Tensor | None) -> Step:
-    if dy is None:
+class OpCase(NamedTuple):
+    """A call to time: `call(*leaves)` gives y. Backward follows where the mode is "step"; "evaluation" uses running statistics."""
 
-        def forward() -> Any:
-            with torch.no_grad():
-                return op(x, norm)
+    op: str
+    mode: str
+    call: Callable[..., Tensor]
+    leaves: list[Tensor]
+    bytes: int
 
-        return forward
-    return lambda: torch.autograd.grad(op(x, norm)[0], (x, norm.weight, norm.bias), dy)
+
+def _step(call: Callable[..., Tensor], leaves: list[Tensor], backward: bool = True) -> Step:
+    if backward:
+        dy = torch.randn_like(call(*leaves))
+        return lambda: torch.autograd.grad(call(*leaves), leaves, dy)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call(*leaves)
+
+    return forward
+
+
+def _op_cases(batch: int, options: argparse.Namespace) -> Iterator[OpCase]:
+    from mvit3_kernels.ops.batch_norm_act import triton as norm_kernels
+    from mvit3_kernels.ops.feed_forward import triton as feed_forward_kernels
+    from mvit3_kernels.ops.norm_linear import triton as norm_linear_kernels
+    from mvit3_kernels.ops.patch_attention import triton as attention_kernels
+    from mvit3_kernels.ops.pointwise_conv import triton as pointwise_kernels
+
+    def feature_map(side: int, channels: int) -> Tensor:
+        return torch.randn(batch, side, side, channels, device=options.device).to(torch.bfloat16).requires_grad_()
+
+    def parameters(*shapes: tuple[int, ...]) -> list[Tensor]:
+        return [(torch.rand(shape, device=options.device) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
+
+    for side, channels in MAPS[-1:] if options.tiny else MAPS:
+        x, (weight, bias), running = feature_map(side, channels), parameters((channels,), (channels,)), parameters((channels,), (channels,))
+        for mode in ("step", "forward", "evaluation"):
+            statistics = [t.detach() for t in running] if mode == "evaluation" else (None, None)
+
+            def norm(x: Tensor, weight: Tensor, bias: Tensor, statistics: Any = statistics) -> Tensor:
+                return batch_norm_act(x, BatchNorm(weight, bias, *statistics, statistics[0] is None), "silu")[0]
+
+            moved = norm_kernels.bytes_moved(x, mode != "evaluation", False)
+            yield OpCase("batch_norm_act", mode, norm, [x, weight, bias], sum(moved) if mode == "step" else moved[0])
+
+    def fusion(a: Tensor, b: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.pointwise_fusion(a, b, weight, BatchNorm(scale, shift, None, None, True), "silu", b)[0]
+
+    def conv(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return ops.pointwise_conv(x, Linear(weight), BatchNorm(scale, shift, None, None, True), "silu")[0]
+
+    def norm_linear(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.norm_linear(x, LayerNorm(scale, shift), Linear(weight, bias))
+
+    def feed_forward(x: Tensor, scale: Tensor, shift: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        return ops.feed_forward(x, LayerNorm(scale, shift), Linear(weight1, bias1), Linear(weight2, bias2))
+
+    def attention(qkv: Tensor) -> Tensor:
+        return ops.patch_attention(qkv, 4)
+
+    for side, width, channels in TRANSFORMERS[-1:] if options.tiny else TRANSFORMERS:
+        x, y, qkv = feature_map(side, width), feature_map(side, channels), feature_map(side, 3 * width)
+        norm_of = {c: parameters((c,), (c,)) for c in (width, channels)}
+        linear = parameters((3 * width, width), (3 * width,))
+        fc = parameters((2 * width, width), (2 * width,), (width, 2 * width), (width,))
+        mixing, expanding = parameters((channels, width + channels), (channels, width))
+        moved_by_conv = pointwise_kernels.bytes_moved(x, None, channels, True, True, False)
+        moved_by_fusion = pointwise_kernels.bytes_moved(x, y, channels, True, True, True)
+        cases = (
+            ("patch_attention", attention, [qkv], attention_kernels.bytes_moved(qkv)),
+            ("norm_linear", norm_linear, [x, *norm_of[width], *linear], norm_linear_kernels.bytes_moved(x, 3 * width, False)),
+            ("feed_forward", feed_forward, [x, *norm_of[width], *fc], feed_forward_kernels.bytes_moved(x, 2 * width, False)),
+            ("pointwise_conv", conv, [x, expanding, *norm_of[channels]], moved_by_conv),
+            ("pointwise_fusion", fusion, [x, y, mixing, *norm_of[channels]], moved_by_fusion),
+        )
+        for name, call, leaves, moved in cases:
+            yield OpCase(name, "step", call, leaves, sum(moved))
+            yield OpCase(name, "forward", call, leaves, moved[0])
 
 
 def _on(backend: str, function: Callable) -> Callable:
@@ -210,44 +282,28 @@ def _on(backend: str, function: Callable) -> Callable:
     return call
 
 
-def ops(options: argparse.Namespace, report: Report) -> None:
-    """batch_norm_act: what the GPU takes (graph replay), what a call takes, and bytes over time against the copy bandwidth."""
-    from mvit3_kernels.ops.batch_norm_act.triton import bytes_moved
-
+def time_ops(options: argparse.Namespace, report: Report) -> None:
+    """Every op: what the GPU takes (graph replay), what a call takes, and bytes over time against the copy bandwidth."""
     bandwidth = ceilings(options, report)["copy"]
     gpu = options.device == "cuda"
-    ours = "triton" if gpu else "free"
-    batches = (2,) if options.tiny else (1, 128)
-    for batch in batches:
-        for side, channels in MAPS[-1:] if options.tiny else MAPS:
-            x = torch.randn(batch, side, side, channels, device=options.device).to(torch.bfloat16).requires_grad_()
-            parameters = [torch.rand(channels, device=options.device) + 0.5 for _ in range(4)]
-            for p in parameters[:2]:
-                p.requires_grad_()
-            # One pass of a training step, the forward pass alone in training, and evaluation.
-            for mode, training, backward in (("step", True, True), ("forward", True, False), ("evaluation", False, False)):
-                norm, dy = BatchNorm(*parameters, training), torch.randn_like(x) if backward else None
-
-                def silu(x: Tensor, norm: BatchNorm) -> Any:
-                    return batch_norm_act(x, norm, "silu")
-
-                torch._dynamo.reset()
-                compiled = torch.compile(silu, dynamic=False, backend="inductor" if gpu else "eager")
-                operations = {"eager": _on("reference", silu), "compile": _on("reference", compiled), "ours": _on(ours, silu)}
-                calls = {name: _op_steps(op, x, norm, dy) for name, op in operations.items()}
-                for call in calls.values():
-                    call()
-                gpu_times = interleaved({name: graphed(call, options) for name, call in calls.items()}, options, 0.02)
-                call_times = interleaved(calls, options, 0.02)
-                moved = bytes_moved(x, training, False)
-                size = sum(moved) if backward else moved[0]
-                for name in calls:
-                    seconds = gpu_times[name]["seconds"]
-                    report.add(
-                        op="batch_norm_act", mode=mode, shape=list(x.shape), candidate=name,
-                        gpu_us=seconds * 1e6, call_us=call_times[name]["seconds"] * 1e6,
-                        bytes=size, of_copy_bandwidth=size / seconds / bandwidth,
-                    )  # fmt: skip
+    for batch in (2,) if options.tiny else (1, 128):
+        for case in _op_cases(batch, options):
+            torch._dynamo.reset()
+            compiled = torch.compile(case.call, dynamic=False, backend="inductor" if gpu else "eager")
+            calls = {"eager": _on("reference", case.call), "compile": _on("reference", compiled)}
+            calls["ours"] = _on("triton" if gpu else "free", case.call)
+            steps = {name: _step(call, case.leaves, case.mode == "step") for name, call in calls.items()}
+            for step in steps.values():
+                step()
+            gpu_times = interleaved({name: graphed(step, options) for name, step in steps.items()}, options, 0.02)
+            call_times = interleaved(steps, options, 0.02)
+            for name in steps:
+                seconds = gpu_times[name]["seconds"]
+                report.add(
+                    op=case.op, mode=case.mode, shape=list(case.leaves[0].shape), candidate=name,
+                    gpu_us=seconds * 1e6, call_us=call_times[name]["seconds"] * 1e6,
+                    bytes=case.bytes, of_copy_bandwidth=case.bytes / seconds / bandwidth,
+                )  # fmt: skip
     if options.sweep and gpu:
         sweep(options, report, bandwidth)
 
@@ -272,9 +328,7 @@ def sweep(options: argparse.Namespace, report: Report, bandwidth: float) -> None
         steps = {}
         for variant in variants:
             configure(variant)
-            call = _op_steps(
-                lambda x, norm: batch_norm_act(x, norm, "silu"), x, BatchNorm(*parameters, None, None, True), torch.randn_like(x)
-            )
+            call = _step(lambda x, *p: batch_norm_act(x, BatchNorm(*p, None, None, True), "silu")[0], [x, *parameters])
             steps[json.dumps(variant)] = graphed(call, options)
         for variant, timing in interleaved(steps, options, 0.02).items():
             share = sum(kernels.bytes_moved(x, True, False)) / timing["seconds"] / bandwidth
@@ -399,7 +453,7 @@ def networks(options: argparse.Namespace, report: Report) -> None:
                 report.add(interleaved=True, **rows[name], images_per_s=batch / timing["seconds"], **timing)
 
 
-PIECES = {"ceilings": ceilings, "ops": ops, "train": networks, "infer": networks}
+PIECES = {"ceilings": ceilings, "ops": time_ops, "train": networks, "infer": networks}
 
 
 def main(arguments: list[str] | None = None) -> Report:

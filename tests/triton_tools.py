@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 SHARED_MEMORY_LIMITS = {80: 166912, 86: 101376, 90: 232448}  # bytes that one block may use, by compute capability
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,14 +38,22 @@ def run_interpreted(module: str) -> None:
         raise AssertionError(f"{module} failed under the interpreter:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
 
 
-def round_like_a_gpu() -> None:
-    """From here on the interpreter rounds float32 to the nearest bfloat16, as a GPU does, where by itself it cuts digits off."""
+def compute_like_a_gpu() -> None:
+    """From here on the interpreter rounds float32 to the nearest bfloat16, as a GPU does, where by itself it cuts digits off; and it
+    multiplies matrices of bfloat16 by value, where by itself it multiplies their bits."""
     import numpy
     import torch
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert = interpreter._convert_float
+    convert, multiply = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def by_value(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *more: multiply(self, by_value(a), by_value(b), *more)
 
     def rounding(data, source, target, mode):
         if (source, target) != (tl.float32, tl.bfloat16):
@@ -66,11 +75,13 @@ class Resources:
 
 
 @contextmanager
-def offline(architecture: int | str) -> Iterator[None]:
-    """Inside, `kernel.warmup(..., grid=(1,))` compiles for a GPU that need not be there: 90 is NVIDIA sm_90, "gfx942" an AMD GPU.
-    For a pointer, pass its torch dtype."""
+def offline(architecture: int | str) -> Iterator[list[Any]]:
+    """Inside, a launch compiles its kernel for a GPU that need not be there, and adds it to the list, instead of running it: 90 is NVIDIA
+    sm_90, "gfx942" an AMD GPU. So a launcher may be called on meta tensors."""
+    import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
+    from triton.runtime.jit import KernelInterface
 
     nvidia = isinstance(architecture, int)
     target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
@@ -79,11 +90,22 @@ def offline(architecture: int | str) -> Iterator[None]:
         get_current_device=lambda: f"offline {architecture}",  # the key of the kernel cache: never that of a real device
         get_current_stream=lambda device: 0,
     )
-    previous = driver._active  # not driver.active, which looks for a GPU
+    compiled: list[Any] = []
+
+    def compile_only(kernel, grid):
+        def launch(*args, **options):
+            types = (arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
+            compiled.append(kernel.warmup(*types, grid=(1,), **options))
+
+        return launch
+
+    previous, launch = driver._active, KernelInterface.__getitem__  # not driver.active, which looks for a GPU
     driver.set_active(stub)
+    KernelInterface.__getitem__ = compile_only
     try:
-        yield
+        yield compiled
     finally:
+        KernelInterface.__getitem__ = launch
         driver.set_active(previous)
 
 
@@ -97,5 +119,6 @@ def resources(kernel) -> Resources:
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    loads = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
-    return Resources(registers, stack, kernel.metadata.shared, max((int(n or 1) * int(bits) for n, bits in loads), default=0))
+    loads = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])]
+    copies = [8 * int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], *(\w+)", kernel.asm["ptx"])]
+    return Resources(registers, stack, kernel.metadata.shared, max(loads + copies, default=0))

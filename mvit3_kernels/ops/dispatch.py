@@ -140,6 +140,13 @@ def triton_why_not(x: Tensor) -> str | None:
     return _dtype_why_not(x)
 
 
+def triton_32_bit_why_not(x: Tensor) -> str | None:
+    """The same for kernels that count pixels, and the elements of a sample, in 32 bits; a map may have any number of elements."""
+    if max(x.shape[:-1].numel(), x.shape[1:].numel()) >= 2**31:
+        return f"its kernels take maps of less than 2^31 pixels, and of less than 2^31 elements a sample, x is {tuple(x.shape)}"
+    return triton_why_not(x)
+
+
 def register_triton(op: str, package: str) -> None:
     """Registers the function `op` of `package`.triton as the GPU kernel of torch.ops.mvit3.<op>; triton is imported at the first call."""
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # Wellons' "lowbias32" constants: the least biased of this form that are known
-_GOLDEN = 0x9E3779B1
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)  # Wellons' "lowbias32" constants: the least biased of this form that are known
+GOLDEN = 0x9E3779B1
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -28,10 +28,10 @@ def random_words(seed: Tensor, site: int, samples: int, elements: int) -> Tensor
     """Uniform 32-bit words as int64, (samples, elements). `site` separates the dropouts of one call."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     sample = torch.arange(samples, dtype=torch.int64, device=seed.device)[:, None]
-    key = _mix(_mix((low + sample * _GOLDEN) & 0xFFFFFFFF, 16, _MULTIPLIERS[0]) ^ high ^ site, 15, _MULTIPLIERS[1])
+    key = _mix(_mix((low + sample * GOLDEN) & 0xFFFFFFFF, 16, MULTIPLIERS[0]) ^ high ^ site, 15, MULTIPLIERS[1])
     h = torch.arange(elements, dtype=torch.int64, device=seed.device)[None]
-    h = _mix(((h * _GOLDEN) & 0xFFFFFFFF) ^ key, 16, _MULTIPLIERS[0])
-    h = _mix(h ^ ((key * _GOLDEN) & 0xFFFFFFFF), 15, _MULTIPLIERS[1])
+    h = _mix(((h * GOLDEN) & 0xFFFFFFFF) ^ key, 16, MULTIPLIERS[0])
+    h = _mix(h ^ ((key * GOLDEN) & 0xFFFFFFFF), 15, MULTIPLIERS[1])
     return h ^ (h >> 16)
 
 

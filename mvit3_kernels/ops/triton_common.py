@@ -1,4 +1,5 @@
-"""What the Triton kernels of several ops share: activations, statistics that stay accurate, and the split of rows over programs.
+"""What the Triton kernels of several ops share: activations, products, dropout, statistics that stay accurate, where a token lies, and the
+split of rows over programs.
 
 A per-channel reduction over the rows of a map never uses float atomics. Each program reduces a contiguous range of rows and writes one
 partial result; the kernel that consumes the statistic combines the partials in its prologue, in a fixed order. So the result is the
@@ -15,7 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import random
+
 IDENTITY, SILU, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # positions in types.ACTIVATIONS
+
+GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (random.GOLDEN, *random.MULTIPLIERS))
 
 # Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors has at most 264
 # partials: three trips.
@@ -49,6 +54,63 @@ def activate_backward(dy, z, ACT: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, sums):
+    """sums + a @ b for float32 `sums`; float32 operands are not rounded to TF32."""
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+# Dropout: the hash of random.py.
+
+
+@triton.jit
+def _mix(word, shift, multiplier):
+    return (word ^ (word >> shift)) * multiplier
+
+
+@triton.jit
+def dropout_key(seed_ptr, sample, SITE: tl.constexpr):
+    """The key of a sample's mask; `seed_ptr` points to one int64."""
+    seed = tl.load(seed_ptr)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    return _mix(_mix(low + sample.to(tl.uint32) * GOLDEN, 16, FIRST_MULTIPLIER) ^ high ^ SITE, 15, SECOND_MULTIPLIER)
+
+
+@triton.jit
+def dropout_kept(key, element, threshold):
+    """Whether the elements at these positions of the sample with this key are kept; positions count modulo 2^32."""
+    word = _mix((element.to(tl.uint32) * GOLDEN) ^ key, 16, FIRST_MULTIPLIER)
+    word = _mix(word ^ (key * GOLDEN), 15, SECOND_MULTIPLIER)
+    return (word ^ (word >> 16)) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def dropped(tile, seed_ptr, row, column, rows_per_sample, keep, keep_scale, SITE: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of a map of WIDTH channels after dropout; `row` counts over all samples, `keep` is the threshold."""
+    key = dropout_key(seed_ptr, row // rows_per_sample, SITE)
+    element = (row % rows_per_sample)[:, None] * WIDTH + column[None, :]
+    return tile * tl.where(dropout_kept(key[:, None], element, keep), keep_scale, 0.0)  # NaN stays NaN
+
+
+def dropout_threshold(p: float) -> int:
+    """What a word must reach for its element to be kept."""
+    return int(p * 2**32)
+
+
+@triton.jit
+def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """The pixel of a sample where a token lies, of those that share their position inside a patch."""
+    columns = width // PATCH_W
+    row = token // columns * PATCH_H + position // PATCH_W
+    return row * width + token % columns * PATCH_W + position % PATCH_W
+
+
+@triton.jit
+def at_least_zero(x):
+    """What rounding made negative is zero; NaN stays NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def inverse_std(var, eps):
     # Rounded root and division: they are per channel, so exactness is free, and every element inherits their error.
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
@@ -67,7 +129,7 @@ def merge_moments(count, mean, m2):
     offset = tl.where(count[:, None] > 0, mean - rough[None, :], 0.0)
     correction = tl.sum(count[:, None] * offset, 0) / safe
     m2 = tl.sum(m2 + count[:, None] * offset * offset, 0) - total * correction * correction
-    return total, rough + correction, tl.maximum(m2, 0.0)
+    return total, rough + correction, at_least_zero(m2)
 
 
 @triton.jit
@@ -124,6 +186,21 @@ def _multiprocessors(device: int) -> int:
 def multiprocessors(x: Tensor) -> int:
     """Multiprocessors of the GPU of `x`; the interpreter plays a GPU of 2, so that small tensors are split over programs too."""
     return _multiprocessors(x.get_device()) if x.is_cuda else 2
+
+
+@cache
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def multiplies_from_shared_memory(x: Tensor) -> bool:
+    """Whether the GPU of `x` is of NVIDIA's generation that multiplies 64 rows straight from shared memory (sm_90). The others hold the
+    operands of a product in registers, so that their tiles must be smaller."""
+    if interpreted():
+        return True
+    if x.is_cuda:
+        return torch.version.hip is None and _capability(x.get_device()) == (9, 0)
+    return triton.runtime.driver.active.get_current_target().arch == 90  # compiling for a GPU that is not there
 
 
 def on_device(x: Tensor) -> AbstractContextManager[None]:

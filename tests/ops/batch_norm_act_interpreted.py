@@ -8,10 +8,10 @@ from mvit3_kernels.ops import triton_common
 from mvit3_kernels.ops.batch_norm_act import triton as kernels
 from tests.bounds import check_bound, to
 from tests.ops.batch_norm_act_cases import arguments, poison, results
-from tests.triton_tools import round_like_a_gpu
+from tests.triton_tools import compute_like_a_gpu
 
 poison()
-round_like_a_gpu()
+compute_like_a_gpu()
 SHAPES = [(1, 5, 7, 7), (3, 10, 10, 13), (2, 6, 7, 64)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

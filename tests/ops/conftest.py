@@ -1,3 +1,4 @@
 import pytest
 
-pytest.register_assert_rewrite("tests.ops.contract", "tests.ops.dropout", "tests.ops.measure")
+for name in ("contract", "dropout", "kernel", "measure", "triton_kernel"):
+    pytest.register_assert_rewrite(f"tests.ops.{name}")

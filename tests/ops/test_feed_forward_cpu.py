@@ -62,9 +62,9 @@ class TestFeedForwardCpu(CpuKernel):
         }
 
     @staticmethod
-    def registered(arguments):
+    def registered(arguments, keep=True):
         x, norm, fc1, fc2, *dropout = arguments.values()
-        inputs = (x, norm.weight, norm.bias, norm.eps, norm.per_sample, *fc1, *fc2, *dropout, True)
+        inputs = (x, norm.weight, norm.bias, norm.eps, norm.per_sample, *fc1, *fc2, *dropout, keep)
         yield torch.ops.mvit3.feed_forward_forward.default, inputs
         y, *kept = torch.ops.mvit3.feed_forward_forward(*inputs)
         backward = (torch.ones_like(y), x, norm.weight, norm.bias, norm.per_sample, *fc1, *fc2, *dropout, *kept)

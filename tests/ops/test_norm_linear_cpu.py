@@ -63,7 +63,7 @@ class TestNormLinearCpu(CpuKernel):
         """The gradient of the scale comes from that of the folded weight, without a division by the scale."""
         arguments = self.make((2, 4, 6, 20, 30))
         arguments["norm"].weight[::3] = 0
-        truth, found = self.results("reference", arguments, torch.float64), self.results("cpu", arguments)
+        truth, found = self.results("reference", arguments, torch.float64), self.results(self.backend, arguments)
         for name, t in truth.items():
             torch.testing.assert_close(found[name].double(), t, rtol=1e-4, atol=1e-4, msg=name)
 

@@ -224,26 +224,45 @@ def batch_norm_act(
     if x.numel() == 0:
         return y, *(m.zero_() for m in moments)
 
+    if not training:
+        statistics = (running_mean.contiguous(), running_var.contiguous())
+        _launch_normalize(x, residual, weight, bias, y, statistics, None, 0, 0, eps, act)
+        return y, *moments
+    rows = x.numel() // channels
+    reduction = configuration(channels, x.element_size(), 1)
+    columns = triton.cdiv(channels, reduction["BLOCK_C"])
+    parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, reduction["BLOCK_M"])
+    part = _workspace(x, parts, channels)
+    with on_device(x):
+        _moments_fwd_kernel[(columns, parts)](x, part, rows, parts, rows_per_part, C=channels, **reduction)
+    _launch_normalize(x, residual, weight, bias, y, moments, part, parts, rows_per_part, eps, act)
+    return y, *moments
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, act: int, residual: Tensor | None, part: Tensor, parts: int, rows_per_part: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the batch's mean and variance, from the moments of parts of x: the second half of the forward pass in training."""
+    y = torch.empty_like(x)
+    moments = [torch.empty(x.shape[-1], dtype=torch.float32, device=x.device) for _ in range(2)]
+    residual = None if residual is None else residual.contiguous()
+    _launch_normalize(x, residual, weight.contiguous(), bias.contiguous(), y, moments, part, parts, rows_per_part, eps, act)
+    return y, *moments
+
+
+def _launch_normalize(x, residual, weight, bias, y, statistics, part, parts, rows_per_part, eps, act) -> None:
+    """With `part` the statistics are written, without it they are read."""
+    channels, training = x.shape[-1], part is not None
     rows = x.numel() // channels
     config = configuration(channels, x.element_size(), 1 if residual is None else 2)
-    columns, sms = triton.cdiv(channels, config["BLOCK_C"]), multiprocessors(x)
-    part, parts, rows_per_part = None, 0, 0
+    columns = triton.cdiv(channels, config["BLOCK_C"])
+    per_sm = PROGRAMS_PER_SM if training else FREE_PROGRAMS_PER_SM
+    programs, rows_per_program = split_rows(rows, per_sm * multiprocessors(x) // columns, config["BLOCK_M"])
     with on_device(x):
-        if training:
-            mean, var = moments
-            reduction = configuration(channels, x.element_size(), 1)
-            parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * sms // columns, reduction["BLOCK_M"])
-            part = _workspace(x, parts, channels)
-            _moments_fwd_kernel[(columns, parts)](x, part, rows, parts, rows_per_part, C=channels, **reduction)
-        else:
-            mean, var = running_mean.contiguous(), running_var.contiguous()
-        per_sm = PROGRAMS_PER_SM if training else FREE_PROGRAMS_PER_SM
-        programs, rows_per_program = split_rows(rows, per_sm * sms // columns, config["BLOCK_M"])
         _normalize_fwd_kernel[(columns, programs)](
-            x, residual, weight, bias, y, mean, var, part, parts, rows_per_part, rows, rows_per_program, eps,
+            x, residual, weight, bias, y, *statistics, part, parts, rows_per_part, rows, rows_per_program, eps,
             ACT=act, TRAINING=training, C=channels, **config,
         )  # fmt: skip
-    return y, *moments
 
 
 def batch_norm_act_backward(

@@ -7,14 +7,19 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map
-from ..norm_linear import gradient_fake, norm_linear, statistics_fake
+from ..norm_linear import WIDEST_ROW, gradient_fake, norm_linear, statistics_fake, triton_why_not
 from ..registry import register
 from ..types import LayerNorm, Linear
 from . import reference
 
 __all__ = ["feed_forward"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+
+def _triton_why_not(x: Tensor) -> str | None:
+    return triton_why_not(x, WIDEST_ROW // 2 if x.dtype is torch.float32 else WIDEST_ROW)
+
+
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", _triton_why_not))
 
 
 def feed_forward(
@@ -52,9 +57,11 @@ def feed_forward(
     hidden = check_linear("fc1", fc1, width, None, x)
     check_linear("fc2", fc2, hidden, width, x)
     check_dropout(seed, x, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
-    if dispatch.select("feed_forward", KERNELS, x) is None:
+    kernel = dispatch.select("feed_forward", KERNELS, x)
+    if kernel is None:
         return reference.feed_forward(x, norm, fc1, fc2, hidden_dropout, output_dropout, seed, norm_linear=norm_linear)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, norm.weight, norm.bias, *fc1, *fc2))
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, norm.weight, norm.bias, *fc1, *fc2))
+    keep = kernel.backend == "cpu" and differentiable
     return torch.ops.mvit3.feed_forward_forward(x, *norm, *fc1, *fc2, hidden_dropout, output_dropout, seed, keep)[0]
 
 
@@ -68,8 +75,9 @@ def _op(x, norm_weight, norm_bias, eps, per_sample, weight1, bias1, weight2, bia
     return feed_forward(x, norm, Linear(weight1, bias1), Linear(weight2, bias2), hidden_dropout, output_dropout, seed)
 
 
-# The kernel. Backward needs beside the inputs: mean and rstd of the norm, and the hidden tensor before its activation, which forward
-# returns with `keep`, else an empty tensor. (Computing it again would cost a seventh of a training step's products.)
+# The kernels. Backward needs beside the inputs: mean and rstd of the norm, and on the CPU the hidden tensor before its activation, which
+# forward returns with `keep`, else an empty tensor. (Computing it again would cost a seventh of a training step's products there; a GPU's
+# kernel does so, on chip.)
 
 _PARAMETERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, float hidden_dropout, float output_dropout, Tensor? seed"
 torch.library.define(
@@ -84,6 +92,9 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+for _name in ("forward", "backward"):
+    dispatch.register_triton(f"feed_forward_{_name}", __name__)
 
 
 @torch.library.register_fake("mvit3::feed_forward_forward")

@@ -13,7 +13,17 @@ from . import reference
 
 __all__ = ["norm_linear"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+WIDEST_ROW = 512  # of the Triton kernels, which hold whole rows in registers and shared memory
+
+
+def triton_why_not(x: Tensor, widest: int = WIDEST_ROW) -> str | None:
+    """Why the Triton kernels of a norm in front of a linear map cannot take a call on `x`."""
+    if x.shape[-1] > widest:
+        return f"its kernels take rows of at most {widest} channels of {x.dtype}, x has {x.shape[-1]}"
+    return dispatch.triton_32_bit_why_not(x)
+
+
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", triton_why_not))
 
 
 def norm_linear(x: Tensor, norm: LayerNorm, projection: Linear) -> Tensor:
@@ -62,6 +72,8 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+for _name in ("forward", "backward"):
+    dispatch.register_triton(f"norm_linear_{_name}", __name__)
 
 
 def statistics_fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:

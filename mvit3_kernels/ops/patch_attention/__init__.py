@@ -12,7 +12,20 @@ from . import reference
 
 __all__ = ["patch_attention"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+WIDEST_HEAD = 128  # of the Triton kernels: two tiles of wider heads do not fit the registers
+
+
+def _triton_why_not(qkv: Tensor, num_heads: int) -> str | None:
+    dim = qkv.shape[-1] // (3 * num_heads)
+    if dim > WIDEST_HEAD:
+        return f"its kernels take heads of at most {WIDEST_HEAD} channels, these have {dim}"
+    return dispatch.triton_32_bit_why_not(qkv)
+
+
+KERNELS = (
+    dispatch.Kernel("cpu", lambda qkv, num_heads: dispatch.cpu_why_not(qkv)),
+    dispatch.Kernel("triton", _triton_why_not),
+)
 
 
 def patch_attention(
@@ -46,7 +59,7 @@ def patch_attention(
     check_patches("qkv", qkv, patch_size)
     check_dropout(seed, qkv, dropout=dropout)
     qkv = dispatch.autocast(qkv)
-    if dispatch.select("patch_attention", KERNELS, qkv) is None:
+    if dispatch.select("patch_attention", KERNELS, qkv, num_heads) is None:
         return reference.patch_attention(qkv, num_heads, patch_size, dropout, seed)
     return torch.ops.mvit3.patch_attention_forward(qkv, num_heads, *patch_size, dropout, seed)[0]
 
@@ -65,6 +78,7 @@ for _name, _schema in {
     "backward": f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_GEOMETRY}) -> Tensor",
 }.items():
     torch.library.define(f"mvit3::patch_attention_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    dispatch.register_triton(f"patch_attention_{_name}", __name__)
 
 
 @torch.library.register_fake("mvit3::patch_attention_forward")

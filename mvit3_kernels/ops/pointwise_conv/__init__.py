@@ -14,7 +14,7 @@ from . import reference
 
 __all__ = ["pointwise_conv"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", dispatch.triton_32_bit_why_not))
 
 
 def pointwise_conv(
@@ -92,6 +92,7 @@ for _name, _schema in {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }.items():
     torch.library.define(f"mvit3::pointwise_conv_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    dispatch.register_triton(f"pointwise_conv_{_name}", __name__)
 
 
 @torch.library.register_fake("mvit3::pointwise_conv_inference")

@@ -13,7 +13,10 @@ from . import reference
 
 __all__ = ["pointwise_fusion"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)  # pointwise_conv's, with a second input
+KERNELS = (
+    dispatch.Kernel("cpu", dispatch.cpu_why_not),
+    dispatch.Kernel("triton", dispatch.triton_32_bit_why_not),
+)  # pointwise_conv's, with a second input
 
 
 def pointwise_fusion(

@@ -1,0 +1,245 @@
+"""Triton kernels of patch_attention.
+
+A program owns one block of tokens of one group (a head of the pixels of a sample that share their position inside a patch) and walks over
+the group's other tokens. The heads of a block run side by side, for they share cache lines: a head's part of a pixel is 32 to 128 bytes.
+One launch each way. Backward takes the block first as keys, then as queries, and computes the scores twice: then nothing is added up
+across programs, no tensor of partial sums exists, and the result is the same in every run. What softmax's backward subtracts, the product
+of out and its gradient, is computed again for each block of queries: that reads out once more from cache and saves a launch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import dot, dropout_kept, dropout_key, dropout_threshold, on_device, pixel_of_token
+
+# Two binaries for all maps: sequences of at most 16 tokens (8x8 maps in 2x2 patches) fit a single tile of the matrix units.
+SHORT = 16
+LOG2E = 1 / math.log(2)
+
+_NOT_SPECIALIZED = ["pixels_per_sample", "width", "tokens", "blocks", "threshold", "scale", "keep_scale"]
+
+
+def configuration(dim: int, tokens: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+    """A program's BLOCK of tokens, and the STEP that it walks over the others in. Float32 has no matrix units of its own precision: its
+    products are made in registers, so its tiles are small."""
+    columns = max(triton.next_power_of_2(dim), 16)
+    if tokens <= SHORT:
+        block, step, warps = 16, 16, 4 if dtype is torch.float32 or columns > 64 else 2
+    elif dtype is torch.float32:
+        block, step, warps = (32, 16, 8) if columns <= 64 else (16, 16, 4)
+    elif columns > 64:
+        block, step, warps = 32, 32, 4 if backward else 8
+    elif backward:
+        block, step, warps = 64, 32, 8
+    else:
+        block, step, warps = 64, 32 if columns == 16 else 64, 4
+    return {"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": 2}
+
+
+def bytes_moved(qkv: Tensor) -> tuple[int, int]:
+    """Bytes of full-size tensors that the forward and the backward pass read and write; the log-sum-exp is a few per cent more."""
+    size = qkv.numel() * qkv.element_size()
+    return size * 4 // 3, size * 8 // 3
+
+
+@triton.jit
+def _group(blocks, HEADS: tl.constexpr, POSITIONS: tl.constexpr):
+    """(sample, position inside a patch, block of tokens, head) of this program."""
+    program = tl.program_id(0)
+    head = program % HEADS
+    program = program // HEADS
+    block = program % blocks
+    program = program // blocks
+    return program // POSITIONS, program % POSITIONS, block, head
+
+
+@triton.jit
+def _load(ptr, pixel, valid, channel, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One head of some tokens, (tokens, BLOCK_D); zeros beyond the head and where a token is not valid."""
+    lane = tl.arange(0, BLOCK_D)
+    mask = valid[:, None]
+    if DIM != BLOCK_D:
+        mask = mask & (lane < DIM)[None, :]
+    return tl.load(ptr + pixel[:, None] * STRIDE + (channel + lane)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, pixel, valid, channel, tile, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    lane = tl.arange(0, BLOCK_D)
+    mask = valid[:, None]
+    if DIM != BLOCK_D:
+        mask = mask & (lane < DIM)[None, :]
+    tl.store(ptr + pixel[:, None] * STRIDE + (channel + lane)[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _attention_fwd_kernel(
+    qkv_ptr, out_ptr, lse_ptr, seed_ptr, pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    POSITIONS: tl.constexpr = PATCH_H * PATCH_W
+    CHANNELS: tl.constexpr = HEADS * DIM
+    sample, position, block, head = _group(blocks, HEADS, POSITIONS)
+    channel = head * DIM
+    group = position * HEADS + head  # of this sample
+    pixels = sample.to(tl.int64) * pixels_per_sample
+    qkv_ptr += pixels * (3 * CHANNELS)
+    out_ptr += pixels * CHANNELS
+    lse_ptr += pixels * HEADS + group * tokens
+    query = block * BLOCK + tl.arange(0, BLOCK)
+    query_pixel = pixel_of_token(query, position, width, PATCH_H, PATCH_W)
+    q = _load(qkv_ptr, query_pixel, query < tokens, channel, 3 * CHANNELS, DIM, BLOCK_D)
+    if seed_ptr is not None:
+        mask_key = dropout_key(seed_ptr, sample, 0)
+
+    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    sums = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for first in range(0, tokens, STEP):
+        key = first + tl.arange(0, STEP)
+        pixel = pixel_of_token(key, position, width, PATCH_H, PATCH_W)
+        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale
+        scores = tl.where((key < tokens)[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        shrink = tl.exp2(maximum - new_maximum)
+        probabilities = tl.exp2(scores - new_maximum[:, None])
+        total = total * shrink + tl.sum(probabilities, 1)
+        maximum = new_maximum
+        if seed_ptr is not None:
+            kept = dropout_kept(mask_key, (group * tokens + query[:, None]) * tokens + key[None, :], threshold)
+            probabilities *= tl.where(kept, keep_scale, 0.0)
+        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+        sums = dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
+
+    _store(out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], CHANNELS, DIM, BLOCK_D)
+    tl.store(lse_ptr + query, maximum + tl.log2(total), mask=query < tokens)
+
+
+@triton.jit
+def _product_of_out(dout, out):
+    """What softmax's backward subtracts from the gradient of each query's probabilities."""
+    return tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _attention_bwd_kernel(
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dqkv_ptr, pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    POSITIONS: tl.constexpr = PATCH_H * PATCH_W
+    CHANNELS: tl.constexpr = HEADS * DIM
+    sample, position, block, head = _group(blocks, HEADS, POSITIONS)
+    channel = head * DIM
+    group = position * HEADS + head
+    pixels = sample.to(tl.int64) * pixels_per_sample
+    qkv_ptr += pixels * (3 * CHANNELS)
+    dqkv_ptr += pixels * (3 * CHANNELS)
+    out_ptr += pixels * CHANNELS
+    dout_ptr += pixels * CHANNELS
+    lse_ptr += pixels * HEADS + group * tokens
+    mine = block * BLOCK + tl.arange(0, BLOCK)
+    valid = mine < tokens
+    my_pixel = pixel_of_token(mine, position, width, PATCH_H, PATCH_W)
+    if seed_ptr is not None:
+        mask_key = dropout_key(seed_ptr, sample, 0)
+    score_scale = scale * 0.6931471805599453  # of the natural scores
+
+    # The block as keys, transposed: (keys, queries).
+    my_k = _load(qkv_ptr, my_pixel, valid, CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+    my_v = _load(qkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+    dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for first in range(0, tokens, STEP):
+        query = first + tl.arange(0, STEP)
+        pixel = pixel_of_token(query, position, width, PATCH_H, PATCH_W)
+        q = _load(qkv_ptr, pixel, query < tokens, channel, 3 * CHANNELS, DIM, BLOCK_D)
+        dout = _load(dout_ptr, pixel, query < tokens, channel, CHANNELS, DIM, BLOCK_D)
+        delta = _product_of_out(dout, _load(out_ptr, pixel, query < tokens, channel, CHANNELS, DIM, BLOCK_D))
+        lse = tl.load(lse_ptr + query, mask=query < tokens, other=float("inf"))  # queries beyond the last have no probabilities
+        probabilities = tl.exp2(dot(my_k, tl.trans(q), tl.zeros((BLOCK, STEP), tl.float32)) * scale - lse[None, :])
+        grads = dot(my_v, tl.trans(dout), tl.zeros((BLOCK, STEP), tl.float32))
+        weights = probabilities
+        if seed_ptr is not None:
+            kept = dropout_kept(mask_key, (group * tokens + query[None, :]) * tokens + mine[:, None], threshold)
+            weights = probabilities * tl.where(kept, keep_scale, 0.0)
+            grads *= tl.where(kept, keep_scale, 0.0)
+        dv = dot(weights.to(dout.dtype), dout, dv)
+        dk = dot((probabilities * (grads - delta[None, :])).to(q.dtype), q, dk)
+    _store(dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, 3 * CHANNELS, DIM, BLOCK_D)
+    _store(dqkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, dv, 3 * CHANNELS, DIM, BLOCK_D)
+
+    # The block as queries.
+    my_q = _load(qkv_ptr, my_pixel, valid, channel, 3 * CHANNELS, DIM, BLOCK_D)
+    my_dout = _load(dout_ptr, my_pixel, valid, channel, CHANNELS, DIM, BLOCK_D)
+    my_delta = _product_of_out(my_dout, _load(out_ptr, my_pixel, valid, channel, CHANNELS, DIM, BLOCK_D))
+    my_lse = tl.load(lse_ptr + mine, mask=valid, other=float("inf"))
+    dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for first in range(0, tokens, STEP):
+        key = first + tl.arange(0, STEP)
+        pixel = pixel_of_token(key, position, width, PATCH_H, PATCH_W)
+        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+        scores = tl.where((key < tokens)[None, :], dot(my_q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale, float("-inf"))
+        probabilities = tl.exp2(scores - my_lse[:, None])
+        grads = dot(my_dout, tl.trans(v), tl.zeros((BLOCK, STEP), tl.float32))
+        if seed_ptr is not None:
+            kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
+            grads *= tl.where(kept, keep_scale, 0.0)
+        dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
+    _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, 3 * CHANNELS, DIM, BLOCK_D)
+
+
+class _Launch:
+    """Grid and arguments that both kernels share."""
+
+    def __init__(
+        self, backward: bool, qkv: Tensor, num_heads: int, patch_height: int, patch_width: int, dropout: float, seed: Tensor | None
+    ):
+        batch, height, width, channels = qkv.shape
+        dim = channels // (3 * num_heads)
+        tokens = (height // patch_height) * (width // patch_width)
+        config = configuration(dim, tokens, qkv.dtype, backward)
+        blocks = triton.cdiv(tokens, config["BLOCK"])
+        self.grid = (batch * patch_height * patch_width * num_heads * blocks,)
+        self.seed = seed if dropout > 0 else None
+        keep = (dropout_threshold(dropout), 1 / (1 - dropout))
+        self.sizes = (height * width, width, tokens, blocks, LOG2E / math.sqrt(dim), *keep)
+        self.flags = {"HEADS": num_heads, "DIM": dim, "PATCH_H": patch_height, "PATCH_W": patch_width, **config}
+        self.lse_shape = (batch, patch_height * patch_width, num_heads, tokens)
+
+
+def patch_attention_forward(
+    qkv: Tensor, num_heads: int, patch_height: int, patch_width: int, dropout: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Launches the forward pass: out, and the binary logarithm of each query's sum, (B, positions, heads, tokens)."""
+    launch = _Launch(False, qkv, num_heads, patch_height, patch_width, dropout, seed)
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    lse = qkv.new_empty(launch.lse_shape, dtype=torch.float32)
+    if out.numel() > 0:
+        with on_device(qkv):
+            _attention_fwd_kernel[launch.grid](qkv, out, lse, launch.seed, *launch.sizes, **launch.flags)
+    return out, lse
+
+
+def patch_attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
+    num_heads: int, patch_height: int, patch_width: int, dropout: float, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Launches the backward pass: the gradient of qkv."""
+    launch = _Launch(True, qkv, num_heads, patch_height, patch_width, dropout, seed)
+    dout, qkv, out, lse = dout.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous()
+    dqkv = torch.empty_like(qkv)
+    if out.numel() > 0:
+        with on_device(qkv):
+            _attention_bwd_kernel[launch.grid](dout, qkv, out, lse, launch.seed, dqkv, *launch.sizes, **launch.flags)
+    return dqkv

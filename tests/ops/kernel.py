@@ -1,0 +1,134 @@
+"""What a kernel of any backend is held to beside its op's contract: larger and odder shapes, hostile values, its registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvit3_kernels
+
+from .inputs import Arguments, Draw, mapped, named
+from .measure import pooled, relative_errors, tensors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def in_float32(arguments: Arguments) -> Arguments:
+    return mapped(arguments, lambda _, t: t.float() if t.is_floating_point() else t)
+
+
+class KernelTester:
+    backend: str
+    op: Callable  # the public function
+    maps: tuple[str, ...] = ("x",)  # the arguments that are feature maps
+    shapes: tuple[tuple[int, ...], ...]  # sizes of `arguments`, odd on purpose
+    options: dict[str, Arguments]  # options of `arguments`
+    hostile: tuple[torch.dtype, ...] = (torch.float32,)  # dtypes of maps with a value that is not finite
+
+    arguments: Callable[..., Arguments]  # (draw, *sizes, **options): arguments of the public function in float64
+    registered: Callable[[Arguments], Iterator[tuple]]  # the kernel's registered ops, each with its arguments
+
+    def pytest_generate_tests(self, metafunc):
+        for name, values in {"shape": self.shapes, "option": self.options, "dtype": DTYPES, "stored": self.hostile}.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, list(values), ids=str)
+
+    def make(self, shape: tuple[int, ...], option: str | None = None, start: int = 0) -> Arguments:
+        return self.arguments(Draw(start), *shape, **(self.options[option] if option else {}))
+
+    def results(self, backend: str, arguments: Arguments, dtype=torch.float32, parameters=None) -> dict[str, Tensor]:
+        """y, the moments where the op returns some, and the gradients of everything differentiable."""
+        leaves: dict[str, Tensor] = {}
+
+        def leaf(name: str, t: Tensor) -> Tensor:
+            if not t.is_floating_point():
+                return t
+            t = t.to(dtype if name in self.maps else parameters or dtype)
+            if "running" not in name:
+                leaves[name] = t.requires_grad_()
+            return t
+
+        with mvit3_kernels.backend(backend):
+            y, *moments = tensors(self.op(**mapped(arguments, leaf)))
+            grads = torch.autograd.grad(y, list(leaves.values()), Draw(7)(*y.shape).to(y))
+        found = {"y": y.detach()} | {f"moments[{i}]": t for i, t in enumerate(moments)}
+        return found | {f"d {name}": g for name, g in zip(leaves, grads, strict=True)}
+
+    def test_bound(self, shape, option, dtype):
+        arguments = mapped(self.make(shape, option), lambda _, t: t.to(dtype).double() if t.is_floating_point() else t)
+        truth = self.results("reference", arguments, torch.float64)
+        allowed = relative_errors(self.results("reference", arguments, dtype), truth)
+        for parameters in (dtype, torch.float32):
+            found = self.results(self.backend, arguments, dtype, parameters)
+            maps = {"y", *(f"d {name}" for name in self.maps)}
+            assert all(t.dtype == (dtype if name in maps else parameters) for name, t in found.items() if "moments" not in name)
+            errors = relative_errors(found, truth)
+            for gradients in (False, True):
+                # Half a rounding is what storing the exact result costs.
+                assert pooled(errors, gradients) <= 2 * pooled(allowed, gradients) + torch.finfo(dtype).eps / 2, (errors, allowed)
+
+    @pytest.mark.parametrize("batch", [0, 1])
+    def test_small_batches(self, batch, option):
+        found = self.results(self.backend, self.make((batch, *self.shapes[0][1:]), option))
+        assert len(found["y"]) == batch
+        assert batch or not any(t.any() for t in found.values())
+
+    def test_strides_do_not_matter(self, option):
+        arguments = self.make(self.shapes[0], option)
+        want = self.results(self.backend, arguments)
+
+        def strided(_: str, t: Tensor) -> Tensor:
+            return torch.stack((t, t), -1)[..., 0] if t.is_floating_point() else t
+
+        for name, t in self.results(self.backend, mapped(arguments, strided)).items():
+            assert torch.equal(t, want[name]), name
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_nan_and_infinity_reach_the_results(self, option, value, stored):
+        arguments = self.make((3, *self.shapes[0][1:]), option)
+        arguments[self.maps[0]][1, -1, -1, -1] = value
+        found, want = (self.results(backend, arguments, stored) for backend in (self.backend, "reference"))
+        assert not want["y"].isfinite().all()
+        for name, t in want.items():
+            assert torch.equal(self.spoiled(name, found[name]), self.spoiled(name, t)), name
+
+    @staticmethod
+    def spoiled(name: str, t: Tensor) -> Tensor:
+        """Where a result must be as bad as the reference's."""
+        return t.isnan()
+
+    def test_arguments_are_not_changed(self, option):
+        arguments = in_float32(self.make(self.shapes[0], option))
+        before = named(mapped(arguments, lambda _, t: t.clone()))
+        self.results(self.backend, arguments)
+        assert all(torch.equal(t, before[name]) for name, t in named(arguments).items())
+
+    def test_registration_of_the_kernel(self, option):
+        arguments = in_float32(self.make(self.shapes[0], option))
+        for op, inputs in self.registered(arguments):
+            plain = any(word in op.__name__ for word in ("_backward", "_inference"))
+            leaves = (t.detach().requires_grad_(t.is_floating_point() and not plain) if isinstance(t, Tensor) else t for t in inputs)
+            torch.library.opcheck(op, tuple(leaves))
+
+    def test_compiles_whole(self, option):
+        torch._dynamo.reset()
+        arguments = mapped(self.make(self.shapes[0], option), lambda _, t: t.float().requires_grad_() if t.is_floating_point() else t)
+        compiled = torch.compile(self.op, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**arguments), self.op(**arguments), rtol=0, atol=0)
+
+    def test_what_it_refuses(self):
+        with (
+            mvit3_kernels.backend(self.backend),
+            pytest.raises(mvit3_kernels.BackendError, match=r"bfloat16 and float16, x is torch\.float64"),
+        ):
+            self.op(**self.make(self.shapes[0]))
+
+    def test_second_derivative_is_refused(self):
+        arguments = mapped(self.make(self.shapes[0]), lambda _, t: t.float().requires_grad_())
+        y = tensors(self.op(**arguments))[0]
+        (first,) = torch.autograd.grad(y.square().sum(), arguments[self.maps[0]], create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives on the reference only"):
+            first.sum().backward()

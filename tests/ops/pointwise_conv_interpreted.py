@@ -1,0 +1,27 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+"""The Triton kernels of pointwise_conv on CPU tensors, step by step; run by test_pointwise_conv_triton.py."""
+
+from mvit3_kernels import ops
+from tests.ops.batch_norm_act_cases import poison
+from tests.ops.test_pointwise_conv_cpu import TestPointwiseConvCpu as Cpu
+from tests.ops.triton_kernel import TritonResults
+from tests.triton_tools import compute_like_a_gpu
+
+poison()
+compute_like_a_gpu()
+
+
+class TestPointwiseConv(TritonResults):
+    op = staticmethod(ops.pointwise_conv)
+    maps = ("x", "residual")
+    # Several blocks of inputs and of outputs, several parts of the rows, and less than one.
+    shapes = ((2, 3, 5, 7, 9), (2, 9, 7, 33, 70))
+    options = {name: Cpu.options[name] for name in ("training-silu", "training-bias-residual", "training-large-mean", "plain")}
+    options |= {name: Cpu.options[name] for name in ("frozen-silu-residual", "plain-silu")}
+    arguments = staticmethod(Cpu.arguments)
+    registered = staticmethod(Cpu.registered)
+    test_with_and_without_gradients_agree = Cpu.test_with_and_without_gradients_agree
+    test_a_constant_channel = Cpu.test_a_constant_channel
+
+
+del Cpu

@@ -1,0 +1,29 @@
+from functools import partial
+
+from mvit3_kernels.ops import feed_forward
+
+from . import test_feed_forward_cpu as cpu
+from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
+
+DROPOUTS = {"hidden_dropout": 0.1, "output_dropout": 0.1}
+
+
+@needs_triton
+class TestFeedForwardTriton(TritonKernel):
+    op = staticmethod(feed_forward)
+    arguments = staticmethod(cpu.TestFeedForwardCpu.arguments)
+    registered = staticmethod(partial(cpu.TestFeedForwardCpu.registered, keep=False))
+    # A configuration is decided by the two tiles of a row.
+    cases = (
+        Case(90, BF16, (2, 8, 8, 144, 288), DROPOUTS, 128),
+        Case(90, BF16, (2, 8, 8, 240, 480), {"per_sample": True, **DROPOUTS}, 128),
+        Case(90, F16, (2, 8, 8, 512, 1024), {}, 128),
+        Case(90, BF16, (2, 8, 8, 9, 18), {"bias": False}),
+        Case(90, F32, (2, 8, 8, 144, 288), DROPOUTS, 128),
+        Case(90, F32, (2, 8, 8, 256, 512), {}, 128),
+        Case(80, BF16, (2, 8, 8, 192, 384), DROPOUTS, 128),
+        Case(80, BF16, (2, 8, 8, 512, 1024), {"per_sample": True}, 128),
+        Case(80, F32, (2, 8, 8, 240, 480), DROPOUTS, 128),
+        Case("gfx942", F16, (2, 8, 8, 64, 128)),
+    )
+    larger = (3, 9, 11, 144, 288)

@@ -1,0 +1,25 @@
+from mvit3_kernels.ops import norm_linear
+
+from . import test_norm_linear_cpu as cpu
+from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
+
+
+@needs_triton
+class TestNormLinearTriton(TritonKernel):
+    op = staticmethod(norm_linear)
+    arguments = staticmethod(cpu.TestNormLinearCpu.arguments)
+    registered = staticmethod(cpu.TestNormLinearCpu.registered)
+    # A configuration is decided by the two tiles of a row.
+    cases = (
+        Case(90, BF16, (2, 8, 8, 144, 432), {}, 128),
+        Case(90, BF16, (2, 8, 8, 240, 720), {"per_sample": True}, 128),
+        Case(90, F16, (2, 8, 8, 512, 512), {}, 128),
+        Case(90, BF16, (2, 8, 8, 9, 27), {"bias": False}),
+        Case(90, F32, (2, 8, 8, 144, 432), {}, 128),
+        Case(90, F32, (2, 8, 8, 512, 64), {}, 128),
+        Case(80, BF16, (2, 8, 8, 192, 576), {}, 128),
+        Case(80, BF16, (2, 8, 8, 512, 512), {"per_sample": True}, 128),
+        Case(80, F32, (2, 8, 8, 240, 720), {}, 128),
+        Case("gfx942", F16, (2, 8, 8, 64, 192)),
+    )
+    larger = (3, 9, 11, 144, 432)

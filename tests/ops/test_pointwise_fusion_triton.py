@@ -1,0 +1,19 @@
+from mvit3_kernels.ops import pointwise_fusion
+
+from . import test_pointwise_fusion_cpu as cpu
+from .triton_kernel import BF16, F32, Case, TritonKernel, needs_triton
+
+
+@needs_triton
+class TestPointwiseFusionTriton(TritonKernel):
+    op = staticmethod(pointwise_fusion)
+    maps = ("a", "b", "residual")
+    arguments = staticmethod(cpu.TestPointwiseFusionCpu.arguments)
+    registered = staticmethod(cpu.TestPointwiseFusionCpu.registered)
+    cases = (
+        Case(90, BF16, (2, 8, 8, 144, 128, 128), {"act": "silu", "residual": True}, 128),
+        Case(90, BF16, (2, 8, 8, 192, 256, 256), {"training": False, "act": "silu", "residual": True}, 128),
+        Case(80, BF16, (2, 8, 8, 240, 320, 320), {"act": "silu", "residual": True}, 128),
+        Case(80, F32, (2, 8, 8, 144, 128, 128), {"training": False, "act": "silu", "residual": True}, 128),
+    )
+    larger = (3, 9, 11, 144, 128, 128)
