@@ -101,6 +101,7 @@ def test_kernels_of_every_isa(isa):
     done = python(f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))", MVIT3_ISA=isa)
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
+
 @needs_kernels
 @pytest.mark.parametrize("isa", _native.ISAS)
 def test_bfloat16_products_round_float32_weights_where_the_cpu_multiplies_bfloat16(isa):
