@@ -29,7 +29,7 @@ _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
 
 def configuration(a: Tensor, b: Tensor | None) -> dict[str, int]:
     if a.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     even = a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
 
