@@ -9,7 +9,6 @@ tensors that must be read and written at the rate of a copy, whichever takes lon
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import check, interleaved, machine, table, write
+from benchmarks.common import check, interleaved, run_shapes
 from benchmarks.peers import inverted_residual as plain
 from mvit3_kernels.nn import InvertedResidual
 from mvit3_kernels.ops import inverted_residual as public  # noqa: F401 -- loads the op's module
@@ -112,25 +111,5 @@ def measure(place: str, batch: int, shape: tuple[int, ...], training: bool, copy
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="write results/inverted_residual_cpu.json")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = [
-        measure(place, batch, shape, training, facts["copy_gb_s"])
-        for batch in options.batch
-        for training in (False, True)
-        for place, *shape in BLOCKS
-    ]
-    print(table(rows))
-    if options.json:
-        print(write("inverted_residual", rows, facts, "inverted_residual_cpu"))
-
-
 if __name__ == "__main__":
-    main()
+    run_shapes(__doc__.splitlines()[0], "inverted_residual", BLOCKS, measure)

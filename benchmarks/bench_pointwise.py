@@ -10,7 +10,6 @@ they are timed.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import check, interleaved, machine, table, write
+from benchmarks.common import check, interleaved, run_shapes
 from mvit3_kernels.ops import BatchNorm, Linear, batch_norm_act, pointwise_conv, pointwise_fusion
 from mvit3_kernels.ops.pointwise_conv import reference
 
@@ -152,25 +151,5 @@ def measure(place: str, batch: int, shape: tuple, training: bool, copy_gb_s: flo
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="write results/pointwise_cpu.json")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = [
-        measure(place, batch, shape, training, facts["copy_gb_s"])
-        for batch in options.batch
-        for training in (False, True)
-        for place, *shape in SHAPES
-    ]
-    print(table(rows))
-    if options.json:
-        print(write("pointwise", rows, facts, "pointwise_cpu"))
-
-
 if __name__ == "__main__":
-    main()
+    run_shapes(__doc__.splitlines()[0], "pointwise", SHAPES, measure)

@@ -5,6 +5,7 @@ Times of candidates are taken in turns, in one process, so that a change of the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -143,3 +144,28 @@ def write(op: str, rows: list[dict[str, object]], facts: Mapping[str, object], n
     path = RESULTS / f"{name or op}.json"
     path.write_text(json.dumps({"schema": SCHEMA, "op": op, "machine": dict(facts), "rows": rows}, indent=2) + "\n")
     return path
+
+
+def run_shapes(
+    description: str, op: str, shapes: Sequence[tuple], measure: Callable[[str, int, tuple, bool, float], dict[str, object]]
+) -> None:
+    """The command line of a benchmark that measures each of `shapes` (the place where it stands first) in evaluation and in training:
+    measure(place, batch, shape, training, GB/s of a copy) gives a row."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", action="store_true", help=f"write results/{op}_cpu.json")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    facts = machine()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    rate = float(facts["copy_gb_s"])
+    rows = [
+        measure(place, batch, tuple(shape), training, rate)
+        for batch in options.batch
+        for training in (False, True)
+        for place, *shape in shapes
+    ]
+    print(table(rows))
+    if options.json:
+        print(write(op, rows, facts, f"{op}_cpu"))
