@@ -34,10 +34,27 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
         **flags, **(two if residual else one), grid=(1,),
     )  # fmt: skip
     yield kernels._sums_bwd_kernel.warmup(
-        dtype, dtype, f32, f32, f32, f32, dtype, f32, rows, parts, per_part, 1e-5, **flags, **two, grid=(1,)
+        dtype, dtype, f32, f32, f32, f32, dtype, f32, rows, parts, per_part, 1e-5, **flags, DY_STRIDE=2 * channels, **two, grid=(1,)
     )
     yield kernels._input_bwd_kernel.warmup(
-        dtype, dtype, f32, f32, f32, f32, f32, dtype, f32, f32, parts, rows, per_part, 1e-5, **flags, **two, grid=(1,)
+        dtype,
+        dtype,
+        f32,
+        f32,
+        f32,
+        f32,
+        f32,
+        dtype,
+        f32,
+        f32,
+        parts,
+        rows,
+        per_part,
+        1e-5,
+        **flags,
+        DY_STRIDE=2 * channels,
+        **two,
+        grid=(1,),
     )
 
 

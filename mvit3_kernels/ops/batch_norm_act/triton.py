@@ -25,6 +25,7 @@ from ..triton_common import (
     multiprocessors,
     on_device,
     row_range,
+    rows_at_one_distance,
     split_rows,
 )
 
@@ -146,13 +147,13 @@ def _load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, column, valid):
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _sums_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, dx_ptr, part_ptr, rows, parts, rows_per_part, eps,
-    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, DY_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column, valid = _columns(C, BLOCK_C)
     weight, bias, mean, rstd = _load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, column, valid)
     start, length = row_range(rows, rows_per_part, tl.program_id(1))
     lane = tl.arange(0, BLOCK_M)
-    offset = lane[:, None] * C + column[None, :]
+    offset, dy_offset = lane[:, None] * C + column[None, :], lane[:, None] * DY_STRIDE + column[None, :]
 
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -161,7 +162,7 @@ def _sums_bwd_kernel(
         mask = _mask(lane, length - first, valid, C, BLOCK_C)
         base = (start + first) * C
         x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
         normal = (x - mean) * rstd
         grad = tl.where(mask, activate_backward(dy, normal * weight + bias, ACT), 0.0)
         dbias += grad
@@ -178,7 +179,7 @@ def _sums_bwd_kernel(
 def _input_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, part_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     parts, rows, rows_per_program, eps,
-    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, DY_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column, valid = _columns(C, BLOCK_C)
     dbias = load_sums(part_ptr, parts, column, valid, C, BLOCK_C)
@@ -193,14 +194,14 @@ def _input_bwd_kernel(
         mean_product = (dweight / rows)[None, :]
         start, length = row_range(rows, rows_per_program, tl.program_id(1))
         lane = tl.arange(0, BLOCK_M)
-        offset = lane[:, None] * C + column[None, :]
+        offset, dy_offset = lane[:, None] * C + column[None, :], lane[:, None] * DY_STRIDE + column[None, :]
         tiles = tl.cdiv(length, BLOCK_M)
         for i in range(tiles):
             first = (tiles - 1 - i) * BLOCK_M  # bottom up, as in the forward pass
             mask = _mask(lane, length - first, valid, C, BLOCK_C)
             base = (start + first) * C
             x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
             normal = (x - mean) * rstd
             grad = activate_backward(dy, normal * weight + bias, ACT) - mean_grad - normal * mean_product
             tl.store(dx_ptr + base + offset, (grad * (weight * rstd)).to(dx_ptr.dtype.element_ty), mask=mask)
@@ -270,7 +271,8 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward pass: the gradients of x, weight and bias. `mean` and `var` are those that normalised x."""
     channels = x.shape[-1]
-    dy, x = dy.contiguous(), x.contiguous()
+    dy, dy_stride = rows_at_one_distance(dy)
+    x = x.contiguous()
     weight, bias, mean, var = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -283,7 +285,7 @@ def batch_norm_act_backward(
     parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * sms // columns, config["BLOCK_M"])
     programs = parts if training else 1  # in evaluation the second launch only adds up
     part = _workspace(x, parts, channels)
-    flags = {"ACT": act, "TRAINING": training, "C": channels, **config}
+    flags = {"ACT": act, "TRAINING": training, "C": channels, "DY_STRIDE": dy_stride, **config}
     with on_device(x):
         _sums_bwd_kernel[(columns, parts)](dy, x, weight, bias, mean, var, dx, part, rows, parts, rows_per_part, eps, **flags)
         _input_bwd_kernel[(columns, programs)](
