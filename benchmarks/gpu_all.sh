@@ -2,8 +2,8 @@
 # Every GPU measurement, in pieces that each end within nine minutes; nothing needs to be installed.
 #   benchmarks/gpu_all.sh                 everything
 #   benchmarks/gpu_all.sh PIECE...        first: in eight minutes, whether everything works, and the most telling numbers
-#                                         tests, large (tensors above 2^31 elements), sanitizer, ceilings, ops, memory, tune,
-#                                         sweep (ops and variants of batch_norm_act's configuration),
+#                                         tests, large (tensors above 2^31 elements), sanitizer, ceilings, ops, memory,
+#                                         tune (records the fastest configuration of each kernel),
 #                                         {train,infer}-MODEL-BATCH: eager and compiled plain modules, ours, ours as a CUDA graph
 #                                         {train,infer}-MODEL-BATCH-{autotune,timm}: beside max-autotune, beside timm's network
 #                                         networks-train, networks-infer: these for every model and batch
@@ -79,7 +79,6 @@ run() {
         tune) limited tune python3 benchmarks/tune.py ;;
         ceilings | ops) baseline "$1" ;;
         memory) for model in "${models[@]}"; do baseline memory --model "$model"; done ;;
-        sweep) baseline ops --sweep ;;
         train-*-* | infer-*-*)
             IFS=- read -r piece model batch extra <<<"$1"
             case ${extra:-} in
@@ -104,7 +103,7 @@ network() { # piece model batch: every candidate
     case " ${timm[*]} " in *" $2 "*) run "$1-$2-$3-timm" ;; esac
 }
 
-[ $# -gt 0 ] || set -- tests large sanitizer sweep memory networks-infer networks-train
+[ $# -gt 0 ] || set -- tests large sanitizer tune ops memory networks-infer networks-train
 for piece; do run "$piece"; done
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}"

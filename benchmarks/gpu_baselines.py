@@ -1,7 +1,7 @@
 """Measurements that claims about a GPU rest on: ceilings of the device, single ops, whole networks; eager and compiled peers beside ours.
 
     python benchmarks/gpu_baselines.py ceilings
-    python benchmarks/gpu_baselines.py ops [--sweep]
+    python benchmarks/gpu_baselines.py ops
     python benchmarks/gpu_baselines.py memory --model mobilevitv3_s
     python benchmarks/gpu_baselines.py train --model mobilevitv3_s --batches 128 256
     python benchmarks/gpu_baselines.py infer --model mobilevitv3_s --batches 1 32 256
@@ -202,7 +202,6 @@ INVERTED = (
 )  # fmt: skip
 SEPARABLE = ((32, 128), (16, 192), (8, 256))
 STACKS = ((16, 192, 384, 4, 4), (8, 240, 480, 3, 4), (16, 192, 384, 4, None), (8, 256, 512, 3, None))
-SWEEP = {"TILE_BYTES": (8192, 16384, 32768), "PROGRAMS_PER_SM": (1, 2, 4), "num_warps": (4, 8, 16), "BLOCK_C": (32, 64)}
 
 
 class OpCase(NamedTuple):
@@ -413,36 +412,6 @@ def time_ops(options: argparse.Namespace, report: Report) -> None:
                     **row, candidate=name, gpu_us=seconds * 1e6, call_us=call_times[name]["seconds"] * 1e6,
                     bytes=case.bytes, gb_per_s=case.bytes / seconds / 1e9, of_copy_bandwidth=case.bytes / seconds / bandwidth,
                 )  # fmt: skip
-    if options.sweep and gpu:
-        sweep(options, report, bandwidth)
-
-
-def sweep(options: argparse.Namespace, report: Report, bandwidth: float) -> None:
-    """The configuration of batch_norm_act's kernels, one constant changed at a time from the shipped ones."""
-    from mvit3_kernels.ops.batch_norm_act import triton as kernels
-
-    shipped = {name: getattr(kernels, name) for name in SWEEP if name != "num_warps"} | {"num_warps": kernels.LAUNCH_OPTIONS["num_warps"]}
-
-    def configure(values: Row) -> None:
-        for name, value in values.items():
-            if name == "num_warps":
-                kernels.LAUNCH_OPTIONS["num_warps"] = value
-            else:
-                setattr(kernels, name, value)
-
-    variants = [shipped] + [{**shipped, name: value} for name, values in SWEEP.items() for value in values if value != shipped[name]]
-    for side, channels in ((128, 16), (64, 64), (16, 256)):
-        x = torch.randn(128, side, side, channels, device="cuda").bfloat16().requires_grad_()
-        parameters = [(torch.rand(channels, device="cuda") + 0.5).requires_grad_() for _ in range(2)]
-        steps = {}
-        for variant in variants:
-            configure(variant)
-            call = _step(lambda x, *p: batch_norm_act(x, BatchNorm(*p, None, None, True), "silu")[0], [x, *parameters])
-            steps[json.dumps(variant)] = graphed(call, options)
-        for variant, timing in interleaved(steps, options, 0.02).items():
-            share = sum(kernels.bytes_moved(x, True, False)) / timing["seconds"] / bandwidth
-            report.add(sweep=json.loads(variant), shape=list(x.shape), gpu_us=timing["seconds"] * 1e6, of_copy_bandwidth=share)
-    configure(shipped)
 
 
 # Networks
@@ -648,7 +617,6 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--host", choices=("plain", "timm"), help="the peers' modules; default: both")
     parser.add_argument("--name", help="of the file of results, beside piece, model and batches")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sweep", action="store_true", help="ops: also vary the kernels' configuration")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="smallest sizes and nothing compiled for real: tests this script")
     parser.add_argument("--out", help="folder of the results, by default benchmarks/results")
@@ -660,7 +628,7 @@ def main(arguments: list[str] | None = None) -> Report:
     piece = options.piece
     if PIECES[piece] in (networks, saved_memory):
         piece += f"_{options.model}_b" + "_".join(map(str, options.batches)) + (f"_{options.name}" if options.name else "")
-    report = Report("sweep" if options.sweep else piece, options)
+    report = Report(piece, options)
     PIECES[options.piece](options, report)
     return report
 

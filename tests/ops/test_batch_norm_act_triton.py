@@ -24,7 +24,7 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
     from mvit3_kernels.ops.batch_norm_act import triton as kernels
 
     f32, rows, parts, per_part = torch.float32, 1000, 3, 400
-    one, two = (kernels.configuration(channels, dtype.itemsize, tensors) for tensors in (1, 2))
+    one, two = (kernels.configurations(channels, dtype.itemsize, tensors)[0] for tensors in (1, 2))
     flags = {"ACT": SILU, "TRAINING": training, "C": channels}
     if training:
         yield kernels._moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **one, grid=(1,))
@@ -83,7 +83,7 @@ def test_one_binary_for_every_map_size():
     from mvit3_kernels.ops.batch_norm_act import triton as kernels
 
     def compile(rows):
-        config = kernels.configuration(64, 2, 1)
+        config = kernels.configurations(64, 2, 1)[0]
         return kernels._moments_fwd_kernel.warmup(torch.bfloat16, torch.float32, rows, rows, rows, C=64, **config, grid=(1,))
 
     with offline(90):

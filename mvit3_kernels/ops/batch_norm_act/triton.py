@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import (
     activate,
     activate_backward,
@@ -41,12 +42,20 @@ FREE_PROGRAMS_PER_SM = 8
 _NOT_SPECIALIZED = ["rows", "rows_per_program", "parts", "rows_per_part"]  # one binary for every batch and map size
 
 
-def configuration(channels: int, itemsize: int, tensors: int) -> dict[str, int | bool]:
-    """Tile of a kernel that loads `tensors` maps of `channels` channels."""
+def configurations(channels: int, itemsize: int, tensors: int) -> list[dict[str, int | bool]]:
+    """Tiles of a kernel that loads `tensors` maps of `channels` channels."""
     columns = min(triton.next_power_of_2(channels), BLOCK_C)
     # Rows that do not start on 16 bytes load element by element: a quarter of the tile keeps such a kernel from spilling.
     tile_bytes = TILE_BYTES if channels * itemsize % 16 == 0 else TILE_BYTES // 4
-    return {"BLOCK_M": tile_bytes // (tensors * columns * itemsize), "BLOCK_C": columns, **LAUNCH_OPTIONS}
+    rows = tile_bytes // (tensors * columns * itemsize)
+    first = {"BLOCK_M": rows, "BLOCK_C": columns, **LAUNCH_OPTIONS}
+    others = ({"num_warps": 4}, {"BLOCK_M": rows // 2}, {"BLOCK_M": rows // 2, "num_warps": 4}, {"BLOCK_M": rows // 4, "num_warps": 4})
+    return [first, *(first | other for other in others)]
+
+
+def configuration(kernel: str, x: Tensor, tensors: int) -> dict[str, int | bool]:
+    channels = x.shape[-1]
+    return tuning.choose(f"batch_norm_act_{kernel}{tensors}", x, (channels,), lambda: configurations(channels, x.element_size(), tensors))
 
 
 def bytes_moved(x: Tensor, training: bool, residual: bool) -> tuple[int, int]:
@@ -230,7 +239,7 @@ def batch_norm_act(
         _launch_normalize(x, residual, weight, bias, y, statistics, None, 0, 0, eps, act)
         return y, *moments
     rows = x.numel() // channels
-    reduction = configuration(channels, x.element_size(), 1)
+    reduction = configuration("moments", x, 1)
     columns = triton.cdiv(channels, reduction["BLOCK_C"])
     parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, reduction["BLOCK_M"])
     part = _workspace(x, parts, channels)
@@ -255,7 +264,7 @@ def _launch_normalize(x, residual, weight, bias, y, statistics, part, parts, row
     """With `part` the statistics are written, without it they are read."""
     channels, training = x.shape[-1], part is not None
     rows = x.numel() // channels
-    config = configuration(channels, x.element_size(), 1 if residual is None else 2)
+    config = configuration("normalize", x, 1 if residual is None else 2)
     columns = triton.cdiv(channels, config["BLOCK_C"])
     per_sm = PROGRAMS_PER_SM if training else FREE_PROGRAMS_PER_SM
     programs, rows_per_program = split_rows(rows, per_sm * multiprocessors(x) // columns, config["BLOCK_M"])
@@ -280,7 +289,7 @@ def batch_norm_act_backward(
         return dx, dweight.zero_(), dbias.zero_()
 
     rows = x.numel() // channels
-    config = configuration(channels, x.element_size(), 2)
+    config = configuration("bwd", x, 2)
     columns, sms = triton.cdiv(channels, config["BLOCK_C"]), multiprocessors(x)
     parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * sms // columns, config["BLOCK_M"])
     programs = parts if training else 1  # in evaluation the second launch only adds up
