@@ -61,7 +61,7 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
 # The configurations differ in the columns of a tile (a power of 2 up to 32), the last tile being full or not, and 16-byte rows or not.
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("architecture", "channels"), [(90, 1), (90, 7), (90, 8), (90, 64), (90, 80), (80, 7), (80, 80)])
+@pytest.mark.parametrize(("architecture", "channels"), [(90, 1), (90, 7), (90, 8), (90, 64), (90, 80), (80, 7), (80, 80), (86, 320)])
 def test_kernels_fit(architecture, channels, dtype, training):
     with offline(architecture):
         for kernel in compiled(channels, dtype, training, residual=channels == 64):
