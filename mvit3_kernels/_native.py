@@ -24,6 +24,11 @@ def why_not() -> str | None:
     return _reason
 
 
+def cuda_why_not(x: torch.Tensor) -> str | None:
+    """None when the compiled CUDA kernels can run on the device of `x`, else the reason."""
+    return "the CUDA extension was not built"
+
+
 def isa() -> str | None:
     """The instruction set of the loaded kernels: "avx512_bf16", "avx512", "avx2" or "generic"; None when none are loaded."""
     return _isa
