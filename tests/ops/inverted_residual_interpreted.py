@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+import mvit3_kernels
 from mvit3_kernels import ops
 from mvit3_kernels.ops import dispatch
 from tests.ops.batch_norm_act_cases import poison
+from tests.ops.inputs import Draw
 from tests.ops.kernel import in_float32
 from tests.ops.plain import nchw, nhwc
 from tests.ops.test_inverted_residual_triton import arguments, registered
@@ -25,26 +27,25 @@ OP = sys.modules["mvit3_kernels.ops.inverted_residual"]
 class TestInvertedResidual(TritonResults):
     op = staticmethod(ops.inverted_residual)
     # Several parts of the rows, and less than one; several blocks of inputs, of wide channels and of outputs.
-    shapes = ((2, 9, 7, 5, 9, 5), (2, 9, 8, 35, 70, 40))
+    shapes = ((2, 9, 7, 5, 9, 5), (2, 9, 7, 33, 66, 40))
     options = {"training": {}, "stride": {"stride": 2, "act": "relu"}, "large-mean": {"mean": 10.0, "dilation": 2}}
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given))
 
-    def test_wide_rows(self, dtype):
+    def test_wide_rows(self):
         """The gradient of the expansion in three steps, where it does not fit a program."""
-        self.test_bound((1, 9, 8, 70, 130, 70), "training", dtype)
+        self.test_bound((1, 6, 8, 70, 130, 70), "training", torch.bfloat16)
 
     def test_constant_channels(self):
-        """Variance 0: the norms return their biases, whatever the rounding of the mean."""
-        given = in_float32(self.make(self.shapes[0], "training"))
+        """Variance 0: the norms return their biases. (With a small eps they multiply the rounding of a product 300 times each.)"""
+        given = in_float32(self.arguments(Draw(), *self.shapes[0], eps=0.1))
         given["x"][...] = 0.1
-        given["depthwise"].weight[:, :, :, [0, 2]] = 0
+        given["depthwise"].weight[:, :, :, [0, 2]] = 0  # a border would not be constant
         given["depthwise"].weight[:, :, [0, 2]] = 0
-        with dispatch.backend(self.backend):
+        with mvit3_kernels.backend(self.backend):
             y, moments = ops.inverted_residual(**given)
-        assert all(not m.var.any() for m in moments)
-        want = given["project"].norm.bias + given["x"]
-        torch.testing.assert_close(y, want)
+        assert not moments[0].var.any() and all(m.var.max() < 1e-12 for m in moments), moments
+        torch.testing.assert_close(y, (given["project"].norm.bias + 0.1).expand_as(y))
 
     def test_mean_of_many_deviations(self):
         """Variances from the moments of the input, against float64."""
@@ -94,8 +95,8 @@ def _filter_backward(dp, project, z, z_scale, z_shift, c0, c1, c2, x, expand, sc
 class TestFused(TritonResults):
     backend = "cuda"
     op = staticmethod(ops.inverted_residual)
-    shapes = TestInvertedResidual.shapes
-    options = {"stride": {"stride": 2}, "mean": {"mean": 3.0}}
+    shapes = TestInvertedResidual.shapes[:1]
+    options = {"training": {"mean": 3.0}}
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given, store=False))
     test_maps_that_are_too_large = test_small_batches = test_nan_and_infinity_reach_the_results = None  # of other kernels
@@ -103,4 +104,4 @@ class TestFused(TritonResults):
     @pytest.fixture(autouse=True)
     def offered(self, monkeypatch):
         """By their predicate the ops are for a GPU, and for 16 bits."""
-        monkeypatch.setattr(OP, "KERNELS", (dispatch.Kernel("cuda", lambda x, *_: dispatch.triton_why_not(x)),))
+        monkeypatch.setattr(OP, "KERNELS", (dispatch.Kernel("cuda", lambda x, *_: dispatch.triton_why_not(x)), OP.KERNELS[-1]))

@@ -23,9 +23,9 @@ def values_moved(inputs: int, wide: int, outputs: int, skip: bool, store: bool, 
     """Values read and written: forward for each pixel of the input and of the output, then backward. `store` is the Triton way.
 
     Forward reads x twice (moments, product), writes and reads z and p, writes y. Backward reads dy and p twice, writes dp and reads it
-    twice, reads z twice, reads x twice, and writes dx, then corrects it in place. The Triton way also writes and reads a forward; backward it
-    writes and reads dz, reads a, and writes and reads the gradient of a, which without `one_pass` it replaces once and reads twice more, with
-    one more read of x. A residual is one more read each way.
+    twice, reads z twice, reads x twice, and writes dx, then corrects it in place. The Triton way also writes and reads a forward; backward
+    it writes and reads dz, reads a, and writes and reads the gradient of a, which without `one_pass` it replaces once and reads twice more,
+    with one more read of x. A residual is one more read each way.
     """
     forward, backward = 2 * inputs + inputs * skip, 5 * inputs + inputs * skip
     forward_out, backward_out = 2 * wide + 3 * outputs, 2 * wide + 7 * outputs

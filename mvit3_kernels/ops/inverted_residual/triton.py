@@ -55,7 +55,9 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
         return {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
     if x.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
-        return [tile(16 if kernel in _OUTER else 32, 32, 32 if kernel in _OUTER else 16, 4, 1 if kernel == "project" else 2)]
+        if kernel in _OUTER:
+            return [tile(16, 32, 32, 4)]
+        return [tile(32, 32, 16, 8 if kernel == "project" else 4)]
     return [tile(*shape) for shape in _TILES[kernel]]
 
 
@@ -285,7 +287,7 @@ def _project_bwd_kernel(
         normal = z * scale[None, :] + shift[None, :]
         product = dot(tl.trans(dp), activate(normal, ACT).to(dp.dtype), product)
         at = dp_ptr + start * OUT
-        if blocks == 1:
+        if blocks == 1:  # noqa: SIM114 -- known when this is compiled, so that the loop can be pipelined
             total, weighted = _add_norm_sums(total, weighted, at, weight_ptr, lane, valid, column, z, mean, normal, ACT, E, OUT, BLOCK_K)
         elif tile < columns:
             total, weighted = _add_norm_sums(total, weighted, at, weight_ptr, lane, valid, column, z, mean, normal, ACT, E, OUT, BLOCK_K)
@@ -456,7 +458,8 @@ def _correction_bwd_kernel(
 ):
     """K = W^T diag(k) W and shift = s W for what each channel weighs, k and s."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    left, right = (tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C))
+    left = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    right = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     matrix = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
     shift = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(0, E, BLOCK_E):
@@ -572,9 +575,7 @@ def _project_backward(
     config = configuration("project_bwd", z, wide, outputs)
     blocks = triton.cdiv(wide, config["BLOCK_N"]) * triton.cdiv(outputs, config["BLOCK_K"])
     part, rows_per_part = _parts(z, rows, config, blocks, (outputs + 2) * wide)
-    _project_bwd_kernel[(blocks * len(part),)](
-        dp, z, weight, *norm, part, rows, rows_per_part, eps, ACT=act, E=wide, OUT=outputs, **config
-    )
+    _project_bwd_kernel[(blocks * len(part),)](dp, z, weight, *norm, part, rows, rows_per_part, eps, ACT=act, E=wide, OUT=outputs, **config)
     total = _add_parts(part)
     dweight, dbias = (torch.empty_like(t) for t in norm[:2])
     coefficients = torch.empty((4, wide), dtype=torch.float32, device=z.device)
@@ -587,7 +588,8 @@ def _project_backward(
 def _expand_backward(
     da: Tensor, x: Tensor, weight: Tensor, norm: tuple[Tensor, ...], mean: Tensor, eps: float, act: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx without the norm's correction, and grad^T (x - mean) and sum grad for the gradient of the first norm's output, which replaces da."""
+    """dx without the norm's correction, and grad^T (x - mean) and sum grad for the gradient of the first norm's output, which may replace
+    da."""
     rows, inputs, wide = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     if fits_a_program(x, wide):
         config = configuration("expand_bwd", x, wide, inputs)
@@ -658,8 +660,9 @@ def inverted_residual_backward(
             dx, product, sums = _expand_backward(da, x, expand, first, mean, expand_eps, act)
         else:
             scale, shift, offset, slope = coefficients
+            affine, geometry = _affine(*first, expand_eps), (stride, dilation, act)
             dx, product, sums, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
-                dp, project, z, scale, shift, scale, offset, slope, x, expand, *_affine(*first, expand_eps), depthwise, stride, dilation, act
+                dp, project, z, scale, shift, scale, offset, slope, x, expand, *affine, depthwise, *geometry
             )
         dfirst = _correct(dx, product, sums, x, residual, expand, first, expand_eps, mean, covariance, stored)
     return dx, *dfirst, ddepthwise.view(depthwise.shape).to(depthwise.dtype), *dmiddle, dproject, *dlast
