@@ -147,8 +147,9 @@ def add_moments(tile, valid, count, mean, m2):
 
 
 @triton.jit
-def load_moments(part_ptr, parts, rows, rows_per_part, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and biased variance of columns `column` over all rows, from partial (mean, m2) pairs in a (2, parts, C) float32 workspace."""
+def load_moments(part_ptr, parts, rows, rows_per_part, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr, count_ptr=None):
+    """Mean and biased variance of columns `column` over all rows, from partial (mean, m2) pairs in a (2, parts, C) float32 workspace. Each
+    part stands for `rows_per_part` rows, the last one for what is left, or for as many as `count_ptr` says, (parts,) float32."""
     lane = tl.arange(0, BLOCK_PARTS)
     count = tl.zeros((BLOCK_PARTS,), tl.float32)
     mean = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
@@ -159,8 +160,11 @@ def load_moments(part_ptr, parts, rows, rows_per_part, column, valid, C: tl.cons
         offset = part[:, None] * C + column[None, :]
         delta = tl.load(part_ptr + offset, mask=mask, other=0.0) - mean
         delta = tl.where(mask, delta, 0.0)
-        left = rows - part.to(tl.int64) * rows_per_part
-        added = tl.where(part < parts, tl.minimum(left, rows_per_part), 0).to(tl.float32)
+        if count_ptr is not None:
+            added = tl.load(count_ptr + part, mask=part < parts, other=0.0)
+        else:
+            left = rows - part.to(tl.int64) * rows_per_part
+            added = tl.where(part < parts, tl.minimum(left, rows_per_part), 0).to(tl.float32)
         share = added / tl.maximum(count + added, 1.0)
         mean += delta * share[:, None]
         m2 += tl.load(part_ptr + parts * C + offset, mask=mask, other=0.0) + delta * delta * (count * share)[:, None]
