@@ -56,6 +56,8 @@ def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: Conv
 def _cuda_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, dilation: int) -> str | None:
     if x.dtype is torch.float32:
         return "its CUDA kernels take bfloat16 and float16, x is torch.float32"
+    if dilation > (1024 if stride == 1 else 1):
+        return f"its CUDA kernels take a dilation of at most 1024, and of 1 with stride 2, got {dilation} with stride {stride}"
     reason = _native.cuda_why_not(x) or _norms_why_not("CUDA", x, expand, depthwise, project)
     if reason is not None or not expand.norm.training:
         return reason

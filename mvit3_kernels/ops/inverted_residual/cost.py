@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Operations in the time of a byte: an H200 at half of 990 TFLOP/s and 4.3 TB/s. Other GPUs differ by less than the estimates below.
 OPERATIONS_PER_BYTE = 115
-# Expanded pixels that the fused way computes for each one that it needs, with those around a tile of the filter.
+# Pixels around a tile that the fused way computes too: forward of the expanded map, backward of the filtered one.
 HALO = 1.5
 
 
@@ -41,10 +41,10 @@ def _cost(inputs: int, wide: int, outputs: int, stride: int, store: bool) -> flo
     one_pass = inputs <= 64 and wide <= 256
     at_input, at_output, back_at_input, back_at_output = values_moved(inputs, wide, outputs, False, store, one_pass)
     moved = at_input + back_at_input + (at_output + back_at_output) / stride**2
-    # Multiply-adds: moments and correction of x; the expansion forward and backward and its two gradients; the projection and its weight's
+    # Multiply-adds: moments and correction of x; the expansion, again in backward, and its two gradients; the projection and its weight's
     # gradient, and the gradient of its input for the sums and for z.
-    again = 1 if store else HALO
-    products = 2 * inputs**2 + inputs * wide * (2 * again + 2) + wide * outputs * (3 + again) / stride**2
+    border = 1 if store else HALO
+    products = 2 * inputs**2 + inputs * wide * (3 + border) + wide * outputs * (3 + border) / stride**2
     return max(2 * moved, 2 * products / OPERATIONS_PER_BYTE)
 
 
