@@ -43,7 +43,7 @@ def _norms_why_not(kind: str, x: Tensor, expand: ConvNorm, depthwise: ConvNorm, 
     return "x is empty" if x.numel() == 0 else None
 
 
-def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, *_: int) -> str | None:
+def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, *_: object) -> str | None:
     reason = dispatch.cpu_why_not(x)
     if reason is not None:
         return reason
@@ -54,8 +54,8 @@ def _cpu_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: Conv
 
 
 def _cuda_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, dilation: int) -> str | None:
-    if x.dtype is torch.float32:
-        return "its CUDA kernels take bfloat16 and float16, x is torch.float32"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"its CUDA kernels take bfloat16 and float16, x is {x.dtype}"
     if dilation > (1024 if stride == 1 else 1):
         return f"its CUDA kernels take a dilation of at most 1024, and of 1 with stride 2, got {dilation} with stride {stride}"
     reason = _native.cuda_why_not(x) or _norms_why_not("CUDA", x, expand, depthwise, project)
@@ -66,10 +66,12 @@ def _cuda_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: Con
     (wide, inputs), outputs = expand.weight.shape[:2], project.weight.shape[0]
     if storing_is_cheaper(inputs, wide, outputs, stride):
         return f"at {inputs}, {wide} and {outputs} channels storing the expanded map is cheaper than computing it again"
-    return dispatch.triton_32_bit_why_not(x)  # what comes before and after the fused kernels
+    return _triton_why_not(x, expand)  # what comes before and after the fused kernels
 
 
-def _triton_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, dilation: int) -> str | None:
+def _triton_why_not(x: Tensor, expand: ConvNorm, *_: object) -> str | None:
+    if x.shape[1:3].numel() * expand.weight.shape[0] >= 2**31:
+        return "its kernels take expanded maps of less than 2^31 elements a sample"
     return dispatch.triton_32_bit_why_not(x)
 
 

@@ -582,7 +582,17 @@ def _project_backward(
     _middle_norm_bwd_kernel[(triton.cdiv(wide, SUMS_BLOCK),)](
         total[outputs * wide :], *norm, dweight, dbias, coefficients, rows, eps, E=wide, BLOCK=SUMS_BLOCK, num_warps=1
     )
-    return total[: outputs * wide].view(weight.shape).to(weight.dtype, copy=True), dweight, dbias, coefficients
+    return total[: outputs * wide].view(weight.shape).to(weight.dtype), dweight, dbias, coefficients
+
+
+def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tensor, act: int) -> Tensor:
+    """The gradient of z."""
+    outputs, wide, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
+    dz = torch.empty_like(z)
+    config = configuration("filtered_bwd", z, wide, outputs)
+    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(wide, config["BLOCK_N"]),)
+    _filtered_bwd_kernel[grid](dp, z, weight, coefficients, dz, rows, ACT=act, E=wide, OUT=outputs, **config)
+    return dz
 
 
 def _expand_backward(
@@ -655,8 +665,8 @@ def inverted_residual_backward(
         dproject, *dmiddle, coefficients = _project_backward(dp, z, project, middle, depthwise_eps, act)
         stored = a.numel() > 0
         if stored:
-            dz = _filtered_backward(dp, z, project, coefficients, act)
-            da, ddepthwise = filter_backward(dz, a, depthwise, stride, dilation)
+            # The gradient of z lives no longer than it is read.
+            da, ddepthwise = filter_backward(_filtered_backward(dp, z, project, coefficients, act), a, depthwise, stride, dilation)
             dx, product, sums = _expand_backward(da, x, expand, first, mean, expand_eps, act)
         else:
             scale, shift, offset, slope = coefficients
@@ -666,13 +676,3 @@ def inverted_residual_backward(
             )
         dfirst = _correct(dx, product, sums, x, residual, expand, first, expand_eps, mean, covariance, stored)
     return dx, *dfirst, ddepthwise.view(depthwise.shape).to(depthwise.dtype), *dmiddle, dproject, *dlast
-
-
-def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tensor, act: int) -> Tensor:
-    """The gradient of z."""
-    outputs, wide, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
-    dz = torch.empty_like(z)
-    config = configuration("filtered_bwd", z, wide, outputs)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(wide, config["BLOCK_N"]),)
-    _filtered_bwd_kernel[grid](dp, z, weight, coefficients, dz, rows, ACT=act, E=wide, OUT=outputs, **config)
-    return dz
