@@ -14,7 +14,7 @@ from . import reference
 
 __all__ = ["depthwise_conv"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", dispatch.triton_32_bit_why_not))
 
 
 def depthwise_conv(
@@ -37,7 +37,8 @@ def depthwise_conv(
         TypeError, ValueError: an argument does not fit.
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
-    Passes over memory: training reads x twice and writes y, backward reads x and dy twice and writes dx; nothing but x is saved.
+    Passes over memory: training reads x twice and writes y, backward reads x and dy twice and writes dx (on a GPU it
+    also writes the gradient of conv(x), and reads that and x once more); nothing but x is saved.
     Source: Sandler et al., arXiv 1801.04381; MobileViTv3's local representation, arXiv 2209.15159.
     """
     check_map("x", x)
@@ -73,6 +74,8 @@ torch.library.define(
     "int act, int stride, int dilation) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+dispatch.register_triton("depthwise_conv_forward", __name__)
+dispatch.register_triton("depthwise_conv_backward", __name__)
 
 
 @torch.library.register_fake("mvit3::depthwise_conv_forward")

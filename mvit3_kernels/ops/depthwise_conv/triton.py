@@ -1,12 +1,16 @@
 """Triton kernels of depthwise_conv, and of the depth-wise convolution by itself, forward and backward.
 
-A program owns a block of channels and walks down its columns of pixels, BLOCK_X at a time, which are counted over all samples: a map that is
-narrower than the block fills it with columns of the next samples. A row of the input is read once, at three column shifts, and added to the
-unfinished sums of the three rows of the output that it belongs to: three loads for each output, where gathering takes nine, and nothing is
-carried from row to row but sums. With a dilation the walk keeps to rows of one residue class.
+A program owns a block of channels and walks down BLOCK_X columns of pixels, which are counted over all samples: where a map is narrower
+than the block, columns of the next samples fill it. A row of the input is read once, at three column shifts, and added to the unfinished
+sums of the three rows of the output that it belongs to: three loads for each output, where gathering takes nine, and nothing is carried
+from row to row but sums. With a dilation the walk keeps to rows of one residue class.
 
-Programs share the work evenly in (block of columns, row) units, as many programs as are resident at once, so the weights are loaded once for
+Programs share the (block of columns, row) units evenly, a few programs for each multiprocessor, so that the taps are loaded once for
 many rows and partial statistics stay few.
+
+The filtered map is computed again wherever it is needed. In training: its moments, then y (x read twice, y written); the sums of the norm's
+gradient, then the gradient dz of the filtered map (x and dy read twice, dz written), then dx and the gradient of the taps (dz and x read,
+dx written). Storing the filtered map would take 4 passes instead of 3 forward, as many backward, and twice the memory.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from ..triton_common import (
     activate,
+    activate_backward,
     inverse_std,
     load_moments,
     load_sums,
@@ -49,7 +54,7 @@ def _load_weight(weight_ptr, channel, valid):
     weight_ptr += channel * 9
     taps = ()
     for tap in tl.static_range(9):
-        taps = taps + (tl.load(weight_ptr + tap, mask=valid, other=0.0).to(tl.float32)[None, :],)
+        taps += (tl.load(weight_ptr + tap, mask=valid, other=0.0).to(tl.float32)[None, :],)
     return taps
 
 
@@ -57,14 +62,14 @@ def _load_weight(weight_ptr, channel, valid):
 def _scaled(taps, scale):
     scaled = ()
     for tap in tl.static_range(9):
-        scaled = scaled + (taps[tap] * scale[None, :],)
+        scaled += (taps[tap] * scale[None, :],)
     return scaled
 
 
 @triton.jit
-def _place(block, width, columns, STRIDE: tl.constexpr, DILATION: tl.constexpr, BLOCK_X: tl.constexpr):
+def _place(block, width, columns, BLOCK_X: tl.constexpr):
     """Of a block of columns of a map of this width: the sample (int64) and column of each lane, and whether it is one."""
-    index = block // DILATION * BLOCK_X + tl.arange(0, BLOCK_X)
+    index = block * BLOCK_X + tl.arange(0, BLOCK_X)
     return (index // width).to(tl.int64), index % width, index < columns
 
 
@@ -93,11 +98,11 @@ def _load_row(at, masks, row, height, width, DILATION: tl.constexpr, C: tl.const
 
 
 @triton.jit
-def _weigh(sums, row, taps, I: tl.constexpr):
-    """sums + a row times row I of the taps."""
-    sums += row[0].to(tl.float32) * taps[3 * I]
-    sums += row[1].to(tl.float32) * taps[3 * I + 1]
-    sums += row[2].to(tl.float32) * taps[3 * I + 2]
+def _weigh(sums, row, taps, ROW: tl.constexpr):
+    """sums + a row times row ROW of the taps."""
+    sums += row[0].to(tl.float32) * taps[3 * ROW]
+    sums += row[1].to(tl.float32) * taps[3 * ROW + 1]
+    sums += row[2].to(tl.float32) * taps[3 * ROW + 2]
     return sums
 
 
@@ -162,11 +167,12 @@ def _filter_fwd_kernel(
         m2 = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
     begin = tl.program_id(1) * units_per_part
     end = tl.minimum(begin + units_per_part, units)
+    classes = tl.minimum(out_height, DILATION)
     for block in range(begin // depth, tl.cdiv(end, depth)):
         first, last = tl.maximum(begin - block * depth, 0), tl.minimum(end - block * depth, depth)
-        sample, column, there = _place(block, out_width, columns, STRIDE, DILATION, BLOCK_X)
+        sample, column, there = _place(block // classes, out_width, columns, BLOCK_X)
         mask = _mask(there, valid, C, BLOCK_C)
-        residue = block % DILATION
+        residue = block % classes
         at, masks, state = _start_walk(
             x_ptr, taps, sample, column, there, channel, valid, residue + first * DILATION, height, width, STRIDE, DILATION, C, BLOCK_C
         )
@@ -208,28 +214,95 @@ def _moments_fwd_kernel(part_ptr, count_ptr, mean_ptr, var_ptr, parts, C: tl.con
     tl.store(var_ptr + channel, var, mask=valid)
 
 
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _norm_bwd_kernel(
+    dy_ptr, x_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, means_ptr, dz_ptr, part_ptr,
+    columns, height, width, out_height, out_width, depth, units, units_per_part, parts, eps,
+    ACT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, C: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the convolution where `dz_ptr` is given, and parts of the sums that are those of the norm's bias and weight where
+    `part_ptr` is. `means_ptr`: these sums over the number of positions, (2, C), which correct the gradient in training."""
+    channel, valid = _channels(C, BLOCK_C)
+    rstd = inverse_std(tl.load(var_ptr + channel, mask=valid, other=1.0).to(tl.float32), eps)
+    taps = _scaled(_load_weight(weight_ptr, channel, valid), rstd)
+    shift = (tl.load(mean_ptr + channel, mask=valid, other=0.0).to(tl.float32) * rstd)[None, :]
+    scale = tl.load(norm_weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    bias = tl.load(norm_bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if means_ptr is not None:
+        mean_grad = tl.load(means_ptr + channel, mask=valid, other=0.0)[None, :]
+        mean_product = tl.load(means_ptr + C + channel, mask=valid, other=0.0)[None, :]
+    if part_ptr is not None:
+        dbias = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
+        dscale = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
+    begin = tl.program_id(1) * units_per_part
+    end = tl.minimum(begin + units_per_part, units)
+    classes = tl.minimum(out_height, DILATION)
+    for block in range(begin // depth, tl.cdiv(end, depth)):
+        first, last = tl.maximum(begin - block * depth, 0), tl.minimum(end - block * depth, depth)
+        sample, column, there = _place(block // classes, out_width, columns, BLOCK_X)
+        mask = _mask(there, valid, C, BLOCK_C)
+        residue = block % classes
+        at, masks, state = _start_walk(
+            x_ptr, taps, sample, column, there, channel, valid, residue + first * DILATION, height, width, STRIDE, DILATION, C, BLOCK_C
+        )
+        dy_at = _tile(dy_ptr, sample * (out_height * out_width) + column, channel, C)
+        if dz_ptr is not None:
+            dz_at = _tile(dz_ptr, sample * (out_height * out_width) + column, channel, C)
+        for k in tl.range(first, last, num_stages=STAGES):
+            y = residue + k * DILATION
+            inside = mask & (y < out_height)
+            dy = tl.load(dy_at + y * out_width * C, mask=inside, other=0.0).to(tl.float32)
+            z, state = _walk(at, masks, state, taps, y, height, width, STRIDE, DILATION, C)
+            normal = z - shift
+            grad = activate_backward(dy, normal * scale + bias, ACT)
+            if part_ptr is not None:
+                grad = tl.where(inside, grad, 0.0)
+                dbias += grad
+                dscale += grad * normal
+            if dz_ptr is not None:
+                if means_ptr is not None:
+                    grad = grad - mean_grad - normal * mean_product
+                tl.store(dz_at + y * out_width * C, (grad * (scale * rstd[None, :])).to(dz_ptr.dtype.element_ty), mask=inside)
+    if part_ptr is not None:
+        part_ptr += tl.program_id(1) * C + channel
+        tl.store(part_ptr, tl.sum(dbias, 0), mask=valid)
+        tl.store(part_ptr + parts * C, tl.sum(dscale, 0), mask=valid)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _norm_sums_bwd_kernel(part_ptr, dscale_ptr, dbias_ptr, means_ptr, rows, parts, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    channel, valid = _channels(C, BLOCK_C)
+    dbias = load_sums(part_ptr, parts, channel, valid, C, BLOCK_C)
+    dscale = load_sums(part_ptr + parts * C, parts, channel, valid, C, BLOCK_C)
+    tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=valid)
+    tl.store(dscale_ptr + channel, dscale.to(dscale_ptr.dtype.element_ty), mask=valid)
+    if means_ptr is not None:
+        tl.store(means_ptr + channel, dbias / rows, mask=valid)
+        tl.store(means_ptr + C + channel, dscale / rows, mask=valid)
+
+
 @triton.jit
-def _input_gradient_row(ptr, masks, places, row, rows, width, taps, dx, I: tl.constexpr, SPREAD: tl.constexpr, C: tl.constexpr):
-    """dx plus what the output row that reads `row` through row I of the taps gives; that row's gradients; and whether there is such a row."""
+def _input_gradient_row(ptr, masks, places, row, rows, width, taps, dx, ROW: tl.constexpr, SPREAD: tl.constexpr, C: tl.constexpr):
+    """dx plus its part from the outputs whose row of the input is `row`; their gradients; and whether there are any."""
     exists = (row >= 0) & (row % SPREAD == 0) & (row // SPREAD < rows)
     at = row // SPREAD * width * C
     found = ()
     for j in tl.static_range(3):
         dz = tl.load(ptr + at + places[j], mask=masks[j] & exists, other=0.0).to(tl.float32)
-        dx += dz * taps[3 * I + j]
-        found = found + (dz,)
+        dx += dz * taps[3 * ROW + j]
+        found += (dz,)
     return dx, found, exists
 
 
 @triton.jit
-def _add_products(sums, row, x, I: tl.constexpr):
-    """The sums of row I of the taps plus the products of three tiles of gradients with the values that they meet."""
+def _add_products(sums, row, x, ROW: tl.constexpr):
+    """The sums of row ROW of the taps plus the products of three tiles of gradients with the values that they meet."""
     added = ()
     for tap in tl.static_range(9):
-        if tap // 3 == I:
-            added = added + (sums[tap] + row[tap % 3] * x[tap % 3],)
+        if tap // 3 == ROW:
+            added += (sums[tap] + row[tap % 3] * x[tap % 3],)
         else:
-            added = added + (sums[tap],)
+            added += (sums[tap],)
     return added
 
 
@@ -245,7 +318,7 @@ def _store_sums(part_ptr, sums, parts, channel, valid, C: tl.constexpr):
 def _zero_sums(BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr):
     sums = ()
     for _ in tl.static_range(9):
-        sums = sums + (tl.zeros((BLOCK_X, BLOCK_C), tl.float32),)
+        sums += (tl.zeros((BLOCK_X, BLOCK_C), tl.float32),)
     return sums
 
 
@@ -263,7 +336,7 @@ def _filter_bwd_kernel(
     end = tl.minimum(begin + units_per_part, units)
     for block in range(begin // depth, tl.cdiv(end, depth)):
         first, last = tl.maximum(begin - block * depth, 0), tl.minimum(end - block * depth, depth)
-        sample, column, there = _place(block, width, columns, 1, 1, BLOCK_X)
+        sample, column, there = _place(block, width, columns, BLOCK_X)
         mask = _mask(there, valid, C, BLOCK_C)
         x_at = _tile(x_ptr, sample * (height * width) + column, channel, C)
         dx_at = _tile(dx_ptr, sample * (height * width) + column, channel, C)
@@ -272,8 +345,8 @@ def _filter_bwd_kernel(
         for j in tl.static_range(3):
             source = column - (j - 1) * DILATION
             meets = there & (source >= 0) & (source % SPREAD == 0) & (source // SPREAD < out_width)
-            places = places + ((source // SPREAD * C)[:, None],)
-            masks = masks + (_mask(meets, valid, C, BLOCK_C),)
+            places += ((source // SPREAD * C)[:, None],)
+            masks += (_mask(meets, valid, C, BLOCK_C),)
         for row in range(first, last):
             x = tl.load(x_at + row * width * C, mask=mask, other=0.0).to(tl.float32)
             dx = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
@@ -307,7 +380,7 @@ def _filter_stride_2_bwd_kernel(
     end = tl.minimum(begin + units_per_part, units)
     for block in range(begin // depth, tl.cdiv(end, depth)):
         first, last = tl.maximum(begin - block * depth, 0), tl.minimum(end - block * depth, depth)
-        sample, column, there = _place(block, out_width, columns, 1, 1, BLOCK_X)
+        sample, column, there = _place(block, out_width, columns, BLOCK_X)
         mask = _mask(there, valid, C, BLOCK_C)
         odd = _mask(there & (2 * column + 1 < width), valid, C, BLOCK_C)  # the pixel of the odd column exists
         next_ = _mask(there & (column + 1 < out_width), valid, C, BLOCK_C)  # and so does the output after it
@@ -355,6 +428,16 @@ def _taps_bwd_kernel(part_ptr, dweight_ptr, parts, C: tl.constexpr, BLOCK_C: tl.
     tl.store(dweight_ptr + channel * 9 + tap, total.to(dweight_ptr.dtype.element_ty), mask=valid)
 
 
+def bytes_moved(x: Tensor, stride: int, training: bool) -> tuple[int, int]:
+    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y, x twice in training; x and dy, twice in
+    training, dz, which is written and read, and x and dx."""
+    wide, narrow = (
+        x.shape[0] * pixels[0] * pixels[1] * x.shape[-1] * x.element_size() for pixels in (x.shape[1:3], _output_size(x, stride))
+    )
+    reads = 2 if training else 1
+    return wide * reads + narrow, wide * (reads + 2) + narrow * (reads + 2)
+
+
 def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[str, int]]:
     """Tiles of pixels and channels, and their warps, the one that is used first. A thread has 16 bytes of a row forward and 4 channels
     backward, where it holds nine taps and the sums of their gradients."""
@@ -379,7 +462,7 @@ class _Work:
     def __init__(self, x: Tensor, width: int, rows: int, dilation: int, config: dict[str, int]):
         channels = x.shape[-1]
         self.columns, self.depth = x.shape[0] * width, triton.cdiv(rows, dilation)
-        self.units = triton.cdiv(self.columns, config["BLOCK_X"]) * dilation * self.depth
+        self.units = triton.cdiv(self.columns, config["BLOCK_X"]) * min(dilation, rows) * self.depth
         blocks = triton.cdiv(channels, config["BLOCK_C"])
         self.parts, self.units_per_part = split_rows(self.units, PROGRAMS_PER_SM * multiprocessors(x) // blocks, MIN_ROWS)
         self.grid = (blocks, self.parts)
@@ -452,3 +535,51 @@ def filter_backward(dz: Tensor, x: Tensor, weight: Tensor, stride: int, dilation
             _filter_bwd_kernel[work.grid](*arguments, SPREAD=stride, DILATION=dilation, C=channels, **config)
         _taps_bwd_kernel[(triton.cdiv(channels, 16), 9)](part, dweight, work.parts, C=channels, BLOCK_C=16, num_warps=4)
     return dx, dweight
+
+
+def depthwise_conv_forward(
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    training: bool, eps: float, act: int, stride: int, dilation: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the forward pass: y and, in training, the batch's mean and variance (empty in evaluation)."""
+    x, weight, norm_weight, norm_bias = x.contiguous(), weight.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
+    y = x.new_empty(x.shape[0], *_output_size(x, stride), x.shape[-1])
+    # Two tensors, not two halves of one: the outputs of an op may not share memory.
+    moments = [torch.zeros(x.shape[-1] if training else 0, dtype=torch.float32, device=x.device) for _ in range(2)]
+    if y.numel() == 0:
+        return y, *moments
+    statistics = (running_mean, running_var)
+    if training:
+        statistics = moments = _launch_filter(x, weight, _NO_NORM, 0.0, 0, None, True, stride, dilation)
+    norm = (norm_weight, norm_bias, *(t.contiguous() for t in statistics))
+    _launch_filter(x, weight, norm, eps, act, y, False, stride, dilation)
+    return y, *moments
+
+
+def depthwise_conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, training: bool, eps: float,
+    act: int, stride: int, dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the backward pass: the gradients of x, weight, norm weight and norm bias. `mean` and `var` are those that normalised."""
+    dy, x, weight, *norm = (t.contiguous() for t in (dy, x, weight, norm_weight, norm_bias, mean, var))
+    dscale, dbias = torch.empty_like(norm[0]), torch.empty_like(norm[1])
+    if dy.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(weight), dscale.zero_(), dbias.zero_()
+    channels, out, reach = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
+    config = configuration(channels, x.element_size(), backward=True)
+    work = _Work(x, out[1], out[0], reach, config)
+    part = torch.empty((2, work.parts, channels), dtype=torch.float32, device=x.device)
+    means = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training else None
+    dz = torch.empty_like(dy)
+    # In training dz waits for the sums.
+    passes = ((None, None, part), (means, dz, None)) if training else ((None, dz, part),)
+    with on_device(x):
+        for targets in passes:
+            _norm_bwd_kernel[work.grid](
+                dy, x, weight, *norm, *targets, *work.sizes(x, out), eps, ACT=act, STRIDE=stride, DILATION=reach, C=channels, **config
+            )
+            if targets[2] is not None:
+                _norm_sums_bwd_kernel[(triton.cdiv(channels, 16),)](
+                    part, dscale, dbias, means, dy.numel() // channels, work.parts, C=channels, BLOCK_C=16, num_warps=4
+                )
+    return *filter_backward(dz, x, weight, stride, dilation), dscale, dbias

@@ -1,0 +1,52 @@
+import torch
+
+from mvit3_kernels.ops import depthwise_conv
+from mvit3_kernels.ops.types import ACTIVATIONS
+
+from .test_depthwise_conv import TestDepthwiseConv as Reference
+from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
+
+reference_arguments = Reference.arguments
+del Reference
+
+
+def arguments(draw, *sizes, mean=0.0, **options):
+    given = reference_arguments(draw, *sizes, **options)
+    given["x"] += mean
+    return given
+
+
+def registered(x, weight, norm, act, stride, dilation):
+    """The registered ops of the kernels, each with its arguments."""
+    geometry = (ACTIVATIONS.index(act), stride, dilation)
+    inputs = (x, weight, *norm, *geometry)
+    yield torch.ops.mvit3.depthwise_conv_forward.default, inputs
+    y, mean, var = torch.ops.mvit3.depthwise_conv_forward(*inputs)
+    used = (mean, var) if norm.training else (norm.running_mean, norm.running_var)
+    inputs = (torch.ones_like(y), x, weight, norm.weight, norm.bias, *used, norm.training, norm.eps, *geometry)
+    yield torch.ops.mvit3.depthwise_conv_backward.default, inputs
+
+
+@needs_triton
+class TestDepthwiseConvTriton(TritonKernel):
+    op = staticmethod(depthwise_conv)
+    arguments = staticmethod(arguments)
+    registered = staticmethod(lambda given: registered(**given))
+    # A configuration is decided by the dtype and the channels; a block of them may be full or not, and rows lie on 16 bytes or not.
+    cases = (
+        Case(90, BF16, (2, 8, 8, 256), {"act": "silu"}, 64),
+        Case(90, BF16, (2, 8, 8, 64), {"act": "silu", "stride": 2}, 64),
+        Case(90, F16, (2, 8, 8, 320), {"act": "silu", "dilation": 2}, 64),
+        Case(90, BF16, (2, 8, 8, 640), {"act": "silu", "dilation": 4, "training": False}, 64),
+        Case(90, BF16, (2, 8, 8, 33), {"act": "silu"}),
+        Case(90, F16, (2, 8, 8, 9), {"act": "relu", "stride": 2, "training": False}),
+        Case(90, F32, (2, 8, 8, 128), {"act": "silu"}, 128),
+        Case(90, F32, (2, 8, 8, 27), {"act": "silu", "stride": 2}),
+        Case(80, BF16, (2, 8, 8, 512), {"act": "silu"}, 64),
+        Case(80, BF16, (2, 8, 8, 128), {"act": "silu", "stride": 2, "training": False}, 64),
+        Case(80, F16, (2, 8, 8, 35), {"act": "silu", "stride": 2, "dilation": 3}),
+        Case(80, F32, (2, 8, 8, 320), {"act": "silu", "stride": 2}, 128),
+        Case("gfx942", BF16, (2, 8, 8, 256), {"act": "silu", "dilation": 2}),
+        Case("gfx942", F16, (2, 8, 8, 128), {"act": "silu", "stride": 2}),
+    )
+    larger = (3, 9, 11, 256)
