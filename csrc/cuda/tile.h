@@ -1,0 +1,176 @@
+// Tiles of maps and of weights in shared memory, parameters, activations.
+#pragma once
+
+#include "mma.h"
+
+namespace mvit3 {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+struct alignas(16) Vector {
+  uint32_t part[4];
+};
+
+// A parameter in float32 (`single`) or in the 16-bit type of the map.
+struct Values {
+  const void* data;
+  bool single;
+
+  template <typename T>
+  MVIT3_DEVICE float at(int64_t i) const {
+    return single ? static_cast<const float*>(data)[i] : to_float(static_cast<const T*>(data)[i]);
+  }
+};
+
+// What batch normalisation does to a channel, by a scale and a shift or by its statistics.
+struct Affine {
+  float scale, shift;
+};
+struct Norm {
+  const float *scale, *shift;  // null: fold the rest
+  Values weight, bias, mean, var;
+  float eps;
+
+  template <typename T>
+  MVIT3_DEVICE Affine at(int channel) const {
+    if (scale) return {scale[channel], shift[channel]};
+    const float factor = weight.at<T>(channel) / square_root(var.at<T>(channel) + eps);
+    return {factor, bias.at<T>(channel) - mean.at<T>(channel) * factor};
+  }
+};
+
+// Geometry of the maps of a launch. A tile is a rectangle of `Height` x `Width` pixels.
+struct Maps {
+  int64_t batch;
+  int height, width, inputs;           // x
+  int out_height, out_width, outputs;  // the map behind the depth-wise convolution; channels of the projection
+  int wide;                            // channels between
+};
+
+struct Place {
+  int64_t image;
+  int top, left;
+};
+
+template <int Height, int Width>
+MVIT3_DEVICE Place place(int64_t tile, int height, int width) {
+  const int down = (height + Height - 1) / Height, across = (width + Width - 1) / Width;
+  const int64_t row = tile / across;
+  return {row / down, int(row % down) * Height, int(tile % across) * Width};
+}
+
+MVIT3_DEVICE bool inside(int y, int x, int height, int width) { return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width); }
+
+MVIT3_DEVICE bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// A rectangle of a map (B, H, W, channels), its channels first..first+count-1, count a multiple of 16, with zeros outside the map.
+template <int Height, int Width, typename T>
+MVIT3_DEVICE void load_pixels(
+    Matrix<T> tile, const T* map, int height, int width, int channels, Place at, int first, int count) {
+  const T* image = map + at.image * height * width * channels;
+  const bool vectors = channels % 8 == 0 && is_aligned(map);
+  const int unit = vectors ? 8 : 1, across = count / unit;
+  for (int i = thread(); i < Height * Width * across; i += kThreads) {
+    const int pixel = i / across, c = i % across * unit;
+    const int y = at.top + pixel / Width, x = at.left + pixel % Width;
+    const bool there = inside(y, x, height, width) && first + c < channels;
+    T* to = tile.row(pixel) + c;
+    const T* from = image + (int64_t(y) * width + x) * channels + first + c;
+    if (!vectors) {
+      *to = there ? *from : T{0};
+    } else if (there) {
+      copy_16(to, from);
+    } else {
+      *reinterpret_cast<Vector*>(to) = Vector{};
+    }
+  }
+}
+
+// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a matrix (height, width), with zeros outside it.
+template <typename T>
+MVIT3_DEVICE void load_weight(
+    Matrix<T> tile, Values weight, int height, int width, int first_row, int rows, int first_column, int columns) {
+  const bool vectors = width % 8 == 0 && is_aligned(weight.data);
+  const int unit = vectors ? 8 : 1, across = columns / unit;
+  for (int i = thread(); i < rows * across; i += kThreads) {
+    const int r = i / across, c = i % across * unit;
+    const bool there = first_row + r < height && first_column + c < width;
+    T* to = tile.row(r) + c;
+    const int64_t from = int64_t(first_row + r) * width + first_column + c;
+    if (!vectors) {
+      *to = there ? from_float<T>(weight.at<T>(from)) : T{0};
+    } else if (!there) {
+      *reinterpret_cast<Vector*>(to) = Vector{};
+    } else if (!weight.single) {
+      copy_16(to, static_cast<const T*>(weight.data) + from);
+    } else {
+      const Vector* source = reinterpret_cast<const Vector*>(static_cast<const float*>(weight.data) + from);
+      const Vector low = source[0], high = source[1];
+      Vector packed;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        packed.part[k] = pack<T>(bits_to_float(low.part[2 * k]), bits_to_float(low.part[2 * k + 1]));
+        packed.part[2 + k] = pack<T>(bits_to_float(high.part[2 * k]), bits_to_float(high.part[2 * k + 1]));
+      }
+      *reinterpret_cast<Vector*>(to) = packed;
+    }
+  }
+}
+
+// Two neighbouring channels of a row of `channels` numbers; what lies behind the last one is left alone.
+template <typename T>
+MVIT3_DEVICE void store_pair(T* row, int channel, int channels, uint32_t bits) {
+  if (channels % 2 == 0) {
+    if (channel < channels) *reinterpret_cast<uint32_t*>(row + channel) = bits;
+  } else {
+    if (channel < channels) row[channel] = T{uint16_t(bits & 0xffff)};
+    if (channel + 1 < channels) row[channel + 1] = T{uint16_t(bits >> 16)};
+  }
+}
+
+template <typename T>
+MVIT3_DEVICE Pair load_pair(const T* row, int channel, int channels) {
+  if (channels % 2 == 0 && channel < channels) return unpack<T>(*reinterpret_cast<const uint32_t*>(row + channel));
+  return {channel < channels ? to_float(row[channel]) : 0.0f, channel + 1 < channels ? to_float(row[channel + 1]) : 0.0f};
+}
+
+// ---- Activations, by their position in ACTIVATIONS
+
+constexpr int kIdentity = 0, kSilu = 1, kRelu = 2;
+
+MVIT3_DEVICE float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
+
+template <int Count>
+MVIT3_DEVICE void activate(float* values, int act) {
+  if (act == kSilu) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) values[i] *= sigmoid(values[i]);
+  } else if (act == kRelu) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];  // NaN stays
+  }
+}
+
+// The values and the slopes there.
+template <int Count>
+MVIT3_DEVICE void activate_with_slope(float* values, float* slopes, int act) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) slopes[i] = 1.0f;
+  if (act == kSilu) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      const float s = sigmoid(values[i]);
+      slopes[i] = s * (1.0f + values[i] * (1.0f - s));
+      values[i] *= s;
+    }
+  } else if (act == kRelu) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      slopes[i] = values[i] <= 0.0f ? 0.0f : 1.0f;  // as torch: the gradient where the output is not 0
+      values[i] = values[i] < 0.0f ? 0.0f : values[i];
+    }
+  }
+}
+
+}  // namespace mvit3
