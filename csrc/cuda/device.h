@@ -27,7 +27,13 @@ constexpr int kWarp = 32;
 
 namespace mvit3 {
 
-MVIT3_DEVICE int thread() { return int(threadIdx.x); }
+// Read anew at each use: what follows from it alone is then computed where it is needed, not once for the whole kernel, which would keep
+// dozens of registers for it.
+MVIT3_DEVICE int thread() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 MVIT3_DEVICE int block() { return int(blockIdx.x); }
 MVIT3_DEVICE int blocks() { return int(gridDim.x); }
 MVIT3_DEVICE int slice() { return int(blockIdx.y); }

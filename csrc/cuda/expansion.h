@@ -79,7 +79,7 @@ struct Expansion {
 
   MVIT3_DEVICE bool whole() const { return arguments.slice >= arguments.maps.inputs; }
 
-  static MVIT3_DEVICE Place of_x(Place tile) { return {tile.image, tile.top * Stride - 1, tile.left * Stride - 1}; }
+  static MVIT3_DEVICE Place of_x(Place tile) { return tile.moved_to(tile.top * Stride - 1, tile.left * Stride - 1); }
 
   MVIT3_DEVICE void load_slice(Place tile, int chunk, int first, bool with_pixels) const {
     const Maps& m = arguments.maps;
@@ -103,6 +103,7 @@ struct Expansion {
   template <typename F>
   MVIT3_DEVICE void expand(Place tile, int chunk, const F& scale) const {
     const Maps& m = arguments.maps;
+#pragma unroll 1
     for (int i = thread(); i < 9 * kChunk; i += kThreads) {
       const int channel = chunk + i / 9;
       taps[i % 9 * kChunk + i / 9] = channel < m.wide ? arguments.depthwise.at<T>(int64_t(channel) * 9 + i % 9) * scale(channel) : 0.0f;
@@ -114,6 +115,7 @@ struct Expansion {
     if (whole()) {
       multiply<T, Rows::kOwn, Rows::kOwn>(sum, x, first_row, Tile::kPixels, weight, first_column, kChunk, steps);
     } else {
+#pragma unroll 1
       for (int first = 0; first < m.inputs; first += arguments.slice) {
         if (first) synchronize();
         load_slice(tile, chunk, first, true);
@@ -144,7 +146,7 @@ struct Expansion {
         const int pixel = first_row + 16 * i + 8 * half + g;
         if (pixel >= Tile::kPixels) continue;
         // The convolution pads the expanded map, not x.
-        const bool there = inside(from.top + pixel / Tile::kInWidth, from.left + pixel % Tile::kInWidth, m.height, m.width);
+        const bool there = inside(from.y(pixel / Tile::kInWidth), from.x(pixel % Tile::kInWidth), m.height, m.width);
 #pragma unroll
         for (int j = 0; j < kColumnBlocks; ++j)
           *reinterpret_cast<uint32_t*>(wide.row(pixel) + first_column + 8 * j + 2 * t) =
@@ -162,11 +164,18 @@ struct Expansion {
   }
   static MVIT3_DEVICE int strip_row() { return warp() / (Tile::kWidth / 2) * Tile::kRows; }
 
+  static MVIT3_DEVICE Place place_of(const Maps& m, int64_t tile) {
+    return place<Tile::kHeight, Tile::kWidth>(tile, m.out_height, m.out_width, m.dilation);
+  }
+  static MVIT3_BOTH int64_t tiles(const Maps& m) {
+    return tiles_of(m.batch, Tile::kHeight, Tile::kWidth, m.out_height, m.out_width, m.dilation);
+  }
+
   // Outputs of this thread's strip that lie inside the map: the first ones.
   MVIT3_DEVICE int strip_length(Place tile) const {
-    const int left = arguments.maps.out_height - tile.top - strip_row();
-    if (tile.left + strip_column() >= arguments.maps.out_width || left < 0) return 0;
-    return left < Tile::kRows ? left : Tile::kRows;
+    if (tile.x(strip_column()) >= arguments.maps.out_width) return 0;
+    const int left = arguments.maps.out_height - tile.y(strip_row());  // in rows of the whole map
+    return left <= 0 ? 0 : left > (Tile::kRows - 1) * tile.step ? Tile::kRows : int(ceil_div(left, tile.step));
   }
 
   MVIT3_DEVICE void filter(Pair (&out)[Tile::kRows]) const {

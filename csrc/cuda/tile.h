@@ -40,24 +40,39 @@ struct Norm {
   }
 };
 
-// Geometry of the maps of a launch. A tile is a rectangle of `Height` x `Width` pixels.
+// The maps of a launch.
 struct Maps {
   int64_t batch;
   int height, width, inputs;           // x
   int out_height, out_width, outputs;  // the map behind the depth-wise convolution; channels of the projection
   int wide;                            // channels between
+  int dilation;
 };
 
+// Where a tile lies. With dilation d its pixels are d apart: a map is then d x d maps of pixels that know nothing of each other, each of
+// them convolved without dilation.
 struct Place {
   int64_t image;
-  int top, left;
+  int top, left;  // in the map of every `step`-th pixel, from (first_row, first_column) on
+  int first_row, first_column, step;
+
+  MVIT3_DEVICE int y(int row) const { return first_row + (top + row) * step; }
+  MVIT3_DEVICE int x(int column) const { return first_column + (left + column) * step; }
+  MVIT3_DEVICE Place moved_to(int new_top, int new_left) const { return {image, new_top, new_left, first_row, first_column, step}; }
 };
 
+MVIT3_BOTH int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+MVIT3_BOTH int64_t tiles_of(int64_t batch, int tile_height, int tile_width, int height, int width, int step) {
+  return batch * step * step * ceil_div(ceil_div(height, step), tile_height) * ceil_div(ceil_div(width, step), tile_width);
+}
+
 template <int Height, int Width>
-MVIT3_DEVICE Place place(int64_t tile, int height, int width) {
-  const int down = (height + Height - 1) / Height, across = (width + Width - 1) / Width;
-  const int64_t row = tile / across;
-  return {row / down, int(row % down) * Height, int(tile % across) * Width};
+MVIT3_DEVICE Place place(int64_t tile, int height, int width, int step) {
+  const int down = int(ceil_div(ceil_div(height, step), Height)), across = int(ceil_div(ceil_div(width, step), Width));
+  const int64_t row = tile / across, phase = row / down;
+  const int which = int(phase % (step * step));
+  return {phase / (step * step), int(row % down) * Height, int(tile % across) * Width, which / step, which % step, step};
 }
 
 MVIT3_DEVICE bool inside(int y, int x, int height, int width) { return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width); }
@@ -71,9 +86,10 @@ MVIT3_DEVICE void load_pixels(
   const T* image = map + at.image * height * width * channels;
   const bool vectors = channels % 8 == 0 && is_aligned(map);
   const int unit = vectors ? 8 : 1, across = count / unit;
+#pragma unroll 1
   for (int i = thread(); i < Height * Width * across; i += kThreads) {
     const int pixel = i / across, c = i % across * unit;
-    const int y = at.top + pixel / Width, x = at.left + pixel % Width;
+    const int y = at.y(pixel / Width), x = at.x(pixel % Width);
     const bool there = inside(y, x, height, width) && first + c < channels;
     T* to = tile.row(pixel) + c;
     const T* from = image + (int64_t(y) * width + x) * channels + first + c;
@@ -93,6 +109,7 @@ MVIT3_DEVICE void load_weight(
     Matrix<T> tile, Values weight, int height, int width, int first_row, int rows, int first_column, int columns) {
   const bool vectors = width % 8 == 0 && is_aligned(weight.data);
   const int unit = vectors ? 8 : 1, across = columns / unit;
+#pragma unroll 1
   for (int i = thread(); i < rows * across; i += kThreads) {
     const int r = i / across, c = i % across * unit;
     const bool there = first_row + r < height && first_column + c < width;

@@ -25,9 +25,10 @@ class Call(ctypes.Structure):
     """`Call` of emulated.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "wide", "outputs", "stride", "act")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "wide", "outputs", "stride", "dilation", "act")),
         *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards")),
-        *((name, ctypes.c_void_p) for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var")),
+        *((name, ctypes.c_void_p) for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")),
+        *((name, ctypes.c_void_p) for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "dtaps")),
     )
 
 
