@@ -10,15 +10,6 @@ namespace mvit3 {
 
 constexpr int kChunk = 32;  // expanded channels at a time
 constexpr int kChunkPitch = kChunk + 8;
-constexpr int kMostSlice = 128;  // input channels at a time
-
-MVIT3_BOTH int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-// Input channels in shared memory at a time: all, or equal parts of them.
-MVIT3_BOTH int slice_of(int inputs) {
-  const int slices = (inputs + kMostSlice - 1) / kMostSlice;
-  return round_up((inputs + slices - 1) / slices, 16);
-}
 
 // Hands out shared memory, in bytes.
 struct Carver {
@@ -39,16 +30,6 @@ struct OutputTile {
   static constexpr int kPixels = kInHeight * kInWidth;
   // A thread filters two channels of a column of kRows outputs.
   static constexpr int kRows = kHeight * kWidth / (kThreads / (kChunk / 2));
-};
-
-struct ExpansionArguments {
-  Maps maps;
-  const void* x;
-  Values expand;
-  Norm norm;
-  Values depthwise;
-  int slice;
-  int act;
 };
 
 template <typename T, int Stride>
@@ -94,7 +75,7 @@ struct Expansion {
     if (whole()) load_slice(tile, chunk, 0, chunk == 0);
     if (thread() < kChunk) {
       const int channel = chunk + thread();
-      affine[thread()] = channel < arguments.maps.wide ? arguments.norm.at<T>(channel) : Affine{0.0f, 0.0f};
+      affine[thread()] = channel < arguments.maps.wide ? affine_at<T>(arguments.norm, channel) : Affine{0.0f, 0.0f};
     }
   }
 
@@ -106,7 +87,7 @@ struct Expansion {
 #pragma unroll 1
     for (int i = thread(); i < 9 * kChunk; i += kThreads) {
       const int channel = chunk + i / 9;
-      taps[i % 9 * kChunk + i / 9] = channel < m.wide ? arguments.depthwise.at<T>(int64_t(channel) * 9 + i % 9) * scale(channel) : 0.0f;
+      taps[i % 9 * kChunk + i / 9] = channel < m.wide ? value_at<T>(arguments.depthwise, int64_t(channel) * 9 + i % 9) * scale(channel) : 0.0f;
     }
     const int first_row = warp() % 4 * 16 * kRowBlocks, first_column = warp() / 4 * 8 * kColumnBlocks;
     float sum[kRowBlocks][kColumnBlocks][4];

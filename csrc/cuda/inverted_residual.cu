@@ -3,8 +3,7 @@
 // A block walks over a run of tiles, and on each over the expanded channels, 32 at a time; sums over the whole map are kept per block in a
 // workspace and added up by a second, small kernel, so that results repeat from run to run.
 
-#include "inverted_residual.h"
-
+#include "expansion.h"
 #include "launch.h"
 
 namespace mvit3 {
@@ -224,8 +223,8 @@ struct Inference {
       clear(sum);
 #pragma unroll 1
       for (int chunk = 0; chunk < m.wide; chunk += kChunk) {
-        if (thread() < kChunk) shift[thread()] = chunk + thread() < m.wide ? a.middle.at<T>(chunk + thread()).shift : 0.0f;
-        front.expand(here, chunk, [&](int channel) { return a.middle.at<T>(channel).scale; });
+        if (thread() < kChunk) shift[thread()] = chunk + thread() < m.wide ? affine_at<T>(a.middle, chunk + thread()).shift : 0.0f;
+        front.expand(here, chunk, [&](int channel) { return affine_at<T>(a.middle, channel).scale; });
         synchronize();
 
         int next = chunk + kChunk;
@@ -270,7 +269,7 @@ struct Inference {
           for (int j = 0; j < kColumnBlocks; ++j) {
             const int channel = first_output + first_column + 8 * j + 2 * t;
             if (channel >= m.outputs) continue;
-            const Affine one = a.last.at<T>(channel), two = a.last.at<T>(channel + 1 < m.outputs ? channel + 1 : channel);
+            const Affine one = affine_at<T>(a.last, channel), two = affine_at<T>(a.last, channel + 1 < m.outputs ? channel + 1 : channel);
             Pair value{one.scale * sum[i][j][2 * half] + one.shift, two.scale * sum[i][j][2 * half + 1] + two.shift};
             if (a.residual) {
               const Pair add = load_pair(from, channel, m.inputs);
@@ -374,7 +373,7 @@ struct Backward {
       const int c = chunk + thread();
       Channel channel{};
       if (c < m.wide) {
-        const Affine norm = a.front.norm.at<T>(c);
+        const Affine norm = affine_at<T>(a.front.norm, c);
         channel = {norm.scale, norm.shift, a.z_scale[c], a.z_shift[c], a.c0[c], a.c1[c], a.c2[c], 0.0f};
       }
       channels[thread()] = channel;
@@ -382,7 +381,7 @@ struct Backward {
 #pragma unroll 1
     for (int i = thread(); i < 9 * kChunk; i += kThreads) {
       const int c = chunk + i / 9;
-      taps[i % 9 * kChunk + i / 9] = c < m.wide ? a.front.depthwise.at<T>(int64_t(c) * 9 + i % 9) : 0.0f;
+      taps[i % 9 * kChunk + i / 9] = c < m.wide ? value_at<T>(a.front.depthwise, int64_t(c) * 9 + i % 9) : 0.0f;
     }
   }
 

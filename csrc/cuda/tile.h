@@ -1,6 +1,7 @@
 // Tiles of maps and of weights in shared memory, parameters, activations.
 #pragma once
 
+#include "arguments.h"
 #include "mma.h"
 
 namespace mvit3 {
@@ -12,42 +13,23 @@ struct alignas(16) Vector {
   uint32_t part[4];
 };
 
-// A parameter in float32 (`single`) or in the 16-bit type of the map.
-struct Values {
-  const void* data;
-  bool single;
+// Number i of a parameter.
+template <typename T>
+MVIT3_DEVICE float value_at(const Values& values, int64_t i) {
+  return values.single ? static_cast<const float*>(values.data)[i] : to_float(static_cast<const T*>(values.data)[i]);
+}
 
-  template <typename T>
-  MVIT3_DEVICE float at(int64_t i) const {
-    return single ? static_cast<const float*>(data)[i] : to_float(static_cast<const T*>(data)[i]);
-  }
-};
-
-// What batch normalisation does to a channel, by a scale and a shift or by its statistics.
+// What batch normalisation does to a channel.
 struct Affine {
   float scale, shift;
 };
-struct Norm {
-  const float *scale, *shift;  // null: fold the rest
-  Values weight, bias, mean, var;
-  float eps;
 
-  template <typename T>
-  MVIT3_DEVICE Affine at(int channel) const {
-    if (scale) return {scale[channel], shift[channel]};
-    const float factor = weight.at<T>(channel) / square_root(var.at<T>(channel) + eps);
-    return {factor, bias.at<T>(channel) - mean.at<T>(channel) * factor};
-  }
-};
-
-// The maps of a launch.
-struct Maps {
-  int64_t batch;
-  int height, width, inputs;           // x
-  int out_height, out_width, outputs;  // the map behind the depth-wise convolution; channels of the projection
-  int wide;                            // channels between
-  int dilation;
-};
+template <typename T>
+MVIT3_DEVICE Affine affine_at(const Norm& norm, int channel) {
+  if (norm.scale) return {norm.scale[channel], norm.shift[channel]};
+  const float scale = value_at<T>(norm.weight, channel) / square_root(value_at<T>(norm.var, channel) + norm.eps);
+  return {scale, value_at<T>(norm.bias, channel) - value_at<T>(norm.mean, channel) * scale};
+}
 
 // Where a tile lies. With dilation d its pixels are d apart: a map is then d x d maps of pixels that know nothing of each other, each of
 // them convolved without dilation.
@@ -61,6 +43,7 @@ struct Place {
   MVIT3_DEVICE Place moved_to(int new_top, int new_left) const { return {image, new_top, new_left, first_row, first_column, step}; }
 };
 
+MVIT3_BOTH int round_up(int n, int to) { return (n + to - 1) / to * to; }
 MVIT3_BOTH int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 MVIT3_BOTH int64_t tiles_of(int64_t batch, int tile_height, int tile_width, int height, int width, int step) {
@@ -116,7 +99,7 @@ MVIT3_DEVICE void load_weight(
     T* to = tile.row(r) + c;
     const int64_t from = int64_t(first_row + r) * width + first_column + c;
     if (!vectors) {
-      *to = there ? from_float<T>(weight.at<T>(from)) : T{0};
+      *to = there ? from_float<T>(value_at<T>(weight, from)) : T{0};
     } else if (!there) {
       *reinterpret_cast<Vector*>(to) = Vector{};
     } else if (!weight.single) {

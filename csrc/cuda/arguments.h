@@ -1,9 +1,49 @@
-// inverted_residual: the kernels' arguments and launchers. Maps are contiguous (B, H, W, channels) in bfloat16 or float16.
+// The arguments of the launchers, which the bindings fill in. Maps are contiguous (B, H, W, channels) in bfloat16 or float16.
 #pragma once
 
-#include "expansion.h"
+#include <cstdint>
 
 namespace mvit3 {
+
+// A parameter in float32 (`single`) or in the 16-bit type of the map.
+struct Values {
+  const void* data;
+  bool single;
+};
+
+// Batch normalisation, as a scale and a shift, or by its parameters and statistics.
+struct Norm {
+  const float *scale, *shift;  // null: fold the rest
+  Values weight, bias, mean, var;
+  float eps;
+};
+
+// The maps of a launch.
+struct Maps {
+  int64_t batch;
+  int height, width, inputs;           // x
+  int out_height, out_width, outputs;  // the map behind the depth-wise convolution; channels of the projection
+  int wide;                            // channels between
+  int dilation;
+};
+
+// What makes the expanded map and the taps that filter it.
+struct ExpansionArguments {
+  Maps maps;
+  const void* x;
+  Values expand;
+  Norm norm;
+  Values depthwise;
+  int slice;  // input channels in shared memory at a time
+  int act;
+};
+
+// All input channels at a time, or equal parts of them.
+inline int slice_of(int inputs) {
+  constexpr int kMost = 128;
+  const int slices = (inputs + kMost - 1) / kMost, each = (inputs + slices - 1) / slices;
+  return (each + 15) / 16 * 16;
+}
 
 // z = depth-wise(act(norm(x expand^T))), and its mean and variance.
 struct FilterArguments {
