@@ -12,7 +12,7 @@ import mvit3_kernels
 from mvit3_kernels import ops
 from mvit3_kernels.ops import dispatch
 from tests.ops.batch_norm_act_cases import poison
-from tests.ops.inputs import Draw
+from tests.ops.inputs import Draw, mapped
 from tests.ops.kernel import in_float32
 from tests.ops.plain import nchw, nhwc
 from tests.ops.test_inverted_residual_triton import arguments, registered
@@ -28,13 +28,41 @@ class TestInvertedResidual(TritonResults):
     op = staticmethod(ops.inverted_residual)
     # Several parts of the rows, and less than one; several blocks of inputs, of wide channels and of outputs.
     shapes = ((2, 9, 7, 5, 9, 5), (2, 9, 7, 33, 66, 40))
-    options = {"training": {}, "stride": {"stride": 2, "act": "relu"}, "large-mean": {"mean": 10.0, "dilation": 2}}
+    options = {"skip": {}, "stride-mean": {"stride": 2, "act": "relu", "mean": 10.0}}
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given))
 
     def test_wide_rows(self):
         """The gradient of the expansion in three steps, where it does not fit a program."""
-        self.test_bound((1, 6, 8, 70, 130, 70), "training", torch.bfloat16)
+        self.test_bound((1, 6, 8, 70, 130, 70), "skip", torch.bfloat16)
+
+    def test_dilation(self):
+        self.options = {"dilated": {"dilation": 2, "act": "identity"}}
+        self.test_bound(self.shapes[0], "dilated", torch.float32)
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_evaluation(self, stride, dtype):
+        """The three ops, each in its kernel."""
+        given = mapped(self.arguments(Draw(), *self.shapes[0], training=False, stride=stride), lambda _, t: t.to(dtype))
+        truth, _ = ops.inverted_residual(**mapped(given, lambda _, t: t.double()))
+        error = {}
+        for backend in ("reference", self.backend):
+            with mvit3_kernels.backend(backend):
+                y, moments = ops.inverted_residual(**given)
+            assert moments == (None, None, None) and y.dtype == dtype
+            error[backend] = (y.double() - truth).norm() / truth.norm()
+        assert error[self.backend] <= 2 * error["reference"] + torch.finfo(dtype).eps / 2
+
+    def test_a_frozen_norm(self):
+        """Norms in training beside one that is not: the three ops again."""
+        given = in_float32(self.make(self.shapes[0]))
+        given["depthwise"] = given["depthwise"]._replace(norm=given["depthwise"].norm._replace(training=False))
+        found = {}
+        for backend in ("reference", self.backend):
+            with mvit3_kernels.backend(backend):
+                found[backend], moments = ops.inverted_residual(**given)
+            assert [m is None for m in moments] == [False, True, False]
+        torch.testing.assert_close(found[self.backend], found["reference"])
 
     def test_constant_channels(self):
         """Variance 0: the norms return their biases. (With a small eps they multiply the rounding of a product 300 times each.)"""
@@ -49,7 +77,7 @@ class TestInvertedResidual(TritonResults):
 
     def test_mean_of_many_deviations(self):
         """Variances from the moments of the input, against float64."""
-        given = in_float32(self.make((2, 16, 16, 20, 40, 20), "training"))
+        given = in_float32(self.make((2, 16, 16, 20, 40, 20)))
         given["x"] = given["x"] * 0.01 + 5
         _, moments = ops.inverted_residual(**given)
         e = given["x"].double() @ given["expand"].weight.flatten(1).double().T
