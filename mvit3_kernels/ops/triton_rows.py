@@ -332,9 +332,9 @@ def add_up_outputs(
         valid = output < OUT
         product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
         total = tl.zeros((BLOCK_O,), tl.float32)
-        for part in tl.range(0, parts, loop_unroll_factor=8):
+        for part in tl.range(0, parts, loop_unroll_factor=2):
             product += load_tile(product_ptr + part * (PART * STRIDE), output, valid, column, STRIDE, C)
-        for part in tl.range(0, sums_parts, loop_unroll_factor=8):
+        for part in tl.range(0, sums_parts, loop_unroll_factor=2):
             total += tl.load(sums_ptr + part * SUMS + output, mask=valid, other=0.0)
         weight = load_tile(weight_ptr + FIRST * C, output, valid, column, C, C).to(tl.float32)
         dscale += weight * product
@@ -386,7 +386,7 @@ def _second_gradient_kernel(
     hidden = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     product = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for part in tl.range(0, parts, loop_unroll_factor=8):
+    for part in tl.range(0, parts, loop_unroll_factor=2):
         product += load_tile(product_ptr + part * (F * C), hidden, hidden < F, column, C, C)
         total += load_vector(sums_ptr + part * C, column, C)
     store_tile(dweight_ptr, column, column < C, hidden, tl.trans(product), F, F)
@@ -528,7 +528,7 @@ class Rows(NamedTuple):
             product, sums = self.products(dy, outputs, mean, rstd, per_sample)
             _norm_linear_gradient_kernel[(triton.cdiv(self.channels, 16),)](
                 product, sums, weight, norm_weight, norm_bias, dweight, dbias, dnorm_weight, dnorm_bias, product.shape[0],
-                C=self.channels, OUT=outputs, BLOCK_C=16, BLOCK_O=32, num_warps=8,
+                C=self.channels, OUT=outputs, BLOCK_C=16, BLOCK_O=64, num_warps=4,
             )  # fmt: skip
         return dx, dnorm_weight, dnorm_bias, dweight, self.x.new_empty(0) if dbias is None else dbias
 
