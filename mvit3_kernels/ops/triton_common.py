@@ -105,6 +105,13 @@ def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.co
 
 
 @triton.jit
+def token_of_pixel(pixel, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """(position inside a patch, token) of a pixel of a sample: the inverse of pixel_of_token."""
+    row, column = pixel // width, pixel % width
+    return row % PATCH_H * PATCH_W + column % PATCH_W, row // PATCH_H * (width // PATCH_W) + column // PATCH_W
+
+
+@triton.jit
 def at_least_zero(x):
     """What rounding made negative is zero; NaN stays NaN."""
     return tl.where(x < 0, 0.0, x)
