@@ -201,10 +201,10 @@ def _transformer_fwd_kernel(
     x_ptr, y_ptr, qkv_ptr, pointers, norm_weight_ptr, norm_bias_ptr, groups, groups_per_program, tokens, pixels, width, tiles, eps, scale,
     PER_SAMPLE: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     F: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
-    GROUPS: tl.constexpr = BLOCK_M // GROUP if BLOCK_M > GROUP else 1  # of a tile
+    GROUPS: tl.constexpr = BLOCK_Q // GROUP if BLOCK_Q > GROUP else 1  # of a tile of queries
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     first_group = tl.program_id(0) * groups_per_program
     here = tl.minimum(groups - first_group, groups_per_program)
@@ -240,11 +240,11 @@ def _transformer_fwd_kernel(
         # Attention: each head is multiplied into the sums of the out-projection.
         weight_ptr = _of_layer(pointers, layer, OUT_PROJ, LAYERS)
         new_count, new_mean, new_m2 = 0.0, 0.0, 0.0
-        for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
-            row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
-            key = tile * BLOCK_M // GROUP * GROUP + tl.arange(0, GROUPS * GROUP)
-            head = tl.zeros((BLOCK_M, HEAD), tl.float32)
-            tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+        for tile in tl.range(0, tiles * (BLOCK_M // BLOCK_Q), disable_licm=True, num_stages=1):
+            row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_Q, GROUP)
+            key = tile * BLOCK_Q // GROUP * GROUP + tl.arange(0, GROUPS * GROUP)
+            head = tl.zeros((BLOCK_Q, HEAD), tl.float32)
+            tail = tl.zeros((BLOCK_Q, TAIL), tl.float32)
             for i in tl.range(0, HEADS, disable_licm=True):
                 q = _load_head(qkv_ptr, row, i * DIM, DIM, C, BLOCK_D)
                 k = _load_head(qkv_ptr, key, C + i * DIM, DIM, C, BLOCK_D)
@@ -279,3 +279,130 @@ def _transformer_fwd_kernel(
             _store_rows(y_ptr, pixel, valid, head, tail, C)
 
 
+@triton.jit
+def _mean_tokens(
+    t_ptr, pointers, layer, count, mean, m2, pixels, width, tiles, eps,
+    PER_SAMPLE: tl.constexpr, LAYERS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, POSITIONS: tl.constexpr,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """For each position inside a patch the mean of the normalised tokens there, weighted by the softmax of their scores: two tiles."""
+    norm_weight_ptr, norm_bias_ptr = _of_layer(pointers, layer, NORM1, LAYERS), _of_layer(pointers, layer, NORM1 + 1, LAYERS)
+    weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
+    lane = tl.arange(0, POSITIONS)
+    maximum = tl.full((POSITIONS,), float("-inf"), tl.float32)
+    total = tl.zeros((POSITIONS,), tl.float32)
+    head_mean = tl.zeros((POSITIONS, HEAD), tl.float32)
+    tail_mean = tl.zeros((POSITIONS, TAIL), tl.float32)
+    for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
+        pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
+        head, tail = _load_rows(t_ptr, pixel, valid, C, HEAD, TAIL)
+        head, tail = _normalised(
+            head, tail, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, t_ptr.dtype.element_ty
+        )
+        score = tl.sum(head.to(tl.float32) * load_vector(weight_ptr, tl.arange(0, HEAD), C)[None, :], 1)
+        score += tl.sum(tail.to(tl.float32) * load_vector(weight_ptr, HEAD + tl.arange(0, TAIL), C)[None, :], 1)
+        if bias_ptr is not None:
+            score += tl.load(bias_ptr).to(tl.float32)
+        mine = (lane[:, None] == position[None, :]) & valid[None, :]
+        scores = tl.where(mine, (score * 1.4426950408889634)[None, :], float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # of a position that no token had so far
+        shrink = tl.exp2(maximum - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        maximum = new_maximum
+        if not PER_SAMPLE:
+            # A token that is not a number spoils its own position, through its score, and no other.
+            head = tl.where(head == head, head, 0.0).to(head.dtype)
+            tail = tl.where(tail == tail, tail, 0.0).to(tail.dtype)
+        head_mean = dot(weights.to(head.dtype), head, head_mean * shrink[:, None])
+        tail_mean = dot(weights.to(tail.dtype), tail, tail_mean * shrink[:, None])
+    return head_mean / total[:, None], tail_mean / total[:, None]
+
+
+@triton.jit
+def _sample_rows(tile, pixels, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Pixels of a tile, their positions inside a patch, and which are there."""
+    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    return pixel, pixel // width % PATCH_H * PATCH_W + pixel % width % PATCH_W, pixel < pixels
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _separable_fwd_kernel(
+    x_ptr, y_ptr, context_ptr, pointers, norm_weight_ptr, norm_bias_ptr, pixels, width, tiles, eps,
+    PER_SAMPLE: tl.constexpr, LAYERS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, POSITIONS: tl.constexpr,
+    F: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    sample = tl.program_id(0).to(tl.int64)
+    x_ptr += sample * pixels * C
+    y_ptr += sample * pixels * C
+    context_ptr += sample * (PATCH_H * PATCH_W * C)
+    count, mean, m2 = 0.0, 0.0, 0.0
+    if PER_SAMPLE:
+        for tile in range(tiles):
+            pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
+            head, tail = _load_rows(x_ptr, pixel, valid, C, HEAD, TAIL)
+            count, mean, m2 = _add_moments(count, mean, m2, head, tail, valid, C)
+
+    for layer in tl.range(0, LAYERS, disable_licm=True, num_stages=1):
+        t_ptr = tl.where(layer == 0, x_ptr, y_ptr)
+        weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
+
+        # The context of each position: what the keys' projection makes of the mean token.
+        head_mean, tail_mean = _mean_tokens(
+            t_ptr, pointers, layer, count, mean, m2, pixels, width, tiles, eps, PER_SAMPLE, LAYERS, PATCH_H, PATCH_W, POSITIONS,
+            C, HEAD, TAIL, BLOCK_M,
+        )  # fmt: skip
+        head_mean, tail_mean = head_mean.to(dtype), tail_mean.to(dtype)
+        lane = tl.arange(0, POSITIONS)
+        for first in tl.range(0, C, BLOCK_N, disable_licm=True):
+            channel = first + tl.arange(0, BLOCK_N)
+            block = _project(head_mean, tail_mean, weight_ptr, bias_ptr, 1 + channel, C, 1 + C)
+            store_tile(context_ptr, lane, lane < PATCH_H * PATCH_W, channel, block, C, C)
+        tl.debug_barrier()
+
+        # Values, times the context of their position, multiplied into the sums of the out-projection.
+        norm_weight, norm_bias = _of_layer(pointers, layer, NORM1, LAYERS), _of_layer(pointers, layer, NORM1 + 1, LAYERS)
+        out_ptr = _of_layer(pointers, layer, OUT_PROJ, LAYERS)
+        new_count, new_mean, new_m2 = 0.0, 0.0, 0.0
+        for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
+            pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
+            head, tail = _load_rows(t_ptr, pixel, valid, C, HEAD, TAIL)
+            normed_head, normed_tail = _normalised(
+                head, tail, valid, norm_weight, norm_bias, count, mean, m2, eps, PER_SAMPLE, C, dtype
+            )
+            head = tl.zeros((BLOCK_M, HEAD), tl.float32)
+            tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+            for first in tl.range(0, C, BLOCK_N, disable_licm=True):
+                channel = first + tl.arange(0, BLOCK_N)
+                value = activate(_project(normed_head, normed_tail, weight_ptr, bias_ptr, 1 + C + channel, C, 1 + 2 * C), RELU)
+                value *= load_tile(context_ptr, position, valid, channel, C, C)
+                head, tail = _add_product(head, tail, value.to(dtype), out_ptr, channel, C, C)
+            bias2_ptr = _of_layer(pointers, layer, OUT_PROJ + 1, LAYERS)
+            head, tail = _add_bias_and_rows(head, tail, bias2_ptr, t_ptr, pixel, valid, C)
+            _store_rows(y_ptr, pixel, valid, head, tail, C)
+            if PER_SAMPLE:
+                new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C)
+        count, mean, m2 = new_count, new_mean, new_m2
+        tl.debug_barrier()
+
+        new_count, new_mean, new_m2 = 0.0, 0.0, 0.0
+        for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
+            pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
+            head, tail = _feed_forward(
+                y_ptr, pixel, valid, pointers, layer, count, mean, m2, eps, PER_SAMPLE, LAYERS, F, C, HEAD, TAIL, BLOCK_F
+            )
+            _store_rows(y_ptr, pixel, valid, head, tail, C)
+            if PER_SAMPLE:
+                new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C)
+        count, mean, m2 = new_count, new_mean, new_m2
+        tl.debug_barrier()
+
+    if norm_weight_ptr is not None:
+        for tile in range(tiles):
+            pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
+            head, tail = _load_rows(y_ptr, pixel, valid, C, HEAD, TAIL)
+            head, tail = _normalised(head, tail, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, dtype)
+            _store_rows(y_ptr, pixel, valid, head, tail, C)
