@@ -36,6 +36,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+@torch.compiler.assume_constant_result
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def programs(batch: int, patches: int, positions: int, per_sample: bool, num_heads: int | None) -> int:
     """How many programs the resident kernel splits a map into: samples, or tiles of whole groups of tokens."""
     if num_heads is None or per_sample:
@@ -70,7 +75,7 @@ def _resident_why_not(
     if num_heads is not None and patches > LONGEST_GROUP:
         return f"the resident kernel takes sequences of at most {LONGEST_GROUP} tokens, these have {patches}"
     # A sample that one multiprocessor works on while others are idle takes longer than ops that spread it.
-    needed = torch.cuda.get_device_properties(x.device).multi_processor_count // 2 if x.is_cuda else 0
+    needed = _multiprocessors(x.device.index) // 2 if x.is_cuda else 0
     count = programs(batch, patches, patch_size[0] * patch_size[1], norms[0].per_sample, num_heads)
     return f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on" if count < needed else None
 

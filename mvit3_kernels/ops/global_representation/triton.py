@@ -425,7 +425,8 @@ def configuration(x: Tensor, num_heads: int | None) -> dict[str, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
     if multiplies_from_shared_memory(x):
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 2}
+    stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
+    return {"BLOCK_M": 32, "BLOCK_N": 32 if num_heads is None else 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": stages}
 
 
 def bytes_moved(x: Tensor, layers: int) -> int:
