@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..batch_norm_act.triton import batch_norm_act_backward, normalize
 from ..depthwise_conv.triton import filter, filter_backward
 from ..pointwise_conv.triton import add_product, pointwise_conv_inference
@@ -76,7 +77,7 @@ _OUTER = ("moments", "project_bwd", "products_bwd")  # sums over rows
 
 
 def configuration(kernel: str, x: Tensor, columns: int, inner: int) -> dict[str, int]:
-    return configurations(kernel, x, columns, inner)[0]
+    return tuning.choose(f"inverted_residual_{kernel}", x, (columns, inner), lambda: configurations(kernel, x, columns, inner))
 
 
 def bytes_moved(x: Tensor, wide: int, outputs: int, stride: int, store: bool) -> tuple[int, int]:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import (
     RELU,
     activate,
@@ -75,7 +76,7 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
 
 
 def configuration(rows: Rows) -> dict[str, int]:
-    return configurations(rows)[0]
+    return tuning.choose("separable_attention", rows.x, (rows.channels,), lambda: configurations(rows))
 
 
 def input_configuration(rows: Rows) -> dict[str, int]:
