@@ -65,6 +65,7 @@ def _load_rows(ptr, pixel, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.
 
 @triton.jit
 def _store_rows(ptr, pixel, valid, head, tail, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    tl.debug_barrier()  # where the rows come from here, a thread may still have to read what another one holds as well
     store_tile(ptr, pixel, valid, tl.arange(0, HEAD), head, C, C)
     store_tile(ptr, pixel, valid, HEAD + tl.arange(0, TAIL), tail, C, C)
 
@@ -87,23 +88,31 @@ def _add_moments(count, mean, m2, head, tail, valid, C: tl.constexpr, HEAD: tl.c
 
 
 @triton.jit
-def _normalised(
-    head, tail, valid, weight_ptr, bias_ptr, count, mean, m2, eps,
-    PER_SAMPLE: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr,
+def _load_scaled(
+    ptr, pixel, valid, column, mean, rstd, weight_ptr, bias_ptr, C: tl.constexpr
 ):  # fmt: skip
-    """Rows after a norm of tokens, or of the sample with these moments; zeros where a row is not valid, which no product may spoil."""
-    head_column, tail_column = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    """Some channels of rows after a norm; zeros where a row is not valid, which no product may spoil."""
+    rows = (load_tile(ptr, pixel, valid, column, C, C).to(tl.float32) - mean) * rstd
+    rows = rows * load_vector(weight_ptr, column, C)[None, :] + load_vector(bias_ptr, column, C)[None, :]
+    return tl.where(valid[:, None], rows, 0.0).to(ptr.dtype.element_ty)
+
+
+@triton.jit
+def _load_normalised(
+    ptr, pixel, valid, weight_ptr, bias_ptr, count, mean, m2, eps,
+    PER_SAMPLE: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rows after a norm of tokens, or of the sample with these moments, as two tiles."""
     if PER_SAMPLE:
         rstd = inverse_std(m2 / count, eps)
-        head, tail = (head - mean) * rstd, (tail - mean) * rstd
     else:
-        row_mean, row_rstd = row_statistics(head, tail, head_column, tail_column, eps, C)
-        head, tail = (head - row_mean[:, None]) * row_rstd[:, None], (tail - row_mean[:, None]) * row_rstd[:, None]
-    scale, shift = load_vector(weight_ptr, head_column, C), load_vector(bias_ptr, head_column, C)
-    head = tl.where(valid[:, None], head * scale[None, :] + shift[None, :], 0.0)
-    scale, shift = load_vector(weight_ptr, tail_column, C), load_vector(bias_ptr, tail_column, C)
-    tail = tl.where(valid[:, None], tail * scale[None, :] + shift[None, :], 0.0)
-    return head.to(DTYPE), tail.to(DTYPE)
+        head, tail = _load_rows(ptr, pixel, valid, C, HEAD, TAIL)
+        row_mean, row_rstd = row_statistics(head, tail, tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), eps, C)
+        mean, rstd = row_mean[:, None], row_rstd[:, None]
+        tl.debug_barrier()  # rows are read again, for in registers they would not leave room for anything else
+    head = _load_scaled(ptr, pixel, valid, tl.arange(0, HEAD), mean, rstd, weight_ptr, bias_ptr, C)
+    tail = _load_scaled(ptr, pixel, valid, HEAD + tl.arange(0, TAIL), mean, rstd, weight_ptr, bias_ptr, C)
+    return head, tail
 
 
 @triton.jit
@@ -142,14 +151,11 @@ def _feed_forward(
 ):  # fmt: skip
     """One tile through the feed-forward network of a layer, with its norm and residual."""
     weight_ptr, bias_ptr = _of_layer(pointers, layer, NORM2, LAYERS), _of_layer(pointers, layer, NORM2 + 1, LAYERS)
-    head, tail = _load_rows(y_ptr, pixel, valid, C, HEAD, TAIL)
-    normed_head, normed_tail = _normalised(
-        head, tail, valid, weight_ptr, bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL, y_ptr.dtype.element_ty
-    )
+    normed_head, normed_tail = _load_normalised(y_ptr, pixel, valid, weight_ptr, bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL)
     weight_ptr, bias_ptr = _of_layer(pointers, layer, FC1, LAYERS), _of_layer(pointers, layer, FC1 + 1, LAYERS)
     weight2_ptr = _of_layer(pointers, layer, FC2, LAYERS)
-    head = tl.zeros(head.shape, tl.float32)
-    tail = tl.zeros(tail.shape, tl.float32)
+    head = tl.zeros(normed_head.shape, tl.float32)
+    tail = tl.zeros(normed_tail.shape, tl.float32)
     for first in tl.range(0, F, BLOCK_F, disable_licm=True):
         column = first + tl.arange(0, BLOCK_F)
         hidden = activate(_project(normed_head, normed_tail, weight_ptr, bias_ptr, column, F, C, HEAD, TAIL), SILU)
@@ -210,7 +216,6 @@ def _transformer_fwd_kernel(
 ):  # fmt: skip
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     GROUPS: tl.constexpr = BLOCK_Q // GROUP if BLOCK_Q > GROUP else 1  # of a tile of queries
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     first_group = tl.program_id(0) * groups_per_program
     here = tl.minimum(groups - first_group, groups_per_program)
     sample, start = first_group // POSITIONS, first_group % POSITIONS
@@ -231,10 +236,9 @@ def _transformer_fwd_kernel(
         weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
         for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
             row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
-            head, tail = _load_rows(t_ptr, pixel, valid, C, HEAD, TAIL)
-            normed_head, normed_tail = _normalised(
-                head, tail, valid, _of_layer(pointers, layer, NORM1, LAYERS), _of_layer(pointers, layer, NORM1 + 1, LAYERS),
-                count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL, dtype,
+            normed_head, normed_tail = _load_normalised(
+    t_ptr, pixel, valid, _of_layer(pointers, layer, NORM1, LAYERS), _of_layer(pointers, layer, NORM1 + 1, LAYERS),
+                count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
             )  # fmt: skip
             for first in tl.range(0, 3 * C, BLOCK_N, disable_licm=True):
                 output = first + tl.arange(0, BLOCK_N)
@@ -279,9 +283,8 @@ def _transformer_fwd_kernel(
     if norm_weight_ptr is not None:
         for tile in range(tiles):
             row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
-            head, tail = _load_rows(y_ptr, pixel, valid, C, HEAD, TAIL)
-            head, tail = _normalised(
-                head, tail, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL, dtype
+            head, tail = _load_normalised(
+                y_ptr, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
             )
             _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
 
@@ -302,10 +305,7 @@ def _mean_tokens(
     tail_mean = tl.zeros((POSITIONS, TAIL), tl.float32)
     for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
         pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
-        head, tail = _load_rows(t_ptr, pixel, valid, C, HEAD, TAIL)
-        head, tail = _normalised(
-            head, tail, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL, t_ptr.dtype.element_ty
-        )
+        head, tail = _load_normalised(t_ptr, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL)
         score = tl.sum(head.to(tl.float32) * load_vector(weight_ptr, tl.arange(0, HEAD), C)[None, :], 1)
         score += tl.sum(tail.to(tl.float32) * load_vector(weight_ptr, HEAD + tl.arange(0, TAIL), C)[None, :], 1)
         if bias_ptr is not None:
@@ -377,9 +377,8 @@ def _separable_fwd_kernel(
         new_count, new_mean, new_m2 = 0.0, 0.0, 0.0
         for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
             pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
-            head, tail = _load_rows(t_ptr, pixel, valid, C, HEAD, TAIL)
-            normed_head, normed_tail = _normalised(
-                head, tail, valid, norm_weight, norm_bias, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL, dtype
+            normed_head, normed_tail = _load_normalised(
+                t_ptr, pixel, valid, norm_weight, norm_bias, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
             )
             head = tl.zeros((BLOCK_M, HEAD), tl.float32)
             tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
@@ -411,9 +410,8 @@ def _separable_fwd_kernel(
     if norm_weight_ptr is not None:
         for tile in range(tiles):
             pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
-            head, tail = _load_rows(y_ptr, pixel, valid, C, HEAD, TAIL)
-            head, tail = _normalised(
-                head, tail, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL, dtype
+            head, tail = _load_normalised(
+                y_ptr, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
             )
             _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
 
