@@ -28,10 +28,9 @@ class TestDepthwiseConv(TritonResults):
     options = {
         "silu": {"act": "silu"},
         "large-mean-stride": {"act": "silu", "mean": 10.0, "stride": 2},
-        "dilation": {"act": "relu", "dilation": 2},
-        "frozen": {"training": False},
+        "frozen-dilation": {"training": False, "dilation": 2},
         "frozen-stride": {"training": False, "stride": 2},
-        "frozen-stride-dilation": {"training": False, "stride": 2, "dilation": 3},
+        "frozen-stride-dilation": {"training": False, "act": "relu", "stride": 2, "dilation": 3},
     }
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given))
