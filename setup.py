@@ -129,12 +129,12 @@ class BuildOrExplain(BuildExtension):
         common = [nvcc, *CUDA_FLAGS, *(["-ccbin", compiler[0]] if len(compiler) == 1 else [])]
         code = [part for number, name in CUDA_CODE for part in ("-gencode", f"arch=compute_{number},code={name}")]
         objects = []
-        for source in extension.sources:
+        for source in [*extension.sources, *(file for file in extension.depends if file.endswith(".cu"))]:
             objects.append(str(folder / f"{Path(source).name}.o"))
             options = code if source.endswith(".cu") else [*STABLE_ABI, *(f"-I{path}" for path in include_paths())]
             run_nvcc([*common, *options, "-c", source, "-o", objects[-1]])
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-        run_nvcc([*common, "-shared", *objects, *libraries, "-o", str(target)])
+        run_nvcc([*common, "-shared", "--no-device-link", *objects, *libraries, "-o", str(target)])
 
     def record(self, name: str, kind: str, reason: str | None) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
@@ -176,8 +176,9 @@ def extensions() -> list[Extension]:
     )
     cuda = Extension(
         f"{PACKAGE}._cuda",
-        sorted(str(path) for pattern in ("*.cu", "*.cpp") for path in Path("csrc/cuda").glob(pattern)),
-        depends=sorted(str(path) for path in Path("csrc/cuda").glob("*.h")),
+        sorted(str(path) for path in Path("csrc/cuda").glob("*.cpp")),
+        # With a .cu among the sources BuildExtension would refuse to build anything unless nvcc's version is that of torch.
+        depends=sorted(str(path) for pattern in ("*.cu", "*.h") for path in Path("csrc/cuda").glob(pattern)),
         py_limited_api=True,
     )
     return [host, *variants, cuda]

@@ -20,25 +20,25 @@ __global__ void __launch_bounds__(kThreads, K::kBlocksAtOnce) kernel(const __gri
   K::run(arguments);
 }
 
-template <typename K>
-void allow_shared(int bytes) {
-  if (bytes > 48 * 1024) check(cudaFuncSetAttribute(kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
-// Blocks that the current device runs at once.
+// Blocks that the current device runs at once. The last answer is kept: asking takes longer than a launch.
 template <typename K>
 int resident_blocks(int shared) {
+  thread_local int of_device = -1, of_shared = 0, answer = 0;
   int device, processors, blocks;
-  allow_shared<K>(shared);
   check(cudaGetDevice(&device));
+  if (device == of_device && shared == of_shared) return answer;
+  check(cudaFuncSetAttribute(kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<K>, kThreads, shared));
-  return processors * blocks;
+  if (blocks == 0) throw std::runtime_error("mvit3_kernels, CUDA C++ kernels: the device has too little shared memory or too few registers");
+  of_device = device;
+  of_shared = shared;
+  return answer = processors * blocks;
 }
 
+// More than 48 KB of shared memory only after resident_blocks has asked for it.
 template <typename K>
 void launch(const typename K::Arguments& arguments, int blocks, int slices, int shared, void* stream) {
-  allow_shared<K>(shared);
   kernel<K><<<dim3(blocks, slices), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(arguments);
   check(cudaGetLastError());
 }

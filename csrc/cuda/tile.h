@@ -131,7 +131,8 @@ MVIT3_DEVICE void store_pair(T* row, int channel, int channels, uint32_t bits) {
 
 template <typename T>
 MVIT3_DEVICE Pair load_pair(const T* row, int channel, int channels) {
-  if (channels % 2 == 0 && channel < channels) return unpack<T>(*reinterpret_cast<const uint32_t*>(row + channel));
+  const bool together = channels % 2 == 0 && reinterpret_cast<uintptr_t>(row) % 4 == 0;
+  if (together && channel < channels) return unpack<T>(*reinterpret_cast<const uint32_t*>(row + channel));
   return {channel < channels ? to_float(row[channel]) : 0.0f, channel + 1 < channels ? to_float(row[channel + 1]) : 0.0f};
 }
 

@@ -279,13 +279,19 @@ inline float square_root(float x) { return std::sqrt(x); }
 
 // ---- mma.h: what lane 4 g + t gives and gets
 
+inline void check_row(SharedAddress row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulation::fail("a row of a matrix is not aligned");
+}
+
 inline void load_matrices(uint32_t (&out)[4], SharedAddress row) {
+  check_row(row);
   const int g = thread() % 32 / 4, t = thread() % 4;
   const auto& shown = emulation::meet([&](auto& s, int l) { s.address[l] = row; });
   for (int m = 0; m < 4; ++m) std::memcpy(&out[m], static_cast<const char*>(shown.address[8 * m + g]) + 4 * t, 4);
 }
 
 inline void load_transposed(uint32_t (&out)[4], SharedAddress row) {
+  check_row(row);
   const int g = thread() % 32 / 4, t = thread() % 4;
   const auto& shown = emulation::meet([&](auto& s, int l) { s.address[l] = row; });
   for (int m = 0; m < 4; ++m) {
@@ -324,6 +330,7 @@ int resident_blocks(int) {
 template <typename K>
 void launch(const typename K::Arguments& arguments, int blocks, int slices, int shared, void*) {
   constexpr int kThreads = 256;
+  if (shared > 99 * 1024) emulation::fail("more shared memory than sm_86 has");
   for (int s = 0; s < slices; ++s)
     for (int i = 0; i < blocks; ++i) {
       std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)), &std::free);

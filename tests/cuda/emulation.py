@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -43,13 +42,11 @@ def library(sanitized: bool = False) -> ctypes.CDLL:
     files = sorted([*SOURCES.iterdir(), *FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
     options = [*FLAGS, *(SANITIZED if sanitized else ["-O2"])]
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files) + " ".join(options).encode()).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"mvit3_emulated_{os.getuid()}" / f"{state}.so"
+    built = FOLDER.parents[1] / "build" / "emulated" / f"{state}.so"
     if not built.exists():
-        built.parent.mkdir(exist_ok=True)
+        built.parent.mkdir(parents=True, exist_ok=True)
         unfinished = built.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(
-            [*compiler(), *options, str(FOLDER / "emulated.cpp"), "-o", str(unfinished)], capture_output=True, text=True
-        )
+        done = subprocess.run([*compiler(), *options, str(FOLDER / "emulated.cpp"), "-o", str(unfinished)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         unfinished.rename(built)
     return ctypes.CDLL(str(built))

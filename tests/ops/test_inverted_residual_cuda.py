@@ -4,6 +4,7 @@ meaning in float64; their error is at most twice that of the same steps in plain
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from mvit3_kernels import _native
 from mvit3_kernels.ops.types import ACTIVATIONS
 
 from ..bounds import FLOOR
@@ -162,9 +164,10 @@ def test_bound(name, case):
 
 
 @pytest.mark.parametrize("name", ["filter", "inference", "backward"])
-def test_blocks_and_the_order_of_warps(name):
+@pytest.mark.parametrize("shape, stride", [((2, 17, 20, 24, 70, 24), 1), ((1, 9, 19, 150, 40, 136), 2)], ids=str)
+def test_blocks_and_the_order_of_warps(name, shape, stride):
     """Sums go through more or fewer blocks; a missing barrier would show in the order of the warps."""
-    a = arguments((2, 17, 20, 24, 40, 24), 1, 1, "silu", torch.bfloat16, torch.float32)
+    a = arguments(shape, stride, 1, "silu", torch.bfloat16, torch.float32)
     first = run(name, a)
     for key, value in run(name, a, backwards=True).items():
         assert torch.equal(value, first[key]), key
@@ -187,6 +190,20 @@ def test_moments_of_large_and_of_constant_channels():
     # The mean is 2,000 standard deviations: what a difference of squares would leave of the variance is noise of its own size.
     torch.testing.assert_close(found["var"].double(), rows.var(0, unbiased=False), rtol=1e-4, atol=0)
     torch.testing.assert_close(found["mean"].double(), rows.mean(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["filter", "inference", "backward"])
+def test_unaligned_memory(name):
+    a = arguments((1, 8, 17, 16, 32, 16), 1, 1, "silu", torch.bfloat16, torch.float32)
+    first = run(name, a)
+
+    def moved(t: Tensor) -> Tensor:
+        memory = t.new_empty(t.numel() + 1)
+        memory[1:] = t.flatten()
+        return memory[1:].view(t.shape)
+
+    for key, value in run(name, {k: moved(v) if isinstance(v, Tensor) else v for k, v in a.items()}).items():
+        assert torch.equal(value, first[key]), key
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -214,7 +231,35 @@ def test_under_the_sanitizers():
         "        check(name, arguments(*CASES[case]))\n"
         "print('checked')"
     )
-    environment = {**os.environ, "LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0", "MVIT3_BACKEND": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "MVIT3_BACKEND": "",
+        "OMP_NUM_THREADS": "1",
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "checked" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not()))
+def test_resources_of_the_compiled_kernels():
+    """Of the built extension, for every device that it holds code for: a kernel that spills has a stack."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = next(Path(_native.__file__).parent.glob("_cuda.*"))
+    text = subprocess.run([cuobjdump, "-res-usage", file], check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", text)
+    assert {part for name, *_ in found for part in re.findall("Filter|Inference|Backward", name)} == {"Filter", "Inference", "Backward"}
+    for name, registers, stack in found:
+        assert int(stack) == 0, name
+        assert 8 < int(registers) <= 128, name  # two blocks of 256 threads
+    assert set(re.findall(r"arch = sm_(\d+)", text)) == {"80", "90"}
+
+
+@pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not()))
+@pytest.mark.parametrize("op", ["filter", "inference", "filter_backward"])
+def test_registration(op):
+    name = f"mvit3::inverted_residual_{op}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")

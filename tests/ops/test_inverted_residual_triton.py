@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 
+import mvit3_kernels
 from mvit3_kernels.ops import inverted_residual
 from mvit3_kernels.ops.types import ACTIVATIONS
 
@@ -47,6 +48,11 @@ class TestInvertedResidualTriton(TritonKernel):
         Case("gfx942", F16, (2, 8, 8, 64, 256, 64)),
     )
     larger = (3, 9, 11, 64, 256, 64)
+
+    def test_the_fused_way_compiles_without_a_graph_break(self, monkeypatch):
+        monkeypatch.setattr(importlib.import_module("mvit3_kernels._native"), "cuda_why_not", lambda x: None)
+        with mvit3_kernels.backend("cuda"):
+            self.test_compiles_without_a_graph_break(monkeypatch)
 
 
 # What a step moves and computes for each pixel, in bytes (benchmarks/NOTES.md), decides: (inputs, expanded, outputs, stride).

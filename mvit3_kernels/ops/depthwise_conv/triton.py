@@ -283,13 +283,18 @@ def _norm_sums_bwd_kernel(part_ptr, dscale_ptr, dbias_ptr, means_ptr, rows, part
 
 
 @triton.jit
-def _input_gradient_row(ptr, masks, places, row, rows, width, taps, dx, ROW: tl.constexpr, SPREAD: tl.constexpr, C: tl.constexpr):
+def _gather_row(
+    places, masks, row, rows, width, taps, dx, ROW: tl.constexpr, SPREAD: tl.constexpr, DILATION: tl.constexpr, C: tl.constexpr
+):
     """dx plus its part from the outputs whose row of the input is `row`; their gradients; and whether there are any."""
     exists = (row >= 0) & (row % SPREAD == 0) & (row // SPREAD < rows)
-    at = row // SPREAD * width * C
     found = ()
     for j in tl.static_range(3):
-        dz = tl.load(ptr + at + places[j], mask=masks[j] & exists, other=0.0).to(tl.float32)
+        if SPREAD == 1:  # one address for all three
+            at = places[0] + row * width * C + (1 - j) * DILATION * C
+        else:
+            at = places[j] + row // SPREAD * width * C
+        dz = tl.load(at, mask=masks[j] & exists, other=0.0).to(tl.float32)
         dx += dz * taps[3 * ROW + j]
         found += (dz,)
     return dx, found, exists
@@ -341,19 +346,19 @@ def _filter_bwd_kernel(
         mask = _mask(there, valid, C, BLOCK_C)
         x_at = _tile(x_ptr, sample * (height * width) + column, channel, C)
         dx_at = _tile(dx_ptr, sample * (height * width) + column, channel, C)
-        dz_at = _tile(dz_ptr, sample * (out_height * out_width), channel, C)
         places, masks = (), ()
         for j in tl.static_range(3):
             source = column - (j - 1) * DILATION
             meets = there & (source >= 0) & (source % SPREAD == 0) & (source // SPREAD < out_width)
-            places += ((source // SPREAD * C)[:, None],)
+            from_column = column if SPREAD == 1 else source // SPREAD
+            places += (_tile(dz_ptr, sample * (out_height * out_width) + from_column, channel, C),)
             masks += (_mask(meets, valid, C, BLOCK_C),)
         for row in range(first, last):
             x = tl.load(x_at + row * width * C, mask=mask, other=0.0).to(tl.float32)
             dx = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
-            dx, above, has_above = _input_gradient_row(dz_at, masks, places, row + DILATION, out_height, out_width, taps, dx, 0, SPREAD, C)
-            dx, here, has_here = _input_gradient_row(dz_at, masks, places, row, out_height, out_width, taps, dx, 1, SPREAD, C)
-            dx, below, has_below = _input_gradient_row(dz_at, masks, places, row - DILATION, out_height, out_width, taps, dx, 2, SPREAD, C)
+            dx, above, has_above = _gather_row(places, masks, row + DILATION, out_height, out_width, taps, dx, 0, SPREAD, DILATION, C)
+            dx, here, has_here = _gather_row(places, masks, row, out_height, out_width, taps, dx, 1, SPREAD, DILATION, C)
+            dx, below, has_below = _gather_row(places, masks, row - DILATION, out_height, out_width, taps, dx, 2, SPREAD, DILATION, C)
             tl.store(dx_at + row * width * C, dx.to(dx_ptr.dtype.element_ty), mask=mask)
             # A value that meets no gradient adds nothing, not even NaN.
             middle = x if SPREAD == 1 else tl.where(masks[1], x, 0.0)
