@@ -173,11 +173,11 @@ def _pool_fwd_kernel(
 
     top = tl.max(largest, 0)
     shrink = tl.exp(largest - top)
-    at = split * groups + group
+    at, stride = split * groups.to(tl.int64) + group, splits * groups.to(tl.int64)
     tl.store(softmax_ptr + at, top)
-    tl.store(softmax_ptr + splits * groups + at, tl.sum(total * shrink, 0))
-    tl.store(softmax_ptr + 2 * splits * groups + at, tl.sum(kept * shrink, 0))
-    pooled_ptr += at.to(tl.int64) * C
+    tl.store(softmax_ptr + stride + at, tl.sum(total * shrink, 0))
+    tl.store(softmax_ptr + 2 * stride + at, tl.sum(kept * shrink, 0))
+    pooled_ptr += at * C
     tl.store(pooled_ptr + head_column, tl.sum(head * shrink[:, None], 0), mask=head_column < C)
     tl.store(pooled_ptr + tail_column, tl.sum(tail * shrink[:, None], 0), mask=tail_column < C)
 
@@ -197,10 +197,10 @@ def _context_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     kept = tl.zeros((BLOCK_M,), tl.float32)
     for split in range(splits):
-        at = softmax_ptr + split * groups + group
+        at, stride = softmax_ptr + split * groups + group, splits * groups.to(tl.int64)
         grow = tl.exp(tl.load(at, mask=valid, other=LOWEST) - largest)
-        total += grow * tl.load(at + splits * groups, mask=valid, other=1.0)
-        kept += grow * tl.load(at + 2 * splits * groups, mask=valid, other=0.0)
+        total += grow * tl.load(at + stride, mask=valid, other=1.0)
+        kept += grow * tl.load(at + 2 * stride, mask=valid, other=0.0)
     scale = 1 / total
     # The sum of the weights is 1 but for dropout.
     kept = kept * scale if seed_ptr is not None else tl.full((BLOCK_M,), 1.0, tl.float32)
