@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .triton_common import (
     at_least_zero,
     dot,
@@ -394,11 +395,20 @@ def _second_gradient_kernel(
         tl.store(dbias_ptr + column, total.to(dbias_ptr.dtype.element_ty), mask=column < C)
 
 
-def products_configuration(rows: Rows) -> dict[str, int]:
+def products_configurations(rows: Rows) -> list[dict[str, int]]:
     """Of the sums over rows: BLOCK_M rows at a time, BLOCK_N outputs of a program."""
     if rows.x.dtype is torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_M": 32, "BLOCK_N": 64 if rows.wide and rows.width() <= 256 else 32, "num_warps": 8, "num_stages": 2}
+        return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}]
+    narrow = rows.width() <= 256
+    # Two stages of operands in registers spill with Triton 3.6: its assembler aims at 80 of them.
+    stages = 3 if narrow and not rows.wide else 2
+    first = {"BLOCK_M": 32, "BLOCK_N": 64 if rows.wide and narrow else 32, "num_warps": 8, "num_stages": stages}
+    others = ({"num_stages": 1}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
+    return [first, *(first | other for other in others)]
+
+
+def products_configuration(rows: Rows, outputs: int) -> dict[str, int]:
+    return tuning.choose("row_products_bwd", rows.x, (rows.channels, outputs), lambda: products_configurations(rows))
 
 
 class Rows(NamedTuple):
@@ -500,7 +510,7 @@ class Rows(NamedTuple):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Partial products a^T x, (parts, outputs, C), and sums: with statistics x is normalised, and the sums are those of a; without them
         x goes through the dropout, and the sums are those of x. `extra` is one more column of a, float32, and the last output then."""
-        config = products_configuration(self)
+        config = products_configuration(self, outputs)
         pieces = triton.cdiv(outputs, config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // pieces, config["BLOCK_M"])
         columns = outputs if extra is None else outputs + 1

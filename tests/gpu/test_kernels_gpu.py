@@ -7,15 +7,34 @@ import pytest
 import torch
 
 from mvit3_kernels import backend
-from mvit3_kernels.ops import LayerNorm, Linear, feed_forward, norm_linear, patch_attention, pointwise_conv, pointwise_fusion
+from mvit3_kernels.ops import (
+    BatchNorm,
+    ConvNorm,
+    LayerNorm,
+    Linear,
+    depthwise_conv,
+    feed_forward,
+    global_representation,
+    inverted_residual,
+    norm_linear,
+    patch_attention,
+    pointwise_conv,
+    pointwise_fusion,
+    separable_attention,
+)
 from tests.ops import (
+    test_depthwise_conv_triton,
     test_feed_forward_cpu,
+    test_global_representation_triton,
+    test_inverted_residual_triton,
     test_norm_linear_cpu,
     test_patch_attention_triton,
     test_pointwise_conv_cpu,
     test_pointwise_fusion_cpu,
+    test_separable_attention_cpu,
 )
 from tests.ops.inputs import mapped
+from tests.ops.measure import pooled, relative_errors
 from tests.ops.triton_kernel import TritonResults
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -83,6 +102,125 @@ class TestPointwiseFusion(GpuKernel):
     options = cpu.options
 
 
+class TestDepthwiseConv(GpuKernel):
+    op = staticmethod(depthwise_conv)
+    cpu = test_depthwise_conv_triton.TestDepthwiseConvTriton
+    shapes = ((2, 5, 4, 9), (8, 64, 64, 64), (8, 32, 32, 512), (8, 16, 16, 256), (4, 8, 8, 1024), (2, 7, 13, 33))
+    options = {
+        "silu": {"act": "silu"},
+        "large-mean-stride": {"act": "silu", "mean": 10.0, "stride": 2},
+        "dilation": {"act": "relu", "dilation": 2},
+        "frozen": {"training": False},
+        "frozen-stride-dilation": {"training": False, "stride": 2, "dilation": 3},
+    }
+
+
+class TestSeparableAttention(GpuKernel):
+    op = staticmethod(separable_attention)
+    cpu = test_separable_attention_cpu.TestSeparableAttentionCpu
+    shapes = (
+        (2, 4, 6, 5, (2, 2)),
+        (8, 32, 32, 128, (2, 2)),
+        (8, 16, 16, 192, (2, 2)),
+        (8, 8, 8, 256, (2, 2)),
+        (2, 8, 8, 512, (2, 2)),
+        (1, 7, 13, 33, (1, 1)),
+    )
+    options = cpu.options
+    one_pixel = {"patch_size": (1, 1)}
+
+
+class TestInvertedResidual(GpuKernel):
+    op = staticmethod(inverted_residual)
+    cpu = test_inverted_residual_triton.TestInvertedResidualTriton
+    shapes = (
+        (2, 9, 7, 5, 9, 5),
+        (4, 64, 64, 16, 64, 32),
+        (4, 32, 32, 64, 256, 64),
+        (8, 32, 32, 128, 512, 256),
+        (8, 16, 16, 256, 1024, 320),
+        (8, 16, 16, 384, 768, 512),
+    )
+    options = {"training": {}, "stride": {"stride": 2, "act": "relu"}, "large-mean": {"mean": 10.0, "dilation": 2}}
+
+
+class TestInvertedResidualCuda(GpuKernel):
+    """The fused kernels in CUDA C++, which take 16 bits: what KernelTester does in float32 is left to the Triton way."""
+
+    op = staticmethod(inverted_residual)
+    backend = "cuda"
+    cpu = test_inverted_residual_triton.TestInvertedResidualTriton
+    shapes = ((2, 9, 7, 5, 9, 5), (4, 64, 64, 16, 64, 32), (4, 32, 32, 64, 256, 64), (4, 33, 31, 64, 256, 128))
+    options = {"training": {}, "stride": {"stride": 2}, "evaluation": {"training": False}}
+    test_maps_that_are_too_large = test_small_batches = test_strides_do_not_matter = test_nan_and_infinity_reach_the_results = None
+    test_arguments_are_not_changed = test_registration_of_the_kernel = test_compiles_whole = test_what_it_refuses = None
+    test_second_derivative_is_refused = test_runs_are_identical = None
+
+    @pytest.fixture(autouse=True)
+    def built(self):
+        from mvit3_kernels import _native
+
+        if reason := _native.cuda_why_not(torch.empty(0, device="cuda", dtype=torch.bfloat16)):
+            pytest.skip(reason)
+
+    test_bound = None
+
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+    def test_bound_in_16_bits(self, shape, option, half):
+        dtype, arguments = half, mapped(self.make(shape, option), lambda _, t: t.to(half).double())
+        if option == "evaluation":  # without gradients
+            truth = self.evaluated("reference", arguments, torch.float64)
+            allowed, found = (relative_errors(self.evaluated(name, arguments, dtype), truth) for name in ("reference", "cuda"))
+        else:
+            truth = self.results("reference", arguments, torch.float64)
+            allowed, found = (relative_errors(self.results(name, arguments, dtype, torch.float32), truth) for name in ("reference", "cuda"))
+            again = self.results("cuda", arguments, dtype, torch.float32)
+            for name, t in self.results("cuda", arguments, dtype, torch.float32).items():
+                assert torch.equal(t, again[name]), name
+        for gradients in (False, True) if option != "evaluation" else (False,):
+            assert pooled(found, gradients) <= 2 * pooled(allowed, gradients) + torch.finfo(dtype).eps / 2, (found, allowed)
+
+    def evaluated(self, name, arguments, dtype):
+        given = mapped(arguments, lambda label, t: t.to(dtype if label == "x" or dtype is torch.float64 else torch.float32))
+        with backend(name), torch.no_grad():
+            return {"y": inverted_residual(**given)[0]}
+
+
+class TestGlobalRepresentation(GpuKernel):
+    """The resident kernel, of calls without gradients; smaller batches and all others run as the ops of the layers."""
+
+    op = staticmethod(global_representation)
+    cpu = test_global_representation_triton.TestGlobalRepresentationTriton
+    shapes = ((140, 4, 6, 9, 10), (140, 16, 16, 192, 384), (140, 8, 8, 240, 480), (140, 8, 8, 256, 512))
+    options = {
+        "heads": {"num_heads": 3},
+        "separable": {"per_sample": True, "conv": True},
+        "separable-per-token": {"layers": 1, "patch_size": (2, 1), "bias": False, "final": False},
+    }
+    one_pixel = {"patch_size": (1, 1)}
+    test_second_derivative_is_refused = test_registration_of_the_kernel = None  # there are no gradients
+
+    def make(self, shape, option=None, start=0):
+        if option == "heads" and shape[3] % 3:
+            pytest.skip(f"{shape[3]} channels are not three heads")
+        return super().make(shape, option, start)
+
+    def results(self, name, arguments, dtype=torch.float32, parameters=None):
+        def leaf(label, t):
+            return t.detach().to(dtype if label == "x" else parameters or dtype) if t.is_floating_point() else t
+
+        with backend(name), torch.no_grad():
+            return {"y": self.op(**mapped(arguments, leaf))}
+
+    def test_bound(self, shape, option, dtype):
+        arguments = mapped(self.make(shape, option), lambda _, t: t.to(dtype).double() if t.is_floating_point() else t)
+        truth = self.results("reference", arguments, torch.float64)
+        allowed = relative_errors(self.results("reference", arguments, dtype), truth)["y"]
+        for parameters in (dtype, torch.float32):
+            found = self.results("triton", arguments, dtype, parameters)
+            assert relative_errors(found, truth)["y"] <= 2 * allowed + torch.finfo(dtype).eps / 2
+
+
 def enough_memory(gigabytes):
     if torch.cuda.mem_get_info()[0] < gigabytes * 2**30:
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory")
@@ -104,6 +242,28 @@ def test_more_than_2_to_the_31_elements_of_rows(per_sample):
     close_at_the_end(lambda x: norm_linear(x, norm, first), x)
     close_at_the_end(lambda x: feed_forward(x, norm, first, second), x)
     close_at_the_end(lambda x: pointwise_conv(x, first, act="silu")[0], x)
+    qkv = Linear(torch.randn(129, 64, device="cuda") / 8)
+    close_at_the_end(lambda x: separable_attention(x, norm, qkv, second), x)
+
+
+def evaluated(channels):
+    """A norm in evaluation."""
+    one, zero = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
+    return BatchNorm(one, zero, zero, one, False)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_than_2_to_the_31_elements_of_convolutions(stride):
+    enough_memory(60)
+    x = torch.randn(520, 256, 256, 64, device="cuda", dtype=torch.bfloat16)
+    taps = torch.randn(64, 1, 3, 3, device="cuda")
+    with torch.no_grad():
+        close_at_the_end(lambda x: depthwise_conv(x, taps, evaluated(64), "silu", stride)[0], x)
+        del x
+        x = torch.randn(130, 256, 256, 64, device="cuda", dtype=torch.bfloat16)  # expanded it has more
+        wide, wide_taps, narrow = (torch.randn(shape, device="cuda") / 8 for shape in ((256, 64), (256, 1, 3, 3), (64, 256)))
+        parts = (ConvNorm(wide, evaluated(256)), ConvNorm(wide_taps, evaluated(256)), ConvNorm(narrow, evaluated(64)))
+        close_at_the_end(lambda x: inverted_residual(x, *parts, stride=stride)[0], x)
 
 
 def test_more_than_2_to_the_31_elements_of_attention():
