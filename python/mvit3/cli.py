@@ -12,9 +12,10 @@ from typing import NoReturn
 
 from . import checkpoint
 from .backends import served
-from .config import EvaluateConfig, TrainConfig, UsageError, nearest, options
+from .config import EvaluateConfig, TrainConfig
 from .data import DATASETS
 from .engine import TrainingError, evaluate, prepare, start, train
+from .options import UsageError, nearest, options
 from .report import Progress, plot, summary, summary_text, table
 
 

@@ -3,56 +3,18 @@
 The command line is built from these classes (cli.py); a configuration is checked as soon as it exists, before any work.
 """
 
-import difflib
-import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated
 
 import torch
 
 from mvit3_kernels import list_models
 
 from .data import DATASETS
-
-
-class UsageError(ValueError):
-    """An option that does not exist, or a value that it cannot have; the message names what is valid."""
-
-
-def nearest(value: str, valid: Iterable[str]) -> str:
-    """The valid name that looks most like `value`."""
-    return difflib.get_close_matches(value, list(valid), 1, 0.0)[0]
-
-
-@dataclass(frozen=True)
-class Option:
-    """Help text and bounds of a field: one of `choices`, or a number with minimum <= value < below."""
-
-    help: str
-    choices: Collection[str] = ()
-    minimum: float = -math.inf
-    below: float = math.inf
-
-    def check(self, name: str, value: object) -> None:
-        if self.choices:
-            if value not in self.choices:
-                close = nearest(str(value), self.choices)
-                raise UsageError(f"{name} must be one of {', '.join(self.choices)}; got {value!r}, the nearest is {close!r}")
-        elif isinstance(value, (int, float)) and not self.minimum <= value < self.below:  # NaN fails too
-            limit = f"and below {self.below}" if self.below < math.inf else "and finite"
-            raise UsageError(f"{name} must be at least {self.minimum} {limit}, got {value}")
-
-
-def options(config: type) -> Iterator[tuple[str, type, object, Option]]:
-    """Flag, type, default (MISSING where it has none) and `Option` of each field of a configuration class."""
-    hints = get_type_hints(config, include_extras=True)
-    for f in fields(config):
-        kind, spec = get_args(hints[f.name])
-        yield f"--{f.name.replace('_', '-')}", kind, f.default, spec
+from .options import Option, UsageError, nearest, options
 
 
 def _check_device(name: str) -> None:
