@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from . import checkpoint
 from .backends import served
-from .config import EvaluateConfig, TrainConfig
+from .config import DemoConfig, EvaluateConfig
 from .data import DATASETS
 from .engine import TrainingError, evaluate, prepare, start, train
 from .options import UsageError, nearest, options
@@ -55,7 +55,7 @@ def _parser() -> _Parser:
     parser = _Parser(prog="mvit3", description="Train and evaluate networks of the MobileViT family with fused ops.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, config, run, text in (
-        ("train", TrainConfig, _train, "train a network; by default on handwritten digits, with reference and with fused ops"),
+        ("train", DemoConfig, _train, "train a network; by default on handwritten digits, with reference and with fused ops"),
         ("evaluate", EvaluateConfig, _evaluate, "accuracy of a checkpoint on the validation images"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -66,7 +66,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _train(config: TrainConfig, quiet: bool, as_json: bool) -> None:
+def _train(config: DemoConfig, quiet: bool, as_json: bool) -> None:
     started = time.perf_counter()
     device = prepare(config.device, config.threads)
     data = DATASETS[config.data]().to(device)

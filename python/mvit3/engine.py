@@ -17,7 +17,7 @@ from torch import nn
 
 import mvit3_kernels
 
-from .config import TrainConfig, UsageError
+from .config import DemoConfig, UsageError
 from .data import Dataset, Split, train_batches
 
 EVAL_BATCH = 128  # fixed: the same batches, so the same numbers, wherever a checkpoint is evaluated
@@ -111,7 +111,7 @@ class History:
 class Run:
     """One network in training. Two runs of the same configuration see the same initial weights, batches, augmentation and dropout."""
 
-    def __init__(self, ops: str, config: TrainConfig, data: Dataset) -> None:
+    def __init__(self, ops: str, config: DemoConfig, data: Dataset) -> None:
         self.ops, self.config, self.data, self.history = ops, replace(config, ops=ops), data, History()
         torch.manual_seed(config.seed)
         model = mvit3_kernels.create_model(config.model, data.num_classes, drop_rate=config.drop_rate, proj_drop_rate=config.proj_drop_rate)
@@ -178,7 +178,7 @@ class Run:
         }
 
 
-def start(config: TrainConfig, data: Dataset) -> list[Run]:
+def start(config: DemoConfig, data: Dataset) -> list[Run]:
     """The runs of a configuration, before their first step."""
     if config.limit_train > len(data.train):
         raise UsageError(f"--limit-train must be at most the number of training images, {len(data.train)}, got {config.limit_train}")

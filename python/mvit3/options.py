@@ -45,3 +45,16 @@ def options(config: type) -> Iterator[tuple[str, type, object, Option]]:
     for f in fields(config):
         kind, spec = get_args(hints[f.name])
         yield f"--{f.name.replace('_', '-')}", kind, f.default, spec
+
+
+class Section:
+    """A section of the configuration, a frozen dataclass: its values are checked against their options as soon as it exists."""
+
+    def __post_init__(self) -> None:
+        for (_, _, _, option), f in zip(options(type(self)), fields(self), strict=True):
+            option.check(f"{self.section}.{f.name}", getattr(self, f.name))
+
+    @property
+    def section(self) -> str:
+        """Its name on the command line and in YAML files."""
+        return type(self).__name__.removesuffix("Config").lower()

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
-from ..options import Option, UsageError, options
+from ..options import Option, Section, UsageError
 
 SOURCES = ("digits", "folder", "shards")
 DECODERS = ("auto", "pil", "simplejpeg", "cv2", "nvjpeg")
 INTERPOLATIONS = ("bilinear", "bicubic")
-
-
-class Section:
-    """A section of the configuration: its values are checked against their options as soon as it exists."""
-
-    def __post_init__(self) -> None:
-        for (_, _, _, option), f in zip(options(type(self)), fields(self), strict=True):
-            option.check(f"{self.name}.{f.name}", getattr(self, f.name))
-
-    @property
-    def name(self) -> str:
-        """As the command line writes it."""
-        return type(self).__name__.removesuffix("Config").lower()
 
 
 def _check_range(name: str, values: tuple[float, ...]) -> None:
