@@ -127,6 +127,7 @@ class _Loader:
             prefetch_factor=data.prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the loader seeds its processes, which is not to touch the generator that dropout draws from
         )
 
     def _to_device(self, images: Tensor | list, labels: Tensor) -> Batch:
