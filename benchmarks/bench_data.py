@@ -53,19 +53,21 @@ def pipelines(encoded: Sequence[bytes], decoder: str) -> dict[str, Callable[[], 
     return found
 
 
-def loader_row(root: Path, recipe: str, workers: int) -> dict[str, object]:
+def loader_row(root: Path, recipe: str, workers: int, decoder: str, device: str) -> dict[str, object]:
     """Images per second of one epoch after a first one that starts the loading processes; the consumer only takes batches."""
-    train = loaders(load(recipe, root=str(root), workers=workers, batch_size=32)).train
+    train = loaders(load(recipe, root=str(root), workers=workers, batch_size=32, decoder=decoder), device=device).train
     for epoch in range(2):
         started = time.perf_counter()
         count = sum(len(labels) for _, labels in train.epoch(epoch))
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    return {"decoder": "auto", "pipeline": f"loader {recipe}", "processes": workers, "images_per_s": round(count / seconds, 1)}
+    return {"decoder": decoder, "pipeline": f"loader {recipe} to {device}", "processes": workers, "images_per_s": round(count / seconds, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="write results/data_cpu.json")
+    parser.add_argument("--json", action="store_true", help="write results/data_cpu.json, or data_gpu.json where there is a GPU")
     parser.add_argument("--images", type=int, default=320, help="generated images; 64 of them time the single pipelines")
     parser.add_argument("--width", type=int, default=500)
     parser.add_argument("--height", type=int, default=375)
@@ -85,10 +87,11 @@ def main() -> None:
         for (decoder, what), found in common.interleaved(candidates, rounds=options.rounds, warmup=1).items():
             rate = len(encoded) / found["median_ms"] * 1e3
             rows.append({"decoder": decoder, "pipeline": what, "processes": 1, "images_per_s": round(rate, 1)})
-        rows += [loader_row(root, recipe, workers) for recipe in RECIPES for workers in options.workers]
+        places = [("auto", "cpu")] + [(decoder, "cuda") for decoder in ("auto", "nvjpeg") if torch.cuda.is_available()]
+        rows += [loader_row(root, recipe, workers, *place) for place in places for recipe in RECIPES for workers in options.workers]
     print(common.table(rows))
     if options.json:
-        print(common.write("data", rows, facts, "data_cpu"))
+        print(common.write("data", rows, facts, "data_gpu" if torch.cuda.is_available() else "data_cpu"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from PIL import Image
 from benchmarks import make_images
 from mvit3.data import AugmentConfig, DataConfig, DataError, SamplerConfig, loaders, validation
 from mvit3.data.loader import TrainLoader, loading_processes
-from mvit3.data.sources import open_source
+from mvit3.data.sources import _fetch, open_source
 from mvit3.options import UsageError
 
 
@@ -337,6 +338,15 @@ def test_shards_from_urls(shards, tmp_path):
     with pytest.raises(DataError, match="cannot be fetched"):
         loaders(shard_config("", train=f"pipe:cat {shards}/nothing.tar", val="x", cache=str(cache)))
     assert not list(cache.glob("*.part"))
+
+
+def test_a_shard_is_fetched_once(shards, tmp_path):
+    """However many processes ask at the same time."""
+    url = f"pipe:echo >> {tmp_path}/fetched; sleep 0.2; cat {shards}/val-00.tar"
+    with ThreadPoolExecutor(3) as pool:
+        copies = set(pool.map(lambda _: _fetch(url, str(tmp_path / "cache")), range(3)))
+    assert [path.read_bytes() for path in copies] == [(shards / "val-00.tar").read_bytes()]
+    assert (tmp_path / "fetched").read_text() == "\n"
 
 
 @pytest.mark.parametrize("where", ["data", "header", "end mark"])

@@ -203,7 +203,7 @@ class TrainLoader(_Loader):
         """Batches of an epoch from `start_batch` on: images (N, 3, H, W) float32, channels_last, normalised, and labels (N,) int64, on the
         device. They depend on the seed, the epoch and the number of the batch alone. DataError where too many images are unreadable."""
         self.sampler.epoch, self.sampler.start = epoch, start_batch
-        return self._batches()
+        yield from self._batches()
 
     def _to_device(self, images: Tensor | list, labels: Tensor) -> Batch:
         if isinstance(images, list):
