@@ -113,6 +113,7 @@ class TrainTransform:
         # An erased part is zero for the network: it gets the pixel, in RGB and to the nearest level, that normalising makes zero.
         mean = data.mean[::-1] if self._bgr else data.mean
         self._erased = [round(255 * value) for value in mean]
+        self._crop = v2.RandomResizedCrop(1, augment.crop_scale, augment.crop_ratio) if augment.crop else None
         self._stages: list[v2.Transform] = []
         if augment.rotate or augment.zoom or augment.shift:
             self._stages.append(
@@ -138,11 +139,9 @@ class TrainTransform:
         """Crop box of an image of this size (None: the centre) and whether it is flipped."""
         with seeded((*key, 0)):
             box = None
-            if self.augment.crop:
-                box = v2.RandomResizedCrop(1, self.augment.crop_scale, self.augment.crop_ratio).make_params(
-                    [torch.empty(1).expand(3, height, width)]
-                )
-                box = box["top"], box["left"], box["height"], box["width"]
+            if self._crop is not None:
+                drawn = self._crop.make_params([torch.empty(1).expand(3, height, width)])  # looks at the shape only
+                box = drawn["top"], drawn["left"], drawn["height"], drawn["width"]
             return box, bool(torch.rand(()) < self.augment.flip)
 
     def _before_crop(self, size: int) -> int:
