@@ -1,6 +1,7 @@
 """Batches from folders, shards and digits: the same on any number of processes and from any batch on; failures of files, provoked."""
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -150,6 +151,21 @@ def test_channels_and_normalising(images):
         list(loaders(config(images, colors=colors, augment=dict(rand_augment=2, erase=1.0))).train.epoch(0)) for colors in ("rgb", "bgr")
     ]
     assert all(torch.equal(x.flip(1), y) for (x, _), (y, _) in zip(*train, strict=True))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_signals_to_loading_processes(images, stop):
+    """One to stop is for the training process, which goes on until it has saved; a process that was killed is an error that says so."""
+    train = loaders(config(images, workers=1, prefetch=1)).train
+    batches = train.epoch(0)
+    first = next(batches)
+    for worker in train._loader._iterator._workers:
+        os.kill(worker.pid, stop)
+    if stop == signal.SIGKILL:
+        with pytest.raises(DataError, match=r"a process that loads training images died: .*data.workers 0 does without"):
+            list(batches)
+    else:
+        assert len([first, *batches]) == len(train)
 
 
 # Files that cannot be read.

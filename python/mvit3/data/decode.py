@@ -12,6 +12,7 @@ pixel of the result.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 from collections.abc import Callable
@@ -89,6 +90,8 @@ class Decoder:
             name = (*installed, "pil")[0]
         elif name != "pil" and name not in installed:
             raise UsageError(f"data.decoder {name}: the package {name} is not installed; mvit3_kernels[fast] brings it, auto does without")
+        if name != "pil":
+            importlib.import_module(name)  # here, so that loading processes inherit it
         self.name = name
 
     def size(self, image: bytes | np.ndarray) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -88,12 +90,11 @@ def _collate(samples: list[tuple]) -> HostBatch:
 
 
 def _start_worker(_: int) -> None:
-    """One thread per loading process; torch's are limited by its loader."""
-    try:
-        import cv2
-    except ImportError:
-        return
-    cv2.setNumThreads(0)
+    """A loading process lives until the training process lets it go or dies: a signal to stop is for the latter, which first saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)
 
 
 def loading_processes(config: DataConfig, device: torch.device) -> int:
@@ -167,7 +168,17 @@ class _Loader:
 
     def _host(self) -> Iterator[tuple[Tensor | list, Tensor]]:
         """Batches as the loading processes give them."""
-        for images, labels, unreadable in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                images, labels, unreadable = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                # It was killed, as by a machine that is out of memory.
+                raise DataError(f"a process that loads {self.part} images died: {error}; data.workers 0 does without") from error
             self._note(unreadable)
             if len(labels):
                 yield images, labels
