@@ -205,8 +205,17 @@ def test_too_many_unreadable_images(own):
             list(train.epoch(epoch))
     for path in (own / "train").rglob("*.jpg"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="the file is empty"):
+    with pytest.raises(DataError, match=r"16 training images in turn cannot be read, the last one .*train/class_0.*: the file is empty"):
         list(loaders(config(own, max_corrupt=0.99)).train.epoch(0))
+
+
+def test_a_whole_class_that_is_unreadable(own):
+    """Images of other classes stand in for it: batches keep their size."""
+    for path in (own / "train" / "class_01").iterdir():
+        path.write_bytes(b"")
+    train = loaders(config(own, max_corrupt=0.5)).train
+    labels = torch.cat([labels for _, labels in train.epoch(0)])
+    assert len(labels) == train.sampler.images and set(labels.tolist()) == {0, 2}
 
 
 def test_an_image_that_vanishes(own):
