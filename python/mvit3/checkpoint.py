@@ -22,6 +22,10 @@ class CheckpointError(RuntimeError):
     """A file that is missing, damaged or no checkpoint of this application."""
 
 
+class Foreign(CheckpointError):
+    """A file that is none of `mvit3 train`, or too damaged to tell."""
+
+
 def _sync_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk."""
     if os.name == "posix":
@@ -101,7 +105,7 @@ def load(path: Path) -> dict[str, object]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: with the reason.
+        CheckpointError: with the reason; Foreign where it may be a checkpoint of another origin.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
@@ -114,10 +118,10 @@ def load(path: Path) -> dict[str, object]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # the unpickler has no common error type
-        raise CheckpointError(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
+        raise Foreign(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
     wrong = [key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)]
     if wrong:
-        raise CheckpointError(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")
+        raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")
     return content
 
 

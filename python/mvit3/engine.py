@@ -6,10 +6,12 @@ learning rate is a function of the step, a batch one of (seed, epoch, number). S
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -298,9 +300,7 @@ class Trainer:
             self.model.compile()
         self.network: nn.Module = self.model
         if self.world.size > 1:
-            # Running statistics go with a process through training; the first one's are evaluated and saved. Broadcasting them in each
-            # step, PyTorch's default, has the same result.
-            self.network = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.network = _distributed(self.model)
         self._graph = None
         if run.cuda_graph:
             dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
@@ -467,7 +467,8 @@ class Trainer:
             "step": p.step,
             "lr": lr,
             "train_loss": p.loss_sum / p.steps if p.steps else None,
-            **{f"{name}{key}": None for name in ("", "ema_") for key in ("accuracy", "accuracy5", "val_loss")},
+            **{f"{name}{key}": None for name in ("", "ema_") for key in ("accuracy", "accuracy5", "val_loss", "correct")},
+            "total": None,
             "images_per_second": p.images / p.seconds if p.seconds else None,
             "data_wait": p.wait_seconds / p.seconds if p.seconds else None,
             "seconds": p.seconds,
@@ -476,6 +477,7 @@ class Trainer:
         }
         for name, found in evaluations.items():
             row |= {f"{name}accuracy": found.accuracy, f"{name}accuracy5": found.accuracy5, f"{name}val_loss": found.loss}
+            row |= {f"{name}correct": found.correct, "total": found.total}
         p.history.append(row)
         p.epoch, p.batch = p.epoch + 1, 0
         p.loss_sum, p.steps, p.images, p.seconds, p.wait_seconds = 0.0, 0, 0, 0.0, 0.0
@@ -548,7 +550,9 @@ class Trainer:
         except OSError as error:
             kept = self.folder / checkpoint.LAST
             message = f"no checkpoint could be written: {error.strerror or error}"
-            raise OSError(error.errno, message + (f"; the last good one is kept: {kept}" if kept.exists() else ""), str(self.folder)) from None
+            raise OSError(
+                error.errno, message + (f"; the last good one is kept: {kept}" if kept.exists() else ""), str(self.folder)
+            ) from None
 
     def load(self, content: dict[str, object], strict: bool = True) -> None:
         """Goes on where a checkpoint was made.
@@ -567,7 +571,9 @@ class Trainer:
             if self.ema is not None:
                 self.ema.module.load_state_dict(content["ema_state_dict"] or content["state_dict"])
         except RuntimeError as error:
-            raise checkpoint.CheckpointError(f"the checkpoint does not fit {self.config.model.name}: {str(error).splitlines()[0]}") from None
+            raise checkpoint.CheckpointError(
+                f"the checkpoint does not fit {self.config.model.name}: {str(error).splitlines()[0]}"
+            ) from None
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
         for group, options in zip(self.optimizer.param_groups, fresh, strict=True):
@@ -595,6 +601,16 @@ class Trainer:
         if batch != self.config.data.batch_size * self.world.size:
             changes.append(f"images per batch over all processes were {batch}, are {self.config.data.batch_size * self.world.size}")
         return changes
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    """The network with gradients averaged over the processes. Running statistics stay with a process, and the first one's are
+    evaluated and saved: the result of broadcasting them in each step, which is PyTorch's default."""
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 filters, which have two spellings
+    new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
+    )
 
 
 def _count(number: int, noun: str) -> str:

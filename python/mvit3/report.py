@@ -17,7 +17,14 @@ from .engine import Listener, Trainer
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported for a plot only, it takes a second
 
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+}
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by everyone, and in print
 
 
@@ -167,14 +174,17 @@ def _rows(result: dict[str, object]) -> list[list[str]]:
 
 def _facts(result: dict[str, object]) -> list[str]:
     last = result["history"][-1] if result["history"] else {}
+    steps = f"{result['epochs']} epochs, {result['steps']} steps of {result['effective_batch']} images, seed {result['seed']}"
+    machine = f"{result['device']}, {result['processes']} x {result['threads']} CPU threads, precision {result['precision']}"
     facts = [
-        f"{result['model']} on {result['data']}: {result['train_images']} training images, {result['epochs']} epochs, {result['steps']} steps "
-        f"of {result['effective_batch']} images, seed {result['seed']}; {result['device']}, {result['processes']} x {result['threads']} CPU "
-        f"threads, precision {result['precision']}, {result['seconds']:.0f} s in all",
+        f"{result['model']} on {result['data']}: {result['train_images']} training images, {steps}",
+        f"{machine}, {result['seconds']:.0f} s in all",
         f"{result['ops']} ops served by {result['backend']}",
     ]
     if last.get("images_per_second"):
-        facts.append(f"{last['images_per_second']:.0f} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)")
+        facts.append(
+            f"{last['images_per_second']:.0f} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)"
+        )
     if result["best_epoch"]:
         facts.append(f"best accuracy {percent(result['best_accuracy'])} after epoch {result['best_epoch']}")
     if result["skipped_steps"]:
@@ -187,7 +197,7 @@ def summary_text(result: dict[str, object]) -> str:
     """The result as a table and a few lines."""
     lines = _facts(result)
     if result["history"]:
-        lines[1:1] = ["", table(_rows(result)), ""]
+        lines[2:2] = ["", table(_rows(result)), ""]
     if not result["finished"]:
         lines.append("stopped before the end; the same command goes on from here")
     lines += ["", f"checkpoint  {result['checkpoint']}"]
@@ -266,30 +276,29 @@ def _svg(draw, *arguments) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
+def _html_table(rows: list[list[str]]) -> str:
+    lines = ("".join(f"<{'td' if i else 'th'}>{html.escape(cell)}</{'td' if i else 'th'}>" for cell in row) for i, row in enumerate(rows))
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
 def write_html(path: Path, result: dict[str, object], confusion: list[list[int]] | None, class_names: list[str]) -> None:
     """The report of a run: one file that needs no other."""
-    rows = _rows(result)
-    cells = "".join("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>" for tag, row in zip(["th", *["td"] * len(rows)], rows))
     keys = [key for key in result["history"][0] if any(row[key] is not None for row in result["history"])]
-    epochs = "<tr>" + "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in keys) + "</tr>"
+    epochs = [[key.replace("_", " ") for key in keys]]
     for row in result["history"]:
-        values = ("" if row[k] is None else f"{row[k]:.5g}" if isinstance(row[k], float) else str(row[k]) for k in keys)
-        epochs += "<tr>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
+        epochs.append(["" if row[k] is None else f"{row[k]:.5g}" if isinstance(row[k], float) else str(row[k]) for k in keys])
     parts = [
         f"<h1>{html.escape(str(result['model']))} on {html.escape(str(result['data']))}</h1>",
         *(f"<p>{html.escape(fact)}</p>" for fact in _facts(result)),
-        f"<table>{cells}</table>",
+        _html_table(_rows(result)),
         _svg(_curves, result["history"]),
     ]
     if confusion:
         parts += ["<h2>Which class is taken for which, last epoch</h2>", _svg(_confusion, confusion, class_names)]
-    parts += ["<h2>Epochs</h2>", f"<table>{epochs}</table>"]
+    parts += ["<h2>Epochs</h2>", _html_table(epochs)]
     style = (
         "body{font:15px sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}td,th{padding:.25em .7em;text-align:right;"
         "border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1em 0}svg{max-width:100%;height:auto}"
     )
-    title = f"{result['model']} on {result['data']}"
-    logs.write(
-        path,
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>{"".join(parts)}</html>\n',
-    )
+    head = f'<meta charset="utf-8"><title>{html.escape(result["model"])}</title><style>{style}</style>'
+    logs.write(path, f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n')
