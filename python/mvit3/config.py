@@ -1,4 +1,4 @@
-"""What a command can be told: every option with its type, default, help text and bounds, in one place.
+"""What training can be told: every option with its type, default, help text and bounds, in one place.
 
 The command line is built from these classes (cli.py); a configuration is checked as soon as it exists, before any work.
 """
@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args, get_type_hints
 
 import torch
 from timm.optim import list_optimizers
 
 from mvit3_kernels import list_models
 
-from .data import DATASETS, AugmentConfig, DataConfig, SamplerConfig
-from .options import Option, Section, UsageError, nearest, options
+from .data.config import AugmentConfig, DataConfig, SamplerConfig
+from .options import Option, Section, UsageError, nearest
+
+
+def check_output(folder: str) -> None:
+    """Raises UsageError where files cannot be written below `folder`, which need not exist yet."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"run.output {folder}: {existing} is not a folder that can be written")
 
 
 def _check_device(option: str, name: str) -> None:
@@ -28,60 +37,6 @@ def _check_device(option: str, name: str) -> None:
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         present = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise UsageError(f"{option} {name} does not exist here; there is {present}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options that all commands share."""
-
-    device: Annotated[str, Option("where to run: cpu, cuda or cuda:N; auto takes a GPU where there is one")] = "auto"
-    threads: Annotated[int, Option("CPU threads; 0: one for each physical core that this process may use", minimum=0)] = 0
-
-    def __post_init__(self) -> None:
-        for (flag, _, _, option), f in zip(options(type(self)), fields(self), strict=True):
-            option.check(flag, getattr(self, f.name))
-        _check_device("--device", self.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig(Options):
-    """Options of `mvit3 train`; the defaults are the demonstration on handwritten digits."""
-
-    data: Annotated[str, Option("data set", tuple(DATASETS))] = "digits"
-    model: Annotated[str, Option("network", list_models())] = "mobilevitv3_xxs"
-    ops: Annotated[str, Option("fused ops, reference ops, or both from the same seed", ("fused", "reference", "both"))] = "both"
-    epochs: Annotated[int, Option("passes over the training images", minimum=1)] = 20
-    batch_size: Annotated[int, Option("images per step; a ragged last batch is left out", minimum=2)] = 64
-    lr: Annotated[float, Option("peak of AdamW's learning rate: linear warm-up, then half a cosine", minimum=1e-7, below=1)] = 3e-3
-    warmup_epochs: Annotated[float, Option("epochs of warm-up", minimum=0)] = 2.0
-    weight_decay: Annotated[float, Option("decay of matrices and filters, not of norms and biases", minimum=0)] = 0.05
-    label_smoothing: Annotated[float, Option("share of the target spread over all classes", minimum=0, below=1)] = 0.1
-    drop_rate: Annotated[float, Option("dropout before the classifier; the short demo needs none", minimum=0, below=1)] = 0.0
-    proj_drop_rate: Annotated[float, Option("dropout behind attention and feed-forward; the demo needs none", minimum=0, below=1)] = 0.0
-    seed: Annotated[int, Option("of weights, batches, augmentation, dropout; the split is fixed", minimum=0, below=2**31)] = 0
-    limit_train: Annotated[int, Option("use only so many training images; 0: all", minimum=0)] = 0
-    output: Annotated[Path, Option("folder for checkpoints, curves.png and report.json")] = Path("runs/digits")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        existing = self.output.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise UsageError(f"--output {self.output}: {existing} is not a folder that can be written")
-
-    @property
-    def runs(self) -> tuple[str, ...]:
-        return ("reference", "fused") if self.ops == "both" else (self.ops,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Options):
-    """Options of `mvit3 evaluate`."""
-
-    checkpoint: Annotated[Path, Option("checkpoint that `mvit3 train` wrote")]
-    data: Annotated[str, Option("data set, whose validation part is used", tuple(DATASETS))] = "digits"
-    ops: Annotated[str, Option("trained: those of the checkpoint's training", ("trained", "fused", "reference"))] = "trained"
 
 
 AMP = ("none", "bf16", "fp16")
@@ -198,8 +153,13 @@ class RunConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_device("run.device", self.device)
-        if self.sync_bn and self.device == "cpu":
+        on_gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
+        if self.sync_bn and not on_gpu:
             raise UsageError("run.sync_bn needs a GPU: PyTorch has no synchronised batch norm on the CPU")
+        if self.cuda_graph and not on_gpu:
+            raise UsageError("run.cuda_graph needs a GPU")
+        if self.cuda_graph and self.accumulate > 1:
+            raise UsageError("run.cuda_graph records one batch as one step: it excludes run.accumulate above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,17 +183,42 @@ class TrainConfig:
         Raises:
             UsageError: an unknown name (the nearest is told) or an impossible value.
         """
+        check_names(values)
         sections = {f.name: f.default_factory for f in fields(cls)}
-        for name, content in values.items():
-            if name not in sections:
-                raise UsageError(f"there is no section {name!r}; the nearest is {nearest(name, sections)!r}")
-            known = [f.name for f in fields(sections[name])]
-            for key in content:
-                if key not in known:
-                    raise UsageError(f"there is no option '{name}.{key}'; the nearest is '{name}.{nearest(key, known)}'")
-        lists = {name: {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()} for name, content in values.items()}
-        return cls(**{name: section(**lists.get(name, {})) for name, section in sections.items()})
+        return cls(**{
+            name: section(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.get(name, {}).items()})
+            for name, section in sections.items()
+        })  # fmt: skip
 
     def to_dict(self) -> dict[str, dict[str, object]]:
         """Nested plain values."""
-        return asdict(self)
+        return {
+            section: {key: list(v) if isinstance(v, tuple) else v for key, v in content.items()}
+            for section, content in asdict(self).items()
+        }
+
+
+def section_options() -> Iterator[tuple[str, str, type, object, Option]]:
+    """Section, key, type, default and `Option` of every option of training."""
+    for section in fields(TrainConfig):
+        hints = get_type_hints(section.default_factory, include_extras=True)
+        for f in fields(section.default_factory):
+            kind, option = get_args(hints[f.name])
+            yield section.name, f.name, kind, f.default, option
+
+
+def check_names(values: object) -> None:
+    """Raises UsageError where nested plain values have a name that is no option of training; the nearest is told."""
+    names: dict[str, list[str]] = {}
+    for section, key, *_ in section_options():
+        names.setdefault(section, []).append(key)
+    if not isinstance(values, Mapping):
+        raise UsageError(f"a configuration maps sections ({', '.join(names)}) to options, got {values!r}")
+    for section, content in values.items():
+        if section not in names:
+            raise UsageError(f"there is no section {section!r}; the nearest is {nearest(str(section), names)!r}")
+        if not isinstance(content, Mapping):
+            raise UsageError(f"{section} must map options to values, got {content!r}")
+        for key in content:
+            if key not in names[section]:
+                raise UsageError(f"there is no option '{section}.{key}'; the nearest is '{section}.{nearest(str(key), names[section])}'")
