@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import (
     activate,
     activate_backward,
@@ -458,8 +459,9 @@ def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[st
     return chosen
 
 
-def configuration(channels: int, itemsize: int, backward: bool) -> dict[str, int]:
-    return configurations(channels, itemsize, backward)[0]
+def configuration(kernel: str, x: Tensor) -> dict[str, int]:
+    channels, backward = x.shape[-1], kernel.endswith("bwd")
+    return tuning.choose(f"depthwise_conv_{kernel}", x, (channels,), lambda: configurations(channels, x.element_size(), backward))
 
 
 class _Work:
@@ -490,7 +492,7 @@ def _launch_filter(x, weight, norm, eps, act, y, measured: bool, stride: int, di
     """Fills y, where given, from contiguous x, weight and, where given, norm: (weight, bias, mean, var). Returns the moments of the
     convolution where `measured`."""
     channels, out, dilation = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
-    config = configuration(channels, x.element_size(), backward=False)
+    config = configuration("fwd", x)
     work = _Work(x, out[1], out[0], dilation, config)
     part = count = None
     if measured:
@@ -529,8 +531,8 @@ def filter_backward(dz: Tensor, x: Tensor, weight: Tensor, stride: int, dilation
     if x.numel() == 0:
         return dx, dweight.zero_()
     channels, out, dilation = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
-    config = configuration(channels, x.element_size(), backward=True)
     by_parity = stride == 2 and dilation == 1
+    config = configuration("stride_2_bwd" if by_parity else "bwd", x)
     work = _Work(x, out[1] if by_parity else x.shape[2], out[0] if by_parity else x.shape[1], 1, config)
     part = torch.empty((9, work.parts, channels), dtype=torch.float32, device=x.device)
     arguments = (dz, x, weight, dx, part, *work.sizes(x, out))
@@ -572,7 +574,7 @@ def depthwise_conv_backward(
     if dy.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), dscale.zero_(), dbias.zero_()
     channels, out, reach = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
-    config = configuration(channels, x.element_size(), backward=True)
+    config = configuration("norm_bwd", x)
     work = _Work(x, out[1], out[0], reach, config)
     part = torch.empty((2, work.parts, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training else None
