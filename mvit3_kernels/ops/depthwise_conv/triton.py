@@ -448,8 +448,9 @@ def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[st
     """Tiles of pixels and channels, and their warps, the one that is used first. A thread has 16 bytes of a row forward and 4 channels
     backward, where it holds nine taps and the sums of their gradients."""
     values = 4 if backward else 16 // itemsize
+    tiles = ((32, 16, 4), (64, 8, 4), (64, 16, 8)) if values == 4 else ((64, 16, 4), (32, 32, 4), (64, 8, 2))
     chosen = []
-    for width, pixels, warps in ((32, 16, 4), (32, 32, 8), (64, 16, 8)) if values == 4 else ((64, 16, 4), (64, 32, 8), (32, 32, 4)):
+    for width, pixels, warps in tiles:
         block_c = min(triton.next_power_of_2(channels), width)
         block_x = min(pixels * (width // block_c), 64)
         config = {"BLOCK_X": block_x, "BLOCK_C": block_c, "num_warps": max(min(warps, block_x * block_c // (32 * values)), 1)}
@@ -530,8 +531,8 @@ def filter_backward(dz: Tensor, x: Tensor, weight: Tensor, stride: int, dilation
     if x.numel() == 0:
         return dx, dweight.zero_()
     channels, out, dilation = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
-    config = configuration("filter_bwd", x)
     by_parity = stride == 2 and dilation == 1
+    config = configuration("stride_2_bwd" if by_parity else "bwd", x)
     work = _Work(x, out[1] if by_parity else x.shape[2], out[0] if by_parity else x.shape[1], 1, config)
     part = torch.empty((9, work.parts, channels), dtype=torch.float32, device=x.device)
     arguments = (dz, x, weight, dx, part, *work.sizes(x, out))
@@ -573,7 +574,7 @@ def depthwise_conv_backward(
     if dy.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(weight), dscale.zero_(), dbias.zero_()
     channels, out, reach = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
-    config = configuration("bwd", x)
+    config = configuration("norm_bwd", x)
     work = _Work(x, out[1], out[0], reach, config)
     part = torch.empty((2, work.parts, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training else None
