@@ -86,7 +86,7 @@ def input_configuration(rows: Rows) -> dict[str, int]:
 
 def pool_configuration(rows: Rows) -> dict[str, int]:
     """Of the kernel of the scores: BLOCK_M tokens at a time, whose sums stay apart, in registers, until the end."""
-    block = max(4096 // triton.next_power_of_2(rows.width()), 8)
+    block = min(max(4096 // triton.next_power_of_2(rows.width()), 8), 32)
     return {"BLOCK_M": block, "num_warps": 4 if block > 8 else 8, "num_stages": 2}
 
 
