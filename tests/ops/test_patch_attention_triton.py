@@ -45,6 +45,7 @@ class TestPatchAttentionTriton(TritonKernel):
         Case(80, BF16, (1, 16, 16, 4, 9), {"dropout": 0.1}),
         Case(80, BF16, (1, 16, 16, 4, 64), {"dropout": 0.1}, 128),
         Case(80, F32, (1, 8, 8, 4, 60), {"dropout": 0.1}, 128),
+        Case(86, BF16, (1, 16, 16, 4, 48), {"dropout": 0.1}, 128),
         # The heads of the networks.
         *(
             Case(architecture, kind, (1, 32, 32, 2, dim), {"dropout": 0.1})
