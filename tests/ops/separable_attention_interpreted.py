@@ -36,12 +36,11 @@ class TestSeparableAttention(TritonResults):
         for gradients in (False, True):
             assert pooled(errors, gradients) <= 2 * pooled(allowed, gradients) + 6e-8, (errors, allowed)
 
-    @pytest.mark.parametrize("shape", [(1, 1, 1, 3, (1, 1)), (2, 6, 4, 17, (3, 2)), (2, 3, 5, 16, (3, 5)), (2, 16, 16, 9, (2, 2))], ids=str)
-    def test_groups(self, shape):
+    @pytest.mark.parametrize("sizes", [(1, 1, 1, 3, (1, 1)), (2, 6, 4, 17, (3, 2)), (2, 3, 5, 16, (3, 5)), (2, 16, 16, 9, (2, 2))], ids=str)
+    def test_groups(self, sizes):
         """A token a group, positions that are no power of 2, a patch as large as the map, groups of as many tokens as a block has."""
-        self.check(self.make(shape, "dropouts"))
+        self.check(self.make(sizes, "dropouts"))
 
-    @pytest.mark.parametrize("option", ["per-token", "dropouts"])
     def test_scores_far_apart(self, option):
         """Largest scores that grow from tile to tile and from part to part, and exponentials that vanish."""
         arguments = self.make((1, 14, 10, 40, (1, 1)), option)

@@ -69,25 +69,25 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that the dis
 def configurations(rows: Rows) -> list[dict[str, int]]:
     """Of the kernels with products: BLOCK_M rows of a program, the blocks of BLOCK_F values that it walks over. The first is shipped."""
     if rows.x.dtype is torch.float32:
-        return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": 2} for warps in (8, 4)]
+        return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 2}]
     shipped = {"BLOCK_M": rows.block(), "BLOCK_F": 32 if rows.block() == 64 else 16, "num_warps": 8, "num_stages": 1}
     others = ({"num_stages": 2}, {"num_warps": 4}, {"BLOCK_M": 32, "BLOCK_F": 32, "num_warps": 4}, {"BLOCK_M": 16, "num_warps": 4})
     return [shipped, *(shipped | other for other in others)]
 
 
-def configuration(rows: Rows) -> dict[str, int]:
-    return tuning.choose("separable_attention", rows.x, (rows.channels,), lambda: configurations(rows))
+def configuration(kernel: str, rows: Rows) -> dict[str, int]:
+    return tuning.choose(f"separable_attention_{kernel}", rows.x, (rows.channels,), lambda: configurations(rows))
 
 
 def input_configuration(rows: Rows) -> dict[str, int]:
     """Of the kernel of the gradient of x, which holds a row three times: rows, the blocks of values that it walks over."""
-    config = configuration(rows)
+    config = configurations(rows)[0]
     return config | {"BLOCK_M": min(config["BLOCK_M"], 32 if rows.width() <= 256 else 16)} if rows.width() > 192 else config
 
 
 def pool_configuration(rows: Rows) -> dict[str, int]:
     """Of the kernel of the scores: BLOCK_M tokens at a time, whose sums stay apart, in registers, until the end."""
-    block = max(4096 // triton.next_power_of_2(rows.width()), 8)
+    block = min(max(4096 // triton.next_power_of_2(rows.width()), 8), 32)
     return {"BLOCK_M": block, "num_warps": 4 if block > 8 else 8, "num_stages": 2}
 
 
@@ -515,7 +515,7 @@ def _forward(
         norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias
     )
     (score_seed, score_keep), (output_seed, output_keep) = _dropouts(score_dropout, output_dropout, seed)
-    pool, config = pool_configuration(rows), configuration(rows)
+    pool, config = pool_configuration(rows), configuration("fwd", rows)
     splits, per_split = split_rows(groups.tokens, 4 * multiprocessors(x) // groups.count, pool["BLOCK_M"])
     part_mean, part_spread, rows_per_part, parts = rows.partial_statistics() if per_sample else (None, None, 0, 0)
     softmax, sums = float32(3, splits, groups.count), float32(splits, groups.count, rows.channels)
@@ -576,7 +576,7 @@ def separable_attention_backward(
         gradients += [None if t is None else torch.empty_like(t) for t in (out_weight, out_bias)]
         return dx, *(x.new_empty(0) if t is None else t.zero_() for t in gradients)
     (score_seed, score_keep), (output_seed, output_keep) = _dropouts(score_dropout, output_dropout, seed)
-    config = configuration(rows)
+    config = configuration("bwd", rows)
     block, seen = config["BLOCK_M"], {"PER_SAMPLE": per_sample, **groups.patch, **rows.tiles}
     splits, per_block = triton.cdiv(groups.tokens, block), max(block // groups.tokens, 1)
 
