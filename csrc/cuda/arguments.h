@@ -36,6 +36,7 @@ struct Packed {
   const float* taps;      // (channels / 32, 9, 32), times the scale of the middle norm
   const float* shift;     // (channels): of the middle norm
   const float* backward;  // (channels, 8): see Backward::Channel
+  const float* last;      // (outputs, 2): scale and shift of the last norm
   int channels, inputs;
 };
 

@@ -17,7 +17,7 @@ struct Moments {
 
 MVIT3_DEVICE Moments merge(Moments a, float count_a, Moments b, float count_b) {
   if (count_b == 0.0f) return a;
-  const float share = count_b / (count_a + count_b), apart = b.mean - a.mean;
+  const float share = fast_divide(count_b, count_a + count_b), apart = b.mean - a.mean;
   return {a.mean + apart * share, a.squares + b.squares + apart * apart * count_a * share};
 }
 
@@ -25,8 +25,8 @@ MVIT3_DEVICE Moments merge(Moments a, float count_a, Moments b, float count_b) {
 
 struct PackArguments {
   Values expand, depthwise, project;
-  Norm norm, middle;  // middle: with or without parameters
-  bool folds;         // whether there is a middle norm
+  Norm norm, middle, last;
+  bool folds;  // the middle and the last norm too
   const float *z_scale, *z_shift, *c0, *c1, *c2;  // or null
   int inputs, wide, outputs;
   Packed to;
@@ -38,7 +38,7 @@ struct Pack {
   static constexpr int kBlocksAtOnce = 1;
 
   static MVIT3_BOTH int64_t count(const Arguments& a) {
-    return int64_t(a.to.channels) * (a.to.inputs + 1 + (a.project.data ? a.outputs : 0));
+    return int64_t(a.to.channels) * (a.to.inputs + 1 + (a.project.data ? a.outputs : 0)) + (a.folds ? a.outputs : 0);
   }
 
   static MVIT3_DEVICE void pack_channel(const Arguments& a, int c) {
@@ -70,10 +70,13 @@ struct Pack {
       static_cast<T*>(const_cast<void*>(a.to.expand))[i] = from_float<T>(there ? value_at<T>(a.expand, row * a.inputs + column) : 0.0f);
     } else if (i < weights + a.to.channels) {
       pack_channel(a, int(i - weights));
-    } else {
+    } else if (i < weights + a.to.channels * int64_t(1 + a.outputs)) {
       const int64_t at = i - weights - a.to.channels, row = at / a.to.channels, column = at % a.to.channels;
       static_cast<T*>(const_cast<void*>(a.to.project))[at] =
           from_float<T>(column < a.wide ? value_at<T>(a.project, row * a.wide + column) : 0.0f);
+    } else {
+      const int c = int(i - weights - a.to.channels * int64_t(1 + a.outputs));
+      reinterpret_cast<Affine*>(const_cast<float*>(a.to.last))[c] = affine_at<T>(a.last, c);
     }
   }
 };
@@ -84,7 +87,7 @@ Packed packed_in(const Maps& m, float* workspace, int64_t* floats) {
   int64_t at = 0;
   const auto take = [&](int64_t count) { return workspace + std::exchange(at, at + count); };  // all multiples of 4
   const Packed packed{take(int64_t(channels) * inputs / 2), take(int64_t(channels) * m.outputs / 2), take(2 * channels), take(9 * channels),
-                      take(channels), take(8 * channels), channels, inputs};
+                      take(channels), take(8 * channels), take(round_up(2 * m.outputs, 4)), channels, inputs};
   *floats = at;
   return packed;
 }
@@ -204,7 +207,7 @@ struct Filter {
         squares.first += one * one;
         squares.second += two * two;
       }
-      const float n = float(length), inverse = length ? 1.0f / n : 0.0f;
+      const float n = float(length), inverse = length ? fast_divide(1.0f, n) : 0.0f;
       Moments one{shift.first + sum.first * inverse, squares.first - sum.first * sum.first * inverse};
       Moments two{shift.second + sum.second * inverse, squares.second - sum.second * sum.second * inverse};
       const float other = shuffle_xor(n, 16);
@@ -364,7 +367,8 @@ struct Inference {
           for (int j = 0; j < kColumnBlocks; ++j) {
             const int channel = first_output + first_column + 8 * j + 2 * t;
             if (channel >= m.outputs) continue;
-            const Affine one = affine_at<T>(a.last, channel), two = affine_at<T>(a.last, channel + 1 < m.outputs ? channel + 1 : channel);
+            const Affine* const norms = reinterpret_cast<const Affine*>(a.front.packed.last);
+            const Affine one = norms[channel], two = norms[channel + 1 < m.outputs ? channel + 1 : channel];
             Pair value{one.scale * sum[i][j][2 * half] + one.shift, two.scale * sum[i][j][2 * half + 1] + two.shift};
             if (a.residual) {
               const Pair add = load_pair(from, channel, m.inputs);
@@ -798,6 +802,7 @@ void inference(const InferenceArguments& a, void* stream) {
     PackArguments parameters{};
     parameters.project = a.project;
     parameters.middle = a.middle;
+    parameters.last = a.last;
     parameters.folds = true;
     pack_into<typename K::Type>(ready.front, parameters, a.workspace, stream);
     launch<K>(ready, blocks_for<K>(a, shared), slices, shared, stream);

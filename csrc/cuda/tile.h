@@ -20,7 +20,7 @@ MVIT3_DEVICE float value_at(const Values& values, int64_t i) {
 }
 
 // What batch normalisation does to a channel.
-struct Affine {
+struct alignas(8) Affine {
   float scale, shift;
 };
 
