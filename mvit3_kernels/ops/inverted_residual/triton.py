@@ -635,7 +635,7 @@ def _correct(
     matrix, shift = torch.empty_like(covariance), torch.empty_like(mean)
     _expand_gradient_kernel[(triton.cdiv(wide, 16),)](
         x, product, sums, weight, scale, mean, covariance, var, dweight, dscale, dbias, correction, rows, eps, CENTRED=centred,
-        C=inputs, E=wide, BLOCK_E=16, BLOCK_C=32, num_warps=8,
+        C=inputs, E=wide, BLOCK_E=16, BLOCK_C=16, num_warps=4,  # larger tiles spill at some widths
     )  # fmt: skip
     _correction_bwd_kernel[(triton.cdiv(inputs, 32) ** 2,)](
         x, weight, correction, matrix, shift, C=inputs, E=wide, BLOCK_E=32, BLOCK_C=32, num_warps=4
