@@ -27,10 +27,10 @@ class TestDepthwiseConv(TritonResults):
     shapes = ((2, 5, 4, 9), (1, 3, 17, 34))
     options = {
         "silu": {"act": "silu"},
-        "large-mean-stride": {"act": "silu", "mean": 10.0, "stride": 2},
+        "large-mean-stride": {"act": "relu", "mean": 10.0, "stride": 2},
         "frozen-dilation": {"training": False, "dilation": 2},
         "frozen-stride": {"training": False, "stride": 2},
-        "frozen-stride-dilation": {"training": False, "act": "relu", "stride": 2, "dilation": 3},
+        "frozen-stride-dilation": {"training": False, "stride": 2, "dilation": 3},
     }
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given))

@@ -1,8 +1,12 @@
+import importlib
+
+import pytest
 import torch
 
 from mvit3_kernels.ops import depthwise_conv
 from mvit3_kernels.ops.types import ACTIVATIONS
 
+from ..triton_tools import SHARED_MEMORY_LIMITS, resources
 from .test_depthwise_conv import TestDepthwiseConv as Reference
 from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
 
@@ -50,3 +54,15 @@ class TestDepthwiseConvTriton(TritonKernel):
         Case("gfx942", F16, (2, 8, 8, 128), {"act": "silu", "stride": 2}),
     )
     larger = (3, 9, 11, 256)
+
+    @pytest.mark.parametrize(("dtype", "stride"), [(BF16, 1), (F32, 2)], ids=str)
+    def test_every_configuration_fits(self, monkeypatch, dtype, stride):
+        """Those that a tuning run may choose as well."""
+        kernels = importlib.import_module("mvit3_kernels.ops.depthwise_conv.triton")
+        listed = kernels.configurations
+        for i in (1, 2):
+            monkeypatch.setattr(kernels, "configurations", lambda *args, i=i, **kw: listed(*args, **kw)[i:])
+            for kernel in self.compiled(Case(90, dtype, (2, 8, 8, 256), {"act": "silu", "stride": stride})):
+                used = resources(kernel)
+                assert used.stack == 0, f"{kernel.metadata.name} spills: {used}"
+                assert used.shared <= min(SHARED_MEMORY_LIMITS.values()), f"{kernel.metadata.name}: {used}"

@@ -447,8 +447,9 @@ def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[st
     """Tiles of pixels and channels, and their warps, the one that is used first. A thread has 16 bytes of a row forward and 4 channels
     backward, where it holds nine taps and the sums of their gradients."""
     values = 4 if backward else 16 // itemsize
+    tiles = ((32, 16, 4), (64, 8, 4), (64, 16, 8)) if values == 4 else ((64, 16, 4), (32, 32, 4), (64, 8, 2))
     chosen = []
-    for width, pixels, warps in ((32, 16, 4), (32, 32, 8), (64, 16, 8)) if values == 4 else ((64, 16, 4), (64, 32, 8), (32, 32, 4)):
+    for width, pixels, warps in tiles:
         block_c = min(triton.next_power_of_2(channels), width)
         block_x = min(pixels * (width // block_c), 64)
         config = {"BLOCK_X": block_x, "BLOCK_C": block_c, "num_warps": max(min(warps, block_x * block_c // (32 * values)), 1)}
