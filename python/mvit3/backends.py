@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvit3_kernels import _native
 from mvit3_kernels.ops.dispatch import forced_backend
 
-from .engine import use_ops
+from .config import RunConfig
+from .engine import autocast, use_ops
 
 
 class _Calls(TorchDispatchMode):
@@ -28,12 +29,13 @@ class _Calls(TorchDispatchMode):
 
 
 @torch.no_grad()
-def served(model: nn.Module, images: Tensor, ops: str) -> str:
-    """What computes a training step of `model`: "cpu avx512 (batch_norm_act)", or "reference" and why no kernel does."""
-    if ops == "reference":
+def served(model: nn.Module, images: Tensor, run: RunConfig, training: bool = True) -> str:
+    """What computes a step of `model`: "cpu avx512 (batch_norm_act)", or "reference" and why no kernel does."""
+    if run.ops == "reference":
         return "reference"
-    model = copy.deepcopy(model).train()  # the forward pass updates running statistics
-    with use_ops(ops), _Calls() as calls:
+    model = copy.deepcopy(model).train(training)  # the forward pass updates running statistics
+    images = images.contiguous(memory_format=torch.channels_last) if run.channels_last else images
+    with use_ops(run.ops), autocast(run, images.device), _Calls() as calls:
         model(images)
     if calls.names:
         kind = f"cpu {_native.isa()}" if images.device.type == "cpu" else images.device.type

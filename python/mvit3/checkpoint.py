@@ -1,47 +1,111 @@
-"""Checkpoints: written whole or not at all, read as tensors and plain values only."""
+"""Checkpoints: written whole or not at all, read as tensors and plain values only.
+
+A folder holds `last.pt`, the one before it (`previous.pt`), `best.pt`, and `epoch_NNNN.pt` where every so many epochs are kept. They are
+links to the same files where they coincide, so that each state is written once.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-import mvit3_kernels
-
-FORMAT = {"state_dict": dict, "model": str, "num_classes": int, "config": dict, "epoch": int, "accuracy": float}
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+FORMAT = {"state_dict": dict, "ema_state_dict": dict, "config": dict, "num_classes": int, "class_names": list, "progress": dict}
 
 
 class CheckpointError(RuntimeError):
     """A file that is missing, damaged or no checkpoint of this application."""
 
 
-def save(path: Path, content: dict[str, object]) -> None:
-    """Writes a checkpoint to a file of its own, forces it to disk and only then gives it its name: `path` always holds a whole one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+class Foreign(CheckpointError):
+    """A file that is none of `mvit3 train`, or too damaged to tell."""
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name, at once; a copy where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name itself reaches the disk with its folder
-        folder = os.open(path.parent, os.O_RDONLY)
+
+
+def save(folder: Path, content: dict[str, object], also: Sequence[str] = ()) -> Path:
+    """Writes `last.pt`: to a file of its own, which is forced to disk and only then gets its names, those in `also` first.
+
+    OSError where it cannot be written; the checkpoints that were there are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        left.unlink(missing_ok=True)
+    last, temporary = folder / LAST, folder / f".{LAST}.{os.getpid()}.tmp"
+    try:
+        _write(temporary, content)
+        for name in also:
+            _link(temporary, folder / name)
+        if last.exists():
+            _link(last, folder / PREVIOUS)
+        os.replace(temporary, last)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(folder)
+    return last
+
+
+class _Sink:
+    """A file that remembers why it could not be written: torch.save reports a failed write without the reason."""
+
+    def __init__(self, file) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write(path: Path, content: dict[str, object]) -> None:
+    with open(path, "wb") as file:
+        sink = _Sink(file)
+        try:
+            torch.save(content, sink)
+            file.flush()
+        except RuntimeError as error:
+            raise sink.error or error from None
+        if sink.error:
+            raise sink.error
+        os.fsync(file.fileno())
 
 
 def load(path: Path) -> dict[str, object]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        CheckpointError: with the reason.
+        CheckpointError: with the reason; Foreign where it may be a checkpoint of another origin.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
@@ -54,18 +118,31 @@ def load(path: Path) -> dict[str, object]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # the unpickler has no common error type
-        raise CheckpointError(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
+        raise Foreign(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
     wrong = [key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)]
     if wrong:
-        raise CheckpointError(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")
+        raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")
     return content
 
 
-def build_model(path: Path, content: dict[str, object]) -> nn.Module:
-    """The network of a loaded checkpoint."""
-    try:
-        model = mvit3_kernels.create_model(content["model"], content["num_classes"])
-        model.load_state_dict(content["state_dict"])
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit: {error}") from error
-    return model.to(memory_format=torch.channels_last)
+def latest(folder: Path, say: Callable[[str], None]) -> dict[str, object] | None:
+    """The newest whole checkpoint of a folder, or None where there is none; what is damaged is passed to `say`.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    errors = []
+    for name in (LAST, PREVIOUS):
+        if not (folder / name).exists():
+            continue
+        try:
+            content = load(folder / name)
+        except CheckpointError as error:
+            errors.append(str(error))
+            continue
+        for error in errors:
+            say(f"{error}; going on with {folder / name}")
+        return content
+    if errors:
+        raise CheckpointError("; ".join([*errors, "no whole checkpoint is left; --run.resume never starts anew"]))
+    return None

@@ -1,146 +1,291 @@
-"""The command line: `mvit3 train` and `mvit3 evaluate`."""
+"""The command line: `mvit3 train`, `evaluate`, `predict` and `demo`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
-from . import checkpoint
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+import mvit3_kernels
+
+from . import checkpoint, recipes
 from .backends import served
-from .config import EvaluateConfig, TrainConfig, UsageError, nearest, options
-from .data import DATASETS
-from .engine import TrainingError, evaluate, prepare, start, train
-from .report import Progress, plot, summary, summary_text, table
+from .config import TrainConfig, check_names, check_output, section_options
+from .data import DataError, DecodeError, loaders
+from .demo import demo
+from .distributed import world
+from .engine import Trainer, TrainingError, prepare, start
+from .inference import Network, evaluate_checkpoint, predict
+from .logs import write
+from .options import UsageError, nearest
+from .report import Reporter, percent, summary, summary_text, table, write_html
 
 
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that names the nearest valid option."""
+@dataclass(frozen=True)
+class Command:
+    """What a command is, and the options that it has beside those of training."""
 
-    options: tuple[str, ...] = ()
-
-    def add_argument(self, *args, **kwargs) -> argparse.Action:
-        action = super().add_argument(*args, **kwargs)
-        self.options += tuple(action.option_strings)
-        return action
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-    def refuse(self, unknown: str) -> NoReturn:
-        hint = f"; the nearest is {nearest(unknown.partition('=')[0], self.options)}" if unknown.startswith("-") else ""
-        self.error(f"there is no option {unknown!r}{hint}")
+    run: Callable[[TrainConfig, argparse.Namespace], None]
+    help: str
+    sections: tuple[str, ...]  # of the options of training that its --help lists; all are taken, so that every recipe is
+    recipe: str = ""  # where it begins
+    checkpoint: bool = False
+    extra: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
-def _add_options(parser: _Parser, config: type) -> None:
-    for flag, kind, default, option in options(config):
-        names = f"; one of {', '.join(option.choices)}" if option.choices else ""
-        default_text = "" if default is MISSING else f" (default {default})"
-        parser.add_argument(
-            flag,
-            type=kind,
-            default=default,
-            required=default is MISSING,
-            metavar="NAME" if kind is str else kind.__name__.upper(),
-            help=f"{option.help}{names}{default_text}",
-        )
+def _train(config: TrainConfig, args: argparse.Namespace) -> None:
+    check_output(config.run.output)
+    began = time.perf_counter()
+    with world(prepare(config.run)) as here:
+        images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
+        reporter = Reporter(args.quiet or not here.first)
+        for note in images.notes:
+            reporter.say(note)
+        trainer = start(config, images, here, reporter)
+        backend = _backend(trainer) if here.first else ""
+        try:
+            if here.first:
+                reporter.begin(trainer)
+            finished = trainer.fit()
+        finally:
+            reporter.close()
+        if here.first:
+            _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="mvit3", description="Train and evaluate networks of the MobileViT family with fused ops.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, config, run, text in (
-        ("train", TrainConfig, _train, "train a network; by default on handwritten digits, with reference and with fused ops"),
-        ("evaluate", EvaluateConfig, _evaluate, "accuracy of a checkpoint on the validation images"),
-    ):
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        _add_options(command, config)
-        command.add_argument("--quiet", action="store_true", help="no progress, only the result")
-        command.add_argument("--json", action="store_true", help="the result as JSON on stdout; progress stays on stderr")
-        command.set_defaults(parser=command, config=config, run=run)
-    return parser
+def _backend(trainer: Trainer) -> str:
+    run, side = trainer.config.run, trainer.config.sampler.size
+    return served(trainer.model, torch.zeros(2, 3, side, side, device=trainer.device), run)
 
 
-def _train(config: TrainConfig, quiet: bool, as_json: bool) -> None:
-    started = time.perf_counter()
-    device = prepare(config.device, config.threads)
-    data = DATASETS[config.data]().to(device)
-    runs = start(config, data)
-    config.output.mkdir(parents=True, exist_ok=True)
-    backends = {run.ops: served(run.model, data.train.images[: config.batch_size], run.ops) for run in runs}
-    progress = Progress(runs, quiet)
-
-    def on_epoch(runs: list) -> None:
-        progress.on_epoch(runs)
-        for run in runs:
-            checkpoint.save(config.output / f"{run.ops}.pt", run.checkpoint())
-
-    try:
-        train(runs, progress.on_step, on_epoch)
-    finally:
-        progress.close()
-    plot(runs, config.output / "curves.png")
-    result = summary(runs, backends, time.perf_counter() - started, config.output)
-    text = json.dumps(result, indent=1)
-    (config.output / "report.json").write_text(text + "\n")
-    print(text if as_json else summary_text(result))
+def _conclude(trainer: Trainer, result: dict[str, object], as_json: bool) -> None:
+    if result["history"]:
+        write(trainer.folder / "report.json", json.dumps(result, indent=1) + "\n")
+        write_html(trainer.folder / "report.html", result, trainer.progress.confusion, list(trainer.loaders.class_names))
+    print(json.dumps(result, indent=1) if as_json else summary_text(result))
 
 
-def _evaluate(config: EvaluateConfig, quiet: bool, as_json: bool) -> None:
-    content = checkpoint.load(config.checkpoint)
-    device = prepare(config.device, config.threads)
-    data = DATASETS[config.data]().to(device)
-    if content["num_classes"] != data.num_classes:
-        raise checkpoint.CheckpointError(
-            f"{config.checkpoint} has {content['num_classes']} classes, the data set {config.data} has {data.num_classes}"
-        )
-    model = checkpoint.build_model(config.checkpoint, content).to(device)
-    ops = content["config"].get("ops", "fused") if config.ops == "trained" else config.ops
-    found = evaluate(model, data.val, ops)
-    result = {
-        "checkpoint": str(config.checkpoint),
-        "model": content["model"],
-        "data": config.data,
-        "ops": ops,
-        "backend": served(model, data.val.images[:2], ops),
-        "accuracy": found.accuracy,
-        "correct": found.correct,
-        "total": found.total,
-        "val_loss": found.loss,
-        "recorded_accuracy": content["accuracy"],
-        "reproduced": found.accuracy == content["accuracy"],
-    }
-    if as_json:
+def _evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
+    with world(prepare(config.run)) as here:
+        result = evaluate_checkpoint(Path(args.checkpoint), config, args.weights, here, lambda text: print(text, file=sys.stderr))
+    if not here.first:
+        return
+    if args.json:
         print(json.dumps(result, indent=1))
         return
-    print(table([
-        ["checkpoint", "ops", "val accuracy", "correct", "val loss", "recorded"],
-        [result["checkpoint"], ops, f"{found.accuracy:.2%}", f"{found.correct}/{found.total}", f"{found.loss:.4f}",
-         f"{content['accuracy']:.2%}"],
-    ]))  # fmt: skip
-    if not quiet:
-        print(f"{result['model']}, epoch {content['epoch']}, {ops} ops served by {result['backend']}")
-        print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")
+    recorded = result["recorded_accuracy"]
+    cells = [result["checkpoint"], result["weights"], percent(result["accuracy"]), percent(result["accuracy5"])]
+    cells += [f"{result['correct']}/{result['total']}", f"{result['val_loss']:.4f}", percent(recorded)]
+    print(table([["checkpoint", "weights", "accuracy", "top 5", "correct", "val loss", "recorded"], cells]))
+    if not args.quiet:
+        print(f"{result['model']} on {result['data']}, {result['ops']} ops served by {result['backend']}")
+        if recorded is not None:
+            print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")
+
+
+def _predict(config: TrainConfig, args: argparse.Namespace) -> None:
+    network = Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run))
+    found = predict(network, [Path(name) for name in args.images], args.top)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        rows = [["image", "", "class", "probability"]]
+        for image in found:
+            if "error" in image:
+                rows.append([image["image"], "", image["error"], ""])
+            for place, guess in enumerate(image.get("classes", ()), 1):
+                rows.append([image["image"] if place == 1 else "", str(place), guess["name"], percent(guess["probability"])])
+        print(table(rows))
+    if all("error" in image for image in found):
+        raise DataError("no image could be read")
+
+
+def _demo(config: TrainConfig, args: argparse.Namespace) -> None:
+    check_output(config.run.output)
+    demo(config, args.quiet, args.json)
+
+
+WEIGHTS = {
+    "default": "auto",
+    "choices": ["auto", "ema", "raw"],
+    "help": "the average or the trained ones; auto: the average where there is one",
+}
+TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
+IMAGES = {"nargs": "+", "help": "images, or folders of images"}
+EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "ema", "run")
+COMMANDS = {
+    "train": Command(_train, "train a network: one process, or several under torchrun", EVERYTHING),
+    "evaluate": Command(
+        _evaluate, "accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}
+    ),
+    "predict": Command(
+        _predict, "classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}
+    ),
+    "demo": Command(_demo, "train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, "digits"),
+}
+
+
+class _Parser(ArgumentParser):
+    """Errors of an option's type come as exceptions; `main` makes one line of them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            prog=f"mvit3 {name}",
+            description=f"{COMMANDS[name].help}. --data D is short for --data.root D, --data digits for --data.source digits.",
+            exit_on_error=False,
+            print_config=None,
+            allow_abbrev=False,
+        )
+        command = COMMANDS[name]
+        if command.checkpoint:
+            self.add_argument("--checkpoint", required=True, help="of mvit3 train, or with --config one of another origin")
+        for option, settings in command.extra.items():
+            self.add_argument(option, **settings)
+        self.add_argument("--config", action="config", help="a recipe's name or a YAML file; may be given again, later ones win")
+        self.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML, and stop")
+        self.add_argument("--quiet", action="store_true", help="no progress, only the result")
+        self.add_argument("--json", action="store_true", help="the result as JSON on stdout; progress stays on stderr")
+        groups = {}
+        for section, key, kind, default, option in section_options():
+            if section not in groups:
+                groups[section] = self.add_argument_group(f"{section} options") if section in command.sections else self
+            choices = f"; one of {', '.join(option.choices)}" if 0 < len(option.choices) <= 20 else ""
+            text = f"{option.help}{choices}" if section in command.sections else argparse.SUPPRESS
+            groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
+
+    @property
+    def flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def _known(parser: _Parser, arguments: Sequence[str]) -> None:
+    """UsageError for an option that does not exist, with the nearest."""
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag not in parser.flags:
+            raise UsageError(f"there is no option {flag!r}; the nearest is {nearest(flag, parser.flags)}")
+
+
+def _expand(arguments: Sequence[str]) -> list[str]:
+    """Each --option and its value apart; --data D becomes --data.root D, or --data.source digits; recipes become files."""
+    expanded = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        expanded += [flag, value] if equals and argument.startswith("--") else [argument]
+    for i, flag in enumerate(expanded[:-1]):
+        if flag == "--data":
+            expanded[i] = "--data.source" if expanded[i + 1] == "digits" else "--data.root"
+        elif flag == "--config":
+            expanded[i + 1] = _recipe(expanded[i + 1])
+    return expanded
+
+
+def _recipe(name: str) -> str:
+    """The file of a configuration that was given by path or by name; UsageError where a name in it is none of ours."""
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") or Path(name).exists() else recipes.path(name)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {name} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {name} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        check_names(values)
+    except UsageError as error:
+        raise UsageError(f"--config {name}: {error}") from None
+    return str(path)
+
+
+def _one_line(error: Exception) -> str:
+    """jsonargparse's error about a value in the words of the others."""
+    text = " ".join(str(error).split())
+    if (key := re.search(r'Parser key "([\w.]+)"', text)) and (value := re.search(r"(?:Given value|Got value): (.*)$", text)):
+        kinds = {f"{section}.{name}": kind for section, name, kind, *_ in section_options()}
+        kind = kinds.get(key[1])
+        return f"{key[1]} must be {getattr(kind, '__name__', None) if isinstance(kind, type) else kind}, got {value[1]!r}"
+    return text
+
+
+def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
+    """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
+    command, parser = COMMANDS[name], _Parser(name)
+    arguments = _expand(arguments)
+    _known(parser, arguments)
+    if command.recipe:
+        arguments = ["--config", _recipe(command.recipe), *arguments]
+    try:
+        args = parser.parse_args(arguments)
+        if command.checkpoint and "--config" not in arguments:
+            base = _checkpoint_config(Path(args.checkpoint))
+            kept = {"amp", "ops", "channels_last"}
+            parser.set_defaults({
+                f"{section}.{key}": value
+                for section, values in base.items()
+                for key, value in values.items()
+                if (section != "run" or key in kept) and f"--{section}.{key}" in parser.flags
+            })  # fmt: skip
+            args = parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UsageError(_one_line(error)) from None
+    values = args.as_dict()
+    config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
+    return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
+
+
+def _checkpoint_config(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        return checkpoint.load(path)["config"]
+    except checkpoint.Foreign as error:
+        raise checkpoint.Foreign(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
+
+
+def _refuse(program: str, message: str) -> NoReturn:
+    print(f"{program}: error: {message} (see {program} --help)", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _choose(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command, and what follows it."""
+    if not arguments:
+        _refuse("mvit3", f"a command is needed: {', '.join(COMMANDS)}")
+    if arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
+        print("usage: mvit3 COMMAND [--config RECIPE] [--section.key VALUE ...]\n")
+        print("Train, evaluate and use networks of the MobileViT family with fused ops.\n")
+        print("\n".join(lines), f"\n\nmvit3 COMMAND --help lists every option. Recipes: {', '.join(recipes.names())}.", sep="")
+        raise SystemExit(0)
+    if arguments[0] not in COMMANDS:
+        close = nearest(arguments[0], COMMANDS)
+        _refuse("mvit3", f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}, the nearest is {close}")
+    return arguments[0], arguments[1:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown:
-        args.parser.refuse(unknown[0])
+    name, arguments = _choose(sys.argv[1:] if argv is None else argv)
+    program = f"mvit3 {name}"
     try:
-        config = args.config(**{f.name: getattr(args, f.name) for f in fields(args.config)})
-        args.run(config, args.quiet, args.json)
+        config, args = _parse(name, arguments)
+        if args.print_config:
+            print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+            return 0
+        COMMANDS[name].run(config, args)
     except UsageError as error:
-        args.parser.error(str(error))
-    except (checkpoint.CheckpointError, TrainingError, OSError) as error:
-        print(f"{args.parser.prog}: error: {error}", file=sys.stderr)
+        _refuse(program, str(error))
+    except (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, TrainingError, DataError, DecodeError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{args.parser.prog}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -1,27 +1,44 @@
-"""The training loop and the evaluation; thin, so that the time of a step is the time of the network."""
+"""Training and evaluation; thin, so that the time of a step is the time of the network.
+
+A checkpoint holds no state of a generator and none of the schedule: each step seeds its random numbers from (seed, step, process), the
+learning rate is a function of the step, a batch one of (seed, epoch, number). So a run that goes on is the run that was not interrupted.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import signal
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import mean, median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from timm.data import Mixup
+from timm.data.mixup import mixup_target
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import mvit3_kernels
 
-from .config import TrainConfig, UsageError
-from .data import Dataset, Split, train_batches
+from . import checkpoint
+from .config import LossConfig, OptimizerConfig, RunConfig, TrainConfig
+from .data import Loaders
+from .distributed import World
+from .ema import Ema
+from .options import UsageError
+from .schedule import Schedule, rate_factor
 
-EVAL_BATCH = 128  # fixed: the same batches, so the same numbers, wherever a checkpoint is evaluated
-FINAL_LR = 0.01  # where the cosine ends, as a share of its peak
+CONFUSION = 50  # classes up to which a confusion matrix is made
+STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
 class TrainingError(RuntimeError):
@@ -45,12 +62,15 @@ def usable_cores() -> int:
     return max(1, min(len(cores), limit))
 
 
-def prepare(device: str, threads: int) -> torch.device:
-    """Sets the number of CPU threads and resolves the device."""
-    torch.set_num_threads(threads or usable_cores())
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+def prepare(config: RunConfig) -> torch.device:
+    """Sets the number of CPU threads and the kind of arithmetic, and resolves the device."""
+    torch.set_num_threads(config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def use_ops(ops: str) -> AbstractContextManager:
@@ -58,139 +78,559 @@ def use_ops(ops: str) -> AbstractContextManager:
     return mvit3_kernels.backend("reference") if ops == "reference" else nullcontext()
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Of step 0 to total - 1: rises linearly over `warmup` steps to `peak`, then falls along half a cosine to FINAL_LR * peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = (step - warmup) / max(1, total - 1 - warmup)
-    return peak * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * share)) / 2)
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
+    """The precision of forward passes."""
+    if config.amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp])
 
 
-def build_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW in one fused call; norms and biases do not decay."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, fused=True)
+def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
+    """The network of a configuration, with fresh weights or those of `model.pretrained`; the seed decides the fresh ones."""
+    torch.manual_seed(config.run.seed)
+    m = config.model
+    model = mvit3_kernels.create_model(
+        m.name,
+        num_classes,
+        drop_rate=m.drop_rate,
+        proj_drop_rate=m.proj_drop_rate,
+        attn_drop_rate=m.attn_drop_rate,
+        ffn_drop_rate=m.ffn_drop_rate,
+    )
+    if m.pretrained:
+        mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head)
+    layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, factor: float = 1.0) -> torch.optim.Optimizer:
+    """timm's optimiser of that name, in one fused call where PyTorch has one; learning rates are multiplied by `factor`."""
+    info = get_optimizer_info(config.name)
+    options: dict[str, object] = {}
+    if info.has_betas and info.num_betas == 2:
+        options["betas"] = config.betas
+    if info.has_eps:
+        options["eps"] = config.eps
+    if isinstance(info.opt_class, type) and issubclass(info.opt_class, (torch.optim.Adam, torch.optim.SGD)):
+        options["fused"] = True
+    return create_optimizer_v2(
+        model,
+        config.name,
+        lr=factor * config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        filter_bias_and_bn=config.no_decay_1d,
+        **options,
+    )
+
+
+class Criterion:
+    """Mixes the images of a batch where the recipe does, makes targets of labels, and is the loss of both."""
+
+    def __init__(self, config: LossConfig, num_classes: int) -> None:
+        self.config, self.num_classes = config, num_classes
+        self.mixup = None
+        if config.mixup_alpha or config.cutmix_alpha:
+            self.mixup = Mixup(
+                config.mixup_alpha,
+                config.cutmix_alpha,
+                prob=config.mix_probability,
+                switch_prob=config.switch_probability,
+                label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images and targets: labels (N,), or (N, classes) where images are mixed. timm mixes an even number; an odd one out stays."""
+        if self.mixup is None:
+            return images, labels
+        even = len(images) // 2 * 2
+        _, targets = self.mixup(images[:even], labels[:even])  # in place
+        if even < len(images):
+            rest = mixup_target(labels[even:], self.num_classes, 1.0, self.config.label_smoothing)
+            targets = torch.cat((targets, rest))
+        return images, targets
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        # Mixed targets are smoothed already.
+        smoothing = 0.0 if self.mixup else self.config.label_smoothing
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
 
 @dataclass(frozen=True)
 class Evaluation:
+    """`correct` hits of `total` images at first guess, and within the first five; mean cross-entropy; (true, predicted) counts."""
+
     correct: int
+    correct5: int
     total: int
     loss: float
+    confusion: list[list[int]] | None = None
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.total
 
+    @property
+    def accuracy5(self) -> float:
+        return self.correct5 / self.total
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, split: Split, ops: str) -> Evaluation:
-    """Top-1 hits and mean cross-entropy on a split."""
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    config: RunConfig,
+    num_classes: int,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluates a network on the batches of all processes; Stopped as soon as `stopped` says so."""
     model.eval()
-    correct, loss = 0, 0.0
-    with use_ops(ops):
-        for images, labels in zip(split.images.split(EVAL_BATCH), split.labels.split(EVAL_BATCH), strict=True):
-            logits = model(images).float()
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return Evaluation(correct, len(split), loss / len(split))
+    settings = {"num_classes": num_classes, "validate_args": False}
+    metrics = MetricCollection({
+        "top1": MulticlassAccuracy(average="micro", **settings),
+        "top5": MulticlassAccuracy(average="micro", top_k=min(5, num_classes), **settings),
+    }).to(device)  # fmt: skip
+    loss, images_seen = MeanMetric().to(device), SumMetric().to(device)
+    confusion = MulticlassConfusionMatrix(**settings).to(device) if num_classes <= CONFUSION else None
+    with use_ops(config.ops), autocast(config, device):
+        for images, labels in batches:
+            if stopped():
+                raise Stopped
+            logits = model(images if config.channels_last else images.contiguous()).float()
+            metrics.update(logits, labels)
+            loss.update(F.cross_entropy(logits, labels, reduction="none"))
+            images_seen.update(len(labels))
+            if confusion is not None:
+                confusion.update(logits, labels)
+    found = metrics.compute()  # over all processes
+    total = round(float(images_seen.compute()))
+    if not total:
+        raise TrainingError("there is no validation image that can be read")
+    return Evaluation(
+        round(float(found["top1"]) * total),
+        round(float(found["top5"]) * total),
+        total,
+        float(loss.compute()),
+        None if confusion is None else confusion.compute().tolist(),
+    )
 
 
 @dataclass
-class History:
-    """What a run has done: loss, learning rate and seconds of each step, the evaluation after each epoch."""
+class Progress:
+    """Where a run is. `batch`: batches of this epoch that are done; `history`: a row for each epoch that was evaluated."""
 
-    losses: list[float] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    skipped: int = 0
+    unreadable: int = 0
+    loss_sum: float = 0.0  # of the epoch so far, over its `steps` steps that counted
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    history: list[dict[str, object]] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
 
 
-class Run:
-    """One network in training. Two runs of the same configuration see the same initial weights, batches, augmentation and dropout."""
+class Listener:
+    """What a run tells, in the first process only: this one listens to nothing."""
 
-    def __init__(self, ops: str, config: TrainConfig, data: Dataset) -> None:
-        self.ops, self.config, self.data, self.history = ops, replace(config, ops=ops), data, History()
-        torch.manual_seed(config.seed)
-        model = mvit3_kernels.create_model(config.model, data.num_classes, drop_rate=config.drop_rate, proj_drop_rate=config.proj_drop_rate)
-        self.model = model.to(data.train.images.device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, config.weight_decay)
-        self.steps_per_epoch = len(data.train) // config.batch_size
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.warmup_steps = min(round(config.warmup_epochs * self.steps_per_epoch), self.total_steps - 1)
+    def say(self, text: str) -> None:
+        """A line that a person should read."""
 
-    @property
-    def images_per_second(self) -> float:
-        """Of the median step, from drawing the batch to the updated weights."""
-        return self.config.batch_size / median(self.history.seconds)
+    def on_step(self, trainer: Trainer, images: int, seconds: float) -> None:
+        """After each step: its images over all processes, and its time, waiting for data included."""
 
-    @property
-    def epochs(self) -> int:
-        """Epochs done."""
-        return len(self.history.evaluations)
+    def on_loss(self, trainer: Trainer, loss: float, lr: float) -> None:
+        """Every `run.log_steps` steps: mean loss since the last look, and the learning rate."""
 
-    def epoch_loss(self, epoch: int = -1) -> float:
-        """Mean training loss of an epoch."""
-        steps, first = self.steps_per_epoch, epoch % self.epochs * self.steps_per_epoch
-        return mean(self.history.losses[first : first + steps])
+    def on_epoch(self, trainer: Trainer) -> None:
+        """After each epoch, when its row is in the history and its checkpoint on disk."""
 
-    def train_epoch(self, on_step: Callable[[Run], None] = lambda run: None) -> None:
-        """One pass over the training images, then an evaluation."""
-        # Seeded by the epoch alone, so that the runs may take turns and share torch's generator (dropout draws from it).
-        seed = self.config.seed * 1_000_003 + self.epochs
-        torch.manual_seed(seed)
+
+class Trainer:
+    """A network in training. `fit` runs it to its end, or to a signal; `train_epoch` and `evaluate_epoch` are its parts."""
+
+    def __init__(self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> None:
+        self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
+        self.listener = listener if listener and world.first else Listener()
+        run = config.run
+        self.num_classes = config.model.num_classes or loaders.num_classes
+        if self.num_classes < loaders.num_classes:
+            raise UsageError(f"model.num_classes must be at least {loaders.num_classes}, the classes of the data; got {self.num_classes}")
+        self.steps_per_epoch = len(loaders.train) // run.accumulate
+        if not self.steps_per_epoch:
+            raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
+        self.total_steps = config.schedule.epochs * self.steps_per_epoch
+        self.effective_batch = config.data.batch_size * world.size * run.accumulate
+        self.folder, self.progress, self.stop = Path(run.output), Progress(), False
+
+        self.model = build_model(config, self.num_classes, self.device)
+        self.ema = Ema(self.model, config.ema.momentum) if config.ema.enabled else None
+        if run.sync_bn and world.size > 1:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.factor = rate_factor(config.optimizer, self.effective_batch)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
+        self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
+        self.criterion = Criterion(config.loss, self.num_classes)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp == "fp16")
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
+        self._counts = torch.zeros(4, device=self.device)
+        self._read_steps = 1 if self.device.type == "cpu" else run.log_steps
+        self._statistics = [b for m in (self.model, self.ema and self.ema.module) if m for b in m.buffers() if b.is_floating_point()]
+        self._healthy = [b.clone() for b in self._statistics]
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = not run.deterministic and len(config.sampler.sizes) < 2
+
+    # Parts that wrap the network are made by the first step, after a checkpoint was loaded.
+
+    def _wrap(self) -> None:
+        run = self.config.run
+        if run.compile:
+            self.model.compile()
+        self.network: nn.Module = self.model
+        if self.world.size > 1:
+            self.network = _distributed(self.model)
+        self._graph = None
+        if run.cuda_graph:
+            dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
+            self._graph = mvit3_kernels.cuda_graph_step(
+                self.network,
+                self.criterion,
+                self.optimizer,
+                autocast=dtype,
+                scaler=self.scaler if self.scaler.is_enabled() else None,
+                max_norm=self.config.optimizer.clip_grad or None,
+                warmup=3 if self.world.size == 1 else 11,
+            )
+
+    def fit(self) -> bool:
+        """Trains to the end, with a checkpoint and a row of `progress.history` after each epoch; False where a signal ended it before.
+
+        Raises:
+            TrainingError: the loss stays without a finite value.
+            DataError, OSError: images cannot be read, or a checkpoint cannot be written; the last good one is kept.
+        """
+        with self._signals():
+            try:
+                while self.progress.epoch < self.config.schedule.epochs:
+                    self.train_epoch()
+                    self.evaluate_epoch()
+            except Stopped:
+                self.save()
+                return False
+        return True
+
+    def train_epoch(self) -> None:
+        """The rest of the present epoch's steps."""
+        if not hasattr(self, "network"):
+            self._wrap()
+        p, run = self.progress, self.config.run
         self.model.train()
-        with use_ops(self.ops):
-            started = time.perf_counter()
-            for images, labels in train_batches(self.data.train, self.config.batch_size, seed):
-                self._step(images, labels)
-                self.history.seconds.append(time.perf_counter() - started)
-                on_step(self)
+        wait_before = p.wait_seconds
+        batches = self.loaders.train.epoch(p.epoch, p.batch)
+        with use_ops(run.ops):
+            while p.batch < self.steps_per_epoch * run.accumulate:
+                if run.max_steps and p.step >= run.max_steps:
+                    raise Stopped
                 started = time.perf_counter()
-        self.history.evaluations.append(evaluate(self.model, self.data.val, self.ops))
+                lr = self.schedule.set(p.step)
+                images = self._step(batches)
+                p.step += 1
+                p.batch += run.accumulate
+                p.wait_seconds = wait_before + self.loaders.train.wait_seconds
+                p.images += images
+                end = p.batch == self.steps_per_epoch * run.accumulate
+                if p.step % self._read_steps == 0 or end:
+                    self._read()
+                    if p.step % run.log_steps == 0 or end or p.step == 1:
+                        self.listener.on_loss(self, self.last_loss, lr)
+                seconds = time.perf_counter() - started
+                p.seconds += seconds
+                self.listener.on_step(self, images, seconds)
+                if self._must_stop(p.step):
+                    raise Stopped
+                if run.save_steps and p.step % run.save_steps == 0 and not end:
+                    self.save()
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        step, config = len(self.history.losses), self.config
-        lr = learning_rate(step, self.total_steps, self.warmup_steps, config.lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = F.cross_entropy(self.model(images), labels, label_smoothing=config.label_smoothing)
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
+        """One update of the weights; returns the number of images in all processes."""
+        run, count = self.config.run, 0
+        self._seed()
+        if self._graph is not None:
+            images, targets = self.criterion.mix(*self._next(batches))
+            loss = self._graph(images, targets)
+            bad = (~loss.isfinite()).float()
+            count = len(images)
+        else:
+            loss = 0.0
+            for part in range(run.accumulate):
+                images, labels = self._next(batches)
+                count += len(images)
+                images, targets = self.criterion.mix(images if run.channels_last else images.contiguous(), labels)
+                wait = self.world.size > 1 and part < run.accumulate - 1  # with adding up the gradients of the processes
+                with self.network.no_sync() if wait else nullcontext():
+                    with autocast(run, self.device):
+                        piece = self.criterion(self.network(images), targets) / run.accumulate
+                    self.scaler.scale(piece).backward()
+                loss = loss + piece.detach()
+            bad = self._update()
+        if self.ema is not None:
+            self.ema.update()
+        total, steps, skipped, row = self._counts.unbind()
+        loss = torch.where(bad > 0, 0.0, loss.float())
+        self._counts = torch.stack((total + loss, steps + 1 - bad, skipped + bad, (row + bad) * bad))
+        return count * self.world.size
+
+    def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        batch = next(batches, None)
+        if batch is None:
+            raise TrainingError(f"the training images ended before the epoch did: {len(self.loaders.train.unreadable)} are unreadable")
+        return batch
+
+    def _update(self) -> Tensor:
+        """Clips, and updates the weights where the gradient is finite; 1.0 where it is not, 0.0 where it is. The GPU is not waited for."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if self.config.optimizer.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.optimizer.clip_grad, norm, foreach=True)
+        bad = (~norm.isfinite()).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # As GradScaler asks a fused optimiser to leave out a step.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif not bad:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        value = loss.item()  # waits until a GPU has finished the step, so that the time of a step is its own
-        if not math.isfinite(value):
-            raise TrainingError(f"the loss of the {self.ops} run is {value} at step {step + 1} of {self.total_steps}; try a lower --lr")
-        self.history.losses.append(value)
-        self.history.lrs.append(lr)
+        return bad
 
-    def checkpoint(self) -> dict[str, object]:
-        """The run as it stands, as a checkpoint."""
+    def _seed(self) -> None:
+        """Makes the random numbers of this step (dropout, mixing) a function of seed, step and process."""
+        words = np.random.SeedSequence((self.config.run.seed, self.progress.step, self.world.rank)).generate_state(3)
+        seed = int(words[0]) << 32 | int(words[1])
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(seed)
+        if self.criterion.mixup is not None:
+            np.random.seed(words[2])  # noqa: NPY002 -- timm draws from it
+
+    def _read(self) -> None:
+        """Takes the counts from the device; puts running statistics right that a skipped step has spoilt."""
+        p, run = self.progress, self.config.run
+        total, steps, skipped, row = self.world.mean(self._counts).tolist()
+        steps, skipped = round(steps), round(skipped)
+        self._counts[:3] = 0
+        self.last_loss = total / steps if steps else math.nan
+        p.loss_sum, p.steps, p.skipped = p.loss_sum + total, p.steps + steps, p.skipped + skipped
+        p.unreadable = len(self.loaders.train.unreadable)
+        if not skipped:
+            torch._foreach_copy_(self._healthy, self._statistics)
+            return
+        if not math.isfinite(float(nn.utils.get_total_norm(self._statistics))):
+            torch._foreach_copy_(self._statistics, self._healthy)
+        self.listener.say(f"step {p.step}: the gradient is not finite, {_count(skipped, 'step')} skipped ({p.skipped} so far)")
+        if row >= run.max_bad_steps:
+            kept = self.folder / checkpoint.LAST
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {round(row)} steps in a row, up to step {p.step} of {self.total_steps}; "
+                f"try a lower optimizer.lr or optimizer.clip_grad"
+                + (f"; the last good checkpoint is {kept}" if kept.exists() else "; there is no checkpoint yet")
+            )
+
+    def evaluate_epoch(self) -> None:
+        """Ends an epoch whose steps are done: evaluates, adds a row to the history, saves."""
+        p, config, lr = self.progress, self.config, float(self.optimizer.param_groups[0]["lr"])
+        end = p.epoch + 1 == config.schedule.epochs
+        evaluations: dict[str, Evaluation] = {}
+        if end or (p.epoch + 1) % config.run.eval_epochs == 0:
+            for name, model in (("", self.model), ("ema_", self.ema and self.ema.module)):
+                if model is not None:
+                    self.world.sync_buffers(model)
+                    evaluations[name] = self.evaluate(model)
+        row: dict[str, object] = {
+            "epoch": p.epoch + 1,
+            "step": p.step,
+            "lr": lr,
+            "train_loss": p.loss_sum / p.steps if p.steps else None,
+            **{f"{name}{key}": None for name in ("", "ema_") for key in ("accuracy", "accuracy5", "val_loss", "correct")},
+            "total": None,
+            "images_per_second": p.images / p.seconds if p.seconds else None,
+            "data_wait": p.wait_seconds / p.seconds if p.seconds else None,
+            "seconds": p.seconds,
+            "skipped_steps": p.skipped,
+            "unreadable_images": p.unreadable,
+        }
+        for name, found in evaluations.items():
+            row |= {f"{name}accuracy": found.accuracy, f"{name}accuracy5": found.accuracy5, f"{name}val_loss": found.loss}
+            row |= {f"{name}correct": found.correct, "total": found.total}
+        p.history.append(row)
+        p.epoch, p.batch = p.epoch + 1, 0
+        p.loss_sum, p.steps, p.images, p.seconds, p.wait_seconds = 0.0, 0, 0, 0.0, 0.0
+        also = []
+        if evaluations:
+            judged = evaluations.get("ema_", evaluations[""])  # what `mvit3 evaluate` takes
+            p.confusion = judged.confusion
+            if judged.accuracy > p.best:
+                p.best, p.best_epoch = judged.accuracy, p.epoch
+                also.append(checkpoint.BEST)
+        if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
+            also.append(f"epoch_{p.epoch:04}.pt")
+        self.save(also)
+        self.listener.on_epoch(self)
+
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """On the validation part. A single process stops at once where a signal asks for it; several finish."""
+        stopped = (lambda: self.stop) if self.world.size == 1 else (lambda: False)
+        return evaluate(model, iter(self.loaders.val), self.config.run, self.num_classes, self.device, stopped)
+
+    def _must_stop(self, step: int) -> bool:
+        if self.device.type == "cuda" and step % STOP_STEPS and self.world.size > 1:
+            return False
+        return self.world.any(self.stop)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT set `stop`; a second SIGINT interrupts at once."""
+
+        def handle(number: int, frame: object) -> None:
+            if self.stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop = True
+
+        try:
+            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # Checkpoints
+
+    def content(self) -> dict[str, object]:
+        """The run as it stands, as plain values and tensors."""
         return {
             "state_dict": self.model.state_dict(),
-            "model": self.config.model,
-            "num_classes": self.data.num_classes,
-            "config": {**asdict(self.config), "output": str(self.config.output)},
-            "epoch": self.epochs,
-            "accuracy": self.history.evaluations[-1].accuracy,
+            "ema_state_dict": self.ema.module.state_dict() if self.ema else {},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": asdict(self.progress),
+            "config": self.config.to_dict(),
+            "num_classes": self.num_classes,
+            "class_names": list(self.loaders.class_names),
+            "world_size": self.world.size,
+            "version": mvit3_kernels.__version__,
         }
 
+    def save(self, also: list[str] | tuple[str, ...] = ()) -> None:
+        """Writes `last.pt`, under the names in `also` too."""
+        if float(self._counts[1:].sum()):
+            self._read()
+        if not self.world.first:
+            return
+        try:
+            checkpoint.save(self.folder, self.content(), also)
+        except OSError as error:
+            kept = self.folder / checkpoint.LAST
+            message = f"no checkpoint could be written: {error.strerror or error}"
+            raise OSError(
+                error.errno, message + (f"; the last good one is kept: {kept}" if kept.exists() else ""), str(self.folder)
+            ) from None
 
-def start(config: TrainConfig, data: Dataset) -> list[Run]:
-    """The runs of a configuration, before their first step."""
-    if config.limit_train > len(data.train):
-        raise UsageError(f"--limit-train must be at most the number of training images, {len(data.train)}, got {config.limit_train}")
-    data = replace(data, train=data.train.take(config.limit_train))
-    if config.batch_size > len(data.train):
-        raise UsageError(f"--batch-size must be at most the number of training images, {len(data.train)}, got {config.batch_size}")
-    return [Run(ops, config, data) for ops in config.runs]
+    def load(self, content: dict[str, object], strict: bool = True) -> None:
+        """Goes on where a checkpoint was made.
+
+        Raises:
+            UsageError: with `strict`, where options that decide the result are others than the checkpoint's.
+            CheckpointError: it belongs to another network.
+        """
+        if strict and (changes := self._changes(content)):
+            raise UsageError(
+                f"the checkpoint in {self.folder} was made with other options: {'; '.join(changes)}. "
+                "Take another run.output, or --run.resume never, or name the checkpoint in --run.resume to go on with the new ones"
+            )
+        try:
+            self.model.load_state_dict(content["state_dict"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(content["ema_state_dict"] or content["state_dict"])
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint does not fit {self.config.model.name}: {str(error).splitlines()[0]}"
+            ) from None
+        fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(content["optimizer"])
+        for group, options in zip(self.optimizer.param_groups, fresh, strict=True):
+            group.update(options)
+        if content["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(content["scaler"])
+        self.progress = Progress(**content["progress"])
+        torch._foreach_copy_(self._healthy, self._statistics)
+
+    def _changes(self, content: dict[str, object]) -> list[str]:
+        """Options that decide the result, and differ from those of a checkpoint."""
+        then, now = content["config"], self.config.to_dict()
+        free = {  # of what is computed, or replaced by the batch of all processes
+            "data": {"root", "train", "val", "cache", "workers", "prefetch", "batch_size", "eval_batch_size", "max_corrupt", "limit_val"},
+            "run": {"output", "device", "threads", "resume", "max_steps", "save_epochs", "save_steps", "eval_epochs", "log_steps"}
+            | {"tensorboard", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
+        }
+        changes = [
+            f"{section}.{key} was {then[section][key]}, is {value}"
+            for section, values in now.items()
+            for key, value in values.items()
+            if key not in free.get(section, ()) and then.get(section, {}).get(key, value) != value
+        ]
+        batch = then["data"]["batch_size"] * content["world_size"]
+        if batch != self.config.data.batch_size * self.world.size:
+            changes.append(f"images per batch over all processes were {batch}, are {self.config.data.batch_size * self.world.size}")
+        return changes
 
 
-def train(runs: list[Run], on_step: Callable[[Run], None], on_epoch: Callable[[list[Run]], None]) -> None:
-    """Trains the runs side by side. They take turns by the epoch, and in going first, so that the machine's noise hits both alike."""
-    for epoch in range(runs[0].config.epochs):
-        for run in runs if epoch % 2 == 0 else reversed(runs):
-            run.train_epoch(on_step)
-        on_epoch(runs)
+def _distributed(model: nn.Module) -> nn.Module:
+    """The network with gradients averaged over the processes. Running statistics stay with a process, and the first one's are
+    evaluated and saved: the result of broadcasting them in each step, which is PyTorch's default."""
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 filters, which have two spellings
+    new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def start(config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> Trainer:
+    """A trainer, fresh or where the checkpoint that `run.resume` means has left it."""
+    trainer = Trainer(config, loaders, world, listener)
+    resume, content, error = config.run.resume, None, None
+    if world.first and resume != "never":  # only this process needs to see the folder
+        try:
+            content = checkpoint.latest(trainer.folder, trainer.listener.say) if resume == "auto" else checkpoint.load(Path(resume))
+        except checkpoint.CheckpointError as found:
+            error = found
+    content, error = world.from_first((content, error))
+    if error is not None:
+        raise error
+    if content is not None:
+        trainer.load(content, strict=resume == "auto")
+        p = trainer.progress
+        trainer.listener.say(f"going on at epoch {p.epoch + 1}, step {p.step} of {trainer.total_steps}")
+    return trainer

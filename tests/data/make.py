@@ -8,6 +8,20 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
+# Options of the published classifiers that concern training: what the recipes are held to.
+RECIPE_OPTIONS = (
+    "optim.", "scheduler.", "sampler.", "ema.", "loss.classification", "image_augmentation.", "dataset.train_batch_size0",
+    "common.grad_clip", "common.mixed_precision", "model.classification.classifier_dropout", "model.classification.mit.",
+)  # fmt: skip
+
+
+def is_classifier(name: str) -> bool:
+    return name.startswith("mobilevitv")
+
+
+def recipe_options(entry: dict) -> dict[str, object]:
+    """The training options of an entry of the manifest."""
+    return {key: value for key, value in entry["hyper_parameters"].items() if key.startswith(RECIPE_OPTIONS)}
 
 
 def main(golden: Path) -> None:
@@ -20,6 +34,10 @@ def main(golden: Path) -> None:
     keys = {p.stem: [entry[:2] for entry in json.loads(p.read_text())] for p in sorted((golden / "state_dicts").glob("*.json"))}
     with gzip.GzipFile(HERE / "golden" / "state_dicts.json.gz", "wb", mtime=0) as file:
         file.write(json.dumps(keys, separators=(",", ":")).encode())
+    recipes = {
+        name: recipe_options(entry) for name, entry in json.loads((golden / "manifest.json").read_text()).items() if is_classifier(name)
+    }
+    (HERE / "recipes.json").write_text(json.dumps(recipes, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

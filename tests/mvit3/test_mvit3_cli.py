@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mvit3.cli import main
-from mvit3.config import EvaluateConfig, TrainConfig, UsageError, options
+from mvit3.config import DemoConfig, EvaluateConfig, UsageError, options
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -62,7 +62,7 @@ def test_commands(arguments, capsys):
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "config"), [("train", TrainConfig), ("evaluate", EvaluateConfig)])
+@pytest.mark.parametrize(("command", "config"), [("train", DemoConfig), ("evaluate", EvaluateConfig)])
 def test_help_documents_every_option(command, config, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -74,7 +74,7 @@ def test_help_documents_every_option(command, config, capsys):
 
 def test_configuration_checks_itself():
     with pytest.raises(UsageError, match="--epochs must be at least 1 and finite, got 0"):
-        TrainConfig(epochs=0)
+        DemoConfig(epochs=0)
 
 
 def test_module_runs():

@@ -13,7 +13,7 @@ import torch
 
 from mvit3 import checkpoint, data, engine
 from mvit3.cli import main
-from mvit3.config import TrainConfig, UsageError
+from mvit3.config import DemoConfig, UsageError
 from mvit3.engine import usable_cores
 
 SMALL = ["--epochs", "1", "--limit-train", "128", "--batch-size", "32", "--warmup-epochs", "0.5"]
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
 
 def train_runs(digits, **options):
     """Runs of one epoch of three small steps."""
-    config = TrainConfig(limit_train=48, batch_size=16, epochs=1, warmup_epochs=0.5, **options)
+    config = DemoConfig(limit_train=48, batch_size=16, epochs=1, warmup_epochs=0.5, **options)
     runs = engine.start(config, replace(digits, val=digits.val.take(32)))
     engine.train(runs, lambda run: None, lambda runs: None)
     return runs
@@ -133,7 +133,7 @@ def test_learning_rate():
 
 
 def test_weight_decay_spares_norms_and_biases(digits):
-    (run,) = engine.start(TrainConfig(ops="reference", limit_train=64), digits)
+    (run,) = engine.start(DemoConfig(ops="reference", limit_train=64), digits)
     decayed, others = run.optimizer.param_groups
     assert decayed["weight_decay"] == 0.05 and others["weight_decay"] == 0
     assert {p.ndim for p in others["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2
@@ -176,7 +176,7 @@ def test_augment_without_randomness_is_the_identity(digits, monkeypatch):
 )
 def test_more_images_than_there_are(digits, options, message):
     with pytest.raises(UsageError, match=message):
-        engine.start(TrainConfig(**options), digits)
+        engine.start(DemoConfig(**options), digits)
 
 
 def test_threads():

@@ -1,0 +1,91 @@
+"""What the data side can be told. Each recipe states all of it; the defaults are an ImageFolder at 256x256 with crops and flips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..options import Option, Section, UsageError
+
+SOURCES = ("digits", "folder", "shards")
+DECODERS = ("auto", "pil", "simplejpeg", "cv2", "nvjpeg")
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+def _check_range(name: str, values: tuple[float, ...]) -> None:
+    if len(values) != 2 or values[0] > values[1]:
+        raise UsageError(f"{name} must be two numbers, the smaller one first, got {list(values)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Where images come from, how they are decoded, what the network sees of them."""
+
+    source: Annotated[str, Option("embedded digits, a folder with one folder per class, or tar shards", SOURCES)] = "folder"
+    root: Annotated[str, Option("folder that holds the training and the validation part")] = ""
+    train: Annotated[str, Option("training part: a folder in root, or shards like train-{0000..0146}.tar, paths or URLs")] = "train"
+    val: Annotated[str, Option("validation part, likewise")] = "val"
+    cache: Annotated[str, Option("folder for shards that come from a URL; each is fetched once")] = ""
+    num_classes: Annotated[int, Option("classes of shards, which do not name them; 0: one more than the largest label", minimum=0)] = 0
+    limit_train: Annotated[int, Option("use only so many training images; 0: all", minimum=0)] = 0
+    limit_val: Annotated[int, Option("use only so many validation images; 0: all", minimum=0)] = 0
+    batch_size: Annotated[int, Option("images per step and process, at the base size", minimum=1)] = 32
+    eval_batch_size: Annotated[int, Option("images per batch of the validation", minimum=1)] = 100
+    resize: Annotated[int, Option("validation: shorter side after resizing, pixels", minimum=1)] = 288
+    crop: Annotated[int, Option("validation: side of the centre crop, pixels", minimum=1)] = 256
+    interpolation: Annotated[str, Option("of every resizing, in training and in validation", INTERPOLATIONS)] = "bilinear"
+    antialias: Annotated[bool, Option("filter before shrinking, as PIL does and OpenCV does not")] = True
+    colors: Annotated[str, Option("order of the colour channels that the network reads", ("rgb", "bgr"))] = "rgb"
+    mean: Annotated[tuple[float, ...], Option("subtracted from pixels in [0, 1], in the order of colors", minimum=0, below=1)] = (0, 0, 0)
+    std: Annotated[tuple[float, ...], Option("divides them after that", minimum=1e-3, below=1e3)] = (1, 1, 1)
+    decoder: Annotated[str, Option("of JPEG; auto: the fastest of those on the CPU, all exact; nvjpeg decodes on the GPU", DECODERS)] = (
+        "auto"
+    )
+    scaled_decoding: Annotated[bool, Option("decode large JPEGs at a half, a quarter, an eighth: faster, not exact")] = False
+    workers: Annotated[int, Option("loading processes per training process; 0: none; -1: one per core and process", minimum=-1)] = -1
+    prefetch: Annotated[int, Option("batches that each loading process keeps ready", minimum=1)] = 2
+    max_corrupt: Annotated[float, Option("share of images that may be unreadable before the run stops", minimum=0, below=1)] = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop > self.resize:
+            raise UsageError(f"data.crop must be at most data.resize, {self.resize}, got {self.crop}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise UsageError(f"data.{name} must be three numbers, got {list(getattr(self, name))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(Section):
+    """What training does to an image, in this order; mixup and cutmix follow per batch and belong to the loss."""
+
+    crop: Annotated[bool, Option("random crop, resized to the size of the batch; off: resize and centre crop as in validation")] = True
+    crop_scale: Annotated[tuple[float, ...], Option("share of the image that the crop covers", minimum=0.001, below=1.001)] = (0.08, 1.0)
+    crop_ratio: Annotated[tuple[float, ...], Option("width of the crop over its height", minimum=0.01, below=100)] = (3 / 4, 4 / 3)
+    flip: Annotated[float, Option("probability of a horizontal flip", minimum=0, below=1.001)] = 0.5
+    rotate: Annotated[float, Option("turn by up to so many degrees", minimum=0, below=180)] = 0.0
+    zoom: Annotated[float, Option("scale by up to this share", minimum=0, below=1)] = 0.0
+    shift: Annotated[float, Option("move by up to this share of a side", minimum=0, below=1)] = 0.0
+    color_jitter: Annotated[float, Option("brightness, contrast and saturation change by up to this share", minimum=0, below=1)] = 0.0
+    rand_augment: Annotated[int, Option("operations of RandAugment per image; 0: none", minimum=0, below=15)] = 0
+    rand_augment_magnitude: Annotated[int, Option("their strength, of 0 to 30", minimum=0, below=31)] = 9
+    policy: Annotated[str, Option("or a policy of timm, such as rand-m9-mstd0.5-inc1; empty: none")] = ""
+    erase: Annotated[float, Option("probability that a rectangle is erased", minimum=0, below=1.001)] = 0.0
+    erase_scale: Annotated[tuple[float, ...], Option("share of the image that it covers", minimum=0.001, below=1)] = (0.02, 0.33)
+    erase_ratio: Annotated[tuple[float, ...], Option("its height over its width", minimum=0.01, below=100)] = (0.3, 3.3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio"):
+            _check_range(f"augment.{name}", getattr(self, name))
+        if self.policy and self.rand_augment:
+            raise UsageError("augment.policy and augment.rand_augment exclude each other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(Section):
+    """Which images form a batch, and at which size."""
+
+    size: Annotated[int, Option("side of training images, pixels; the base size where there are several", minimum=1)] = 256
+    sizes: Annotated[tuple[int, ...], Option("sides of multi-scale training, one drawn per batch; none: always size", minimum=1)] = ()
+    shrink: Annotated[bool, Option("batches above the base size hold fewer images, below it always more; off: never fewer")] = True

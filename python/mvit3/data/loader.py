@@ -1,0 +1,311 @@
+"""Batches for training and validation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import gpu
+from .config import AugmentConfig, DataConfig, SamplerConfig
+from .decode import DecodeError
+from .sampler import BatchSampler, Sample
+from .sources import DataError, Source, open_source
+from .transforms import EvaluationTransform, TrainTransform, normalise
+
+Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float32 channels_last, normalised; (N,) int64
+Unreadable = tuple[int, str]  # index and reason
+HostBatch = tuple[Tensor | list, Tensor, list[Unreadable], int]  # images, labels, unreadable ones, places left empty
+REPLACEMENTS = 16  # images tried for one place in a batch, before something else must be wrong
+HOP = 0.618  # from one to the next of them, as a share of all: the golden section leaves a folder that is unreadable as a whole at once
+
+
+class _Sections(Protocol):
+    """A configuration with the sections that concern data."""
+
+    data: DataConfig
+    augment: AugmentConfig
+    sampler: SamplerConfig
+
+
+class _Training(Dataset):
+    """Sample -> (pixels or plan, label, unreadable images met). Another image of the source stands in for an unreadable one, always the
+    same, so that batches keep their size; the randomness stays that of the place in the epoch."""
+
+    def __init__(self, source: Source, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+        self.source, self.labels, self.seed, self.plans = source, source.labels, seed, data.decoder == "nvjpeg"
+        self.transform = TrainTransform(data, augment)
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor | gpu.Plan | None, int, list[Unreadable]]:
+        return self.load(sample, self.plans)
+
+    def load(self, sample: Sample, plans: bool = False) -> tuple[Tensor | gpu.Plan | None, int, list[Unreadable]]:
+        """`plans`: leaves to the GPU what it can do."""
+        index, size, epoch, position = sample
+        key = self.seed, epoch, position
+        unreadable: list[Unreadable] = []
+        for _ in range(REPLACEMENTS):
+            try:
+                encoded = self.source.read(index)
+                if plans and gpu.can_decode(encoded):
+                    box, flip = self.transform.geometry(*self.transform.decoder.size(encoded), key)
+                    return gpu.Plan(encoded, box, flip, size, key, sample), int(self.labels[index]), unreadable
+                return self.transform(encoded, size, key), int(self.labels[index]), unreadable
+            except (DecodeError, OSError) as error:
+                unreadable.append((index, str(error)))
+                index = (index + max(1, round(HOP * len(self.labels)))) % len(self.labels)
+        return None, -1, unreadable
+
+
+class _Validation(Dataset):
+    """Index -> (pixels or None, label, unreadable images met)."""
+
+    def __init__(self, source: Source, data: DataConfig) -> None:
+        self.source, self.labels, self.transform = source, source.labels, EvaluationTransform(data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[Unreadable]]:
+        try:
+            return self.transform.pixels(self.source.read(index)), int(self.labels[index]), []
+        except (DecodeError, OSError) as error:
+            return None, -1, [(index, str(error))]
+
+
+def _collate(samples: list[tuple]) -> HostBatch:
+    """Pixels as one tensor (N, H, W, 3) uint8, or a list where some wait for the GPU."""
+    unreadable = [found for *_, met in samples for found in met]
+    usable = [sample for sample in samples if sample[0] is not None]
+    images = [image for image, *_ in usable]
+    labels = torch.tensor([label for _, label, _ in usable], dtype=torch.int64)
+    empty = len(samples) - len(usable)
+    if not images or any(isinstance(image, gpu.Plan) for image in images):
+        return images, labels, unreadable, empty
+    return torch.stack([image.permute(1, 2, 0) for image in images]), labels, unreadable, empty
+
+
+def _start_worker(_: int) -> None:
+    """A loading process lives until the training process lets it go or dies: a signal to stop is for the latter, which first saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)
+
+
+def loading_processes(config: DataConfig, device: torch.device) -> int:
+    """How many processes load images for one training process. On a CPU one suffices: it is the network that takes the cores."""
+    if config.workers >= 0:
+        return config.workers
+    if config.source == "digits":
+        return 0
+    if device.type == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class _Loader:
+    """What the loaders of training and validation share: batches on the device, time spent waiting for them, unreadable images."""
+
+    def __init__(
+        self, part: str, source: Source, data: DataConfig, device: torch.device, dataset: Dataset, batches, persistent: bool
+    ) -> None:
+        self.part, self.source, self.data, self.device = part, source, data, device
+        self.unreadable: dict[str, str] = {}
+        self.wait_seconds = 0.0
+        workers = loading_processes(data, device)
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=data.prefetch if workers else None,
+            persistent_workers=persistent and workers > 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the loader seeds its processes, which is not to touch the generator that dropout draws from
+        )
+
+    def _to_device(self, images: Tensor | list, labels: Tensor) -> Batch:
+        images = images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return normalise(images, self.data), labels.to(self.device, non_blocking=True)
+
+    def _ahead(self, batches: Iterator[HostBatch]) -> Iterator[Batch]:
+        """Brings the next batch to the GPU, on a stream of its own, before it gives the present one."""
+        stream, staged = torch.cuda.Stream(self.device), None
+        for batch in batches:
+            present = staged
+            with torch.cuda.stream(stream):
+                staged = self._to_device(*batch), stream.record_event()
+            if present is not None:
+                yield self._ready(*present)
+        if staged is not None:
+            yield self._ready(*staged)
+
+    def _ready(self, batch: Batch, event: torch.cuda.Event) -> Batch:
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        for tensor in batch:
+            tensor.record_stream(current)  # its memory is not given away before the step has used it
+        return batch
+
+    def _note(self, unreadable: list[Unreadable]) -> None:
+        """Remembers unreadable images; DataError where there are too many."""
+        for index, reason in unreadable:
+            self.unreadable[self.source.image_name(index)] = reason
+        total = len(self.source.labels)
+        if unreadable and len(self.unreadable) > self.data.max_corrupt * total:
+            some = "; ".join(f"{name}: {reason}" for name, reason in islice(self.unreadable.items(), 5))
+            raise DataError(
+                f"{len(self.unreadable)} of {total} {self.part} images cannot be read, more than data.max_corrupt allows "
+                f"({self.data.max_corrupt:.2%}): {some}"
+            )
+
+    def _not_filled(self, unreadable: list[Unreadable]) -> None:
+        """What becomes of a batch with less images than it should have."""
+
+    def _host(self) -> Iterator[tuple[Tensor | list, Tensor]]:
+        """Batches as the loading processes give them."""
+        batches = iter(self._loader)
+        while True:
+            try:
+                images, labels, unreadable, empty = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                # It was killed, as by a machine that is out of memory.
+                raise DataError(f"a process that loads {self.part} images died: {error}; data.workers 0 does without") from error
+            self._note(unreadable)
+            if empty:
+                self._not_filled(unreadable)
+            if len(labels):
+                yield images, labels
+
+    def _batches(self) -> Iterator[Batch]:
+        self.wait_seconds = 0.0
+        batches = self._ahead(self._host()) if self.device.type == "cuda" else (self._to_device(*batch) for batch in self._host())
+        started = time.perf_counter()
+        for batch in batches:
+            self.wait_seconds += time.perf_counter() - started
+            yield batch
+            started = time.perf_counter()
+        self.wait_seconds += time.perf_counter() - started
+
+
+class TrainLoader(_Loader):
+    """Batches of this process for training.
+
+    `wait_seconds`: time that the caller waited for data in the epoch that runs or ran last. `unreadable`: name and reason of each image
+    that another one stood in for, since the start.
+    """
+
+    def __init__(self, source: Source, config: _Sections, seed: int, rank: int, world_size: int, device: torch.device) -> None:
+        self.sampler = BatchSampler(config.sampler, config.data.batch_size, len(source.labels), seed, rank, world_size)
+        self._dataset = _Training(source, config.data, config.augment, seed)
+        super().__init__("training", source, config.data, device, self._dataset, self.sampler, persistent=True)
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same on every process."""
+        return len(self.sampler)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Batches of an epoch from `start_batch` on: images (N, 3, H, W) float32, channels_last, normalised, and labels (N,) int64, on the
+        device. They depend on the seed, the epoch and the number of the batch alone. DataError where too many images are unreadable."""
+        self.sampler.epoch, self.sampler.start = epoch, start_batch
+        yield from self._batches()
+
+    def _not_filled(self, unreadable: list[Unreadable]) -> None:
+        index, reason = unreadable[-1]
+        raise DataError(f"{REPLACEMENTS} training images in turn cannot be read, the last one {self.source.image_name(index)}: {reason}")
+
+    def _to_device(self, images: Tensor | list, labels: Tensor) -> Batch:
+        if isinstance(images, list):
+            images, labels = self._on_gpu(images, labels)
+        return super()._to_device(images, labels)
+
+    def _on_gpu(self, images: list[Tensor | gpu.Plan], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Does what plans say; an image that the GPU cannot decode takes the CPU's way, where another one may stand in for it."""
+        plans = [image for image in images if isinstance(image, gpu.Plan)]
+        done = iter(gpu.pixels(plans, self._dataset.transform, self.device))
+        for i, image in enumerate(images):
+            pixels = next(done) if isinstance(image, gpu.Plan) else image
+            if pixels is None:
+                pixels, labels[i], unreadable = self._dataset.load(image.sample)
+                self._note(unreadable)
+                if pixels is None:
+                    self._not_filled(unreadable)
+            images[i] = pixels.to(self.device).permute(1, 2, 0)
+        return torch.stack(images), labels
+
+
+class EvaluationLoader(_Loader):
+    """Batches of this process for evaluation: every world_size-th one, in the order of the source, so that batches are the same on any
+    number of processes. An unreadable image is left out, and named in `unreadable`."""
+
+    def __init__(self, source: Source, config: _Sections, rank: int, world_size: int, device: torch.device) -> None:
+        count, size = len(source.labels), config.data.eval_batch_size
+        self.batches = [range(start, min(start + size, count)) for start in range(rank * size, count, world_size * size)]
+        super().__init__("validation", source, config.data, device, _Validation(source, config.data), self.batches, persistent=False)
+
+    def __len__(self) -> int:
+        """Batches of this process."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """images (N, 3, crop, crop) float32, channels_last, normalised, and labels (N,) int64, on the device."""
+        return self._batches()
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Images of both parts. `notes`: what a person should know before the run, a line each; `images_per_epoch`: over all processes."""
+
+    train: TrainLoader
+    val: EvaluationLoader
+    num_classes: int
+    class_names: tuple[str, ...]
+    images_per_epoch: int
+    notes: tuple[str, ...]
+
+
+def loaders(config: _Sections, *, rank: int = 0, world_size: int = 1, seed: int = 0, device: torch.device | str = "cpu") -> Loaders:
+    """Loaders of the sections `data`, `augment` and `sampler` of a configuration, for process `rank` of `world_size`.
+
+    UsageError where the options cannot be met, DataError where images or labels cannot be used; both before any image is decoded.
+    """
+    device = torch.device(device)
+    if config.data.decoder == "nvjpeg":
+        gpu.check(device, config.augment)
+    train = open_source(config.data, "train")
+    val = open_source(config.data, "val", train.class_names)
+    loader = TrainLoader(train, config, seed, rank, world_size, device)
+    return Loaders(
+        loader,
+        EvaluationLoader(val, config, rank, world_size, device),
+        len(train.class_names),
+        train.class_names,
+        loader.sampler.images,
+        train.notes + val.notes,
+    )
+
+
+def validation(
+    config: _Sections,
+    class_names: Sequence[str] = (),
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> EvaluationLoader:
+    """The validation part alone; `class_names`: the classes of the network, in its order, where the folders are not all of them.
+    With data.val empty, data.root itself is that part. `source.notes` has what a person should know."""
+    return EvaluationLoader(open_source(config.data, "val", class_names), config, rank, world_size, torch.device(device))

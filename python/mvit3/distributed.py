@@ -1,0 +1,75 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `device` is its own. Decisions are agreed on through `_host`, a group that needs no GPU."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    _host: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some process; all of them get the same answer."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, self._host)
+        return bool(flags)
+
+    def from_first(self, value: object) -> object:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self._host)
+        return box[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Element by element over the processes."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def sync_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the first one's running statistics, which are those that are saved."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def world(device: torch.device) -> Iterator[World]:
+    """The world of this process: alone, or as torchrun's environment says; NCCL between GPUs, gloo between CPUs."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        host = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        yield World(device, dist.get_rank(), size, host)
+    finally:
+        dist.destroy_process_group()

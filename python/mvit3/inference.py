@@ -1,0 +1,153 @@
+"""Checkpoints in use: `mvit3 evaluate` and `mvit3 predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import mvit3_kernels
+
+from . import checkpoint
+from .backends import served
+from .config import TrainConfig
+from .data import DataError, DecodeError, evaluation_transform, validation
+from .distributed import World
+from .engine import autocast, build_model, evaluate, use_ops
+from .options import UsageError
+
+PREDICT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a checkpoint, in evaluation mode. `recorded`: the accuracy of these weights after the epoch whose end was saved."""
+
+    model: nn.Module
+    config: TrainConfig
+    num_classes: int
+    class_names: tuple[str, ...]  # empty where the checkpoint does not tell them
+    weights: str  # "average", "trained", or of what a file of another origin holds
+    recorded: float | None
+
+    @staticmethod
+    def open(path: Path, config: TrainConfig, weights: str, device: torch.device, num_classes: int = 1000) -> Network:
+        """From a checkpoint; `num_classes` is that of one of another origin, where `model.num_classes` does not tell it.
+
+        Raises:
+            CheckpointError: it cannot be read, or does not fit the configuration's network.
+        """
+        content = read(path)
+        if content is None:
+            classes = config.model.num_classes or num_classes
+            model = _fresh(config, classes, device)
+            report = mvit3_kernels.load_checkpoint(model, path, ema={"auto": None, "ema": True, "raw": False}[weights])
+            return Network(model.eval(), config, classes, (), report.entry or "as in the file", None)
+        if weights == "ema" and not content["ema_state_dict"]:
+            raise UsageError(f"--weights ema: {path} holds no average, its training kept none")
+        average = bool(content["ema_state_dict"]) and weights != "raw"
+        model = _fresh(config, content["num_classes"], device)
+        try:
+            model.load_state_dict(content["ema_state_dict" if average else "state_dict"])
+        except RuntimeError as error:
+            raise checkpoint.CheckpointError(f"{path} does not fit {config.model.name}: {' '.join(str(error).split())[:300]}") from None
+        progress = content["progress"]
+        row = progress["history"][-1] if progress["history"] and not progress["batch"] else {}
+        recorded = row.get("ema_accuracy" if average else "accuracy")
+        classes, names = content["num_classes"], tuple(content["class_names"])
+        return Network(model.eval(), config, classes, names, "average" if average else "trained", recorded)
+
+
+def read(path: Path) -> dict[str, object] | None:
+    """The content of a checkpoint of this application; None for one of another origin."""
+    try:
+        return checkpoint.load(path)
+    except checkpoint.Foreign:
+        return None
+
+
+def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
+    return build_model(replace(config, model=replace(config.model, pretrained="")), num_classes, device)
+
+
+def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, say: Callable[[str], None]) -> dict[str, object]:
+    """Accuracy on the validation images of a configuration, as plain values."""
+    names = (read(path) or {}).get("class_names", ())
+    batches = validation(config, names, rank=world.rank, world_size=world.size, device=world.device)
+    present, data = len(batches.source.class_names), config.data.root or config.data.source
+    network = Network.open(path, config, weights, world.device, present)
+    if present > network.num_classes:
+        raise checkpoint.CheckpointError(f"{path} has {network.num_classes} classes, the data in {data} has {present}")
+    found = evaluate(network.model, iter(batches), config.run, network.num_classes, world.device)
+    if world.first:
+        for text in (*batches.source.notes, *(f"unreadable: {name}: {reason}" for name, reason in batches.unreadable.items())):
+            say(text)
+    side = config.data.crop
+    return {
+        "checkpoint": str(path),
+        "model": config.model.name,
+        "weights": network.weights,
+        "data": data,
+        "ops": config.run.ops,
+        "precision": config.run.amp,
+        "backend": served(network.model, torch.zeros(2, 3, side, side, device=world.device), config.run, training=False),
+        "accuracy": found.accuracy,
+        "accuracy5": found.accuracy5,
+        "correct": found.correct,
+        "total": found.total,
+        "val_loss": found.loss,
+        "unreadable": batches.unreadable,
+        "recorded_accuracy": network.recorded,
+        "reproduced": None if network.recorded is None else found.accuracy == network.recorded,
+    }
+
+
+def list_images(paths: list[Path]) -> list[Path]:
+    """Files as given, folders by the images in them. DataError where there is nothing."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            if not inside:
+                raise DataError(f"{path} holds no image ({', '.join(IMG_EXTENSIONS)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"{path}: there is no such file")
+    return found
+
+
+@torch.inference_mode()
+def predict(network: Network, paths: list[Path], top: int) -> list[dict[str, object]]:
+    """For each image its most probable classes, or why it cannot be read."""
+    if not top >= 1:
+        raise UsageError(f"--top must be at least 1, got {top}")
+    transform, run, found = evaluation_transform(network.config), network.config.run, []
+    device = next(network.model.parameters()).device
+    files = list_images(paths)
+    for begin in range(0, len(files), PREDICT_BATCH):
+        images, rows = [], []
+        for path in files[begin : begin + PREDICT_BATCH]:
+            rows.append({"image": str(path)})
+            try:
+                images.append(transform(path))
+            except (DecodeError, OSError) as error:
+                rows[-1]["error"] = f"cannot be read: {error}"
+        found += rows
+        if not images:
+            continue
+        batch = torch.stack(images).to(device)
+        batch = batch.contiguous(memory_format=torch.channels_last) if run.channels_last else batch
+        with use_ops(run.ops), autocast(run, device):
+            probabilities = network.model(batch).float().softmax(1)
+        values, classes = probabilities.topk(min(top, network.num_classes))
+        readable = (row for row in rows if "error" not in row)
+        for row, p, c in zip(readable, values.tolist(), classes.tolist(), strict=True):
+            names = [network.class_names[i] if i < len(network.class_names) else str(i) for i in c]
+            row["classes"] = [{"name": n, "index": i, "probability": v} for n, i, v in zip(names, c, p, strict=True)]
+    return found
