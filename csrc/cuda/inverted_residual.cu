@@ -444,17 +444,19 @@ struct Backward {
         sums(at<float>(layout.sums)) {}
 
   MVIT3_DEVICE bool whole_inputs() const { return m.inputs <= kInputs; }
+  // Columns of x and of its weights in shared memory.
+  MVIT3_DEVICE int width() const { return whole_inputs() ? a.front.packed.inputs : kInputs; }
   MVIT3_DEVICE bool whole_outputs() const { return outputs(a) >= m.outputs; }
 
   MVIT3_DEVICE void load_x(Place tile, int first) const {
-    load_pixels<kHeight, kWidth>(x, static_cast<const T*>(a.front.x), m.height, m.width, m.inputs, tile, first, kInputs);
+    load_pixels<kHeight, kWidth>(x, static_cast<const T*>(a.front.x), m.height, m.width, m.inputs, tile, first, width());
   }
   MVIT3_DEVICE void load_dp(Place tile, int first) const {
     load_pixels<kOutHeight, kOutWidth>(
         dp, static_cast<const T*>(a.dp), m.out_height, m.out_width, m.outputs, of_z(tile), first, outputs(a));
   }
   MVIT3_DEVICE void load_expand(int chunk, int first) const {
-    load_matrix(expand, a.front.packed.expand, a.front.packed.channels, a.front.packed.inputs, chunk, kChunk, first, kInputs);
+    load_matrix(expand, a.front.packed.expand, a.front.packed.channels, a.front.packed.inputs, chunk, kChunk, first, width());
   }
   MVIT3_DEVICE void load_project(int chunk, int first) const {
     load_matrix(project, a.front.packed.project, m.outputs, a.front.packed.channels, first, outputs(a), chunk, kChunk);
@@ -532,7 +534,7 @@ struct Backward {
         copies_arrive();
         synchronize();
       }
-      multiply<T, Rows::kOwn, Rows::kOwn>(sum, x, first_row, kPixels, expand, first_column, kChunk, kInputs / 16);
+      multiply<T, Rows::kOwn, Rows::kOwn>(sum, x, first_row, kPixels, expand, first_column, kChunk, width() / 16);
     }
     const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
@@ -549,9 +551,10 @@ struct Backward {
   }
 
   MVIT3_DEVICE void scale_weights() const {
+    const int across = width() / 2;
 #pragma unroll 1
-    for (int i = thread(); i < kChunk * kInputs / 2; i += kThreads) {
-      const int r = i / (kInputs / 2), c = i % (kInputs / 2) * 2;
+    for (int i = thread(); i < kChunk * across; i += kThreads) {
+      const int r = i / across, c = i % across * 2;
       const Pair weight = unpack<T>(*reinterpret_cast<const uint32_t*>(expand.row(r) + c));
       const float scale = channels[r].scale;
       *reinterpret_cast<uint32_t*>(scaled.row(r) + c) = pack<T>(weight.first * scale, weight.second * scale);
@@ -668,7 +671,7 @@ struct Backward {
         }
     };
     if (!first_tile) for_each([](float& value, float& memory) { value = memory; });
-    multiply<T, Rows::kSummed, Rows::kSummed>(sum, wide, first_row, kChunk, x, first_column, kInputs, kPixels / 16);
+    multiply<T, Rows::kSummed, Rows::kSummed>(sum, wide, first_row, kChunk, x, first_column, width(), kPixels / 16);
     for_each([](float& value, float& memory) { memory = value; });
   }
 
@@ -703,7 +706,7 @@ struct Backward {
         if (ends) tile = place_of(m, i + 1);
         if (!ends || i + 1 < end) prefetch(tile, ends ? 0 : chunk + kChunk);
         multiply_by_x(kept_products, chunk, i == begin);
-        multiply<T, Rows::kOwn, Rows::kSummed>(sum, wide, first_row, kPixels, scaled, first_column, kInputs, kChunk / 16);
+        multiply<T, Rows::kOwn, Rows::kSummed>(sum, wide, first_row, kPixels, scaled, first_column, width(), kChunk / 16);
       }
       const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
