@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..batch_norm_act.triton import batch_norm_act_backward, normalize
 from ..depthwise_conv.triton import filter, filter_backward
 from ..pointwise_conv.triton import add_product, pointwise_conv_inference
@@ -68,7 +69,7 @@ _TILES = {
     "project_bwd": ((32, 64, 128, 8), (64, 64, 64, 8), (64, 64, 128, 8, 1)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
     "expanded_bwd": ((128, 64, 32, 8), (64, 64, 64, 8)),
-    "expand_bwd": ((16, 256, 64, 8), (32, 256, 64, 8)),
+    "expand_bwd": ((16, 256, 64, 8),),
     "products_bwd": ((64, 64, 64, 4), (64, 128, 64, 8)),
     "correct_bwd": ((64, 64, 64, 4), (128, 64, 32, 8)),
 }
@@ -76,7 +77,7 @@ _OUTER = ("moments", "project_bwd", "products_bwd")  # sums over rows
 
 
 def configuration(kernel: str, x: Tensor, columns: int, inner: int) -> dict[str, int]:
-    return configurations(kernel, x, columns, inner)[0]
+    return tuning.choose(f"inverted_residual_{kernel}", x, (columns, inner), lambda: configurations(kernel, x, columns, inner))
 
 
 def bytes_moved(x: Tensor, wide: int, outputs: int, stride: int, store: bool) -> tuple[int, int]:
