@@ -27,6 +27,19 @@ struct Maps {
   int dilation;
 };
 
+// Parameters as the kernels copy them into shared memory: rounded, padded with zeros, norms folded. A launcher fills it in its workspace.
+// `channels` is the number of expanded ones, a multiple of 32.
+struct Packed {
+  const void* expand;     // (channels, inputs padded to a multiple of 16), type of the map
+  const void* project;    // (outputs, channels), type of the map
+  const float* affine;    // (channels, 2): scale and shift of the first norm
+  const float* taps;      // (channels / 32, 9, 32), times the scale of the middle norm
+  const float* shift;     // (channels): of the middle norm
+  const float* backward;  // (channels, 8): see Backward::Channel
+  const float* last;      // (outputs, 2): scale and shift of the last norm
+  int channels, inputs;
+};
+
 // What makes the expanded map and the taps that filter it.
 struct ExpansionArguments {
   Maps maps;
@@ -36,6 +49,7 @@ struct ExpansionArguments {
   Values depthwise;
   int slice;  // input channels in shared memory at a time
   int act;
+  Packed packed;
 };
 
 // All input channels at a time, or equal parts of them.
@@ -65,11 +79,13 @@ struct InferenceArguments {
   Values project;
   Norm last;
   void* y;
+  float* workspace;  // inference_workspace floats, aligned to 16 bytes like that of the others
   bool residual;
   int stride;
   bool bfloat16;
 };
 
+int64_t inference_workspace(const InferenceArguments& a);
 void inference(const InferenceArguments& a, void* stream);
 
 // The gradient dp of the projection to that of x, without the correction of the first norm (identity B of the design), and what that needs.

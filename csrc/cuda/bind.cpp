@@ -95,7 +95,7 @@ int64_t out_pixels(const Maps& m) { return m.batch * m.out_height * m.out_width;
 ExpansionArguments front_of(Inputs& in, const Maps& m, const Tensor& x, const Tensor& expand, const Norm& norm, const Tensor& depthwise, int64_t act) {
   STD_TORCH_CHECK(act >= 0 && act <= 2, "act must be a position in ACTIVATIONS, got ", act);
   return {m, in.map("x", x, pixels(m) * m.inputs), in.values("expand", expand, int64_t(m.wide) * m.inputs), norm,
-          in.values("depthwise", depthwise, int64_t(m.wide) * 9), slice_of(m.inputs), int(act)};
+          in.values("depthwise", depthwise, int64_t(m.wide) * 9), slice_of(m.inputs), int(act), {}};
 }
 
 bool is_bfloat16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
@@ -146,12 +146,14 @@ Tensor inverted_residual_inference(
                 in.values("norm.running_mean", mean, channels), in.values("norm.running_var", var, channels), float(eps)};
   };
   const Norm first = norm(expand_weight, expand_bias, expand_mean, expand_var, expand_eps, m.wide);
-  const InferenceArguments a{
+  InferenceArguments a{
       front_of(in, m, x, expand, first, depthwise, act),
       norm(depthwise_weight, depthwise_bias, depthwise_mean, depthwise_var, depthwise_eps, m.wide),
       in.values("project", project, int64_t(m.outputs) * m.wide),
       norm(project_weight, project_bias, project_mean, project_var, project_eps, m.outputs),
-      y.mutable_data_ptr(), stride == 1 && m.inputs == m.outputs, int(stride), is_bfloat16(x)};
+      y.mutable_data_ptr(), nullptr, stride == 1 && m.inputs == m.outputs, int(stride), is_bfloat16(x)};
+  const Tensor workspace = empty_floats(x, {inference_workspace(a)});
+  a.workspace = floats_of(workspace);
   inference(a, current_stream(x.get_device_index()));
   return y;
 }

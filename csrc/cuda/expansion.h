@@ -67,28 +67,20 @@ struct Expansion {
     if (with_pixels)
       load_pixels<Tile::kInHeight, Tile::kInWidth>(
           x, static_cast<const T*>(arguments.x), m.height, m.width, m.inputs, of_x(tile), first, arguments.slice);
-    load_weight(weight, arguments.expand, m.wide, m.inputs, chunk, kChunk, first, arguments.slice);
+    const Packed& p = arguments.packed;
+    load_matrix(weight, p.expand, p.channels, p.inputs, chunk, kChunk, first, arguments.slice);
   }
 
   // Begins the copies of a step, where they fit as a whole. Nobody may read weight, affine or, at the first chunk, x any more.
   MVIT3_DEVICE void prefetch(Place tile, int chunk) const {
     if (whole()) load_slice(tile, chunk, 0, chunk == 0);
-    if (thread() < kChunk) {
-      const int channel = chunk + thread();
-      affine[thread()] = channel < arguments.maps.wide ? affine_at<T>(arguments.norm, channel) : Affine{0.0f, 0.0f};
-    }
+    load_floats(&affine[0].scale, arguments.packed.affine + 2 * chunk, 2 * kChunk, 0);
   }
 
-  // Fills `wide` and `taps`, these times `scale(channel)`. What was prefetched must have arrived, and nobody may read them any more; a
-  // barrier must follow.
-  template <typename F>
-  MVIT3_DEVICE void expand(Place tile, int chunk, const F& scale) const {
+  // Fills `wide` and `taps`. What was prefetched must have arrived, and nobody may read them any more; a barrier must follow.
+  MVIT3_DEVICE void expand(Place tile, int chunk) const {
     const Maps& m = arguments.maps;
-#pragma unroll 1
-    for (int i = thread(); i < 9 * kChunk; i += kThreads) {
-      const int channel = chunk + i / 9;
-      taps[i % 9 * kChunk + i / 9] = channel < m.wide ? value_at<T>(arguments.depthwise, int64_t(channel) * 9 + i % 9) * scale(channel) : 0.0f;
-    }
+    load_floats(taps, arguments.packed.taps + 9 * chunk, 9 * kChunk, 0);
     const int first_row = warp() % 4 * 16 * kRowBlocks, first_column = warp() / 4 * 8 * kColumnBlocks;
     float sum[kRowBlocks][kColumnBlocks][4];
     clear(sum);
@@ -118,6 +110,7 @@ struct Expansion {
           sum[i][j][k] = norm.scale * sum[i][j][k] + norm.shift;
         }
     }
+    copies_arrive();
     activate<4 * kRowBlocks * kColumnBlocks>(&sum[0][0][0], arguments.act);
     const Place from = of_x(tile);
 #pragma unroll

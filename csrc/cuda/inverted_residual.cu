@@ -3,6 +3,8 @@
 // A block walks over a run of tiles, and on each over the expanded channels, 32 at a time; sums over the whole map are kept per block in a
 // workspace and added up by a second, small kernel, so that results repeat from run to run.
 
+#include <utility>
+
 #include "expansion.h"
 #include "launch.h"
 
@@ -15,8 +17,102 @@ struct Moments {
 
 MVIT3_DEVICE Moments merge(Moments a, float count_a, Moments b, float count_b) {
   if (count_b == 0.0f) return a;
-  const float share = count_b / (count_a + count_b), apart = b.mean - a.mean;
+  const float share = fast_divide(count_b, count_a + count_b), apart = b.mean - a.mean;
   return {a.mean + apart * share, a.squares + b.squares + apart * apart * count_a * share};
+}
+
+// ---- Parameters, packed
+
+struct PackArguments {
+  Values expand, depthwise, project;
+  Norm norm, middle, last;
+  bool folds;  // the middle and the last norm too
+  const float *z_scale, *z_shift, *c0, *c1, *c2;  // or null
+  int inputs, wide, outputs;
+  Packed to;
+};
+
+template <typename T>
+struct Pack {
+  using Arguments = PackArguments;
+  static constexpr int kBlocksAtOnce = 1;
+
+  static MVIT3_BOTH int64_t count(const Arguments& a) {
+    return int64_t(a.to.channels) * (a.to.inputs + 1 + (a.project.data ? a.outputs : 0)) + (a.folds ? a.outputs : 0);
+  }
+
+  static MVIT3_DEVICE void pack_channel(const Arguments& a, int c) {
+    const bool there = c < a.wide;
+    const Affine none{0.0f, 0.0f};
+    const Affine norm = there ? affine_at<T>(a.norm, c) : none, middle = there && a.folds ? affine_at<T>(a.middle, c) : none;
+    float* const affine = const_cast<float*>(a.to.affine) + 2 * c;
+    affine[0] = norm.scale;
+    affine[1] = norm.shift;
+    float* const taps = const_cast<float*>(a.to.taps) + c / kChunk * 9 * kChunk + c % kChunk;
+    for (int i = 0; i < 9; ++i)
+      taps[i * kChunk] = there ? value_at<T>(a.depthwise, int64_t(c) * 9 + i) * (a.folds ? middle.scale : 1.0f) : 0.0f;
+    const_cast<float*>(a.to.shift)[c] = middle.shift;
+    if (!a.z_scale) return;
+    float* const backward = const_cast<float*>(a.to.backward) + 8 * c;
+    const float* const values[5] = {a.z_scale, a.z_shift, a.c0, a.c1, a.c2};
+    backward[0] = norm.scale;
+    backward[1] = norm.shift;
+    for (int i = 0; i < 5; ++i) backward[2 + i] = there ? values[i][c] : 0.0f;
+    backward[7] = 0.0f;
+  }
+
+  static MVIT3_DEVICE void run(const Arguments& a) {
+    const int64_t i = int64_t(block()) * kThreads + thread(), weights = int64_t(a.to.channels) * a.to.inputs;
+    if (i >= count(a)) return;
+    if (i < weights) {
+      const int64_t row = i / a.to.inputs, column = i % a.to.inputs;
+      const bool there = row < a.wide && column < a.inputs;
+      static_cast<T*>(const_cast<void*>(a.to.expand))[i] = from_float<T>(there ? value_at<T>(a.expand, row * a.inputs + column) : 0.0f);
+    } else if (i < weights + a.to.channels) {
+      pack_channel(a, int(i - weights));
+    } else if (i < weights + a.to.channels * int64_t(1 + a.outputs)) {
+      const int64_t at = i - weights - a.to.channels, row = at / a.to.channels, column = at % a.to.channels;
+      static_cast<T*>(const_cast<void*>(a.to.project))[at] =
+          from_float<T>(column < a.wide ? value_at<T>(a.project, row * a.wide + column) : 0.0f);
+    } else {
+      const int c = int(i - weights - a.to.channels * int64_t(1 + a.outputs));
+      reinterpret_cast<Affine*>(const_cast<float*>(a.to.last))[c] = affine_at<T>(a.last, c);
+    }
+  }
+};
+
+// Where the packed parameters lie in `workspace`, and how many floats they are.
+Packed packed_in(const Maps& m, float* workspace, int64_t* floats) {
+  const int channels = round_up(m.wide, kChunk), inputs = round_up(m.inputs, 16);
+  int64_t at = 0;
+  const auto take = [&](int64_t count) { return workspace + std::exchange(at, at + count); };  // all multiples of 4
+  const Packed packed{take(int64_t(channels) * inputs / 2), take(int64_t(channels) * m.outputs / 2), take(2 * channels), take(9 * channels),
+                      take(channels), take(8 * channels), take(round_up(2 * m.outputs, 4)), channels, inputs};
+  *floats = at;
+  return packed;
+}
+
+int64_t packed_floats(const Maps& m) {
+  int64_t floats;
+  packed_in(m, nullptr, &floats);
+  return floats;
+}
+
+// Packs the parameters of a call into its workspace, and gives back the rest of it.
+template <typename T>
+float* pack_into(ExpansionArguments& front, PackArguments arguments, float* workspace, void* stream) {
+  const Maps& m = front.maps;
+  int64_t floats;
+  front.packed = packed_in(m, workspace, &floats);
+  arguments.expand = front.expand;
+  arguments.depthwise = front.depthwise;
+  arguments.norm = front.norm;
+  arguments.inputs = m.inputs;
+  arguments.wide = m.wide;
+  arguments.outputs = m.outputs;
+  arguments.to = front.packed;
+  launch<Pack<T>>(arguments, int(ceil_div(Pack<T>::count(arguments), kThreads)), 1, 0, stream);
+  return workspace + floats;
 }
 
 // ---- Filter: z and its moments
@@ -24,6 +120,7 @@ MVIT3_DEVICE Moments merge(Moments a, float count_a, Moments b, float count_b) {
 template <typename T, int Stride>
 struct Filter {
   using Arguments = FilterArguments;
+  using Type = T;
   using Front = Expansion<T, Stride>;
   using Tile = OutputTile<Stride>;
   static constexpr int kBlocksAtOnce = 3;
@@ -75,7 +172,7 @@ struct Filter {
       merge_pending();
       if (chunk == 0 && pending >= 0)
         for (int w = 0; w < kWarps; ++w) seen += counts[w];
-      front.expand(at, chunk, [](int) { return 1.0f; });
+      front.expand(at, chunk);
       synchronize();
 
       const Place here = at;
@@ -110,7 +207,7 @@ struct Filter {
         squares.first += one * one;
         squares.second += two * two;
       }
-      const float n = float(length), inverse = length ? 1.0f / n : 0.0f;
+      const float n = float(length), inverse = length ? fast_divide(1.0f, n) : 0.0f;
       Moments one{shift.first + sum.first * inverse, squares.first - sum.first * sum.first * inverse};
       Moments two{shift.second + sum.second * inverse, squares.second - sum.second * sum.second * inverse};
       const float other = shuffle_xor(n, 16);
@@ -176,6 +273,7 @@ struct FinishFilter {
 template <typename T, int Stride>
 struct Inference {
   using Arguments = InferenceArguments;
+  using Type = T;
   using Front = Expansion<T, Stride>;
   using Tile = OutputTile<Stride>;
   static constexpr int kBlocksAtOnce = 2;
@@ -223,8 +321,8 @@ struct Inference {
       clear(sum);
 #pragma unroll 1
       for (int chunk = 0; chunk < m.wide; chunk += kChunk) {
-        if (thread() < kChunk) shift[thread()] = chunk + thread() < m.wide ? affine_at<T>(a.middle, chunk + thread()).shift : 0.0f;
-        front.expand(here, chunk, [&](int channel) { return affine_at<T>(a.middle, channel).scale; });
+        load_floats(shift, a.front.packed.shift + chunk, kChunk, 5 * kWarp);
+        front.expand(here, chunk);
         synchronize();
 
         int next = chunk + kChunk;
@@ -233,7 +331,7 @@ struct Inference {
           ++tile;
           at = Front::place_of(m, tile);
         }
-        load_weight(project, a.project, m.outputs, m.wide, first_output, most, chunk, kChunk);
+        load_matrix(project, a.front.packed.project, m.outputs, a.front.packed.channels, first_output, most, chunk, kChunk);
         if (tile < last) front.prefetch(at, next);
         Pair out[Tile::kRows];
         front.filter(out);
@@ -269,7 +367,8 @@ struct Inference {
           for (int j = 0; j < kColumnBlocks; ++j) {
             const int channel = first_output + first_column + 8 * j + 2 * t;
             if (channel >= m.outputs) continue;
-            const Affine one = affine_at<T>(a.last, channel), two = affine_at<T>(a.last, channel + 1 < m.outputs ? channel + 1 : channel);
+            const Affine* const norms = reinterpret_cast<const Affine*>(a.front.packed.last);
+            const Affine one = norms[channel], two = norms[channel + 1 < m.outputs ? channel + 1 : channel];
             Pair value{one.scale * sum[i][j][2 * half] + one.shift, two.scale * sum[i][j][2 * half + 1] + two.shift};
             if (a.residual) {
               const Pair add = load_pair(from, channel, m.inputs);
@@ -288,6 +387,7 @@ struct Inference {
 template <typename T, int Stride>
 struct Backward {
   using Arguments = BackwardArguments;
+  using Type = T;
   static constexpr int kBlocksAtOnce = 2;
   static constexpr int kHeight = 8, kWidth = 16, kPixels = kHeight * kWidth;  // a tile of x
   // The filtered pixels that it has a part in.
@@ -344,20 +444,22 @@ struct Backward {
         sums(at<float>(layout.sums)) {}
 
   MVIT3_DEVICE bool whole_inputs() const { return m.inputs <= kInputs; }
+  // Columns of x and of its weights in shared memory.
+  MVIT3_DEVICE int width() const { return whole_inputs() ? a.front.packed.inputs : kInputs; }
   MVIT3_DEVICE bool whole_outputs() const { return outputs(a) >= m.outputs; }
 
   MVIT3_DEVICE void load_x(Place tile, int first) const {
-    load_pixels<kHeight, kWidth>(x, static_cast<const T*>(a.front.x), m.height, m.width, m.inputs, tile, first, kInputs);
+    load_pixels<kHeight, kWidth>(x, static_cast<const T*>(a.front.x), m.height, m.width, m.inputs, tile, first, width());
   }
   MVIT3_DEVICE void load_dp(Place tile, int first) const {
     load_pixels<kOutHeight, kOutWidth>(
         dp, static_cast<const T*>(a.dp), m.out_height, m.out_width, m.outputs, of_z(tile), first, outputs(a));
   }
   MVIT3_DEVICE void load_expand(int chunk, int first) const {
-    load_weight(expand, a.front.expand, m.wide, m.inputs, chunk, kChunk, first, kInputs);
+    load_matrix(expand, a.front.packed.expand, a.front.packed.channels, a.front.packed.inputs, chunk, kChunk, first, width());
   }
   MVIT3_DEVICE void load_project(int chunk, int first) const {
-    load_weight(project, a.project, m.outputs, m.wide, first, outputs(a), chunk, kChunk);
+    load_matrix(project, a.front.packed.project, m.outputs, a.front.packed.channels, first, outputs(a), chunk, kChunk);
   }
 
   // Begins the copies of a step but for x. Nobody may read any more what they replace: all but x, scaled and wide.
@@ -369,20 +471,8 @@ struct Backward {
       load_project(chunk, 0);
       if (chunk == 0) load_dp(tile, 0);
     }
-    if (thread() < kChunk) {
-      const int c = chunk + thread();
-      Channel channel{};
-      if (c < m.wide) {
-        const Affine norm = affine_at<T>(a.front.norm, c);
-        channel = {norm.scale, norm.shift, a.z_scale[c], a.z_shift[c], a.c0[c], a.c1[c], a.c2[c], 0.0f};
-      }
-      channels[thread()] = channel;
-    }
-#pragma unroll 1
-    for (int i = thread(); i < 9 * kChunk; i += kThreads) {
-      const int c = chunk + i / 9;
-      taps[i % 9 * kChunk + i / 9] = c < m.wide ? value_at<T>(a.front.depthwise, int64_t(c) * 9 + i % 9) : 0.0f;
-    }
+    load_floats(&channels[0].scale, a.front.packed.backward + 8 * chunk, 8 * kChunk, 0);
+    load_floats(taps, a.front.packed.taps + 9 * chunk, 9 * kChunk, 4 * kWarp);
   }
 
   // z becomes dz, zero outside the map.
@@ -444,7 +534,7 @@ struct Backward {
         copies_arrive();
         synchronize();
       }
-      multiply<T, Rows::kOwn, Rows::kOwn>(sum, x, first_row, kPixels, expand, first_column, kChunk, kInputs / 16);
+      multiply<T, Rows::kOwn, Rows::kOwn>(sum, x, first_row, kPixels, expand, first_column, kChunk, width() / 16);
     }
     const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
@@ -461,9 +551,10 @@ struct Backward {
   }
 
   MVIT3_DEVICE void scale_weights() const {
+    const int across = width() / 2;
 #pragma unroll 1
-    for (int i = thread(); i < kChunk * kInputs / 2; i += kThreads) {
-      const int r = i / (kInputs / 2), c = i % (kInputs / 2) * 2;
+    for (int i = thread(); i < kChunk * across; i += kThreads) {
+      const int r = i / across, c = i % across * 2;
       const Pair weight = unpack<T>(*reinterpret_cast<const uint32_t*>(expand.row(r) + c));
       const float scale = channels[r].scale;
       *reinterpret_cast<uint32_t*>(scaled.row(r) + c) = pack<T>(weight.first * scale, weight.second * scale);
@@ -580,7 +671,7 @@ struct Backward {
         }
     };
     if (!first_tile) for_each([](float& value, float& memory) { value = memory; });
-    multiply<T, Rows::kSummed, Rows::kSummed>(sum, wide, first_row, kChunk, x, first_column, kInputs, kPixels / 16);
+    multiply<T, Rows::kSummed, Rows::kSummed>(sum, wide, first_row, kChunk, x, first_column, width(), kPixels / 16);
     for_each([](float& value, float& memory) { memory = value; });
   }
 
@@ -615,7 +706,7 @@ struct Backward {
         if (ends) tile = place_of(m, i + 1);
         if (!ends || i + 1 < end) prefetch(tile, ends ? 0 : chunk + kChunk);
         multiply_by_x(kept_products, chunk, i == begin);
-        multiply<T, Rows::kOwn, Rows::kSummed>(sum, wide, first_row, kPixels, scaled, first_column, kInputs, kChunk / 16);
+        multiply<T, Rows::kOwn, Rows::kSummed>(sum, wide, first_row, kPixels, scaled, first_column, width(), kChunk / 16);
       }
       const int g = lane() / 4, t = lane() % 4;
 #pragma unroll
@@ -666,15 +757,15 @@ struct FinishBackward {
 namespace {
 
 template <typename K>
-struct Type {
+struct Chosen {
   using type = K;
 };
 
 // Calls f with the kernel for a type of map and a stride.
 template <template <typename, int> class Kernel, typename F>
 auto choose(bool bfloat16, int stride, const F& f) {
-  if (bfloat16) return stride == 1 ? f(Type<Kernel<BFloat16, 1>>{}) : f(Type<Kernel<BFloat16, 2>>{});
-  return stride == 1 ? f(Type<Kernel<Float16, 1>>{}) : f(Type<Kernel<Float16, 2>>{});
+  if (bfloat16) return stride == 1 ? f(Chosen<Kernel<BFloat16, 1>>{}) : f(Chosen<Kernel<BFloat16, 2>>{});
+  return stride == 1 ? f(Chosen<Kernel<Float16, 1>>{}) : f(Chosen<Kernel<Float16, 2>>{});
 }
 
 // As many blocks as the device runs at once, at most one for each tile.
@@ -689,7 +780,7 @@ int blocks_for(const typename K::Arguments& a, int shared) {
 int64_t filter_workspace(const FilterArguments& a) {
   return choose<Filter>(a.bfloat16, a.stride, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
-    return int64_t(blocks_for<K>(a, typename K::Layout(a).carver.bytes)) * (2 * a.front.maps.wide + 1);
+    return packed_floats(a.front.maps) + int64_t(blocks_for<K>(a, typename K::Layout(a).carver.bytes)) * (2 * a.front.maps.wide + 1);
   });
 }
 
@@ -697,23 +788,34 @@ void filter(const FilterArguments& a, void* stream) {
   choose<Filter>(a.bfloat16, a.stride, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
     const int shared = typename K::Layout(a).carver.bytes, parts = blocks_for<K>(a, shared), channels = a.front.maps.wide;
-    launch<K>(a, parts, 1, shared, stream);
-    launch<FinishFilter>({a.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);
+    FilterArguments ready = a;
+    ready.workspace = pack_into<typename K::Type>(ready.front, {}, a.workspace, stream);
+    launch<K>(ready, parts, 1, shared, stream);
+    launch<FinishFilter>({ready.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);
   });
 }
+
+int64_t inference_workspace(const InferenceArguments& a) { return packed_floats(a.front.maps); }
 
 void inference(const InferenceArguments& a, void* stream) {
   choose<Inference>(a.bfloat16, a.stride, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
     const int shared = typename K::Layout(a).carver.bytes, slices = (a.front.maps.outputs + K::kSlice - 1) / K::kSlice;
-    launch<K>(a, blocks_for<K>(a, shared), slices, shared, stream);
+    InferenceArguments ready = a;
+    PackArguments parameters{};
+    parameters.project = a.project;
+    parameters.middle = a.middle;
+    parameters.last = a.last;
+    parameters.folds = true;
+    pack_into<typename K::Type>(ready.front, parameters, a.workspace, stream);
+    launch<K>(ready, blocks_for<K>(a, shared), slices, shared, stream);
   });
 }
 
 int64_t backward_workspace(const BackwardArguments& a) {
   return choose<Backward>(a.bfloat16, a.stride, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
-    return blocks_for<K>(a, typename K::Layout(a).carver.bytes) * K::kept(a);
+    return packed_floats(a.front.maps) + blocks_for<K>(a, typename K::Layout(a).carver.bytes) * K::kept(a);
   });
 }
 
@@ -722,10 +824,19 @@ void backward(const BackwardArguments& a, void* stream) {
     using K = typename decltype(kernel)::type;
     const Maps& m = a.front.maps;
     const int shared = typename K::Layout(a).carver.bytes, parts = blocks_for<K>(a, shared);
-    launch<K>(a, parts, K::slices(a), shared, stream);
+    BackwardArguments ready = a;
+    PackArguments parameters{};
+    parameters.project = a.project;
+    parameters.z_scale = a.z_scale;
+    parameters.z_shift = a.z_shift;
+    parameters.c0 = a.c0;
+    parameters.c1 = a.c1;
+    parameters.c2 = a.c2;
+    ready.workspace = pack_into<typename K::Type>(ready.front, parameters, a.workspace, stream);
+    launch<K>(ready, parts, K::slices(a), shared, stream);
     const int64_t count = K::kept(a);
     launch<FinishBackward>(
-        {a.workspace, a.n1, a.g1, a.dtaps, parts, int64_t(m.wide) * m.inputs, count}, int(ceil_div(count, kWarp)), 1, kThreads * 4, stream);
+        {ready.workspace, a.n1, a.g1, a.dtaps, parts, int64_t(m.wide) * m.inputs, count}, int(ceil_div(count, kWarp)), 1, kThreads * 4, stream);
   });
 }
 

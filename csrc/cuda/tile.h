@@ -20,7 +20,7 @@ MVIT3_DEVICE float value_at(const Values& values, int64_t i) {
 }
 
 // What batch normalisation does to a channel.
-struct Affine {
+struct alignas(8) Affine {
   float scale, shift;
 };
 
@@ -86,36 +86,27 @@ MVIT3_DEVICE void load_pixels(
   }
 }
 
-// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a matrix (height, width), with zeros outside it.
+// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a packed matrix (height, width), with zeros outside it.
 template <typename T>
-MVIT3_DEVICE void load_weight(
-    Matrix<T> tile, Values weight, int height, int width, int first_row, int rows, int first_column, int columns) {
-  const bool vectors = width % 8 == 0 && is_aligned(weight.data);
-  const int unit = vectors ? 8 : 1, across = columns / unit;
+MVIT3_DEVICE void load_matrix(
+    Matrix<T> tile, const void* matrix, int height, int width, int first_row, int rows, int first_column, int columns) {
+  const int across = columns / 8;
 #pragma unroll 1
   for (int i = thread(); i < rows * across; i += kThreads) {
-    const int r = i / across, c = i % across * unit;
-    const bool there = first_row + r < height && first_column + c < width;
+    const int r = i / across, c = i % across * 8;
     T* to = tile.row(r) + c;
-    const int64_t from = int64_t(first_row + r) * width + first_column + c;
-    if (!vectors) {
-      *to = there ? from_float<T>(value_at<T>(weight, from)) : T{0};
-    } else if (!there) {
-      *reinterpret_cast<Vector*>(to) = Vector{};
-    } else if (!weight.single) {
-      copy_16(to, static_cast<const T*>(weight.data) + from);
+    if (first_row + r < height && first_column + c < width) {
+      copy_16(to, static_cast<const T*>(matrix) + int64_t(first_row + r) * width + first_column + c);
     } else {
-      const Vector* source = reinterpret_cast<const Vector*>(static_cast<const float*>(weight.data) + from);
-      const Vector low = source[0], high = source[1];
-      Vector packed;
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        packed.part[k] = pack<T>(bits_to_float(low.part[2 * k]), bits_to_float(low.part[2 * k + 1]));
-        packed.part[2 + k] = pack<T>(bits_to_float(high.part[2 * k]), bits_to_float(high.part[2 * k + 1]));
-      }
-      *reinterpret_cast<Vector*>(to) = packed;
+      *reinterpret_cast<Vector*>(to) = Vector{};
     }
   }
+}
+
+// `count` floats, a multiple of 4, by the threads from `first` on.
+MVIT3_DEVICE void load_floats(float* to, const float* from, int count, int first) {
+  const int i = 4 * (thread() - first);
+  if (i >= 0 && i < count) copy_16(to + i, from + i);
 }
 
 // Two neighbouring channels of a row of `channels` numbers; what lies behind the last one is left alone.

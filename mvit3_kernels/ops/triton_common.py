@@ -150,7 +150,8 @@ def add_moments(tile, valid, count, mean, m2):
     tile_m2 = tl.sum(offset * offset, 0) - added * correction * correction
     count += added
     delta = tile_mean + correction - mean
-    return count, mean + delta * (added / count), m2 + tile_m2 + delta * delta * (added * (count - added) / count)
+    m2 += tile_m2 + delta * delta * (added * (count - added) / count)
+    return count, mean + delta * (added / count), m2
 
 
 @triton.jit

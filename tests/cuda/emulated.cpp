@@ -27,7 +27,7 @@ ExpansionArguments front_of(const Call& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
   const Maps maps{c.batch, int(c.height), int(c.width), int(c.inputs), out(c.height), out(c.width), int(c.outputs), int(c.wide), int(c.dilation)};
   const Norm norm{c.scale, c.shift, {}, {}, {}, {}, 0.0f};
-  return {maps, c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)), int(c.act)};
+  return {maps, c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)), int(c.act), {}};
 }
 
 // Memory of the exact size, which a sanitizer sees, full of NaN.
@@ -60,7 +60,10 @@ extern "C" void run_inference(const Call* c) {
   front.norm = norm(c->wide);
   const Norm middle = norm(c->wide), last = norm(c->outputs);
   const bool residual = c->stride == 1 && c->inputs == c->outputs;
-  inference({front, middle, {c->project, bool(c->single)}, last, c->y, residual, int(c->stride), bool(c->bfloat16)}, nullptr);
+  InferenceArguments a{front, middle, {c->project, bool(c->single)}, last, c->y, nullptr, residual, int(c->stride), bool(c->bfloat16)};
+  auto memory = workspace(inference_workspace(a));
+  a.workspace = memory.data();
+  inference(a, nullptr);
 }
 
 extern "C" void run_backward(const Call* c) {

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -71,6 +72,7 @@ struct Fiber {
   char* stack = nullptr;
   State state = State::kRunning;
   int operations = 0;  // of its warp, so far
+  std::vector<std::pair<void*, const void*>> copies;  // begun, not arrived: they are made as late as they may be
 #if defined(__x86_64__)
   void* top = nullptr;
 #else
@@ -231,9 +233,13 @@ inline SharedAddress shared_address(const void* p) { return static_cast<const ch
 
 inline void copy_16(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulation::fail("a copy is not aligned");
-  std::memcpy(shared, global, 16);
+  emulation::current->fibers[thread()].copies.emplace_back(shared, global);
 }
-inline void copies_arrive() {}
+inline void copies_arrive() {
+  auto& copies = emulation::current->fibers[thread()].copies;
+  for (const auto& [to, from] : copies) std::memcpy(to, from, 16);
+  copies.clear();
+}
 
 inline float bits_to_float(uint32_t bits) {
   float value;

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def error(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm())
 
 
-def check(name: str, a: dict) -> dict[str, Tensor]:
+def check(name: str, a: dict, run: Callable[[str, dict], dict[str, Tensor]] = run) -> dict[str, Tensor]:
     found, peer, truth = run(name, a), meaning(name, a, a["x"].dtype), meaning(name, a, torch.float64)
     for key, true in truth.items():
         assert found[key].isfinite().all(), key

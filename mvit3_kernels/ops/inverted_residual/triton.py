@@ -69,7 +69,7 @@ _TILES = {
     "project_bwd": ((32, 64, 128, 8), (64, 64, 64, 8), (64, 64, 128, 8, 1)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
     "expanded_bwd": ((128, 64, 32, 8), (64, 64, 64, 8)),
-    "expand_bwd": ((16, 256, 64, 8), (32, 256, 64, 8)),
+    "expand_bwd": ((16, 256, 64, 8),),
     "products_bwd": ((64, 64, 64, 4), (64, 128, 64, 8)),
     "correct_bwd": ((64, 64, 64, 4), (128, 64, 32, 8)),
 }
@@ -636,7 +636,7 @@ def _correct(
     matrix, shift = torch.empty_like(covariance), torch.empty_like(mean)
     _expand_gradient_kernel[(triton.cdiv(wide, 16),)](
         x, product, sums, weight, scale, mean, covariance, var, dweight, dscale, dbias, correction, rows, eps, CENTRED=centred,
-        C=inputs, E=wide, BLOCK_E=16, BLOCK_C=32, num_warps=8,
+        C=inputs, E=wide, BLOCK_E=16, BLOCK_C=16, num_warps=4,  # larger tiles spill at some widths
     )  # fmt: skip
     _correction_bwd_kernel[(triton.cdiv(inputs, 32) ** 2,)](
         x, weight, correction, matrix, shift, C=inputs, E=wide, BLOCK_E=32, BLOCK_C=32, num_warps=4
