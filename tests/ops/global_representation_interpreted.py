@@ -70,8 +70,8 @@ class TestGlobalRepresentation(TritonResults):
             self.check(arguments)
 
     def test_tall_tiles(self):
-        """Where there are rows for many programs."""
-        self.check(self.arguments(Draw(), 5, 8, 6, 9, 10, num_heads=3))
+        """Where there are rows for many programs, and weights of many channels to read for each."""
+        self.check(self.arguments(Draw(), 5, 8, 6, 129, 10, num_heads=3, layers=1))
 
     def check(self, arguments):
         arguments = mapped(arguments, lambda _, t: t.bfloat16().double())

@@ -6,8 +6,8 @@ written and read again within microseconds, so that they stay in cache, and a ba
 that a program's tokens wait for each other: a map that keeps fewer multiprocessors busy than half of them is left to the ops.
 
 - Multi-head attention never leaves a group, the tokens of a sample that share their position inside a patch, nor does anything else of a
-  layer whose norms are of tokens. So the unit is a few groups that fill a tile: one or two of a 16x16 map in 2x2 patches, four or eight of an 8x8 map.
-  Where norms are of samples it is a sample.
+  layer whose norms are of tokens. So the unit is a few groups that fill a tile: one or two of a 16x16 map in 2x2 patches, four or eight
+  of an 8x8 map. Where norms are of samples it is a sample.
 - Separable attention has norms of samples in all networks, so the unit is a sample of any size. A layer is three walks: the scores and
   the mean of tokens that they weight (identity D: no keys), the values, the feed-forward network. Who writes tokens adds up their moments
   for the norm that comes next.
@@ -417,17 +417,22 @@ def _separable_fwd_kernel(
             _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
 
 
-def configuration(x: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
+def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
     """BLOCK_M rows of a tile, BLOCK_Q of them in attention, and the blocks of BLOCK_N outputs and BLOCK_F hidden channels that a program
-    walks over. `rows`: how many rows may be split freely. A tall tile halves the traffic of weights; two binaries for all batches."""
+    walks over, none of which spills. `rows`: how many rows may be split freely; where there are enough, tall tiles halve the traffic of
+    weights."""
     if x.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
         warps, stages = (8, 1) if num_heads is None else (16, 2)
         return {"BLOCK_M": 16, "BLOCK_Q": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
     if multiplies_from_shared_memory(x):
-        if num_heads is not None and rows >= TALL * multiprocessors(x):
-            outputs = 64 if x.shape[-1] > 192 else 32  # what does not spill
-            return {"BLOCK_M": TALL, "BLOCK_Q": TILE, "BLOCK_N": outputs, "BLOCK_F": 16, "num_warps": 8, "num_stages": 2}
-        return {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
+        config = {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
+        if num_heads is not None and x.shape[-1] > 128 and rows >= TALL * multiprocessors(x):
+            config["BLOCK_M"] = TALL
+            if x.shape[-1] > 192:
+                config |= {"BLOCK_N": 64, "BLOCK_F": 16}
+            elif weight.dtype is not torch.float32:
+                config["BLOCK_F"] = 16
+        return config
     stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
     return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 32 if num_heads is None else 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": stages}
 
@@ -458,7 +463,7 @@ def global_representation_inference(
     }  # fmt: skip
     with on_device(x):
         if num_heads is None:
-            config = configuration(x, None)
+            config = configuration(x, layers[QKV.value], None)
             config.pop("BLOCK_Q")
             context = x.new_empty(batch, positions, channels, dtype=torch.float32)
             tiles = triton.cdiv(pixels, config["BLOCK_M"])
@@ -467,7 +472,7 @@ def global_representation_inference(
         else:
             groups, tokens, dim = batch * positions, pixels // positions, channels // num_heads
             group = max(triton.next_power_of_2(tokens), 16)  # rows that a group takes
-            config = configuration(x, num_heads, 0 if per_sample else groups * group)
+            config = configuration(x, layers[QKV.value], num_heads, 0 if per_sample else groups * group)
             block = config["BLOCK_M"]
             per_program = positions if per_sample else max(max(TILE, block) // group, 1)
             programs, tiles = triton.cdiv(groups, per_program), triton.cdiv(per_program * group, block)
