@@ -32,7 +32,7 @@ class TestGlobalRepresentationTriton(TritonKernel):
     registered = staticmethod(registered)
     alone = (90,)
     # A configuration is decided by the kind of attention, the two tiles of a row, the length of a group, the dtype of the parameters and,
-    # on sm_90, whether there are rows for tall tiles: 256, for a GPU that is not there.
+    # on sm_90, whether there are rows for tall tiles: more than 128, for a GPU that is not there.
     cases = (
         Case(90, BF16, (40, 16, 16, 192, 384), V1, 128),
         Case(90, BF16, (1, 16, 16, 192, 384), {**V1, **SAME}, 128),

@@ -41,7 +41,7 @@ from ..triton_common import (
 from ..triton_rows import load_tile, load_vector, load_weight, multiply_rows, row_statistics, store_tile, two_tiles
 from . import TILE
 
-TALL = 128  # rows of a tile where there are enough of them
+TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
 LOG2E = tl.constexpr(1 / math.log(2))
 TENSORS = tl.constexpr(12)  # of a layer: weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2
 NORM1, QKV, OUT_PROJ, NORM2, FC1, FC2 = (tl.constexpr(2 * i) for i in range(6))
@@ -419,22 +419,23 @@ def _separable_fwd_kernel(
 
 def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
     """BLOCK_M rows of a tile, BLOCK_Q of them in attention, and the blocks of BLOCK_N outputs and BLOCK_F hidden channels that a program
-    walks over, none of which spills. `rows`: how many rows may be split freely; where there are enough, tall tiles halve the traffic of
-    weights."""
+    walks over, none of which spills. `rows`: how many rows may be split freely. Where they are more than one tile for each multiprocessor,
+    a tall tile halves the traffic of weights, which is what bounds these kernels."""
     if x.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
         warps, stages = (8, 1) if num_heads is None else (16, 2)
         return {"BLOCK_M": 16, "BLOCK_Q": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
     if multiplies_from_shared_memory(x):
         config = {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
-        if num_heads is not None and x.shape[-1] > 128 and rows >= TALL * multiprocessors(x):
+        if num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x):
             config["BLOCK_M"] = TALL
             if x.shape[-1] > 192:
                 config |= {"BLOCK_N": 64, "BLOCK_F": 16}
             elif weight.dtype is not torch.float32:
                 config["BLOCK_F"] = 16
         return config
+    warps = 4 if num_heads is None else 8
     stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
-    return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 32 if num_heads is None else 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
 
 
 def bytes_moved(x: Tensor, layers: int) -> int:
