@@ -426,7 +426,8 @@ def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 
         return {"BLOCK_M": 16, "BLOCK_Q": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
     if multiplies_from_shared_memory(x):
         config = {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
-        if num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x):
+        tall = num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x)
+        if tall and x.dtype is torch.bfloat16:  # float16 spills in all that were tried
             config["BLOCK_M"] = TALL
             if x.shape[-1] > 192:
                 config |= {"BLOCK_N": 64, "BLOCK_F": 16}
