@@ -434,9 +434,8 @@ def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 
             elif weight.dtype is not torch.float32:
                 config["BLOCK_F"] = 16
         return config
-    warps = 4 if num_heads is None else 8
     stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
-    return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": stages}
 
 
 def bytes_moved(x: Tensor, layers: int) -> int:
