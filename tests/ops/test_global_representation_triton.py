@@ -31,21 +31,21 @@ class TestGlobalRepresentationTriton(TritonKernel):
     arguments = staticmethod(arguments)
     registered = staticmethod(registered)
     alone = (90,)
-    # A configuration is decided by the kind of attention, the two tiles of a row, the length of a group and the dtype of the parameters.
+    # A configuration is decided by the kind of attention, the two tiles of a row, the length of a group, the dtype of the parameters and,
+    # on sm_90, whether there are rows for tall tiles: more than 128, for a GPU that is not there.
     cases = (
-        Case(90, BF16, (40, 16, 16, 192, 384), {**V1, "layers": 4}, 128),
-        Case(90, BF16, (1, 8, 8, 240, 480), V1, 128),
-        Case(90, BF16, (1, 8, 8, 240, 480), {**V1, **SAME}, 128),
-        Case(90, F16, (1, 16, 16, 144, 288), {**V1, **SAME, "per_sample": True}, 128),
+        Case(90, BF16, (40, 16, 16, 192, 384), V1, 128),
+        Case(90, BF16, (1, 16, 16, 192, 384), {**V1, **SAME}, 128),
+        Case(90, BF16, (4, 8, 8, 240, 480), V1, 128),
+        Case(90, BF16, (4, 8, 8, 240, 480), {**V1, **SAME}, 128),
+        Case(90, F16, (1, 8, 8, 240, 480), V1, 128),
         Case(90, F16, (1, 8, 8, 256, 512), V2, 128),
         Case(90, BF16, (1, 16, 16, 192, 384), {**V2, **SAME}, 128),
         Case(90, F32, (1, 16, 16, 192, 384), V1, 128),
-        Case(90, F32, (1, 8, 8, 256, 512), V2, 128),
         Case(80, BF16, (1, 16, 16, 192, 384), V1, 128),
         Case(80, BF16, (1, 8, 8, 240, 480), {**V1, **SAME}, 128),
-        Case(80, BF16, (1, 16, 16, 192, 384), {**V2, **SAME}, 128),
         Case(80, F16, (1, 8, 8, 256, 512), V2, 128),
-        Case(80, F32, (1, 8, 8, 240, 480), V1, 128),
+        Case(80, F32, (1, 8, 8, 256, 512), V2, 128),
         Case("gfx942", BF16, (1, 16, 16, 192, 384), V1),
         Case("gfx942", F16, (1, 8, 8, 256, 512), {**V2, **SAME}),
     )

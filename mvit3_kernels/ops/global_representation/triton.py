@@ -2,11 +2,12 @@
 
 A program owns tokens that nothing else of the map has an effect on, takes them through all layers, and walks over them a tile of rows at
 a time. Between walks they lie in y, and the queries, keys and values of one layer in a small workspace: both are this program's alone,
-written and read again within microseconds, so that they stay in cache, and a barrier of the program is all that orders them.
+written and read again within microseconds, so that they stay in cache, and a barrier of the program is all that orders them. The price is
+that a program's tokens wait for each other: a map that keeps fewer multiprocessors busy than half of them is left to the ops.
 
 - Multi-head attention never leaves a group, the tokens of a sample that share their position inside a patch, nor does anything else of a
-  layer whose norms are of tokens. So the unit is a few groups that fill a tile: one of a 16x16 map in 2x2 patches, four of an 8x8 map.
-  Where norms are of samples it is a sample.
+  layer whose norms are of tokens. So the unit is a few groups that fill a tile: one or two of a 16x16 map in 2x2 patches, four or eight
+  of an 8x8 map. Where norms are of samples it is a sample.
 - Separable attention has norms of samples in all networks, so the unit is a sample of any size. A layer is three walks: the scores and
   the mean of tokens that they weight (identity D: no keys), the values, the feed-forward network. Who writes tokens adds up their moments
   for the norm that comes next.
@@ -33,12 +34,14 @@ from ..triton_common import (
     dot,
     inverse_std,
     multiplies_from_shared_memory,
+    multiprocessors,
     on_device,
     pixel_of_token,
 )
 from ..triton_rows import load_tile, load_vector, load_weight, multiply_rows, row_statistics, store_tile, two_tiles
 from . import TILE
 
+TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
 LOG2E = tl.constexpr(1 / math.log(2))
 TENSORS = tl.constexpr(12)  # of a layer: weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2
 NORM1, QKV, OUT_PROJ, NORM2, FC1, FC2 = (tl.constexpr(2 * i) for i in range(6))
@@ -88,9 +91,7 @@ def _add_moments(count, mean, m2, head, tail, valid, C: tl.constexpr, HEAD: tl.c
 
 
 @triton.jit
-def _load_scaled(
-    ptr, pixel, valid, column, mean, rstd, weight_ptr, bias_ptr, C: tl.constexpr
-):  # fmt: skip
+def _load_scaled(ptr, pixel, valid, column, mean, rstd, weight_ptr, bias_ptr, C: tl.constexpr):
     """Some channels of rows after a norm; zeros where a row is not valid, which no product may spoil."""
     rows = (load_tile(ptr, pixel, valid, column, C, C).to(tl.float32) - mean) * rstd
     rows = rows * load_vector(weight_ptr, column, C)[None, :] + load_vector(bias_ptr, column, C)[None, :]
@@ -237,8 +238,8 @@ def _transformer_fwd_kernel(
         for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
             row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
             normed_head, normed_tail = _load_normalised(
-    t_ptr, pixel, valid, _of_layer(pointers, layer, NORM1, LAYERS), _of_layer(pointers, layer, NORM1 + 1, LAYERS),
-                count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
+                t_ptr, pixel, valid, _of_layer(pointers, layer, NORM1, LAYERS), _of_layer(pointers, layer, NORM1 + 1, LAYERS),
+                count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL,
             )  # fmt: skip
             for first in tl.range(0, 3 * C, BLOCK_N, disable_licm=True):
                 output = first + tl.arange(0, BLOCK_N)
@@ -416,15 +417,25 @@ def _separable_fwd_kernel(
             _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
 
 
-def configuration(x: Tensor, num_heads: int | None) -> dict[str, int]:
-    """BLOCK_M rows of a tile, and the blocks of BLOCK_N outputs and BLOCK_F hidden channels that it walks over."""
+def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
+    """BLOCK_M rows of a tile, BLOCK_Q of them in attention, and the blocks of BLOCK_N outputs and BLOCK_F hidden channels that a program
+    walks over, none of which spills. `rows`: how many rows may be split freely. Where they are more than one tile for each multiprocessor,
+    a tall tile halves the traffic of weights, which is what bounds these kernels."""
     if x.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
         warps, stages = (8, 1) if num_heads is None else (16, 2)
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
+        return {"BLOCK_M": 16, "BLOCK_Q": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
     if multiplies_from_shared_memory(x):
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
+        config = {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
+        tall = num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x)
+        if tall and x.dtype is torch.bfloat16:  # float16 spills in all that were tried
+            config["BLOCK_M"] = TALL
+            if x.shape[-1] > 192:
+                config |= {"BLOCK_N": 64, "BLOCK_F": 16}
+            elif weight.dtype is not torch.float32:
+                config["BLOCK_F"] = 16
+        return config
     stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
-    return {"BLOCK_M": 32, "BLOCK_N": 32 if num_heads is None else 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": stages}
 
 
 def bytes_moved(x: Tensor, layers: int) -> int:
@@ -445,27 +456,30 @@ def global_representation_inference(
         return y
     pointers = tuple(None if t is None else t.contiguous() for t in layers)
     norm = (None, None) if norm_weight is None else (norm_weight.contiguous(), norm_bias.contiguous())
-    positions, pixels, config = patch_height * patch_width, height * width, configuration(x, num_heads)
+    positions, pixels = patch_height * patch_width, height * width
     head, tail = two_tiles(channels, even=False)
     flags = {
         "PER_SAMPLE": per_sample, "LAYERS": len(layers) // TENSORS.value, "PATCH_H": patch_height, "PATCH_W": patch_width,
-        "F": layers[FC1.value].shape[0], "C": channels, "HEAD": head, "TAIL": tail, **config,
+        "F": layers[FC1.value].shape[0], "C": channels, "HEAD": head, "TAIL": tail,
     }  # fmt: skip
     with on_device(x):
         if num_heads is None:
+            config = configuration(x, layers[QKV.value], None)
+            config.pop("BLOCK_Q")
             context = x.new_empty(batch, positions, channels, dtype=torch.float32)
             tiles = triton.cdiv(pixels, config["BLOCK_M"])
             lanes = max(triton.next_power_of_2(positions), 16)  # which a product needs
-            _separable_fwd_kernel[(batch,)](x, y, context, pointers, *norm, pixels, width, tiles, eps, POSITIONS=lanes, **flags)
+            _separable_fwd_kernel[(batch,)](x, y, context, pointers, *norm, pixels, width, tiles, eps, POSITIONS=lanes, **flags, **config)
         else:
-            tokens, dim = pixels // positions, channels // num_heads
-            group = max(triton.next_power_of_2(tokens), 16)
-            groups_per_program = positions if per_sample else max(TILE // group, 1)
-            programs, tiles = triton.cdiv(batch * positions, groups_per_program), triton.cdiv(groups_per_program * group, config["BLOCK_M"])
-            qkv = x.new_empty(programs * tiles * config["BLOCK_M"], 3 * channels)
+            groups, tokens, dim = batch * positions, pixels // positions, channels // num_heads
+            group = max(triton.next_power_of_2(tokens), 16)  # rows that a group takes
+            config = configuration(x, layers[QKV.value], num_heads, 0 if per_sample else groups * group)
+            block = config["BLOCK_M"]
+            per_program = positions if per_sample else max(max(TILE, block) // group, 1)
+            programs, tiles = triton.cdiv(groups, per_program), triton.cdiv(per_program * group, block)
+            qkv = x.new_empty(programs * tiles * block, 3 * channels)
             _transformer_fwd_kernel[(programs,)](
-                x, y, qkv, pointers, *norm, batch * positions, groups_per_program, tokens, pixels, width, tiles, eps,
-                LOG2E.value / math.sqrt(dim),
-                HEADS=num_heads, DIM=dim, GROUP=group, BLOCK_Q=config["BLOCK_M"], BLOCK_D=max(triton.next_power_of_2(dim), 16), **flags,
+                x, y, qkv, pointers, *norm, groups, per_program, tokens, pixels, width, tiles, eps, LOG2E.value / math.sqrt(dim),
+                HEADS=num_heads, DIM=dim, GROUP=group, BLOCK_D=max(triton.next_power_of_2(dim), 16), **flags, **config,
             )  # fmt: skip
     return y
