@@ -611,7 +611,7 @@ def separable_attention_backward(
         dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias = gradients
         _parameters_bwd_kernel[(triton.cdiv(channels, 16),)](
             value, value_sums, key, dbias, norm_weight, norm_bias, qkv_weight, dnorm_weight, dnorm_bias, dqkv_weight, dqkv_bias,
-            len(value), len(key), len(dbias), LANES=groups.lanes, C=channels, BLOCK_C=16, BLOCK_O=32, num_warps=8,
+            len(value), len(key), len(dbias), LANES=groups.lanes, C=channels, BLOCK_C=16, BLOCK_O=64, num_warps=4,
         )  # fmt: skip
     dout = rows.second_weight_backward(dy, attended, out_weight, out_bias, per_sample, output_dropout, seed)
     return dx, *(x.new_empty(0) if t is None else t for t in gradients), *dout
