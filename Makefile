@@ -29,7 +29,7 @@ $(LIBRARIES): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[app,test]"
 	@touch $@ $(INSTALLED)
 
-$(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 	@# make takes this target for old where $(LIBRARIES) has just built it
 	@if [ ! -e $@ ] || [ -n "$$(find setup.py csrc -newer $@ -print -quit)" ]; then \
 	  echo "building the compiled kernels"; $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . || exit 1; fi

@@ -1,4 +1,5 @@
-"""Builds the compiled extension: the CPU kernels once per instruction set, and a small host module that says which of them to load.
+"""Builds the compiled extensions: the CPU kernels once per instruction set, a small host module that says which of them to load, and the
+CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out).
 
 Everything else about the package is in pyproject.toml. A machine that cannot compile still gets a working, pure-Python install: the
 reason is printed and kept in the package, where `python -m mvit3_kernels.info` shows it.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "mvit3_kernels"
-FAILURE_FILE = "_build_failure.txt"  # read by mvit3_kernels/_native.py
+FAILURE_FILE = "_build_failure.txt"  # read by mvit3_kernels/_native.py, as is the next one
+CUDA_FAILURE_FILE = "_cuda_build_failure.txt"
 
 # NaN and infinity must come out as in PyTorch, so -ffast-math is out; these parts of it are safe.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
@@ -33,11 +36,15 @@ if sanitized := os.environ.get("MVIT3_SANITIZE"):
     FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer", *LINK_FLAGS, "-fno-sanitize-recover=all"]
     ISA_FLAGS = {sanitized: ISA_FLAGS[sanitized]}
 
+# Code for sm_80 also runs on sm_86 and sm_89; later devices compile the PTX at first use.
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--cudart=static", "--threads=2"]
+CUDA_CODE = [(80, "sm_80"), (90, "sm_90"), (90, "compute_90")]
+
 NO_BUILD = None
 try:
     import pybind11
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 except Exception as error:  # torch's import may fail in many ways, all of them a reason to go on without the extension
     NO_BUILD = f"{type(error).__name__}: {error}"
     BuildExtension = build_ext
@@ -51,13 +58,27 @@ def compiler_version(command: list[str]) -> str:
     return first_line
 
 
+def find_nvcc() -> str:
+    if os.environ.get("MVIT3_CUDA") == "0":
+        raise RuntimeError("MVIT3_CUDA=0 was set for the build")
+    if sanitized:
+        raise RuntimeError("MVIT3_SANITIZE builds the CPU kernels alone")
+    folders = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    nvcc = next(filter(None, (shutil.which("nvcc", path=path) for path in (None, *folders))), None)
+    if nvcc is None:
+        raise RuntimeError("nvcc is neither in PATH nor under CUDA_HOME")
+    return nvcc
+
+
 class BuildOrExplain(BuildExtension):
     """Builds what can be built; a failure is printed and recorded, and does not fail the install."""
 
     def run(self) -> None:
         self.failures: list[str] = []
+        self.cuda_failure: str | None = None
         super().run()
-        self.record()
+        self.record(FAILURE_FILE, "CPU", "\n".join(self.failures))
+        self.record(CUDA_FAILURE_FILE, "CUDA C++", self.cuda_failure)
 
     def build_extensions(self) -> None:
         try:
@@ -67,6 +88,7 @@ class BuildOrExplain(BuildExtension):
             super().build_extensions()
         except Exception as error:
             self.failures.append(f"{type(error).__name__}: {error}")
+            self.cuda_failure = self.cuda_failure or self.failures[-1]
             for extension in self.extensions:
                 extension.optional = True  # setuptools then accepts that its file is missing
 
@@ -80,23 +102,54 @@ class BuildOrExplain(BuildExtension):
             extension.include_dirs.append(str(header.parent.resolve()))
 
     def build_extension(self, extension: Extension) -> None:
+        cuda = extension.name == f"{PACKAGE}._cuda"
         try:
-            super().build_extension(extension)
+            if cuda:
+                self.build_cuda(extension)
+            else:
+                super().build_extension(extension)
         except Exception as error:
-            self.failures.append(f"{extension.name}: {error}")
+            if cuda:
+                self.cuda_failure = str(error)
+            else:
+                self.failures.append(f"{extension.name}: {error}")
             extension.optional = True
 
-    def record(self) -> None:
+    def build_cuda(self, extension: Extension) -> None:
+        """By nvcc itself, bindings and linking too: BuildExtension wants torch to be a CUDA build of nvcc's version, the kernels do not."""
+        target = Path(self.get_ext_fullpath(extension.name))
+        inputs = [Path(file) for file in (__file__, *extension.sources, *extension.depends)]
+        if not self.force and target.exists() and all(file.stat().st_mtime < target.stat().st_mtime for file in inputs):
+            return
+        target.unlink(missing_ok=True)  # what cannot be built must not leave an old one
+        nvcc, folder = find_nvcc(), Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        compiler = os.environ.get("CXX", "").split()
+        common = [nvcc, *CUDA_FLAGS, *(["-ccbin", compiler[0]] if len(compiler) == 1 else [])]
+        code = [part for number, name in CUDA_CODE for part in ("-gencode", f"arch=compute_{number},code={name}")]
+        objects = []
+        for source in [*extension.sources, *(file for file in extension.depends if file.endswith(".cu"))]:
+            objects.append(str(folder / f"{Path(source).name}.o"))
+            options = code if source.endswith(".cu") else [*STABLE_ABI, *(f"-I{path}" for path in include_paths())]
+            run_nvcc([*common, *options, "-c", source, "-o", objects[-1]])
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+        run_nvcc([*common, "-shared", "--no-device-link", *objects, *libraries, "-o", str(target)])
+
+    def record(self, name: str, kind: str, reason: str | None) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
-        file = (Path(__file__).parent if in_place else Path(self.build_lib)) / PACKAGE / FAILURE_FILE
+        file = (Path(__file__).parent if in_place else Path(self.build_lib)) / PACKAGE / name
         file.unlink(missing_ok=True)
-        if self.failures:
-            reason = "\n".join(self.failures)
+        if reason:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(reason + "\n")
-            print(
-                f"\n{PACKAGE}: compiled CPU kernels were NOT built, the pure-Python reference runs instead.\nReason: {reason}\n", flush=True
-            )
+            print(f"\n{PACKAGE}: compiled {kind} kernels were NOT built, what else there is runs instead.\nReason: {reason}\n", flush=True)
+
+
+def run_nvcc(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed: {(done.stderr or done.stdout).strip()[-2000:]}")
 
 
 def extensions() -> list[Extension]:
@@ -121,7 +174,14 @@ def extensions() -> list[Extension]:
         extra_link_args=LINK_FLAGS,
         language="c++",
     )
-    return [host, *variants]
+    cuda = Extension(
+        f"{PACKAGE}._cuda",
+        sorted(str(path) for path in Path("csrc/cuda").glob("*.cpp")),
+        # With a .cu among the sources BuildExtension would refuse to build anything unless nvcc's version is that of torch.
+        depends=sorted(str(path) for pattern in ("*.cu", "*.h") for path in Path("csrc/cuda").glob(pattern)),
+        py_limited_api=True,
+    )
+    return [host, *variants, cuda]
 
 
 setup(

@@ -11,17 +11,33 @@ import torch
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 ENVIRONMENT = "MVIT3_ISA"
 _FOLDER = Path(__file__).parent
-_FAILURE_FILE = _FOLDER / "_build_failure.txt"  # written by setup.py where it could not compile
+_FAILURE_FILE = _FOLDER / "_build_failure.txt"  # written by setup.py where it could not compile, as is the next one
+_CUDA_FAILURE_FILE = _FOLDER / "_cuda_build_failure.txt"
 
 _isa: str | None = None
 _reason: str | None = None
 _build: dict[str, str] = {}
 _supported: list[str] = []
+_cuda_reason: str | None = None
 
 
 def why_not() -> str | None:
     """None when the compiled CPU kernels are loaded, else the reason."""
     return _reason
+
+
+def cuda_why_not(x: torch.Tensor | None = None) -> str | None:
+    """None when the compiled CUDA C++ kernels are loaded and can run on the device of `x`, else the reason; without x, whether they are
+    loaded."""
+    if _cuda_reason is not None or x is None:
+        return _cuda_reason
+    if not x.is_cuda:
+        return f"x is on {x.device}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} has compute capability below 8.0"
+    return None
 
 
 def isa() -> str | None:
@@ -44,9 +60,9 @@ def supported_isas() -> list[str]:
     return list(_supported)
 
 
-def _not_built() -> str:
-    cause = _FAILURE_FILE.read_text().strip() if _FAILURE_FILE.exists() else f"no compiled file in {_FOLDER}"
-    return f"the extension was not built: {cause}"
+def _not_built(failure: Path = _FAILURE_FILE, what: str = "the extension") -> str:
+    cause = failure.read_text().strip() if failure.exists() else f"no compiled file in {_FOLDER}"
+    return f"{what} was not built: {cause}"
 
 
 def _variant(name: str) -> Path | None:
@@ -94,4 +110,17 @@ def _load() -> None:
     _isa = name
 
 
+def _load_cuda() -> None:
+    global _cuda_reason
+    file = next(_FOLDER.glob("_cuda.*"), None)
+    if file is None:
+        _cuda_reason = _not_built(_CUDA_FAILURE_FILE, "the CUDA extension")
+        return
+    try:
+        torch.ops.load_library(str(file))
+    except (OSError, RuntimeError) as error:
+        _cuda_reason = f"{file.name} does not load: {error}"
+
+
 _load()
+_load_cuda()

@@ -49,6 +49,15 @@ def _triton() -> dict[str, object]:
     return {"available": reason is None, "reason": reason, "device": device}
 
 
+def _cuda() -> dict[str, object]:
+    device, reason = None, _native.cuda_why_not()
+    if reason is None and not torch.cuda.is_available():
+        reason = "they are built, but torch sees no GPU (torch.cuda.is_available() is False)"
+    elif reason is None:
+        device, reason = torch.cuda.get_device_name(), _native.cuda_why_not(torch.empty(0, device="cuda"))
+    return {"available": reason is None, "reason": reason, "device": device}
+
+
 def collect() -> dict[str, dict]:
     """Versions and, for each backend, whether it is available, its particulars, and the reason where it is not."""
     return {
@@ -63,7 +72,7 @@ def collect() -> dict[str, dict]:
             "reference": {"available": True, "reason": None},
             "cpu": _cpu(),
             "triton": _triton(),
-            "cuda": {"available": False, "reason": "no CUDA C++ kernels in this version"},
+            "cuda": _cuda(),
         },
         "forced_backend": {"name": dispatch.forced_backend()},
     }

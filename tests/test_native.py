@@ -166,6 +166,22 @@ def test_interpreter_takes_the_place_of_the_kernels():
     assert state(TRITON_INTERPRET="1") == ("None", "TRITON_INTERPRET=1 runs the Triton kernels on CPU tensors instead")
 
 
+def test_cuda_kernels_say_why_they_are_missing(copy):
+    code = "import torch; from mvit3_kernels import _native; print(_native.cuda_why_not(torch.empty(0)))"
+    for file in (copy / PACKAGE.name).glob("_cuda*"):
+        file.unlink()
+    assert "the CUDA extension was not built: no compiled file in" in python(code, copy).stdout
+    (copy / PACKAGE.name / "_cuda_build_failure.txt").write_text("nvcc is neither in PATH nor under CUDA_HOME\n")
+    assert python(code, copy).stdout.strip() == "the CUDA extension was not built: nvcc is neither in PATH nor under CUDA_HOME"
+    (copy / PACKAGE.name / "_cuda.abi3.so").write_bytes(b"not a library")
+    assert "_cuda.abi3.so does not load" in python(code, copy).stdout
+
+
+@pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not()))
+def test_cuda_kernels_load_without_a_gpu():
+    assert _native.cuda_why_not(torch.empty(0)) == "x is on cpu"
+
+
 COMPILERS = {
     "does not run": "#!/bin/sh\nexit 1\n",
     "Error compiling objects": '#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\necho no header >&2\nexit 1\n',
@@ -180,16 +196,18 @@ def test_build_without_a_compiler(expected, tmp_path):
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(SETUP.with_name(name), tmp_path)
     for name in ("csrc", "mvit3_kernels", "python"):
-        shutil.copytree(SETUP.with_name(name), tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build_failure.txt"))
+        shutil.copytree(SETUP.with_name(name), tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*build_failure.txt"))
     compiler = tmp_path / "fake"
     compiler.write_text(COMPILERS[expected])
     compiler.chmod(0o755)
-    env = {**os.environ, "CC": str(compiler), "CXX": str(compiler)}
+    env = {**os.environ, "CC": str(compiler), "CXX": str(compiler), "MVIT3_CUDA": "0"}
     done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compiled CPU kernels were NOT built" in done.stdout and expected in done.stdout
     isa, reason = state(tmp_path)
     assert isa == "None" and reason.startswith("the extension was not built:") and expected in reason
+    cause = (tmp_path / "mvit3_kernels" / "_cuda_build_failure.txt").read_text()
+    assert cause == "MVIT3_CUDA=0 was set for the build\n" or expected in cause
 
 
 @pytest.mark.skipif(not SETUP.exists(), reason="no source tree")

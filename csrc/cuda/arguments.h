@@ -1,0 +1,109 @@
+// The arguments of the launchers, which the bindings fill in. Maps are contiguous (B, H, W, channels) in bfloat16 or float16.
+#pragma once
+
+#include <cstdint>
+
+namespace mvit3 {
+
+// A parameter in float32 (`single`) or in the 16-bit type of the map.
+struct Values {
+  const void* data;
+  bool single;
+};
+
+// Batch normalisation, as a scale and a shift, or by its parameters and statistics.
+struct Norm {
+  const float *scale, *shift;  // null: fold the rest
+  Values weight, bias, mean, var;
+  float eps;
+};
+
+// The maps of a launch.
+struct Maps {
+  int64_t batch;
+  int height, width, inputs;           // x
+  int out_height, out_width, outputs;  // the map behind the depth-wise convolution; channels of the projection
+  int wide;                            // channels between
+  int dilation;
+};
+
+// Parameters as the kernels copy them into shared memory: rounded, padded with zeros, norms folded. A launcher fills it in its workspace.
+// `channels` is the number of expanded ones, a multiple of 32.
+struct Packed {
+  const void* expand;     // (channels, inputs padded to a multiple of 16), type of the map
+  const void* project;    // (outputs, channels), type of the map
+  const float* affine;    // (channels, 2): scale and shift of the first norm
+  const float* taps;      // (channels / 32, 9, 32), times the scale of the middle norm
+  const float* shift;     // (channels): of the middle norm
+  const float* backward;  // (channels, 8): see Backward::Channel
+  const float* last;      // (outputs, 2): scale and shift of the last norm
+  int channels, inputs;
+};
+
+// What makes the expanded map and the taps that filter it.
+struct ExpansionArguments {
+  Maps maps;
+  const void* x;
+  Values expand;
+  Norm norm;
+  Values depthwise;
+  int slice;  // input channels in shared memory at a time
+  int act;
+  Packed packed;
+};
+
+// All input channels at a time, or equal parts of them.
+inline int slice_of(int inputs) {
+  constexpr int kMost = 128;
+  const int slices = (inputs + kMost - 1) / kMost, each = (inputs + slices - 1) / slices;
+  return (each + 15) / 16 * 16;
+}
+
+// z = depth-wise(act(norm(x expand^T))), and its mean and variance.
+struct FilterArguments {
+  ExpansionArguments front;
+  void* z;
+  float *mean, *var;
+  float* workspace;  // filter_workspace floats
+  int stride;
+  bool bfloat16;
+};
+
+int64_t filter_workspace(const FilterArguments& a);
+void filter(const FilterArguments& a, void* stream);
+
+// y = norm(act(middle(depth-wise(act(norm(x expand^T))))) project^T) + x where `residual`.
+struct InferenceArguments {
+  ExpansionArguments front;
+  Norm middle;
+  Values project;
+  Norm last;
+  void* y;
+  float* workspace;  // inference_workspace floats, aligned to 16 bytes like that of the others
+  bool residual;
+  int stride;
+  bool bfloat16;
+};
+
+int64_t inference_workspace(const InferenceArguments& a);
+void inference(const InferenceArguments& a, void* stream);
+
+// The gradient dp of the projection to that of x, without the correction of the first norm (identity B of the design), and what that needs.
+//   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z, da = depth-wise^T dz, pre = norm(x expand^T), G = da * act'(pre);
+//   dx = (G * scale) expand, n1 = G^T x, g1 = sum of G, dtaps = the gradient of the depth-wise weights.
+struct BackwardArguments {
+  ExpansionArguments front;
+  const void *dp, *z;
+  Values project;
+  const float *z_scale, *z_shift, *c0, *c1, *c2;
+  void* dx;
+  float *n1, *g1, *dtaps;
+  float* workspace;  // backward_workspace floats
+  int stride;
+  bool bfloat16;
+};
+
+int64_t backward_workspace(const BackwardArguments& a);
+void backward(const BackwardArguments& a, void* stream);
+
+}  // namespace mvit3

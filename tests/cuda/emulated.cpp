@@ -1,0 +1,77 @@
+// The launchers of csrc/cuda on the launch emulation, for a test that calls them through ctypes: pointers are CPU memory.
+#include <utility>
+
+#include "../../csrc/cuda/inverted_residual.cu"
+
+using namespace mvit3;
+
+namespace {
+
+// One layout for all calls; a test leaves null what an op does not take.
+struct Call {
+  int64_t batch, height, width, inputs, wide, outputs, stride, dilation, act;
+  int32_t bfloat16, single, processors, backwards;
+  const void *x, *expand, *depthwise, *project;
+  const float *scale, *shift;
+  void* z;
+  float *mean, *var;
+  const float* norms;  // weight, bias, mean and variance of the three norms, one after the other
+  void* y;
+  const void* dp;
+  const float *z_scale, *z_shift, *c0, *c1, *c2;
+  void* dx;
+  float *n1, *g1, *dtaps;
+};
+
+ExpansionArguments front_of(const Call& c) {
+  const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
+  const Maps maps{c.batch,      int(c.height),  int(c.width), int(c.inputs),  out(c.height),
+                  out(c.width), int(c.outputs), int(c.wide),  int(c.dilation)};
+  const Norm norm{c.scale, c.shift, {}, {}, {}, {}, 0.0f};
+  return {maps, c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)), int(c.act), {}};
+}
+
+// Memory of the exact size, which a sanitizer sees, full of NaN.
+std::vector<float> workspace(int64_t floats) { return std::vector<float>(floats, NAN); }
+
+void prepare(const Call& c) {
+  emulation::processors = c.processors;
+  emulation::backwards = c.backwards;
+}
+
+}  // namespace
+
+extern "C" void run_filter(const Call* c) {
+  prepare(*c);
+  FilterArguments a{front_of(*c), c->z, c->mean, c->var, nullptr, int(c->stride), bool(c->bfloat16)};
+  auto memory = workspace(filter_workspace(a));
+  a.workspace = memory.data();
+  filter(a, nullptr);
+}
+
+extern "C" void run_inference(const Call* c) {
+  prepare(*c);
+  const float* next = c->norms;
+  const auto norm = [&](int64_t channels) {
+    const auto values = [&] { return Values{std::exchange(next, next + channels), true}; };
+    const Values weight = values(), bias = values(), mean = values(), var = values();
+    return Norm{nullptr, nullptr, weight, bias, mean, var, 1e-5f};
+  };
+  ExpansionArguments front = front_of(*c);
+  front.norm = norm(c->wide);
+  const Norm middle = norm(c->wide), last = norm(c->outputs);
+  const bool residual = c->stride == 1 && c->inputs == c->outputs;
+  InferenceArguments a{front, middle, {c->project, bool(c->single)}, last, c->y, nullptr, residual, int(c->stride), bool(c->bfloat16)};
+  auto memory = workspace(inference_workspace(a));
+  a.workspace = memory.data();
+  inference(a, nullptr);
+}
+
+extern "C" void run_backward(const Call* c) {
+  prepare(*c);
+  BackwardArguments a{front_of(*c), c->dp, c->z, {c->project, bool(c->single)}, c->z_scale, c->z_shift, c->c0, c->c1, c->c2, c->dx,
+                      c->n1, c->g1, c->dtaps, nullptr, int(c->stride), bool(c->bfloat16)};
+  auto memory = workspace(backward_workspace(a));
+  a.workspace = memory.data();
+  backward(a, nullptr);
+}

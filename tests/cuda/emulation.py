@@ -1,0 +1,67 @@
+"""Builds the CUDA C++ kernels for the host, on the launch emulation, and calls their launchers on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+SOURCES = FOLDER.parents[1] / "csrc" / "cuda"
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I{FOLDER}"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+class Call(ctypes.Structure):
+    """`Call` of emulated.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "wide", "outputs", "stride", "dilation", "act")),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards")),
+        *((name, ctypes.c_void_p) for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")),
+        *((name, ctypes.c_void_p) for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "dtaps")),
+    )
+
+
+def compiler() -> list[str] | None:
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    return command if shutil.which(command[0]) else None
+
+
+@functools.cache
+def library(sanitized: bool = False) -> ctypes.CDLL:
+    """The kernels for this machine, built once for each state of the sources."""
+    files = sorted([*SOURCES.iterdir(), *FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
+    options = [*FLAGS, *(SANITIZED if sanitized else ["-O2"])]
+    state = hashlib.sha256(b"".join(file.read_bytes() for file in files) + " ".join(options).encode()).hexdigest()[:16]
+    built = FOLDER.parents[1] / "build" / "emulated" / f"{state}.so"
+    if not built.exists():
+        built.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = built.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*compiler(), *options, str(FOLDER / "emulated.cpp"), "-o", str(unfinished)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        unfinished.rename(built)
+    return ctypes.CDLL(str(built))
+
+
+def call(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors.values())
+    arguments = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()}
+    arguments |= dict(
+        processors=processors,
+        backwards=backwards,
+        bfloat16=values["x"].dtype is torch.bfloat16,
+        single=values["expand"].dtype is torch.float32,
+    )
+    run = getattr(library("libasan" in os.environ.get("LD_PRELOAD", "")), name)
+    run.restype = None
+    run(ctypes.byref(Call(**arguments)))

@@ -1,0 +1,266 @@
+"""The CUDA C++ kernels of inverted_residual where no GPU is: their bodies run on the launch emulation of tests/cuda against the plain
+meaning in float64; their error is at most twice that of the same steps in plain PyTorch, each of which rounds to the dtype of the map."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from mvit3_kernels import _native
+from mvit3_kernels.ops.types import ACTIVATIONS
+
+from ..bounds import FLOOR
+from ..cuda import emulation
+from .inputs import Draw
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler for the launch emulation")
+
+# (B, H, W, C, E, O), stride, dilation, act, dtype of x, dtype of weights. Tiles are 8 x 16 or 4 x 8 outputs, 32 expanded channels; 150
+# channels come in two slices.
+CASES = {
+    "odd": ((2, 9, 19, 5, 35, 7), 1, 1, "silu", torch.bfloat16, torch.float32),
+    "odd, stride 2": ((2, 9, 19, 5, 35, 7), 2, 1, "silu", torch.bfloat16, torch.float32),
+    "residual": ((1, 8, 17, 16, 64, 16), 1, 1, "silu", torch.float16, torch.float16),
+    "even, stride 2": ((1, 16, 18, 24, 48, 40), 2, 1, "relu", torch.float16, torch.float32),
+    "identity": ((3, 3, 2, 8, 16, 24), 1, 1, "identity", torch.bfloat16, torch.bfloat16),
+    "dilated": ((1, 11, 21, 8, 16, 8), 1, 2, "relu", torch.bfloat16, torch.bfloat16),
+    "many channels": ((1, 4, 5, 150, 40, 70), 1, 1, "silu", torch.bfloat16, torch.bfloat16),
+    "many channels, stride 2": ((1, 9, 7, 136, 40, 264), 2, 1, "silu", torch.bfloat16, torch.float32),
+    "one pixel": ((1, 1, 1, 3, 2, 1), 2, 1, "silu", torch.float16, torch.float32),
+}
+INPUTS = ("x", "expand", "depthwise", "project", "scale", "shift", "norms", "dp", "z", "z_scale", "z_shift", "c0", "c1", "c2")
+
+
+def arguments(shape: tuple[int, ...], stride: int, dilation: int, act: str, dtype: torch.dtype, weights: torch.dtype) -> dict:
+    batch, height, width, inputs, wide, outputs = shape
+    draw, out = Draw(0), (batch, -(-height // stride), -(-width // stride))
+
+    def vector(low: float, high: float) -> Tensor:
+        return (low + (high - low) * draw(wide).sigmoid()).float()
+
+    norms = [draw(n) if i % 2 else 0.5 + draw(n).square() for n in (wide, wide, outputs) for i in (0, 1, 1, 0)]
+    return dict(
+        x=(draw(batch, height, width, inputs) + 0.5).to(dtype),
+        expand=(draw(wide, inputs) / inputs**0.5).to(weights),
+        depthwise=(draw(wide, 1, 3, 3) / 2).to(weights),
+        project=(draw(outputs, wide) / wide**0.5).to(weights),
+        scale=vector(0.5, 1.5), shift=vector(-1, 1), norms=torch.cat(norms).float(),
+        dp=draw(*out, outputs).to(dtype), z=draw(*out, wide).to(dtype),
+        z_scale=vector(-1, 1), z_shift=vector(-1, 1), c0=vector(0.5, 1.5), c1=vector(-0.2, 0.2), c2=vector(-0.3, 0.3),
+        stride=stride, dilation=dilation, act=ACTIVATIONS.index(act),
+    )  # fmt: skip
+
+
+def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
+    """What the kernel of that name writes; memory that it does not write stays NaN."""
+    (batch, height, width, inputs), (outputs, wide), stride = a["x"].shape, a["project"].shape, a["stride"]
+    out = (batch, -(-height // stride), -(-width // stride))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    dtype = a["x"].dtype
+    results = {
+        "filter": dict(z=empty(*out, wide, dtype=dtype), mean=empty(wide), var=empty(wide)),
+        "inference": dict(y=empty(*out, outputs, dtype=dtype)),
+        "backward": dict(dx=empty(*a["x"].shape, dtype=dtype), n1=empty(wide, inputs), g1=empty(wide), dtaps=empty(wide, 1, 3, 3)),
+    }[name]
+    sizes = dict(batch=batch, height=height, width=width, inputs=inputs, wide=wide, outputs=outputs)
+    emulation.call(f"run_{name}", **sizes, **{**a, **results}, **options)
+    return results
+
+
+def activate(value: Tensor, act: int) -> Tensor:
+    return (value, F.silu(value), F.relu(value))[act]
+
+
+def slope(value: Tensor, act: int) -> Tensor:
+    with torch.enable_grad():
+        leaf = value.detach().requires_grad_()
+        return torch.autograd.grad(activate(leaf, act).sum(), leaf)[0]
+
+
+def filtered(value: Tensor, a: dict) -> Tensor:
+    padding = a["dilation"]
+    taps = a["depthwise"].to(value.dtype)
+    moved = value.permute(0, 3, 1, 2)
+    return F.conv2d(moved, taps, None, a["stride"], padding, a["dilation"], len(taps)).permute(0, 2, 3, 1)
+
+
+def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The plain meaning, with every step in `dtype` (norms in float32 at least, as in PyTorch)."""
+    wider = torch.promote_types(dtype, torch.float32)
+
+    def affine(value: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return (value.to(wider) * scale.to(wider) + shift.to(wider)).to(dtype)
+
+    # The dtype of the products is that of x: the weights are rounded to it, as under autocast.
+    a = {k: v.to(a["x"].dtype).to(dtype) if k in ("x", "expand", "project", "dp", "z") else v for k, v in a.items()}
+    act, wide = a["act"], len(a["expand"])
+    affines = []
+    for n, part in zip((wide, wide, len(a["project"])), a["norms"].split([4 * wide, 4 * wide, 4 * len(a["project"])]), strict=True):
+        weight, bias, mean, var = part.to(wider).view(4, n)
+        affines.append((weight / (var + 1e-5).sqrt(), bias - mean * weight / (var + 1e-5).sqrt()))
+    if name == "inference":
+        value = filtered(activate(affine(a["x"] @ a["expand"].T, *affines[0]), act), a)
+        y = affine(activate(affine(value, *affines[1]), act) @ a["project"].T, *affines[2])
+        return dict(y=y + a["x"] if a["stride"] == 1 and y.shape == a["x"].shape else y)
+    pre = affine(a["x"] @ a["expand"].T, a["scale"], a["shift"])
+    value = activate(pre, act)
+    if name == "filter":
+        return dict(z=filtered(value, a))
+    normal = affine(a["z"], a["z_scale"], a["z_shift"])
+    g = (a["dp"] @ a["project"]) * slope(normal, act)
+    dz = affine(g, a["c0"], a["c1"] + a["c2"] * a["z"].to(wider)).permute(0, 3, 1, 2)
+    geometry = dict(stride=a["stride"], padding=a["dilation"], dilation=a["dilation"], groups=wide)
+    value = value.permute(0, 3, 1, 2)
+    da = conv2d_input(value.shape, a["depthwise"].to(dtype), dz, **geometry).permute(0, 2, 3, 1)
+    dtaps = conv2d_weight(value.contiguous(), a["depthwise"].shape, dz.contiguous(), **geometry)
+    grad = da * slope(pre, act)
+    rows = grad.flatten(0, 2)
+    return dict(
+        dx=(grad * a["scale"].to(dtype)) @ a["expand"],
+        n1=(rows.T @ a["x"].flatten(0, 2)),
+        g1=rows.sum(0),
+        dtaps=dtaps,
+    )  # fmt: skip
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    return float((got.double() - truth).norm())
+
+
+def check(name: str, a: dict, run: Callable[[str, dict], dict[str, Tensor]] = run) -> dict[str, Tensor]:
+    found, peer, truth = run(name, a), meaning(name, a, a["x"].dtype), meaning(name, a, torch.float64)
+    for key, true in truth.items():
+        assert found[key].isfinite().all(), key
+        bound = 2 * error(peer[key], true) + FLOOR * float(true.norm())
+        assert error(found[key], true) <= bound, f"{key}: {error(found[key], true):.3e}, allowed {bound:.3e}"
+    return found
+
+
+@pytest.mark.parametrize("name", ["filter", "inference", "backward"])
+@pytest.mark.parametrize("case", CASES)
+def test_bound(name, case):
+    a = arguments(*CASES[case])
+    before = {k: v.clone() for k, v in a.items() if isinstance(v, Tensor)}
+    found = check(name, a)
+    assert all(torch.equal(a[k], v) for k, v in before.items())
+    if name == "filter":  # the moments of z as it is stored
+        rows = found["z"].double().flatten(0, 2)
+        torch.testing.assert_close(found["mean"].double(), rows.mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found["var"].double(), rows.var(0, unbiased=False), rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["filter", "inference", "backward"])
+@pytest.mark.parametrize("shape, stride", [((2, 17, 20, 24, 70, 24), 1), ((1, 9, 19, 150, 40, 136), 2)], ids=str)
+def test_blocks_and_the_order_of_warps(name, shape, stride):
+    """Sums go through more or fewer blocks; a missing barrier would show in the order of the warps."""
+    a = arguments(shape, stride, 1, "silu", torch.bfloat16, torch.float32)
+    first = run(name, a)
+    for key, value in run(name, a, backwards=True).items():
+        assert torch.equal(value, first[key]), key
+    for key, value in run(name, a, processors=1).items():
+        if value.dtype is torch.bfloat16:
+            assert torch.equal(value, first[key]), key
+        else:
+            torch.testing.assert_close(value, first[key], rtol=1e-5, atol=1e-5)
+
+
+def test_moments_of_large_and_of_constant_channels():
+    a = arguments((2, 9, 19, 8, 32, 8), 1, 1, "identity", torch.float16, torch.float32)
+    a["depthwise"].zero_()[:, 0, 1, 1] = 1.0
+    a["scale"][:16] = 0.0  # constant channels
+    a["shift"][:] = 100.0
+    a["scale"][16:] /= 8
+    found = run("filter", a)
+    rows = found["z"].double().flatten(0, 2)
+    assert torch.equal(found["var"][:16], torch.zeros(16))
+    # The mean is 2,000 standard deviations: what a difference of squares would leave of the variance is noise of its own size.
+    torch.testing.assert_close(found["var"].double(), rows.var(0, unbiased=False), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["mean"].double(), rows.mean(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["filter", "inference", "backward"])
+def test_unaligned_memory(name):
+    a = arguments((1, 8, 17, 16, 32, 16), 1, 1, "silu", torch.bfloat16, torch.float32)
+    first = run(name, a)
+
+    def moved(t: Tensor) -> Tensor:
+        memory = t.new_empty(t.numel() + 1)
+        memory[1:] = t.flatten()
+        return memory[1:].view(t.shape)
+
+    for key, value in run(name, {k: moved(v) if isinstance(v, Tensor) else v for k, v in a.items()}).items():
+        assert torch.equal(value, first[key]), key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(value):
+    """A bad pixel reaches what its neighbourhood reaches in the plain meaning, and nothing else."""
+    a = arguments((1, 9, 19, 8, 32, 16), 1, 1, "silu", torch.bfloat16, torch.float32)
+    a["x"][0, 4, 7, 3] = value
+    for name, key in (("filter", "z"), ("inference", "y")):
+        found, truth = run(name, a)[key], meaning(name, a, torch.bfloat16)[key]
+        assert not truth.isfinite().all()
+        assert torch.equal(found.isfinite(), truth.isfinite()), name
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers are loaded with LD_PRELOAD")
+def test_under_the_sanitizers():
+    """Every access of shared and of global memory, of odd shapes, under GCC's address and undefined-behaviour sanitizers."""
+    paths = [subprocess.run([*emulation.compiler(), f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+             for n in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    if not all(os.path.isabs(path) for path in paths):
+        pytest.skip("the compiler has no sanitizers")
+    code = (
+        "from tests.ops.test_inverted_residual_cuda import CASES, arguments, check\n"
+        "for case in ('odd', 'odd, stride 2', 'many channels, stride 2'):\n"
+        "    for name in ('filter', 'inference', 'backward'):\n"
+        "        check(name, arguments(*CASES[case]))\n"
+        "print('checked')"
+    )
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "MVIT3_BACKEND": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "checked" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not()))
+def test_resources_of_the_compiled_kernels():
+    """Of the built extension, for every device that it holds code for: a kernel that spills has a stack."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = next(Path(_native.__file__).parent.glob("_cuda.*"))
+    text = subprocess.run([cuobjdump, "-res-usage", file], check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", text)
+    assert {part for name, *_ in found for part in re.findall("Filter|Inference|Backward", name)} == {"Filter", "Inference", "Backward"}
+    for name, registers, stack in found:
+        assert int(stack) == 0, name
+        assert 8 < int(registers) <= 128, name  # two blocks of 256 threads
+    assert set(re.findall(r"arch = sm_(\d+)", text)) == {"80", "90"}
+
+
+@pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not()))
+@pytest.mark.parametrize("op", ["filter", "inference", "filter_backward"])
+def test_registration(op):
+    name = f"mvit3::inverted_residual_{op}"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
