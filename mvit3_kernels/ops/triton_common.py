@@ -49,7 +49,7 @@ def activate_backward(dy, z, ACT: tl.constexpr):
         s = sigmoid(z)
         dy = dy * (s * (1 + z * (1 - s)))
     elif ACT == RELU:
-        dy = tl.where(z > 0, dy, 0.0)
+        dy = tl.where(z <= 0, 0.0, dy)
     return dy
 
 
@@ -102,6 +102,13 @@ def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.co
     columns = width // PATCH_W
     row = token // columns * PATCH_H + position // PATCH_W
     return row * width + token % columns * PATCH_W + position % PATCH_W
+
+
+@triton.jit
+def token_of_pixel(pixel, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """(position inside a patch, token) of a pixel of a sample: the inverse of pixel_of_token."""
+    row, column = pixel // width, pixel % width
+    return row % PATCH_H * PATCH_W + column % PATCH_W, row // PATCH_H * (width // PATCH_W) + column // PATCH_W
 
 
 @triton.jit

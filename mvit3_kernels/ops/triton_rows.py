@@ -21,11 +21,15 @@ from .triton_common import (
     dropout_threshold,
     dropped,
     inverse_std,
+    merge_moments,
     multiplies_from_shared_memory,
     multiprocessors,
     on_device,
     split_rows,
 )
+
+# A sample is measured in at most so many parts, which every program that needs its statistics joins for itself.
+MOST_SAMPLE_PARTS = tl.constexpr(32)
 
 NOT_SPECIALIZED = ["rows", "rows_per_sample", "rows_per_part", "parts", "outputs_per_program", "eps", "keep", "keep_scale"]
 
@@ -72,21 +76,25 @@ def row_statistics(head, tail, head_column, tail_column, eps, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _sample_statistics_kernel(
-    x_ptr, mean_ptr, rstd_ptr, rows_per_sample, eps, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr
+    x_ptr, mean_ptr, spread_ptr, rows_per_sample, rows_per_part, parts, eps,
+    PARTIAL: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Of a part of a sample: the mean, and 1 / deviation or, where PARTIAL, the sum of squared distances to the mean."""
     head_column, tail_column = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
     lane = tl.arange(0, BLOCK_M)
-    x_ptr += tl.program_id(0).to(tl.int64) * rows_per_sample * C
-    count = rows_per_sample.to(tl.float32) * C
+    sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    x_ptr += (sample.to(tl.int64) * rows_per_sample + part * rows_per_part) * C
+    rows = tl.minimum(rows_per_sample - part * rows_per_part, rows_per_part)
+    count = rows.to(tl.float32) * C
     # Distances to the mean of the first rows: a large mean costs no accuracy.
-    valid = lane < rows_per_sample
+    valid = lane < rows
     head = load_tile(x_ptr, lane, valid, head_column, C, C).to(tl.float32)
     tail = load_tile(x_ptr, lane, valid, tail_column, C, C).to(tl.float32)
-    pivot = (tl.sum(head) + tl.sum(tail)) / (tl.minimum(rows_per_sample, BLOCK_M).to(tl.float32) * C)
+    pivot = (tl.sum(head) + tl.sum(tail)) / (tl.minimum(rows, BLOCK_M).to(tl.float32) * C)
     total = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, rows_per_sample, BLOCK_M):
-        valid = first + lane < rows_per_sample
+    for first in range(0, rows, BLOCK_M):
+        valid = first + lane < rows
         head = load_tile(x_ptr + first * C, lane, valid, head_column, C, C).to(tl.float32)
         tail = load_tile(x_ptr + first * C, lane, valid, tail_column, C, C).to(tl.float32)
         head = tl.where(valid[:, None] & (head_column < C)[None, :], head - pivot, 0.0)
@@ -94,9 +102,22 @@ def _sample_statistics_kernel(
         total += tl.sum(head, 1) + tl.sum(tail, 1)
         squares += tl.sum(head * head, 1) + tl.sum(tail * tail, 1)
     offset = tl.sum(total) / count
-    var = tl.sum(squares) / count - offset * offset
+    spread = at_least_zero(tl.sum(squares) / count - offset * offset)
     tl.store(mean_ptr + tl.program_id(0), pivot + offset)
-    tl.store(rstd_ptr + tl.program_id(0), inverse_std(at_least_zero(var), eps))
+    tl.store(spread_ptr + tl.program_id(0), spread * count if PARTIAL else inverse_std(spread, eps))
+
+
+@triton.jit
+def load_sample_statistics(part_mean_ptr, part_spread_ptr, sample, rows_per_sample, rows_per_part, parts, eps, C: tl.constexpr):
+    """Mean and 1 / deviation of a sample from those of its parts, at most MOST_SAMPLE_PARTS."""
+    part = tl.arange(0, MOST_SAMPLE_PARTS)
+    valid = part < parts
+    at = sample * parts + part
+    rows = tl.where(valid, tl.minimum(rows_per_sample - part * rows_per_part, rows_per_part), 0)
+    mean = tl.load(part_mean_ptr + at, mask=valid, other=0.0)
+    spread = tl.load(part_spread_ptr + at, mask=valid, other=0.0)
+    total, mean, spread = merge_moments(rows.to(tl.float32) * C, mean[:, None], spread[:, None])
+    return tl.sum(mean, 0), inverse_std(tl.sum(spread, 0) / total, eps)
 
 
 @triton.jit
@@ -147,7 +168,7 @@ def multiply_rows(head, tail, head_weight, tail_weight):
 
 
 @triton.jit
-def _store_norm_gradient(
+def store_norm_gradient(
     dx_ptr, sums_ptr, residual_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal, rstd, rows,
     PER_SAMPLE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -192,7 +213,7 @@ def _input_bwd_kernel(
     tail *= load_vector(norm_weight_ptr, tail_column, C)[None, :]
     if residual_ptr is not None:
         residual_ptr += start * C
-    _store_norm_gradient(
+    store_norm_gradient(
         dx_ptr + start * C, sums_ptr, residual_ptr, lane, row, valid, head_column, tail_column, head, tail, head_normal, tail_normal,
         rstd, rows, PER_SAMPLE, C,
     )  # fmt: skip
@@ -231,18 +252,19 @@ def _sample_gradient_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _row_products_kernel(
-    a_ptr, x_ptr, mean_ptr, rstd_ptr, seed_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part, keep, keep_scale,
+    a_ptr, extra_ptr, x_ptr, mean_ptr, rstd_ptr, seed_ptr, product_ptr, sums_ptr, rows, rows_per_sample, rows_per_part, keep, keep_scale,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A part of a^T x and of a sum. With statistics x is normalised, and the sum is that of a; without them x goes through the dropout of
-    site 1, if there is a seed, and the sum is that of x."""
+    site 1, if there is a seed, and the sum is that of x. `extra_ptr`, with statistics only, is one more column of a, in float32."""
     head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
     head = tl.zeros((BLOCK_N, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    extra_total = tl.zeros((BLOCK_M,), tl.float32)
     head_total = tl.zeros((HEAD,), tl.float32)
     tail_total = tl.zeros((TAIL,), tl.float32)
     begin = part * rows_per_part
@@ -255,8 +277,15 @@ def _row_products_kernel(
         if mean_ptr is not None:
             total += a.to(tl.float32)
             mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, row < end, rows_per_sample, PER_SAMPLE)
-            head_x = ((head_x.to(tl.float32) - mean) * rstd).to(a.dtype)
-            tail_x = ((tail_x.to(tl.float32) - mean) * rstd).to(a.dtype)
+            head_normal = (head_x.to(tl.float32) - mean) * rstd
+            tail_normal = (tail_x.to(tl.float32) - mean) * rstd
+            if extra_ptr is not None and tl.program_id(0) == 0:
+                extra = tl.load(extra_ptr + row, mask=row < end, other=0.0)
+                extra_total += extra
+                head_total += tl.sum(extra[:, None] * head_normal, 0)
+                tail_total += tl.sum(extra[:, None] * tail_normal, 0)
+            head_x = head_normal.to(a.dtype)
+            tail_x = tail_normal.to(a.dtype)
         else:
             if seed_ptr is not None:
                 head_x = dropped(head_x.to(tl.float32), seed_ptr, row, head_column, rows_per_sample, keep, keep_scale, 1, C).to(a.dtype)
@@ -266,25 +295,36 @@ def _row_products_kernel(
                 tail_total += tl.sum(tail_x.to(tl.float32), 0)
         head = dot(tl.trans(a), head_x, head)
         tail = dot(tl.trans(a), tail_x, tail)
-    product_ptr += part * (OUT * C)
+    OUTPUTS: tl.constexpr = OUT if extra_ptr is None else OUT + 1
+    product_ptr += part * (OUTPUTS * C)
     store_tile(product_ptr, output, output < OUT, head_column, head, C, C)
     store_tile(product_ptr, output, output < OUT, tail_column, tail, C, C)
     if mean_ptr is not None:
-        tl.store(sums_ptr + part * OUT + output, tl.sum(total, 0), mask=output < OUT)
+        tl.store(sums_ptr + part * OUTPUTS + output, tl.sum(total, 0), mask=output < OUT)
+        if extra_ptr is not None and tl.program_id(0) == 0:
+            tl.store(product_ptr + OUT * C + head_column, head_total, mask=head_column < C)
+            tl.store(product_ptr + OUT * C + tail_column, tail_total, mask=tail_column < C)
+            tl.store(sums_ptr + part * OUTPUTS + OUT, tl.sum(extra_total, 0))
     elif tl.program_id(0) == 0:
         tl.store(sums_ptr + part * C + head_column, head_total, mask=head_column < C)
         tl.store(sums_ptr + part * C + tail_column, tail_total, mask=tail_column < C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _norm_linear_gradient_kernel(
-    product_ptr, sums_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, dweight_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr, parts,
-    C: tl.constexpr, OUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+# Loops over parts are unrolled: a load that waits for the one before it takes half a microsecond.
+
+
+@triton.jit
+def add_up_outputs(
+    product_ptr, parts, sums_ptr, sums_parts, weight_ptr, dweight_ptr, dbias_ptr, column, scale, shift,
+    FIRST: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr, SUMS: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    # With G = dy^T (normalised x) and s = sum dy the gradients are: of the weight G * scale + s shift, of scale the column sums of
-    # weight * G, of shift weight^T s.
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift = load_vector(norm_weight_ptr, column, C), load_vector(norm_bias_ptr, column, C)
+    """Writes the gradients of OUT outputs, from FIRST on, of a linear map behind a norm, and returns their shares of those of scale and
+    shift. A part of the products holds PART outputs of STRIDE values each, one of the sums SUMS outputs.
+
+    With G = dy^T (normalised x) and s = sum dy the gradients are: of the weight G * scale + s shift, of scale the column sums of
+    weight * G, of shift weight^T s.
+    """
     dscale = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     dshift = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     for first in range(0, OUT, BLOCK_O):
@@ -292,18 +332,66 @@ def _norm_linear_gradient_kernel(
         valid = output < OUT
         product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
         total = tl.zeros((BLOCK_O,), tl.float32)
-        for part in range(parts):
-            product += load_tile(product_ptr + part * (OUT * C), output, valid, column, C, C)
-            total += tl.load(sums_ptr + part * OUT + output, mask=valid, other=0.0)
-        weight = load_tile(weight_ptr, output, valid, column, C, C).to(tl.float32)
+        for part in tl.range(0, parts, loop_unroll_factor=2):
+            product += load_tile(product_ptr + part * (PART * STRIDE), output, valid, column, STRIDE, C)
+        for part in tl.range(0, sums_parts, loop_unroll_factor=2):
+            total += tl.load(sums_ptr + part * SUMS + output, mask=valid, other=0.0)
+        weight = load_tile(weight_ptr + FIRST * C, output, valid, column, C, C).to(tl.float32)
         dscale += weight * product
         dshift += weight * total[:, None]
-        store_tile(dweight_ptr, output, valid, column, product * scale[None, :] + total[:, None] * shift[None, :], C, C)
+        store_tile(dweight_ptr + FIRST * C, output, valid, column, product * scale[None, :] + total[:, None] * shift[None, :], C, C)
         if dbias_ptr is not None and tl.program_id(0) == 0:
-            tl.store(dbias_ptr + output, total.to(dbias_ptr.dtype.element_ty), mask=valid)
+            tl.store(dbias_ptr + FIRST + output, total.to(dbias_ptr.dtype.element_ty), mask=valid)
+    return tl.sum(dscale, 0), tl.sum(dshift, 0)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _norm_linear_gradient_kernel(
+    product_ptr, sums_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, dweight_ptr, dbias_ptr, dnorm_weight_ptr, dnorm_bias_ptr, parts,
+    C: tl.constexpr, OUT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift = load_vector(norm_weight_ptr, column, C), load_vector(norm_bias_ptr, column, C)
+    dscale, dshift = add_up_outputs(
+        product_ptr,
+        parts,
+        sums_ptr,
+        parts,
+        weight_ptr,
+        dweight_ptr,
+        dbias_ptr,
+        column,
+        scale,
+        shift,
+        0,
+        OUT,
+        OUT,
+        C,
+        OUT,
+        C,
+        BLOCK_C,
+        BLOCK_O,
+    )
     valid = column < C
-    tl.store(dnorm_weight_ptr + column, tl.sum(dscale, 0).to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
-    tl.store(dnorm_bias_ptr + column, tl.sum(dshift, 0).to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_weight_ptr + column, dscale.to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_bias_ptr + column, dshift.to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _second_gradient_kernel(
+    product_ptr, sums_ptr, dweight_ptr, dbias_ptr, parts, C: tl.constexpr, F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """Adds up the parts of the second weight's gradient, which are (F, C), and turns them round."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    hidden = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    product = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    for part in tl.range(0, parts, loop_unroll_factor=2):
+        product += load_tile(product_ptr + part * (F * C), hidden, hidden < F, column, C, C)
+        total += load_vector(sums_ptr + part * C, column, C)
+    store_tile(dweight_ptr, column, column < C, hidden, tl.trans(product), F, F)
+    if dbias_ptr is not None and tl.program_id(1) == 0:
+        tl.store(dbias_ptr + column, total.to(dbias_ptr.dtype.element_ty), mask=column < C)
 
 
 def products_configuration(rows: Rows) -> dict[str, int]:
@@ -346,8 +434,33 @@ class Rows(NamedTuple):
         mean, rstd = (torch.empty(self.x.shape[0] if per_sample else count, dtype=torch.float32, device=self.x.device) for _ in range(2))
         if per_sample and self.rows:
             with on_device(self.x):
-                _sample_statistics_kernel[(count,)](self.x, mean, rstd, self.rows_per_sample, eps, BLOCK_M=32, num_warps=8, **self.tiles)
+                _sample_statistics_kernel[(count,)](
+                    self.x,
+                    mean,
+                    rstd,
+                    self.rows_per_sample,
+                    self.rows_per_sample,
+                    1,
+                    eps,
+                    PARTIAL=False,
+                    BLOCK_M=32,
+                    num_warps=8,
+                    **self.tiles,
+                )
         return mean, rstd
+
+    def partial_statistics(self) -> tuple[Tensor, Tensor, int, int]:
+        """Of each sample in parts, as many as fill the GPU: means and sums of squared distances (samples * parts,), the rows of a part, and
+        the number of parts."""
+        samples = self.rows // self.rows_per_sample
+        programs = min(2 * multiprocessors(self.x) // samples, MOST_SAMPLE_PARTS.value)
+        parts, rows_per_part = split_rows(self.rows_per_sample, programs, 32)
+        mean, spread = (torch.empty(samples * parts, dtype=torch.float32, device=self.x.device) for _ in range(2))
+        with on_device(self.x):
+            _sample_statistics_kernel[(samples * parts,)](
+                self.x, mean, spread, self.rows_per_sample, rows_per_part, parts, 0.0, PARTIAL=True, BLOCK_M=32, num_warps=8, **self.tiles
+            )
+        return mean, spread, rows_per_part, parts
 
     def input_gradient(
         self, dy: Tensor, residual: Tensor | None, norm_weight: Tensor, per_sample: bool, weight: Tensor, mean: Tensor, rstd: Tensor
@@ -364,11 +477,15 @@ class Rows(NamedTuple):
             OUT=weight.shape[0], BLOCK_M=block, BLOCK_N=16 if narrow or self.width() > 256 else 32, num_warps=8, num_stages=2, **self.tiles,
         )  # fmt: skip
         if per_sample:
-            grid = (self.rows // self.rows_per_sample, triton.cdiv(self.rows_per_sample, 32))
-            _sample_gradient_kernel[grid](
-                dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
-            )
+            self.finish_input_gradient(dx, residual, mean, rstd, sums)
         return dx
+
+    def finish_input_gradient(self, dx: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, sums: Tensor) -> None:
+        """What store_norm_gradient leaves to do where the norm is of samples."""
+        grid = (self.rows // self.rows_per_sample, triton.cdiv(self.rows_per_sample, 32))
+        _sample_gradient_kernel[grid](
+            dx, self.x, residual, mean, rstd, sums, self.rows, self.rows_per_sample, BLOCK_M=32, num_warps=8, **self.tiles
+        )
 
     def products(
         self,
@@ -379,19 +496,21 @@ class Rows(NamedTuple):
         per_sample: bool,
         dropout: float = 0.0,
         seed: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Partial products a^T x, (parts, outputs, C), and sums: with statistics x is normalised, and the sums are those of a; without them
-        x goes through the dropout, and the sums are those of x."""
+        x goes through the dropout, and the sums are those of x. `extra` is one more column of a, float32, and the last output then."""
         config = products_configuration(self)
         pieces = triton.cdiv(outputs, config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // pieces, config["BLOCK_M"])
-        product = torch.empty((parts, outputs, self.channels), dtype=torch.float32, device=self.x.device)
-        sums = torch.empty((parts, outputs if mean is not None else self.channels), dtype=torch.float32, device=self.x.device)
+        columns = outputs if extra is None else outputs + 1
+        product = torch.empty((parts, columns, self.channels), dtype=torch.float32, device=self.x.device)
+        sums = torch.empty((parts, columns if mean is not None else self.channels), dtype=torch.float32, device=self.x.device)
         if self.rows:
             keep = (dropout_threshold(dropout), 1 / (1 - dropout))
             _row_products_kernel[(pieces, parts)](
-                a, self.x, mean, rstd, seed if dropout > 0 else None, product, sums, self.rows, self.rows_per_sample, rows_per_part, *keep,
-                PER_SAMPLE=per_sample, OUT=outputs, **self.tiles, **config,
+                a, extra, self.x, mean, rstd, seed if dropout > 0 else None, product, sums, self.rows, self.rows_per_sample, rows_per_part,
+                *keep, PER_SAMPLE=per_sample, OUT=outputs, **self.tiles, **config,
             )  # fmt: skip
         return product, sums
 
@@ -412,3 +531,17 @@ class Rows(NamedTuple):
                 C=self.channels, OUT=outputs, BLOCK_C=16, BLOCK_O=64, num_warps=4,
             )  # fmt: skip
         return dx, dnorm_weight, dnorm_bias, dweight, self.x.new_empty(0) if dbias is None else dbias
+
+    def second_weight_backward(
+        self, dy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, per_sample: bool, dropout: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias (empty without one) of dropout(weight @ hidden + bias), `hidden` being (rows, F)."""
+        dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+        outputs = hidden.shape[1]
+        with on_device(self.x):
+            product, sums = self._replace(x=dy).products(hidden, outputs, None, None, per_sample, dropout, seed)
+            _second_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 32))](
+                product, sums, dweight, dbias, product.shape[0], C=self.channels, F=outputs, BLOCK_C=32, BLOCK_F=32, num_warps=4
+            )
+        return dweight, self.x.new_empty(0) if dbias is None else dbias

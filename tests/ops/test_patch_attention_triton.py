@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 
 from mvit3_kernels.ops import patch_attention
@@ -44,6 +46,11 @@ class TestPatchAttentionTriton(TritonKernel):
         Case(80, BF16, (1, 16, 16, 4, 64), {"dropout": 0.1}, 128),
         Case(80, F32, (1, 8, 8, 4, 60), {"dropout": 0.1}, 128),
         Case(86, BF16, (1, 16, 16, 4, 48), {"dropout": 0.1}, 128),
-        Case("gfx942", F16, (1, 16, 16, 4, 48)),
+        # The heads of the networks.
+        *(
+            Case(architecture, kind, (1, 32, 32, 2, dim), {"dropout": 0.1})
+            for dim, kind in zip((16, 20, 24, 30, 36, 48, 60, 64), itertools.cycle((BF16, F16)), strict=False)
+            for architecture in (90, 80, "gfx942")
+        ),
     )
     larger = (3, 14, 22, 4, 36)

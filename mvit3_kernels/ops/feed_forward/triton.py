@@ -127,23 +127,6 @@ def _hidden_bwd_kernel(
         store_tile(dpre_ptr + start * F, lane, valid, column, activate_backward(dhidden, pre, SILU), F, F)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def _second_gradient_kernel(
-    product_ptr, sums_ptr, dweight_ptr, dbias_ptr, parts, C: tl.constexpr, F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr
-):  # fmt: skip
-    """Adds up the parts of the second weight's gradient, which are (F, C), and turns them round."""
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    hidden = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    product = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for part in range(parts):
-        product += load_tile(product_ptr + part * (F * C), hidden, hidden < F, column, C, C)
-        total += load_vector(sums_ptr + part * C, column, C)
-    store_tile(dweight_ptr, column, column < C, hidden, tl.trans(product), F, F)
-    if dbias_ptr is not None and tl.program_id(1) == 0:
-        tl.store(dbias_ptr + column, total.to(dbias_ptr.dtype.element_ty), mask=column < C)
-
-
 def _dropouts(hidden: float, output: float, seed: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
     """(seeds of the hidden and of the output dropout, None where it is off), (threshold and scale of each)."""
     seeds = tuple(seed if p > 0 else None for p in (hidden, output))
@@ -184,16 +167,11 @@ def feed_forward_backward(
     parameters = (norm_weight.contiguous(), norm_bias.contiguous(), weight1.contiguous(), None if bias1 is None else bias1.contiguous())
     seeds, dropouts = _dropouts(hidden_dropout, output_dropout, seed)
     wide, dpre = (x.new_empty(rows.rows, hidden) for _ in range(2))
-    dweight2, dbias2 = torch.empty_like(weight2), None if bias2 is None else torch.empty_like(bias2, memory_format=torch.contiguous_format)
     with on_device(x):
         if rows.rows:
             _hidden_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
                 dy, rows.x, *parameters, weight2, mean, rstd, wide, dpre, *seeds, rows.rows, rows.rows_per_sample, *dropouts,
                 PER_SAMPLE=per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip
-        product, sums = rows._replace(x=dy).products(wide, hidden, None, None, per_sample, output_dropout, seed)
-        _second_gradient_kernel[(triton.cdiv(rows.channels, 32), triton.cdiv(hidden, 32))](
-            product, sums, dweight2, dbias2, product.shape[0], C=rows.channels, F=hidden, BLOCK_C=32, BLOCK_F=32, num_warps=4
-        )
     gradients = rows.norm_linear_backward(dpre, dy, norm_weight, norm_bias, per_sample, weight1, bias1, mean, rstd)
-    return *gradients, dweight2, x.new_empty(0) if dbias2 is None else dbias2
+    return *gradients, *rows.second_weight_backward(dy, wide, weight2, bias2, per_sample, output_dropout, seed)

@@ -7,14 +7,19 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map, check_patches
-from ..norm_linear import gradient_fake, norm_linear, statistics_fake
+from ..norm_linear import WIDEST_ROW, gradient_fake, norm_linear, statistics_fake, triton_why_not
 from ..registry import register
 from ..types import LayerNorm, Linear
 from . import reference
 
 __all__ = ["separable_attention"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not),)
+
+def _triton_why_not(x: Tensor) -> str | None:
+    return triton_why_not(x, WIDEST_ROW // 2 if x.dtype is torch.float32 else WIDEST_ROW)
+
+
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", _triton_why_not))
 
 
 def separable_attention(
@@ -96,6 +101,7 @@ for _name, _schema in {
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 }.items():
     torch.library.define(f"mvit3::separable_attention_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    dispatch.register_triton(f"separable_attention_{_name}", __name__)
 
 
 @torch.library.register_fake("mvit3::separable_attention_inference")
