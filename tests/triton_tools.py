@@ -81,7 +81,7 @@ def offline(architecture: int | str) -> Iterator[list[Any]]:
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import KernelInterface
+    from triton.runtime.jit import KernelInterface, MockTensor
 
     nvidia = isinstance(architecture, int)
     target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
@@ -92,10 +92,14 @@ def offline(architecture: int | str) -> Iterator[list[Any]]:
     )
     compiled: list[Any] = []
 
+    def described(arg):
+        if isinstance(arg, tuple):
+            return tuple(described(part) for part in arg)
+        return MockTensor(arg.dtype) if isinstance(arg, torch.Tensor) else arg
+
     def compile_only(kernel, grid):
         def launch(*args, **options):
-            types = (arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
-            compiled.append(kernel.warmup(*types, grid=(1,), **options))
+            compiled.append(kernel.warmup(*described(args), grid=(1,), **options))
 
         return launch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -19,7 +20,73 @@ from . import reference
 
 __all__ = ["global_representation"]
 
-KERNELS: tuple[dispatch.Kernel, ...] = ()
+# What the resident kernel holds in registers and shared memory.
+WIDEST_ROW = 256  # channels
+WIDEST_HEAD = 64  # channels
+LONGEST_GROUP = 64  # tokens of a sample that share their position inside a patch
+TILE = 64  # rows of a program of multi-head attention
+
+
+def _flat(layers: Sequence[Layer]) -> list[Tensor | None]:
+    """Weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2 of each layer in turn."""
+    return [t for layer in layers for norm_or_linear in layer for t in norm_or_linear[:2]]
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(batch: int, patches: int, positions: int, per_sample: bool, num_heads: int | None) -> int:
+    """How many programs the resident kernel splits a map into: samples, or tiles of whole groups of tokens."""
+    if num_heads is None or per_sample:
+        return batch
+    group = max(16, 1 << (patches - 1).bit_length())
+    return -(-batch * positions * group // TILE)
+
+
+def _resident_why_not(
+    x: Tensor, layers: Sequence[Layer], norm: LayerNorm | None, num_heads: int | None, patch_size: tuple[int, int], training: bool
+) -> str | None:
+    """Why the kernel that takes tokens through all layers cannot, or should not, run a call; it runs as the ops of its layers then."""
+    if reason := dispatch.triton_32_bit_why_not(x):
+        return reason
+    if training:
+        return "the resident kernel has neither gradients nor dropout"
+    if not layers:
+        return "there is no layer"
+    batch, height, width, channels = x.shape
+    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)] + ([] if norm is None else [norm])
+    if len({other[2:] for other in norms}) > 1:
+        return "the resident kernel takes norms of one kind and with one eps"
+    kinds = {tuple(None if t is None else t.dtype for t in _flat([layer])) for layer in layers}
+    hidden = {layer.fc1.weight.shape[0] for layer in layers}
+    if len(kinds) > 1 or len(hidden) > 1:
+        return "the resident kernel takes layers with the same parameters, in the same dtypes and of the same shapes"
+    if channels > WIDEST_ROW:
+        return f"the resident kernel takes at most {WIDEST_ROW} channels, x has {channels}"
+    patches = height * width // (patch_size[0] * patch_size[1])
+    if num_heads is not None and channels // num_heads > WIDEST_HEAD:
+        return f"the resident kernel takes heads of at most {WIDEST_HEAD} channels, these have {channels // num_heads}"
+    if num_heads is not None and patches > LONGEST_GROUP:
+        return f"the resident kernel takes sequences of at most {LONGEST_GROUP} tokens, these have {patches}"
+    # A sample that one multiprocessor works on while others are idle takes longer than ops that spread it.
+    needed = _multiprocessors(x.device.index) // 2 if x.is_cuda else 0
+    count = programs(batch, patches, patch_size[0] * patch_size[1], norms[0].per_sample, num_heads)
+    return f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on" if count < needed else None
+
+
+RESIDENT = dispatch.Kernel("triton", _resident_why_not)
+# Every other call is made of ops, on the backend that is forced or on the best that each can have.
+KERNELS = (
+    RESIDENT,
+    dispatch.Kernel("cpu", lambda x, *_: dispatch.cpu_why_not(x)),
+    dispatch.Kernel("triton", lambda x, *_: dispatch.triton_32_bit_why_not(x)),
+)
 
 
 def global_representation(
@@ -75,7 +142,10 @@ def global_representation(
         raise ValueError(f"num_heads must be positive and divide the {width} channels of x, got {num_heads}")
     check_patches("x", x, patch_size)
     check_dropout(seed, x, attention_dropout=attention_dropout, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
-    dispatch.select("global_representation", KERNELS, x)
+    training = attention_dropout > 0 or hidden_dropout > 0 or output_dropout > 0 or _needs_grad(x, *_flat(layers), *(norm or ())[:2])
+    if dispatch.select("global_representation", KERNELS, x, layers, norm, num_heads, patch_size, training) is RESIDENT:
+        final, kind = (None, None) if norm is None else norm[:2], layers[0].norm1[2:]
+        return torch.ops.mvit3.global_representation_inference(x, _flat(layers), *final, *kind, num_heads, *patch_size)
     return reference.global_representation(
         x,
         layers,
@@ -100,7 +170,7 @@ def global_representation(
     "float attention_dropout, float hidden_dropout, float output_dropout, Tensor? seed) -> Tensor",
 )
 def _op(x, layers, norm_weight, norm_bias, eps, per_sample, num_heads, patch_size, *dropout):
-    """`layers` holds weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2 of each layer in turn."""
+    """`layers` holds what `_flat` says."""
 
     def norm(weight: Tensor, bias: Tensor) -> LayerNorm:
         return LayerNorm(weight, bias, eps, per_sample)
@@ -109,3 +179,19 @@ def _op(x, layers, norm_weight, norm_bias, eps, per_sample, num_heads, patch_siz
     unpacked = [Layer(*(part(layers[i + 2 * k], layers[i + 2 * k + 1]) for k, part in enumerate(parts))) for i in range(0, len(layers), 12)]
     final = None if norm_weight is None else norm(norm_weight, norm_bias)
     return global_representation(x, unpacked, final, num_heads, tuple(patch_size), *dropout)
+
+
+# The kernel of calls without gradients and without dropout.
+
+torch.library.define(
+    "mvit3::global_representation_inference",
+    "(Tensor x, Tensor?[] layers, Tensor? norm_weight, Tensor? norm_bias, float eps, bool per_sample, int? num_heads, int patch_height, "
+    "int patch_width) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+dispatch.register_triton("global_representation_inference", __name__)
+
+
+@torch.library.register_fake("mvit3::global_representation_inference")
+def _inference_fake(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

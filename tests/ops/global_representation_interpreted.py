@@ -1,0 +1,126 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+"""global_representation's Triton kernels on CPU tensors, step by step; run by test_global_representation_triton.py."""
+
+import importlib
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+
+import mvit3_kernels
+from mvit3_kernels import backend, ops
+from mvit3_kernels.ops import Linear
+from tests.ops.batch_norm_act_cases import poison
+from tests.ops.inputs import Draw, mapped
+from tests.ops.kernel import in_float32
+from tests.ops.measure import relative_errors
+from tests.ops.test_global_representation_triton import arguments, registered
+from tests.ops.triton_kernel import BF16, TritonResults
+from tests.triton_tools import compute_like_a_gpu
+
+poison()
+compute_like_a_gpu()
+OP = importlib.import_module("mvit3_kernels.ops.global_representation")
+
+
+class TestGlobalRepresentation(TritonResults):
+    op = staticmethod(ops.global_representation)
+    # Groups of 4 to 64 tokens, several in a tile or several tiles a group; rows of one tile and of two.
+    shapes = ((2, 4, 4, 12, 10), (1, 8, 8, 20, 18))
+    options = {
+        "heads": {"num_heads": 4},
+        "heads-per-sample": {"num_heads": 1, "per_sample": True, "layers": 1, "patch_size": (1, 1), "bias": False},
+        "separable": {"per_sample": True, "conv": True, "layers": 1},
+        "separable-per-token": {"layers": 1, "patch_size": (2, 1), "bias": False, "final": False},
+    }
+    one_pixel = {"patch_size": (1, 1)}
+    arguments = staticmethod(arguments)
+    registered = staticmethod(registered)
+    test_second_derivative_is_refused = None  # there are no gradients
+
+    def results(self, backend, arguments, dtype=torch.float32, parameters=None):
+        """y, of a call without gradients, which the resident kernel must run where the backend is Triton."""
+
+        def leaf(name, t):
+            return t.detach().to(dtype if name in self.maps else parameters or dtype)
+
+        as_ops = nullcontext() if backend == "reference" else mock.patch.object(OP.reference, "global_representation", None)
+        with mvit3_kernels.backend(backend), torch.no_grad(), as_ops:
+            return {"y": self.op(**mapped(arguments, leaf))}
+
+    def test_bound(self, shape, option, dtype):
+        arguments = mapped(self.make(shape, option), lambda _, t: t.to(dtype).double())
+        truth = self.results("reference", arguments, torch.float64)
+        allowed = relative_errors(self.results("reference", arguments, dtype), truth)["y"]
+        for parameters in {dtype, torch.float32}:
+            found = self.results("triton", arguments, dtype, parameters)
+            assert found["y"].dtype == dtype
+            assert relative_errors(found, truth)["y"] <= 2 * allowed + torch.finfo(dtype).eps / 2
+
+    def test_compiles_whole(self, option):
+        with torch.no_grad():
+            super().test_compiles_whole(option)
+
+    def test_samples_of_several_tiles(self):
+        """Of 144 pixels, whose mean is many deviations away from 0."""
+        for options in ({}, {"num_heads": 2}):
+            arguments = self.arguments(Draw(), 1, 12, 12, 20, 10, **options, per_sample=True, layers=1)
+            arguments["x"] += 30
+            self.check(arguments)
+
+    def test_tall_tiles(self):
+        """Where there are rows for many programs, and weights of many channels to read for each."""
+        self.check(self.arguments(Draw(), 5, 8, 6, 129, 10, num_heads=3, layers=1))
+
+    def check(self, arguments):
+        arguments = mapped(arguments, lambda _, t: t.bfloat16().double())
+        truth = self.results("reference", arguments, torch.float64)
+        allowed, found = (relative_errors(self.results(name, arguments, BF16), truth)["y"] for name in ("reference", "triton"))
+        assert found <= 2 * allowed + torch.finfo(BF16).eps / 2
+
+    @pytest.mark.parametrize(
+        ("sizes", "options", "reason"),
+        [
+            ((1, 4, 4, 8, 8), {"layers": 0}, "there is no layer"),
+            ((1, 2, 2, 65, 8), {"num_heads": 1, "layers": 1}, "heads of at most 64 channels, these have 65"),
+            ((1, 10, 26, 8, 8), {"num_heads": 1, "layers": 1}, "sequences of at most 64 tokens, these have 65"),
+        ],
+    )
+    def test_calls_that_run_as_ops(self, sizes, options, reason):
+        """On Triton too, where the resident kernel refuses them."""
+        arguments = in_float32(self.arguments(Draw(), *sizes, **options))
+        assert reason in refusal(arguments)
+        with backend("triton"), torch.no_grad():
+            y = self.op(**arguments)
+        torch.testing.assert_close(y, TritonResults.results(self, "reference", arguments)["y"], rtol=1e-4, atol=1e-4)
+
+    def test_rows_that_are_too_wide(self):
+        arguments = in_float32(self.arguments(Draw(), 1, 2, 2, 257, 8, layers=1))
+        assert "at most 256 channels, x has 257" in refusal(arguments)
+
+    def test_layers_that_differ_run_as_ops(self):
+        arguments = in_float32(self.arguments(Draw(), 1, 2, 2, 8, 8, num_heads=1))
+        first, second = arguments["layers"]
+        for other in (
+            second._replace(norm2=second.norm2._replace(eps=1e-3)),
+            second._replace(norm1=second.norm1._replace(per_sample=True)),
+        ):
+            assert "norms of one kind" in refusal({**arguments, "layers": [first, other]})
+        for other in (
+            second._replace(fc2=second.fc2._replace(bias=None)),
+            second._replace(qkv=second.qkv._replace(bias=second.qkv.bias.bfloat16())),
+            second._replace(fc1=Linear(second.fc1.weight[:5], second.fc1.bias[:5])),
+        ):
+            assert "with the same parameters" in refusal({**arguments, "layers": [first, other]})
+
+    def test_gradients_run_as_ops(self):
+        arguments = mapped(self.arguments(Draw(), 1, 2, 4, 8, 8, num_heads=2), lambda _, t: t.float().requires_grad_())
+        want, found = (TritonResults.results(self, name, arguments) for name in ("reference", "triton"))
+        for name, t in want.items():
+            torch.testing.assert_close(found[name], t, rtol=1e-4, atol=1e-4)
+
+
+def refusal(arguments):
+    x, layers, norm, num_heads, patch_size, *_ = arguments.values()
+    return OP.RESIDENT.why_not(x, layers, norm, num_heads, patch_size, False)

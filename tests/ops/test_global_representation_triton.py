@@ -1,0 +1,62 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mvit3_kernels.ops import global_representation
+
+from . import test_global_representation as contract
+from .inputs import mapped
+from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
+
+
+def arguments(draw, batch, height, width, channels, hidden, **options):
+    return contract.TestGlobalRepresentation.arguments(draw, batch, height, width, channels, hidden, **options)
+
+
+def registered(arguments):
+    x, layers, norm, num_heads, patch_size, *_ = arguments.values()
+    flat = [t for layer in layers for norm_or_linear in layer for t in norm_or_linear[:2]]
+    final = (None, None) if norm is None else norm[:2]
+    yield torch.ops.mvit3.global_representation_inference.default, (x, flat, *final, *layers[0].norm1[2:], num_heads, *patch_size)
+
+
+V1, V2 = {"num_heads": 4, "layers": 3}, {"per_sample": True, "layers": 3, "conv": True}
+SAME = {"parameters": "of the dtype of x"}
+
+
+@needs_triton
+class TestGlobalRepresentationTriton(TritonKernel):
+    op = staticmethod(global_representation)
+    arguments = staticmethod(arguments)
+    registered = staticmethod(registered)
+    alone = (90,)
+    # A configuration is decided by the kind of attention, the two tiles of a row, the length of a group, the dtype of the parameters and,
+    # on sm_90, whether there are rows for tall tiles: more than 128, for a GPU that is not there.
+    cases = (
+        Case(90, BF16, (40, 16, 16, 192, 384), V1, 128),
+        Case(90, BF16, (1, 16, 16, 192, 384), {**V1, **SAME}, 128),
+        Case(90, BF16, (4, 8, 8, 240, 480), V1, 128),
+        Case(90, BF16, (4, 8, 8, 240, 480), {**V1, **SAME}, 128),
+        Case(90, F16, (1, 8, 8, 240, 480), V1, 128),
+        Case(90, F16, (1, 8, 8, 256, 512), V2, 128),
+        Case(90, BF16, (1, 16, 16, 192, 384), {**V2, **SAME}, 128),
+        Case(90, F32, (1, 16, 16, 192, 384), V1, 128),
+        Case(80, BF16, (1, 16, 16, 192, 384), V1, 128),
+        Case(80, BF16, (1, 8, 8, 240, 480), {**V1, **SAME}, 128),
+        Case(80, F16, (1, 8, 8, 256, 512), V2, 128),
+        Case(80, F32, (1, 8, 8, 256, 512), V2, 128),
+        Case("gfx942", BF16, (1, 16, 16, 192, 384), V1),
+        Case("gfx942", F16, (1, 8, 8, 256, 512), {**V2, **SAME}),
+    )
+    larger = (50, 14, 14, 192, 384)
+
+    def make(self, case, device):
+        options = dict(case.options)
+        same = options.pop("parameters", None)
+        made = super().make(case._replace(options=options), device)
+        return mapped(made, lambda _, t: t.to(case.dtype)) if same else made
+
+    @pytest.fixture(autouse=True)
+    def multiprocessors(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(multi_processor_count=132))
