@@ -49,7 +49,7 @@ def activate_backward(dy, z, ACT: tl.constexpr):
         s = sigmoid(z)
         dy = dy * (s * (1 + z * (1 - s)))
     elif ACT == RELU:
-        dy = tl.where(z <= 0, 0.0, dy)
+        dy = tl.where(z <= 0, 0.0, dy)  # where z is NaN dy is kept, as torch keeps it
     return dy
 
 
@@ -137,6 +137,21 @@ def merge_moments(count, mean, m2):
     correction = tl.sum(count[:, None] * offset, 0) / safe
     m2 = tl.sum(m2 + count[:, None] * offset * offset, 0) - total * correction * correction
     return total, rough + correction, at_least_zero(m2)
+
+
+@triton.jit
+def add_moments(tile, valid, count, mean, m2):
+    """Joins the columns of a float32 tile, of which rows `valid` count (one at least), to moments (value count, mean, sum of squared
+    deviations), by Chan's formula around a corrected mean."""
+    added = tl.sum(valid.to(tl.float32), 0)
+    tile_mean = tl.sum(tl.where(valid[:, None], tile, 0.0), 0) / added
+    offset = tl.where(valid[:, None], tile - tile_mean[None, :], 0.0)
+    correction = tl.sum(offset, 0) / added
+    tile_m2 = tl.sum(offset * offset, 0) - added * correction * correction
+    count += added
+    delta = tile_mean + correction - mean
+    m2 += tile_m2 + delta * delta * (added * (count - added) / count)
+    return count, mean + delta * (added / count), m2
 
 
 @triton.jit

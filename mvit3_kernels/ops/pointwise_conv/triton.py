@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..batch_norm_act.triton import batch_norm_act_backward, normalize
-from ..triton_common import activate, at_least_zero, dot, inverse_std, multiprocessors, on_device, split_rows
+from ..triton_common import activate, add_moments, at_least_zero, dot, inverse_std, multiprocessors, on_device, split_rows
 from ..triton_rows import load_tile, load_vector, store_tile
 from ..types import ACTIVATIONS
 
@@ -55,7 +55,7 @@ def bytes_moved(a: Tensor, b: Tensor | None, outputs: int, training: bool, keeps
 
 
 @triton.jit
-def _add_product(
+def add_product(
     sums, x_ptr, weight_ptr, lane, valid, output, C: tl.constexpr, STRIDE: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """sums + x @ weight^T; `weight_ptr` points to the first of x's columns of a weight with rows of STRIDE values."""
@@ -90,23 +90,14 @@ def _pointwise_fwd_kernel(
     for first in range(0, length, BLOCK_M):
         start, valid = begin.to(tl.int64) + first, first + lane < length
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        sums = _add_product(sums, a_ptr + start * CA, weight_ptr, lane, valid, output, CA, CA + CB, OUT, BLOCK_K)
+        sums = add_product(sums, a_ptr + start * CA, weight_ptr, lane, valid, output, CA, CA + CB, OUT, BLOCK_K)
         if b_ptr is not None:
-            sums = _add_product(sums, b_ptr + start * CB, weight_ptr + CA, lane, valid, output, CB, CA + CB, OUT, BLOCK_K)
+            sums = add_product(sums, b_ptr + start * CB, weight_ptr + CA, lane, valid, output, CB, CA + CB, OUT, BLOCK_K)
         if p_ptr is not None:
             store_tile(p_ptr + start * OUT, lane, valid, output, sums, OUT, OUT)
         if part_ptr is not None:
-            # Moments of what is stored, joined by Chan's formula.
-            value = sums.to(p_ptr.dtype.element_ty).to(tl.float32)
-            added = tl.sum(valid.to(tl.float32), 0)
-            tile_mean = tl.sum(value, 0) / added  # rows beyond the last are zeros
-            offset = tl.where(valid[:, None], value - tile_mean[None, :], 0.0)
-            correction = tl.sum(offset, 0) / added
-            tile_m2 = tl.sum(offset * offset, 0) - added * correction * correction
-            count += added
-            delta = tile_mean + correction - mean
-            m2 += tile_m2 + delta * delta * (added * (count - added) / count)
-            mean += delta * (added / count)
+            # Moments of what is stored.
+            count, mean, m2 = add_moments(sums.to(p_ptr.dtype.element_ty).to(tl.float32), valid, count, mean, m2)
         if y_ptr is not None:
             if norm_weight_ptr is not None:
                 sums *= scale[None, :]

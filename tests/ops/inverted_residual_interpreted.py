@@ -1,0 +1,138 @@
+# ruff: noqa: RUF012 -- class attributes are the tables of the tests
+"""The Triton kernels of inverted_residual on CPU tensors, step by step; run by test_inverted_residual_triton.py."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+import mvit3_kernels
+from mvit3_kernels import ops
+from mvit3_kernels.ops import dispatch
+from tests.ops.batch_norm_act_cases import poison
+from tests.ops.inputs import Draw, mapped
+from tests.ops.kernel import in_float32
+from tests.ops.plain import nchw, nhwc
+from tests.ops.test_inverted_residual_triton import arguments, registered
+from tests.ops.triton_kernel import TritonResults
+from tests.triton_tools import compute_like_a_gpu
+
+poison()
+compute_like_a_gpu()
+OP = sys.modules["mvit3_kernels.ops.inverted_residual"]
+
+
+class TestInvertedResidual(TritonResults):
+    op = staticmethod(ops.inverted_residual)
+    shapes = ((2, 9, 7, 5, 9, 5),)
+    options = {"skip": {}, "stride-mean": {"stride": 2, "act": "relu", "mean": 10.0}}
+    arguments = staticmethod(arguments)
+    registered = staticmethod(lambda given: registered(**given))
+
+    def test_several_blocks(self):
+        """Of rows, inputs, wide channels and outputs; the gradient of the expansion in one step."""
+        self.test_bound((2, 9, 7, 33, 66, 40), "stride-mean", torch.float16)
+
+    def test_wide_rows(self):
+        """The gradient of the expansion in three steps, as in float32, where it does not fit a program."""
+        self.test_bound((1, 6, 6, 70, 40, 12), "skip", torch.bfloat16)
+
+    def test_dilation(self):
+        self.options = {"dilated": {"dilation": 2, "act": "identity"}}
+        self.test_bound(self.shapes[0], "dilated", torch.float32)
+
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_evaluation(self, stride, dtype):
+        """The three ops, each in its kernel."""
+        given = mapped(self.arguments(Draw(), *self.shapes[0], training=False, stride=stride), lambda _, t: t.to(dtype))
+        truth, _ = ops.inverted_residual(**mapped(given, lambda _, t: t.double()))
+        error = {}
+        for backend in ("reference", self.backend):
+            with mvit3_kernels.backend(backend):
+                y, moments = ops.inverted_residual(**given)
+            assert moments == (None, None, None) and y.dtype == dtype
+            error[backend] = (y.double() - truth).norm() / truth.norm()
+        assert error[self.backend] <= 2 * error["reference"] + torch.finfo(dtype).eps / 2
+
+    def test_a_frozen_norm(self):
+        """Norms in training beside one that is not: the three ops again."""
+        given = in_float32(self.make(self.shapes[0]))
+        given["depthwise"] = given["depthwise"]._replace(norm=given["depthwise"].norm._replace(training=False))
+        found = {}
+        for backend in ("reference", self.backend):
+            with mvit3_kernels.backend(backend):
+                found[backend], moments = ops.inverted_residual(**given)
+            assert [m is None for m in moments] == [False, True, False]
+        torch.testing.assert_close(found[self.backend], found["reference"])
+
+    def test_constant_channels(self):
+        """Variance 0: the norms return their biases. (With a small eps they multiply the rounding of a product 300 times each.)"""
+        given = in_float32(self.arguments(Draw(), *self.shapes[0], eps=0.1))
+        given["x"][...] = 0.1
+        given["depthwise"].weight[:, :, :, [0, 2]] = 0  # a border would not be constant
+        given["depthwise"].weight[:, :, [0, 2]] = 0
+        with mvit3_kernels.backend(self.backend):
+            y, moments = ops.inverted_residual(**given)
+        assert not moments[0].var.any() and all(m.var.max() < 1e-12 for m in moments), moments
+        torch.testing.assert_close(y, (given["project"].norm.bias + 0.1).expand_as(y))
+
+    def test_mean_of_many_deviations(self):
+        """Variances from the moments of the input, against float64."""
+        given = in_float32(self.make((2, 16, 16, 20, 40, 20)))
+        given["x"] = given["x"] * 0.01 + 5
+        _, moments = ops.inverted_residual(**given)
+        e = given["x"].double() @ given["expand"].weight.flatten(1).double().T
+        torch.testing.assert_close(moments[0].mean.double(), e.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(moments[0].var.double(), e.var((0, 1, 2), correction=0), rtol=1e-4, atol=0)
+
+
+# The fused CUDA C++ ops, in plain PyTorch: what their schema says, with maps rounded as they are stored.
+
+
+def _activate(v, act):
+    return F.silu(v) if act == 1 else v.relu() if act == 2 else v
+
+
+def _slope(v, act):
+    s = v.sigmoid()
+    return s * (1 + v * (1 - s)) if act == 1 else (v > 0).float() if act == 2 else torch.ones_like(v)
+
+
+def _expanded(x, expand, scale, shift):
+    return (x.float() @ expand.flatten(1).to(x.dtype).float().T) * scale + shift
+
+
+@torch.library.impl("mvit3::inverted_residual_filter", "CPU")
+def _filter(x, expand, scale, shift, depthwise, stride, dilation, act):
+    a = _activate(_expanded(x, expand, scale, shift), act)
+    z = nhwc(F.conv2d(nchw(a), depthwise.float(), None, stride, dilation, dilation, len(scale))).to(x.dtype).contiguous()
+    return z, z.double().mean((0, 1, 2)).float(), z.double().var((0, 1, 2), correction=0).float()
+
+
+@torch.library.impl("mvit3::inverted_residual_filter_backward", "CPU")
+def _filter_backward(dp, project, z, z_scale, z_shift, c0, c1, c2, x, expand, scale, shift, depthwise, stride, dilation, act):
+    z, wide = z.float(), len(scale)
+    g = (dp.float() @ project.flatten(1).to(dp.dtype).float()) * _slope(z * z_scale + z_shift, act)
+    dz, pre = nchw(c0 * g + c1 + c2 * z), _expanded(x, expand, scale, shift)
+    a, geometry = nchw(_activate(pre, act)), (stride, dilation, dilation, wide)
+    ddepthwise = conv2d_weight(a, (wide, 1, 3, 3), dz, *geometry)
+    grad = nhwc(conv2d_input(a.shape, depthwise.float(), dz, *geometry)) * _slope(pre, act)
+    dx = ((grad * scale) @ expand.flatten(1).to(x.dtype).float()).to(x.dtype)
+    return dx, grad.flatten(0, 2).T @ x.float().flatten(0, 2), grad.sum((0, 1, 2)), ddepthwise
+
+
+class TestFused(TritonResults):
+    backend = "cuda"
+    op = staticmethod(ops.inverted_residual)
+    shapes = TestInvertedResidual.shapes
+    options = {"training": {"mean": 3.0}}
+    arguments = staticmethod(arguments)
+    registered = staticmethod(lambda given: registered(**given, store=False))
+    test_maps_that_are_too_large = test_small_batches = test_nan_and_infinity_reach_the_results = None  # of other kernels
+
+    @pytest.fixture(autouse=True)
+    def offered(self, monkeypatch):
+        """By their predicate the ops are for a GPU, and for 16 bits."""
+        monkeypatch.setattr(OP, "KERNELS", (dispatch.Kernel("cuda", lambda x, *_: dispatch.triton_why_not(x)), OP.KERNELS[-1]))

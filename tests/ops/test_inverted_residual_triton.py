@@ -1,0 +1,89 @@
+"""The Triton kernels of inverted_residual where there is no GPU, and the count by which the fused way is chosen."""
+
+import importlib
+
+import pytest
+import torch
+
+import mvit3_kernels
+from mvit3_kernels.ops import inverted_residual
+from mvit3_kernels.ops.types import ACTIVATIONS
+
+from .inputs import Draw, mapped
+from .test_inverted_residual import TestInvertedResidual as Reference
+from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
+
+
+def arguments(draw, *sizes, mean=0.0, **options):
+    found = Reference.arguments(draw, *sizes, **options)
+    found["x"] += mean
+    return found
+
+
+def registered(x, expand, depthwise, project, stride, dilation, act, store=True):
+    """The registered ops of the launchers, each with its arguments."""
+    parts, geometry = (expand, depthwise, project), (stride, dilation, ACTIVATIONS.index(act))
+    learned = [value for weight, norm in parts for value in (weight, norm.weight, norm.bias, norm.eps)]
+    inputs = (x, *learned, *geometry, store)
+    yield torch.ops.mvit3.inverted_residual_training.default, inputs
+    y, *kept = torch.ops.mvit3.inverted_residual_training(*inputs)
+    fixed = [v for i, (weight, n) in enumerate(parts) for v in (weight, n.weight, n.bias, *kept[2 * i : 2 * i + 2], n.eps)]
+    yield torch.ops.mvit3.inverted_residual_backward.default, (torch.ones_like(y), x, *fixed, *kept[6:], *geometry)
+
+
+@needs_triton
+class TestInvertedResidualTriton(TritonKernel):
+    op = staticmethod(inverted_residual)
+    arguments = staticmethod(arguments)
+    registered = staticmethod(lambda arguments: registered(**arguments))
+    # (batch, height, width, inputs, expanded, outputs) of the networks, and odd ones.
+    cases = (
+        Case(90, BF16, (2, 8, 8, 64, 256, 64)),
+        Case(90, BF16, (2, 8, 8, 16, 64, 32), {"stride": 2}),
+        Case(90, F16, (2, 8, 8, 384, 768, 512)),
+        Case(90, BF16, (2, 8, 8, 9, 27, 5)),
+        Case(90, F32, (2, 8, 8, 64, 256, 64)),
+        Case(80, BF16, (2, 8, 8, 64, 256, 64)),
+        Case(80, F32, (2, 8, 8, 256, 1024, 320)),
+        Case("gfx942", F16, (2, 8, 8, 64, 256, 64)),
+    )
+    larger = (3, 9, 11, 64, 256, 64)
+
+    def test_the_fused_way_compiles_without_a_graph_break(self, monkeypatch):
+        monkeypatch.setattr(importlib.import_module("mvit3_kernels._native"), "cuda_why_not", lambda x: None)
+        with mvit3_kernels.backend("cuda"):
+            self.test_compiles_without_a_graph_break(monkeypatch)
+
+
+# What a step moves and computes for each pixel, in bytes (benchmarks/NOTES.md), decides: (inputs, expanded, outputs, stride).
+RECOMPUTED = [
+    (16, 64, 32, 1),
+    (32, 128, 64, 2),
+    (64, 256, 64, 1),
+    (64, 256, 128, 2),
+    (128, 512, 256, 2),
+    (64, 128, 128, 2),
+    (128, 256, 128, 1),
+]
+STORED = [(256, 1024, 320, 2), (256, 512, 384, 2), (384, 768, 512, 2)]
+
+
+@pytest.mark.parametrize("widths", [*RECOMPUTED, *STORED], ids=str)
+def test_the_way_through_training_follows_the_count(widths, monkeypatch):
+    inputs, wide, outputs, stride = widths
+    op = importlib.import_module("mvit3_kernels.ops.inverted_residual")
+    monkeypatch.setattr(op._native, "cuda_why_not", lambda x: None)
+    monkeypatch.setattr(op.dispatch, "triton_32_bit_why_not", lambda x: None)
+    given = mapped(arguments(Draw(), 2, 16, 16, inputs, wide, outputs), lambda _, t: t.bfloat16())
+    reason = op._cuda_why_not(given["x"], given["expand"], given["depthwise"], given["project"], stride, 1)
+    assert (reason is None) == (widths in RECOMPUTED), reason
+
+
+@needs_triton
+def test_bytes_moved():
+    """By hand, for 16 -> 64 -> 32 at 2x8x8, stride 1: 128 pixels of 2 bytes."""
+    kernels = importlib.import_module("mvit3_kernels.ops.inverted_residual.triton")
+    x = torch.empty(2, 8, 8, 16, dtype=BF16, device="meta")
+    z_and_p = 2 * 64 + 3 * 32
+    assert kernels.bytes_moved(x, 64, 32, 1, False) == (256 * (2 * 16 + z_and_p), 256 * (5 * 16 + 2 * 64 + 7 * 32))
+    assert kernels.bytes_moved(x, 64, 32, 1, True) == (256 * (2 * 16 + 2 * 64 + z_and_p), 256 * (5 * 16 + 7 * 64 + 7 * 32))
