@@ -249,7 +249,7 @@ def _confusion(counts: list[list[int]], names: list[str]) -> Figure:
     figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
     shares = torch.tensor(counts, dtype=torch.float64)
     shares /= shares.sum(1, keepdim=True).clamp_min(1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.grid(visible=False)
     axis.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
     axis.set_xticklabels(names, rotation=90)

@@ -15,7 +15,7 @@ from mvit3.data import loaders
 
 from .conftest import process, small_arguments
 
-LONG = ("--schedule.epochs=5", "--run.save_steps=1", "--optimizer.clip_grad=1.0", "--loss.mixup_alpha=0.2", "--loss.cutmix_alpha=1.0")
+LONG = ("--schedule.epochs=4", "--run.save_steps=1", "--optimizer.clip_grad=1.0", "--loss.mixup_alpha=0.2", "--loss.cutmix_alpha=1.0")
 
 
 def wait_for(path, running, seconds=120):
@@ -48,7 +48,7 @@ def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(tmp_path):
     assert running.returncode == 0, err
     assert "stopped before the end; the same command goes on from here" in out
     before = checkpoint.load(last)["progress"]["step"]
-    assert 1 <= before < 20
+    assert 1 <= before < 16
 
     last.unlink()  # so that the next one to appear is the next process's; the one before it is as good
     running = process(*small_arguments(folder, *LONG))
@@ -56,12 +56,12 @@ def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(tmp_path):
     running.kill()
     assert running.wait(60) == -signal.SIGKILL
     middle = checkpoint.latest(folder, print)["progress"]["step"]
-    assert before <= middle < 20
+    assert before <= middle < 16
 
     assert main(small_arguments(folder, *LONG, "--quiet")) == 0
     assert main(small_arguments(tmp_path / "whole", *LONG, "--quiet")) == 0
     broken, whole = checkpoint.load(last), checkpoint.load(tmp_path / "whole" / "last.pt")
-    assert broken["progress"]["step"] == whole["progress"]["step"] == 20
+    assert broken["progress"]["step"] == whole["progress"]["step"] == 16
     for part in ("state_dict", "ema_state_dict", "optimizer"):
         assert equal(broken[part], whole[part]), part
     for row, other in zip(broken["progress"]["history"], whole["progress"]["history"], strict=True):
@@ -106,15 +106,17 @@ def test_bad_step_is_skipped_and_counted(tmp_path, capsys, poison, amp):
     poison(1)
     assert main(small_arguments(tmp_path, f"--run.amp={amp}", "--run.deterministic=false")) == 0
     captured = capsys.readouterr()
-    assert "step 6: the gradient is not finite, 1 step skipped (1 so far)" in captured.err
-    assert "1 steps skipped, whose gradient was not finite" in captured.out
     content = checkpoint.load(tmp_path / "last.pt")
-    assert content["progress"]["skipped"] == 1 and content["progress"]["step"] == 8
+    skipped = content["progress"]["skipped"]
+    assert skipped == 1 or (amp == "fp16" and skipped < 6)  # where the first scales of the loss are too large
+    assert f"step 6: the gradient is not finite, 1 step skipped ({skipped} so far)" in captured.err
+    assert f"{skipped} steps skipped, whose gradient was not finite" in captured.out
+    assert content["progress"]["step"] == 8
     for part in ("state_dict", "ema_state_dict"):
         assert all(t.isfinite().all() for t in content[part].values())
     assert math.isfinite(content["progress"]["history"][-1]["train_loss"])
     if amp == "fp16":
-        assert content["scaler"]["scale"] == 32768  # 65536 halved by the bad step
+        assert content["scaler"]["scale"] == 65536 / 2**skipped
 
 
 def test_bad_step_changes_no_weight(tmp_path, poison):
