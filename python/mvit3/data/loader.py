@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ from .transforms import EvaluationTransform, TrainTransform, normalise
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float32 channels_last, normalised; (N,) int64
 Unreadable = tuple[int, str]  # index and reason
-HostBatch = tuple[Tensor | list, Tensor, list[Unreadable]]
-REPLACEMENTS = 16  # images tried in place of an unreadable one, before something else must be wrong
+HostBatch = tuple[Tensor | list, Tensor, list[Unreadable], int]  # images, labels, unreadable ones, places left empty
+REPLACEMENTS = 16  # images tried for one place in a batch, before something else must be wrong
+HOP = 0.618  # from one to the next of them, as a share of all: the golden section leaves a folder that is unreadable as a whole at once
 
 
 class _Sections(Protocol):
@@ -35,8 +38,8 @@ class _Sections(Protocol):
 
 
 class _Training(Dataset):
-    """Sample -> (pixels or plan, label, unreadable images met). An unreadable image is replaced by the next readable one of the source, so
-    that batches keep their size; the randomness stays that of its place in the epoch."""
+    """Sample -> (pixels or plan, label, unreadable images met). Another image of the source stands in for an unreadable one, always the
+    same, so that batches keep their size; the randomness stays that of the place in the epoch."""
 
     def __init__(self, source: Source, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
         self.source, self.labels, self.seed, self.plans = source, source.labels, seed, data.decoder == "nvjpeg"
@@ -59,7 +62,7 @@ class _Training(Dataset):
                 return self.transform(encoded, size, key), int(self.labels[index]), unreadable
             except (DecodeError, OSError) as error:
                 unreadable.append((index, str(error)))
-                index = (index + 1) % len(self.labels)
+                index = (index + max(1, round(HOP * len(self.labels)))) % len(self.labels)
         return None, -1, unreadable
 
 
@@ -77,23 +80,23 @@ class _Validation(Dataset):
 
 
 def _collate(samples: list[tuple]) -> HostBatch:
-    """Pixels as one tensor (N, H, W, 3) uint8, or a list where some wait for the GPU. Samples without pixels are left out."""
+    """Pixels as one tensor (N, H, W, 3) uint8, or a list where some wait for the GPU."""
     unreadable = [found for *_, met in samples for found in met]
-    samples = [sample for sample in samples if sample[0] is not None]
-    images = [image for image, *_ in samples]
-    labels = torch.tensor([label for _, label, _ in samples], dtype=torch.int64)
+    usable = [sample for sample in samples if sample[0] is not None]
+    images = [image for image, *_ in usable]
+    labels = torch.tensor([label for _, label, _ in usable], dtype=torch.int64)
+    empty = len(samples) - len(usable)
     if not images or any(isinstance(image, gpu.Plan) for image in images):
-        return images, labels, unreadable
-    return torch.stack([image.permute(1, 2, 0) for image in images]), labels, unreadable
+        return images, labels, unreadable, empty
+    return torch.stack([image.permute(1, 2, 0) for image in images]), labels, unreadable, empty
 
 
 def _start_worker(_: int) -> None:
-    """One thread per loading process; torch's are limited by its loader."""
-    try:
-        import cv2
-    except ImportError:
-        return
-    cv2.setNumThreads(0)
+    """A loading process lives until the training process lets it go or dies: a signal to stop is for the latter, which first saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(0)
 
 
 def loading_processes(config: DataConfig, device: torch.device) -> int:
@@ -127,6 +130,7 @@ class _Loader:
             prefetch_factor=data.prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the loader seeds its processes, which is not to touch the generator that dropout draws from
         )
 
     def _to_device(self, images: Tensor | list, labels: Tensor) -> Batch:
@@ -164,10 +168,25 @@ class _Loader:
                 f"({self.data.max_corrupt:.2%}): {some}"
             )
 
+    def _not_filled(self, unreadable: list[Unreadable]) -> None:
+        """What becomes of a batch with less images than it should have."""
+
     def _host(self) -> Iterator[tuple[Tensor | list, Tensor]]:
         """Batches as the loading processes give them."""
-        for images, labels, unreadable in self._loader:
+        batches = iter(self._loader)
+        while True:
+            try:
+                images, labels, unreadable, empty = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                # It was killed, as by a machine that is out of memory.
+                raise DataError(f"a process that loads {self.part} images died: {error}; data.workers 0 does without") from error
             self._note(unreadable)
+            if empty:
+                self._not_filled(unreadable)
             if len(labels):
                 yield images, labels
 
@@ -202,7 +221,11 @@ class TrainLoader(_Loader):
         """Batches of an epoch from `start_batch` on: images (N, 3, H, W) float32, channels_last, normalised, and labels (N,) int64, on the
         device. They depend on the seed, the epoch and the number of the batch alone. DataError where too many images are unreadable."""
         self.sampler.epoch, self.sampler.start = epoch, start_batch
-        return self._batches()
+        yield from self._batches()
+
+    def _not_filled(self, unreadable: list[Unreadable]) -> None:
+        index, reason = unreadable[-1]
+        raise DataError(f"{REPLACEMENTS} training images in turn cannot be read, the last one {self.source.image_name(index)}: {reason}")
 
     def _to_device(self, images: Tensor | list, labels: Tensor) -> Batch:
         if isinstance(images, list):
@@ -219,7 +242,7 @@ class TrainLoader(_Loader):
                 pixels, labels[i], unreadable = self._dataset.load(image.sample)
                 self._note(unreadable)
                 if pixels is None:
-                    raise DataError(f"{REPLACEMENTS} training images in a row cannot be read: {unreadable[0][1]}")
+                    self._not_filled(unreadable)
             images[i] = pixels.to(self.device).permute(1, 2, 0)
         return torch.stack(images), labels
 

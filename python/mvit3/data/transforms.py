@@ -113,6 +113,7 @@ class TrainTransform:
         # An erased part is zero for the network: it gets the pixel, in RGB and to the nearest level, that normalising makes zero.
         mean = data.mean[::-1] if self._bgr else data.mean
         self._erased = [round(255 * value) for value in mean]
+        self._crop = v2.RandomResizedCrop(1, augment.crop_scale, augment.crop_ratio) if augment.crop else None
         self._stages: list[v2.Transform] = []
         if augment.rotate or augment.zoom or augment.shift:
             self._stages.append(
@@ -138,17 +139,19 @@ class TrainTransform:
         """Crop box of an image of this size (None: the centre) and whether it is flipped."""
         with seeded((*key, 0)):
             box = None
-            if self.augment.crop:
-                box = v2.RandomResizedCrop(1, self.augment.crop_scale, self.augment.crop_ratio).make_params(
-                    [torch.empty(1).expand(3, height, width)]
-                )
-                box = box["top"], box["left"], box["height"], box["width"]
+            if self._crop is not None:
+                drawn = self._crop.make_params([torch.empty(1).expand(3, height, width)])  # looks at the shape only
+                box = drawn["top"], drawn["left"], drawn["height"], drawn["width"]
             return box, bool(torch.rand(()) < self.augment.flip)
+
+    def _before_crop(self, size: int) -> int:
+        """The shorter side that an image gets before its centre is cut out, as in validation."""
+        return round(size * self.data.resize / self.data.crop)
 
     def place(self, image: Tensor, box: Box | None, flip: bool, size: int) -> Tensor:
         """(3, H, W) uint8 cropped, resized to `size` and flipped."""
         if box is None:
-            image = self.resize.shorter(image, round(size * self.data.resize / self.data.crop), size)
+            image = self.resize.shorter(image, self._before_crop(size), size)
         else:
             image = self.resize.crop(image, box, size)
         return image.flip(-1) if flip else image
@@ -175,7 +178,9 @@ class TrainTransform:
         """(3, size, size) uint8, channels_last, from the bytes of an image or from pixels (H, W, 3). DecodeError."""
         height, width = self.decoder.size(encoded)
         box, flip = self.geometry(height, width, key)
-        reduce = reduction(box[2:] if box else (height, width), (size, size)) if self.data.scaled_decoding else 1
+        reduce = 1
+        if self.data.scaled_decoding:
+            reduce = reduction(box[2:], (size, size)) if box else reduction((height, width), (self._before_crop(size),) * 2)
         image = as_tensor(self.decoder.decode(encoded, reduce))
         if reduce > 1 and box:
             box = _scaled(box, reduce, *image.shape[1:])
