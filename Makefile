@@ -8,11 +8,12 @@ LIBRARIES := $(VENV)/.libraries
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help setup test sanitize demo lint format bench report clean
+.PHONY: help setup test sanitize triton36 demo lint format bench report clean
 help:
 	@echo "make demo    train mobilevitv3_xxs on handwritten digits with reference and with fused ops, then evaluate the checkpoint"
 	@echo "make test    lint and the whole test suite"
 	@echo "make sanitize  the tests of the CPU kernels with GCC's checks of memory and of undefined behaviour; ISA=avx512 for another variant"
+	@echo "make triton36  the tests of the Triton kernels with the oldest Triton that is supported"
 	@echo "make bench   the CPU benchmarks; make report puts their results into the README"
 	@echo "make setup   only the virtual environment in $(VENV);  make clean removes it"
 
@@ -48,6 +49,12 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CHECKED)/lib MVIT3_SANITIZE=$(ISA) $(BIN)/pytest -q -n 2 --dist worksteal --capture=sys \
 	  tests/test_native.py::test_build_that_must_be_loaded tests/ops/test_*_cpu.py tests/ops/test_fuzz.py tests/patching
+
+# The oldest supported Triton beside the installed one, and the numpy that its interpreter needs.
+TRITON36 := build/triton36
+triton36: $(INSTALLED)
+	[ -d $(TRITON36) ] || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) "triton==3.6.*" "numpy<2.4"
+	PYTHONPATH=$(TRITON36) $(BIN)/pytest -q -n 2 --dist worksteal tests/ops/test_*_triton.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Every GPU measurement, in pieces that each end within nine minutes; nothing needs to be installed or built.
+# Every GPU measurement, in pieces that each end within nine minutes; nothing needs to be installed.
 #   benchmarks/gpu_all.sh                 everything
-#   benchmarks/gpu_all.sh PIECE...        tests, ceilings, ops, sweep (ops and variants of their configuration),
-#                                         train-MODEL-BATCH, infer-MODEL-BATCH,
-#                                         baselines-train, baselines-infer (such a piece for each model and batch)
-# Results: benchmarks/results/gpu_*.json, written row by row, and copied to $OUT where that is set.
+#   benchmarks/gpu_all.sh PIECE...        first: in eight minutes, whether everything works, and the most telling numbers
+#                                         tests, large (tensors above 2^31 elements), sanitizer, ceilings, ops, memory,
+#                                         tune (records the fastest configuration of each kernel),
+#                                         {train,infer}-MODEL-BATCH: eager and compiled plain modules, ours, ours as a CUDA graph
+#                                         {train,infer}-MODEL-BATCH-{autotune,timm}: beside max-autotune, beside timm's network
+#                                         networks-train, networks-infer: these for every model and batch
+# Results: benchmarks/results/gpu_*.json, written row by row, and output of tests in gpu_tests_*.txt; copied to $OUT where that is set.
 # ARGUMENTS="--device cpu --tiny" tries the script without a GPU; further flags of gpu_baselines.py go the same way.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-models=(mobilevitv3_s mobilevitv3_100 mobilevitv3_xxs mobilevit_s)
+models=(mobilevitv3_s mobilevitv3_100 mobilevitv3_xxs mobilevitv3_050 mobilevitv2_100 mobilevit_s)
+timm=(mobilevitv2_100 mobilevit_s)
+logs=${OUT:-benchmarks/results}
 failed=()
 
 limited() { # name command...
@@ -26,17 +31,65 @@ baseline() { # piece flags...
     limited "$*" python3 benchmarks/gpu_baselines.py "$@" ${ARGUMENTS:-}
 }
 
+shard() { # name pytest-arguments...: in the background, output to a file
+    local name=$1
+    shift
+    timeout --kill-after=10 "${LIMIT:-530}" python3 -m pytest -q -rfE --tb=short -p no:cacheprovider "$@" >"$logs/gpu_tests_$name.txt" 2>&1
+    echo "$? $name" >>"$logs/gpu_tests_shards.txt"
+}
+
+run_tests() { # the GPU tests side by side, for most of their time is the compiler's, on the CPU
+    mkdir -p "$logs"
+    : >"$logs/gpu_tests_shards.txt"
+    local start=$SECONDS file class status name
+    echo "== tests"
+    for file in tests/gpu/test_*_gpu.py; do
+        name=$(basename "$file" .py)
+        if [ "$name" = test_kernels_gpu ]; then
+            for class in $(grep -oP '^class \KTest\w+' "$file"); do shard "$class" "$file" -k "$class" & done
+        else
+            shard "$name" "$file" -k "not 2_to_the_31" -m "not slow" &
+        fi
+    done
+    wait
+    while read -r status name; do
+        echo "-- $name: $(tail -n 1 "$logs/gpu_tests_$name.txt")"
+        # pytest's 5: nothing left after the selection
+        if [ "$status" != 0 ] && [ "$status" != 5 ]; then
+            failed+=("$name (exit $status)")
+            grep -E '^(FAILED|ERROR)' "$logs/gpu_tests_$name.txt" | cut -c 1-300 | head -20
+        fi
+    done <"$logs/gpu_tests_shards.txt"
+    echo "== tests took $((SECONDS - start)) s"
+}
+
 run() {
+    local piece model batch extra
     case $1 in
-        tests) limited tests python3 -m pytest -q -p no:cacheprovider tests/gpu ;;
-        ceilings | ops) baseline "$1" ;;
-        sweep) baseline ops --sweep ;;
-        train-*-* | infer-*-*)
-            local piece=${1%%-*} batch=${1##*-} model=${1#*-}
-            baseline "$piece" --model "${model%-*}" --batches "$batch"
+        first)
+            LIMIT=230 run_tests
+            local telling=(--candidates eager_channels_last ours ours_graph compile compile_graph --host plain --rounds 7 --name first)
+            LIMIT=120 baseline train --model mobilevitv3_s --batches 256 "${telling[@]}"
+            LIMIT=70 baseline infer --model mobilevitv3_s --batches 256 "${telling[@]}"
+            LIMIT=60 baseline infer --model mobilevitv3_s --batches 1 "${telling[@]}"
             ;;
-        baselines-train) for name in "${models[@]}"; do for size in 128 256; do run "train-$name-$size"; done; done ;;
-        baselines-infer) for name in "${models[@]}"; do for size in 1 32 256; do run "infer-$name-$size"; done; done ;;
+        tests) run_tests ;;
+        large) limited large python3 -m pytest -q -p no:cacheprovider tests/gpu -k 2_to_the_31 ;;
+        sanitizer) limited sanitizer python3 -m pytest -q -p no:cacheprovider tests/gpu -m slow ;;
+        tune) limited tune python3 benchmarks/tune.py ;;
+        ceilings | ops) baseline "$1" ;;
+        memory) for model in "${models[@]}"; do baseline memory --model "$model"; done ;;
+        train-*-* | infer-*-*)
+            IFS=- read -r piece model batch extra <<<"$1"
+            case ${extra:-} in
+                autotune) extra=(--host plain --candidates eager_channels_last ours ours_graph max_autotune --name autotune) ;;
+                timm) extra=(--host timm --candidates eager_channels_last compile compile_graph ours ours_graph --name timm) ;;
+                *) extra=(--host plain --candidates eager_nchw eager_channels_last ours ours_graph compile ours_compile eager_graph compile_graph) ;;
+            esac
+            baseline "$piece" --model "$model" --batches "$batch" "${extra[@]}"
+            ;;
+        networks-train) for model in "${models[@]}"; do for batch in 128 256; do network train "$model" "$batch"; done; done ;;
+        networks-infer) for model in "${models[@]}"; do for batch in 1 32 256; do network infer "$model" "$batch"; done; done ;;
         *)
             echo "unknown piece $1" >&2
             exit 2
@@ -44,7 +97,13 @@ run() {
     esac
 }
 
-[ $# -gt 0 ] || set -- tests sweep baselines-infer baselines-train
+network() { # piece model batch: every candidate
+    run "$1-$2-$3"
+    run "$1-$2-$3-autotune"
+    case " ${timm[*]} " in *" $2 "*) run "$1-$2-$3-timm" ;; esac
+}
+
+[ $# -gt 0 ] || set -- tests large sanitizer tune ops memory networks-infer networks-train
 for piece; do run "$piece"; done
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}"

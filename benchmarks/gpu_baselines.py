@@ -1,7 +1,8 @@
 """Measurements that claims about a GPU rest on: ceilings of the device, single ops, whole networks; eager and compiled peers beside ours.
 
     python benchmarks/gpu_baselines.py ceilings
-    python benchmarks/gpu_baselines.py ops [--sweep]
+    python benchmarks/gpu_baselines.py ops
+    python benchmarks/gpu_baselines.py memory --model mobilevitv3_s
     python benchmarks/gpu_baselines.py train --model mobilevitv3_s --batches 128 256
     python benchmarks/gpu_baselines.py infer --model mobilevitv3_s --batches 1 32 256
 
@@ -9,15 +10,21 @@ Candidates of one table run interleaved in one process, timed by CUDA events; a 
 after every row (benchmarks/results/gpu_<piece>.json, for networks gpu_<piece>_<model>_b<batches>.json, and $OUT if that is set), so a run
 that is cut short loses only its last row. `--device cpu --tiny` runs the same code in seconds, to test it; its times mean nothing.
 
+Candidates whose name ends in "_graph" run as a CUDA graph (mvit3_kernels.cuda_graph and cuda_graph_step); torch.compile's max-autotune
+records graphs of its own. Where launches decide, at batch 1, the peers have graphs too.
+
 The eager and the compiled peer of a network are the same network in plain PyTorch modules (benchmarks/peers.py). For the names that timm
-has too, timm's own network stands beside it, its candidates prefixed "timm_".
+has too, timm's own network is a peer as well (--host timm), its candidates prefixed "timm_".
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -186,7 +193,15 @@ def ceilings(options: argparse.Namespace, report: Report) -> Row:
 # Maps of mobilevitv3_s at 256x256: (H, C) of the stem, the local representations, the head; (H, D, C) of the global representations.
 MAPS = ((128, 16), (64, 64), (32, 128), (16, 256), (8, 320), (8, 640))
 TRANSFORMERS = ((32, 144, 128), (16, 192, 256), (8, 240, 320))
-SWEEP = {"TILE_BYTES": (8192, 16384, 32768), "PROGRAMS_PER_SM": (1, 2, 4), "num_warps": (4, 8, 16), "BLOCK_C": (32, 64)}
+# Depth-wise convolutions: (H, C, stride); inverted residuals: (H, inputs, expanded, outputs, stride); separable attention: (H, C), of
+# mobilevitv3_100; global representations: (H, D, hidden, layers, heads), None for separable attention.
+DEPTHWISE = ((128, 64, 1), (128, 128, 2), (64, 256, 1), (64, 256, 2), (32, 512, 2), (16, 1024, 2), (32, 128, 1), (16, 256, 1), (8, 320, 1))
+INVERTED = (
+    (128, 16, 64, 32, 1), (128, 32, 128, 64, 2), (64, 64, 256, 64, 1),
+    (64, 64, 256, 128, 2), (32, 128, 512, 256, 2), (16, 256, 1024, 320, 2),
+)  # fmt: skip
+SEPARABLE = ((32, 128), (16, 192), (8, 256))
+STACKS = ((16, 192, 384, 4, 4), (8, 240, 480, 3, 4), (16, 192, 384, 4, None), (8, 256, 512, 3, None))
 
 
 class OpCase(NamedTuple):
@@ -197,6 +212,14 @@ class OpCase(NamedTuple):
     call: Callable[..., Tensor]
     leaves: list[Tensor]
     bytes: int
+    backends: tuple[str, ...] = ("triton",)
+
+
+def _kernels(op: str) -> Any:
+    """The module of an op's Triton kernels; None where it has none."""
+    if importlib.util.find_spec(f"mvit3_kernels.ops.{op}.triton") is None:
+        return None
+    return importlib.import_module(f"mvit3_kernels.ops.{op}.triton")
 
 
 def _step(call: Callable[..., Tensor], leaves: list[Tensor], backward: bool = True) -> Step:
@@ -270,6 +293,84 @@ def _op_cases(batch: int, options: argparse.Namespace) -> Iterator[OpCase]:
             yield OpCase(name, "forward", call, leaves, moved[0])
 
 
+def _spatial_cases(batch: int, options: argparse.Namespace) -> Iterator[OpCase]:
+    """Depth-wise convolutions, inverted residuals, separable attention and stacks of layers."""
+    device = options.device
+
+    def feature_map(side: int, channels: int) -> Tensor:
+        return torch.randn(batch, side, side, channels, device=device).to(torch.bfloat16).requires_grad_()
+
+    def weight(outputs: int, *inputs: int) -> Tensor:
+        return (torch.randn(outputs, *inputs, device=device) / math.prod(inputs) ** 0.5).requires_grad_()
+
+    def affine(channels: int) -> list[Tensor]:
+        return [torch.ones(channels, device=device).requires_grad_(), torch.zeros(channels, device=device).requires_grad_()]
+
+    def norm(scale: Tensor, shift: Tensor, training: bool) -> BatchNorm:
+        running = (None, None) if training else (shift.detach(), scale.detach())
+        return BatchNorm(scale, shift, *running, training)
+
+    def some(cases: tuple) -> tuple:
+        return cases[-1:] if options.tiny else cases
+
+    if kernels := _kernels("depthwise_conv"):
+        for side, channels, stride in some(DEPTHWISE):
+            x, leaves = feature_map(side, channels), [weight(channels, 1, 3, 3), *affine(channels)]
+            for mode in ("step", "forward", "evaluation"):
+
+                def filtered(x: Tensor, w: Tensor, *p: Tensor, stride: int = stride, training: bool = mode != "evaluation") -> Tensor:
+                    return ops.depthwise_conv(x, w, norm(*p, training), "silu", stride)[0]
+
+                moved = kernels.bytes_moved(x, stride, mode != "evaluation")
+                yield OpCase("depthwise_conv", mode, filtered, [x, *leaves], sum(moved) if mode == "step" else moved[0])
+    if kernels := _kernels("inverted_residual"):
+        for side, inputs, wide, outputs, stride in some(INVERTED):
+            parts = ((wide, inputs), (wide, 1, 3, 3), (outputs, wide))
+            leaves = [feature_map(side, inputs), *(t for shape in parts for t in (weight(*shape), *affine(shape[0])))]
+            for mode in ("step", "forward", "evaluation"):
+
+                def block(x: Tensor, *p: Tensor, stride: int = stride, training: bool = mode != "evaluation") -> Tensor:
+                    three = (ops.ConvNorm(p[i], norm(p[i + 1], p[i + 2], training)) for i in (0, 3, 6))
+                    return ops.inverted_residual(x, *three, stride=stride)[0]
+
+                x = leaves[0]
+                if mode == "evaluation":  # read x, write y
+                    moved = (x.numel() + x.numel() // inputs // stride**2 * outputs) * x.element_size()
+                else:
+                    both = kernels.bytes_moved(x, wide, outputs, stride, False)
+                    moved = sum(both) if mode == "step" else both[0]
+                yield OpCase("inverted_residual", mode, block, leaves, moved, ("free", "triton", "cuda"))
+    if kernels := _kernels("separable_attention"):
+        for side, width in some(SEPARABLE):
+            leaves = [feature_map(side, width), *affine(width)]
+            for outputs in (1 + 2 * width, width):
+                leaves += [weight(outputs, width), affine(outputs)[1]]
+
+            def attend(x: Tensor, scale: Tensor, shift: Tensor, *p: Tensor) -> Tensor:
+                return ops.separable_attention(x, LayerNorm(scale, shift, per_sample=True), Linear(*p[:2]), Linear(*p[2:]))
+
+            moved, alone = kernels.bytes_moved(leaves[0], True), kernels.bytes_moved(leaves[0], False)
+            yield OpCase("separable_attention", "step", attend, leaves, sum(moved))
+            yield OpCase("separable_attention", "evaluation", attend, leaves, alone[0])
+    if kernels := _kernels("global_representation"):
+        for side, width, hidden, layers, heads in some(STACKS):
+            separate = heads is None
+            shapes = ((1 + 2 * width if separate else 3 * width, width), (width, width), (hidden, width), (width, hidden))
+
+            def layer(shapes: tuple = shapes, width: int = width, separate: bool = separate) -> ops.Layer:
+                qkv, out, fc1, fc2 = (Linear(weight(*shape), affine(shape[0])[1]) for shape in shapes)
+                norms = [LayerNorm(*affine(width), per_sample=separate) for _ in range(2)]
+                return ops.Layer(norms[0], qkv, out, norms[1], fc1, fc2)
+
+            stack, last = [layer() for _ in range(layers)], LayerNorm(*affine(width), per_sample=separate)
+
+            def represent(x: Tensor, stack: list = stack, last: LayerNorm = last, heads: int | None = heads) -> Tensor:
+                return ops.global_representation(x, stack, last, heads, (2, 2))
+
+            x = feature_map(side, width)
+            yield OpCase("global_representation", "evaluation", represent, [x], kernels.bytes_moved(x, layers), ("free", "triton"))
+
+
 def _on(backend: str, function: Callable) -> Callable:
     """`function` with the ops on one backend; "free" leaves the choice to the library."""
     if backend == "free":
@@ -287,67 +388,44 @@ def time_ops(options: argparse.Namespace, report: Report) -> None:
     bandwidth = ceilings(options, report)["copy"]
     gpu = options.device == "cuda"
     for batch in (2,) if options.tiny else (1, 128):
-        for case in _op_cases(batch, options):
+        for case in itertools.chain(_op_cases(batch, options), _spatial_cases(batch, options)):
+            if options.ops and case.op not in options.ops:
+                continue
             torch._dynamo.reset()
             compiled = torch.compile(case.call, dynamic=False, backend="inductor" if gpu else "eager")
             calls = {"eager": _on("reference", case.call), "compile": _on("reference", compiled)}
-            calls["ours"] = _on("triton" if gpu else "free", case.call)
-            steps = {name: _step(call, case.leaves, case.mode == "step") for name, call in calls.items()}
-            for step in steps.values():
-                step()
+            for backend in case.backends if gpu else ("free",):
+                calls["ours" if backend == case.backends[0] or not gpu else f"ours_{backend}"] = _on(backend, case.call)
+            row, steps = {"op": case.op, "mode": case.mode, "shape": list(case.leaves[0].shape)}, {}
+            for name, call in calls.items():
+                try:
+                    steps[name] = _step(call, case.leaves, case.mode == "step")
+                    steps[name]()
+                except Exception as failure:  # a forced backend may not take the call
+                    steps.pop(name, None)
+                    report.add(**row, candidate=name, failure=f"{type(failure).__name__}: {failure}"[:300])
             gpu_times = interleaved({name: graphed(step, options) for name, step in steps.items()}, options, 0.02)
             call_times = interleaved(steps, options, 0.02)
             for name in steps:
                 seconds = gpu_times[name]["seconds"]
                 report.add(
-                    op=case.op, mode=case.mode, shape=list(case.leaves[0].shape), candidate=name,
-                    gpu_us=seconds * 1e6, call_us=call_times[name]["seconds"] * 1e6,
-                    bytes=case.bytes, of_copy_bandwidth=case.bytes / seconds / bandwidth,
+                    **row, candidate=name, gpu_us=seconds * 1e6, call_us=call_times[name]["seconds"] * 1e6,
+                    bytes=case.bytes, gb_per_s=case.bytes / seconds / 1e9, of_copy_bandwidth=case.bytes / seconds / bandwidth,
                 )  # fmt: skip
-    if options.sweep and gpu:
-        sweep(options, report, bandwidth)
-
-
-def sweep(options: argparse.Namespace, report: Report, bandwidth: float) -> None:
-    """The configuration of batch_norm_act's kernels, one constant changed at a time from the shipped ones."""
-    from mvit3_kernels.ops.batch_norm_act import triton as kernels
-
-    shipped = {name: getattr(kernels, name) for name in SWEEP if name != "num_warps"} | {"num_warps": kernels.LAUNCH_OPTIONS["num_warps"]}
-
-    def configure(values: Row) -> None:
-        for name, value in values.items():
-            if name == "num_warps":
-                kernels.LAUNCH_OPTIONS["num_warps"] = value
-            else:
-                setattr(kernels, name, value)
-
-    variants = [shipped] + [{**shipped, name: value} for name, values in SWEEP.items() for value in values if value != shipped[name]]
-    for side, channels in ((128, 16), (64, 64), (16, 256)):
-        x = torch.randn(128, side, side, channels, device="cuda").bfloat16().requires_grad_()
-        parameters = [(torch.rand(channels, device="cuda") + 0.5).requires_grad_() for _ in range(2)]
-        steps = {}
-        for variant in variants:
-            configure(variant)
-            call = _step(lambda x, *p: batch_norm_act(x, BatchNorm(*p, None, None, True), "silu")[0], [x, *parameters])
-            steps[json.dumps(variant)] = graphed(call, options)
-        for variant, timing in interleaved(steps, options, 0.02).items():
-            share = sum(kernels.bytes_moved(x, True, False)) / timing["seconds"] / bandwidth
-            report.add(sweep=json.loads(variant), shape=list(x.shape), gpu_us=timing["seconds"] * 1e6, of_copy_bandwidth=share)
-    configure(shipped)
 
 
 # Networks
 
 
 def _networks(name: str, seed: int = 0) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
-    """Builders of the same network with the same weights: ours, and timm's where it has one of that name."""
+    """Builders by host: "plain", of our network, which plain modules are made from; "timm", of timm's where it has one of that name."""
 
     def ours() -> nn.Module:
         torch.manual_seed(seed)
         # Dropout off: candidates then compute the same function. It would cost the peers more than ours.
         return mvit3_kernels.create_model(name, num_classes=1000, drop_rate=0.0, proj_drop_rate=0.0)
 
-    yield "", ours
+    yield "plain", ours
     with contextlib.suppress(ImportError):
         import timm
 
@@ -357,45 +435,64 @@ def _networks(name: str, seed: int = 0) -> Iterator[tuple[str, Callable[[], nn.M
                 torch.manual_seed(seed)
                 return timm.create_model(name, num_classes=1000)
 
-            yield "timm_", theirs
+            yield "timm", theirs
 
 
-# (name, channels_last, torch.compile's mode); the names that begin with "ours" are our network, the others its plain peer.
+class Variant(NamedTuple):
+    """A way to run a network; the names that begin with "ours" are our network, the others its plain peer."""
+
+    name: str
+    channels_last: bool
+    mode: str | None = None  # of torch.compile
+    graph: bool = False
+
+
 VARIANTS = (
-    ("eager_nchw", False, None),
-    ("eager_channels_last", True, None),
-    ("ours", True, None),
-    ("compile", True, "default"),
-    ("ours_compile", True, "default"),
-    ("max_autotune", True, "max-autotune"),
+    Variant("eager_nchw", False),
+    Variant("eager_channels_last", True),
+    Variant("ours", True),
+    Variant("ours_graph", True, graph=True),
+    Variant("compile", True, "default"),
+    Variant("ours_compile", True, "default"),
+    Variant("max_autotune", True, "max-autotune"),
 )
+# At batch 1 a CUDA graph on both sides.
+PEER_GRAPHS = (Variant("eager_graph", True, graph=True), Variant("compile_graph", True, "default", graph=True))
 
 
 class Candidate:
     """A network, its input and one step: forward, or forward, backward and AdamW."""
 
-    def __init__(self, build: Callable, channels_last: bool, mode: str | None, x: Tensor, options: argparse.Namespace) -> None:
+    def __init__(self, build: Callable, variant: Variant, x: Tensor, options: argparse.Namespace) -> None:
         self.training, self.device = options.piece == "train", options.device
-        layout = torch.channels_last if channels_last else torch.contiguous_format
+        layout = torch.channels_last if variant.channels_last else torch.contiguous_format
         self.model = build().to(options.device, memory_format=layout).train(self.training)
         self.x, self.target = x.contiguous(memory_format=layout), torch.arange(x.shape[0], device=x.device) % 1000
         self.run = self.model
-        if mode is not None:
-            settings = {"backend": "eager"} if options.tiny else {"mode": None if mode == "default" else mode}
+        if variant.mode is not None:
+            settings = {"backend": "eager"} if options.tiny else {"mode": None if variant.mode == "default" else variant.mode}
             self.run = torch.compile(self.model, dynamic=False, **settings)
         if self.training:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=options.device == "cuda")
+        self.graph = None
+        if variant.graph and self.training:
+            self.graph = mvit3_kernels.cuda_graph_step(self.run, _loss, self.optimizer, autocast=torch.bfloat16)
+        elif variant.graph:
+            self.graph = mvit3_kernels.cuda_graph(self.run, autocast=torch.bfloat16)
 
     def forward(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         with torch.autocast(self.device, dtype, enabled=dtype != torch.float32):
             return self.run(self.x)
 
     def step(self) -> None:
+        if self.graph is not None:
+            self.graph(*((self.x, self.target) if self.training else (self.x,)))
+            return
         if not self.training:
             with torch.inference_mode():
                 self.forward()
             return
-        F.cross_entropy(self.forward().float(), self.target).backward()
+        _loss(self.forward(), self.target).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -403,12 +500,16 @@ class Candidate:
         """What candidates are compared by: the logits and, in training, the gradients of all parameters."""
         if not self.training:
             with torch.inference_mode():
-                return self.forward(dtype).float().flatten().clone()
-        logits = self.forward(dtype).float()
-        F.cross_entropy(logits, self.target).backward()
+                return (self.graph(self.x) if self.graph is not None else self.forward(dtype)).float().flatten().clone()
+        logits = self.forward(dtype)
+        _loss(logits, self.target).backward()
         gradients = [p.grad.float().flatten() for p in self.model.parameters()]
         self.optimizer.zero_grad()
-        return torch.cat([logits.detach().flatten(), *gradients])
+        return torch.cat([logits.detach().float().flatten(), *gradients])
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets)
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
@@ -420,26 +521,36 @@ def networks(options: argparse.Namespace, report: Report) -> None:
     side = 64 if options.tiny else 256
     for batch in options.batches:
         x = torch.randn(batch, 3, side, side, device=options.device)
-        for prefix, build in _networks(options.model):
+        hosts = dict(_networks(options.model))
+        for host, build in hosts.items():
+            if options.host not in (None, host):
+                continue
             torch._dynamo.reset()
+            prefix = "" if host == "plain" else f"{host}_"
             steps: dict[str, Step] = {}
             rows: dict[str, Row] = {}
+            ours = hosts["plain"]
             peer = build if prefix else lambda build=build: plain(build())
-            exact = Candidate(peer, True, None, x, options).evidence(torch.float32)
-            for name, channels_last, mode in VARIANTS:
-                is_ours = name.startswith("ours")
-                if (prefix and is_ours) or (options.candidates and name not in options.candidates):
+            exact = {  # of ours too by plain modules
+                name: Candidate(make, Variant("exact", True), x, options).evidence(torch.float32)
+                for name, make in {"peer": peer, "ours": lambda: plain(ours())}.items()  # noqa: B023 -- called at once
+            }
+            graphs = PEER_GRAPHS if batch == 1 and options.piece == "infer" else ()
+            for variant in (*VARIANTS, *graphs):
+                name, is_ours = variant.name, variant.name.startswith("ours")
+                if (options.candidates and name not in options.candidates) or (variant.graph and options.device == "cpu"):
                     continue
-                name = prefix + name
+                name = name if is_ours else prefix + name
                 row = {"model": options.model, "batch": batch, "candidate": name}
                 try:
                     start = time.perf_counter()
-                    candidate = Candidate(build if is_ours else peer, channels_last, mode, x, options)
-                    row["error"] = _error(candidate.evidence(), exact)
+                    candidate = Candidate(ours if is_ours else peer, variant, x, options)
+                    row["error"] = _error(candidate.evidence(), exact["ours" if is_ours else "peer"])
                     for _ in range(1 if options.tiny else 4):
                         candidate.step()
                     row["first_call_s"] = time.perf_counter() - start
-                    row["peak_bytes"] = peak_memory(candidate.step, options.device)
+                    # The pool of a graph is taken while it is recorded.
+                    row["peak_bytes"] = None if variant.graph else peak_memory(candidate.step, options.device)
                 except Exception as failure:  # one peer that cannot run must not cost the others their numbers
                     report.add(**row, failure=f"{type(failure).__name__}: {failure}"[:500])
                     continue
@@ -453,7 +564,47 @@ def networks(options: argparse.Namespace, report: Report) -> None:
                 report.add(interleaved=True, **rows[name], images_per_s=batch / timing["seconds"], **timing)
 
 
-PIECES = {"ceilings": ceilings, "ops": time_ops, "train": networks, "infer": networks}
+# What training keeps for backward
+
+
+def _blocks(model: nn.Module, plain_peer: bool) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of a network in the order in which they run."""
+    names = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp")
+    for name, stage in zip(names, model if plain_peer else (getattr(model, n) for n in names), strict=False):
+        if name.startswith("layer"):
+            yield from ((f"{name}[{i}]", block) for i, block in enumerate(stage))
+        else:
+            yield name, stage
+
+
+def saved_memory(options: argparse.Namespace, report: Report) -> None:
+    """Bytes that each block keeps for backward, its input among them where it is needed: ours and plain eager PyTorch in bf16."""
+    [batch] = options.batches
+    side = 64 if options.tiny else 256
+    [_, ours] = next(_networks(options.model))
+    for candidate, model in {"ours": ours(), "eager": plain(ours())}.items():
+        model = model.to(options.device, memory_format=torch.channels_last).train()
+        held = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+        x = torch.randn(batch, 3, side, side, device=options.device).contiguous(memory_format=torch.channels_last)
+        for name, block in _blocks(model, candidate == "eager"):
+            kept: dict[int, int] = {}
+
+            def pack(t: Tensor, kept: dict[int, int] = kept, held: set[int] = held) -> Tensor:
+                storage = t.untyped_storage()
+                if storage.data_ptr() not in held:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast(options.device, torch.bfloat16):
+                y = block(x.requires_grad_())
+            report.add(model=options.model, batch=batch, candidate=candidate, block=name, saved_bytes=sum(kept.values()))
+            x = y.detach()
+
+
+PIECES = {"ceilings": ceilings, "ops": time_ops, "memory": saved_memory, "train": networks, "infer": networks}
+
+
+BATCHES = {"tiny": [2], "memory": [32], "train": [128, 256], "infer": [1, 32, 256], "ceilings": [], "ops": []}
 
 
 def main(arguments: list[str] | None = None) -> Report:
@@ -462,20 +613,22 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--model", default="mobilevitv3_s")
     parser.add_argument("--batches", type=int, nargs="+", help="default: 128 256 to train, 1 32 256 to infer")
     parser.add_argument("--candidates", nargs="+", help="only these, e.g. eager_channels_last ours")
+    parser.add_argument("--ops", nargs="+", help="ops: only these, e.g. depthwise_conv inverted_residual")
+    parser.add_argument("--host", choices=("plain", "timm"), help="the peers' modules; default: both")
+    parser.add_argument("--name", help="of the file of results, beside piece, model and batches")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sweep", action="store_true", help="ops: also vary the kernels' configuration")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="smallest sizes and nothing compiled for real: tests this script")
     parser.add_argument("--out", help="folder of the results, by default benchmarks/results")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu --tiny tests the script without one")
-    options.batches = options.batches or ([2] if options.tiny else [128, 256] if options.piece == "train" else [1, 32, 256])
+    options.batches = options.batches or BATCHES["tiny" if options.tiny else options.piece]
     torch.manual_seed(0)
     piece = options.piece
-    if PIECES[piece] is networks:
-        piece += f"_{options.model}_b" + "_".join(map(str, options.batches))
-    report = Report("sweep" if options.sweep else piece, options)
+    if PIECES[piece] in (networks, saved_memory):
+        piece += f"_{options.model}_b" + "_".join(map(str, options.batches)) + (f"_{options.name}" if options.name else "")
+    report = Report(piece, options)
     PIECES[options.piece](options, report)
     return report
 

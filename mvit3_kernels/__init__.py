@@ -2,6 +2,7 @@
 
 from . import models, nn, ops
 from ._native import release_memory
+from .graphs import CudaGraphError, cuda_graph, cuda_graph_step
 from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
 from .patching import fuse, unfuse
@@ -10,9 +11,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "CudaGraphError",
     "LoadReport",
     "backend",
     "create_model",
+    "cuda_graph",
+    "cuda_graph_step",
     "fuse",
     "list_models",
     "load_checkpoint",

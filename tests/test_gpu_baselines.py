@@ -23,7 +23,8 @@ def gpu_baselines():
 @pytest.mark.parametrize("piece", ["train", "infer"])
 def test_networks(gpu_baselines, piece, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "copy"))
-    flags = ["--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--candidates", "eager_channels_last", "ours"]
+    flags = ["--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--candidates", "eager_channels_last", "ours", "ours_graph"]
+    flags += ["--host", "plain"]
     gpu_baselines.main([piece, *flags, "--out", str(tmp_path)])
     name = f"gpu_{piece}_mobilevitv3_xxs_b2.json"
     result = json.loads((tmp_path / name).read_text())
@@ -33,10 +34,18 @@ def test_networks(gpu_baselines, piece, tmp_path, monkeypatch):
     assert all(row["correct"] and row["images_per_s"] > 0 for row in final)
 
 
+def test_saved_memory(gpu_baselines, tmp_path):
+    report = gpu_baselines.main(["memory", "--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--out", str(tmp_path)])
+    saved = {name: {r["block"]: r["saved_bytes"] for r in report.rows if r["candidate"] == name} for name in ("ours", "eager")}
+    assert saved["ours"].keys() == saved["eager"].keys() and len(saved["ours"]) == 12
+    assert 0 < sum(saved["ours"].values()) < sum(saved["eager"].values())
+
+
 def test_ops(gpu_baselines, tmp_path):
     pytest.importorskip("triton")
     report = gpu_baselines.main(["ops", "--device", "cpu", "--tiny", "--out", str(tmp_path)])
-    rows = [row for row in report.rows if "op" in row]
+    rows = [row for row in report.rows if "op" in row and "failure" not in row]
+    assert not [row for row in report.rows if "failure" in row]
     assert {row["candidate"] for row in rows} == {"eager", "compile", "ours"}
     assert {row["mode"] for row in rows} == {"step", "forward", "evaluation"}
 

@@ -50,7 +50,7 @@ class GlobalPool(nn.Module):
     """Mean over height and width: (B, C, H, W) to (B, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
+        return x.permute(0, 2, 3, 1).mean((1, 2))  # as it lies in memory: the gradient of mean((2, 3)) comes in the other layout
 
 
 class FeatureInfo:

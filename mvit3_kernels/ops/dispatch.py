@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import _native
+
+LOGGER = logging.getLogger("mvit3_kernels")
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "MVIT3_BACKEND"
@@ -129,15 +132,34 @@ def cpu_why_not(x: Tensor) -> str | None:
     return _native.why_not() or _dtype_why_not(x)
 
 
+_gpus: dict[int, str | None] = {}
+_logged: set[str] = set()
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, and neither the log nor the driver is in its graph
+def _gpu_why_not(index: int) -> str | None:
+    """Why no Triton kernel runs on a GPU. The first time that a reason comes up it is logged: calls then run on another kernel or on the
+    reference, which is right but not what someone who has a GPU expects."""
+    if index in _gpus:
+        return _gpus[index]
+    reason = None
+    if not HAS_TRITON:
+        reason = "triton is not installed"
+    elif torch.version.cuda and torch.cuda.get_device_capability(index) < (8, 0):
+        reason = f"{torch.cuda.get_device_name(index)} has compute capability below 8.0"
+    if reason is not None and reason not in _logged:
+        _logged.add(reason)
+        LOGGER.warning("no Triton kernel of mvit3_kernels runs here (%s): ops without another kernel run in plain PyTorch", reason)
+    _gpus[index] = reason
+    return reason
+
+
 def triton_why_not(x: Tensor) -> str | None:
     """Why the Triton kernels cannot take a call on `x`."""
-    if not HAS_TRITON:
-        return "triton is not installed"
     if x.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"x is on {x.device}" + (" and TRITON_INTERPRET=1 is set" if INTERPRETED else "")
-    if x.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} has compute capability below 8.0"
-    return _dtype_why_not(x)
+    reason = _gpu_why_not(x.device.index) if x.is_cuda else None if HAS_TRITON else "triton is not installed"
+    return reason or _dtype_why_not(x)
 
 
 def triton_32_bit_why_not(x: Tensor) -> str | None:

@@ -208,6 +208,16 @@ def on_device(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
+def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:
+    """`x` and the elements from one row to the next. Some channels of a wider map, as the gradient of a concatenation is, stay in place;
+    what does not lie like this is copied."""
+    stride = x.stride(-2)
+    whole = x.stride(-1) == 1 and stride >= x.shape[-1]
+    for size, outer, inner in zip(x.shape[1:-1], x.stride(), x.stride()[1:-1], strict=False):
+        whole = whole and outer == inner * size
+    return (x, stride) if whole and x.numel() > 0 else (x.contiguous(), x.shape[-1])
+
+
 def split_rows(rows: int, programs: int, block: int) -> tuple[int, int]:
     """(number of programs, rows of each), at most `programs` of at least `block` rows; none is empty.
 

@@ -1,6 +1,8 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
 """The Triton kernels of every op but batch_norm_act on a GPU: shapes of the networks at 256x256, and odd ones."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -108,3 +110,20 @@ def test_more_than_2_to_the_31_elements_of_attention():
     enough_memory(40)
     qkv = torch.randn(11000, 32, 64, 96, device="cuda", dtype=torch.bfloat16)
     close_at_the_end(lambda qkv: patch_attention(qkv, 2), qkv)
+
+
+def test_recorded_configurations_are_offered():
+    """Every record for this GPU is one of those that its kernel lists, and no kernel ignores its record."""
+    import argparse
+
+    from benchmarks.gpu_baselines import _on, _op_cases, _spatial_cases, _step
+    from mvit3_kernels.ops import tuning
+
+    options = argparse.Namespace(device="cuda", tiny=False)
+    with tuning.watch() as seen:
+        for case in itertools.chain(_op_cases(2, options), _spatial_cases(2, options)):
+            _step(_on(case.backends[0], case.call), case.leaves, case.mode == "step")()
+    offered = {choice.key: choice.offered for choice in seen}
+    assert len(offered) > 20
+    for key, config in tuning.recorded().get(tuning.architecture(torch.empty(0, device="cuda")), {}).items():
+        assert key in offered and config in offered[key], key

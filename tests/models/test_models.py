@@ -176,7 +176,7 @@ def test_compiled_training_step_updates_what_eager_updates(name):
     for (key, p), q in zip(eager.named_parameters(), traced.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-9), key
     for (key, p), q in zip(eager.named_buffers(), traced.buffers(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-9, atol=0), key
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-15), key  # the mean behind a normalised map is 0 but for rounding
 
 
 @pytest.mark.parametrize("name", ["mobilevitv3_xxs", "mobilevitv3_050"])

@@ -24,7 +24,7 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
     from mvit3_kernels.ops.batch_norm_act import triton as kernels
 
     f32, rows, parts, per_part = torch.float32, 1000, 3, 400
-    one, two = (kernels.configuration(channels, dtype.itemsize, tensors) for tensors in (1, 2))
+    one, two = (kernels.configurations(channels, dtype.itemsize, tensors)[0] for tensors in (1, 2))
     flags = {"ACT": SILU, "TRAINING": training, "C": channels}
     if training:
         yield kernels._moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **one, grid=(1,))
@@ -34,17 +34,34 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
         **flags, **(two if residual else one), grid=(1,),
     )  # fmt: skip
     yield kernels._sums_bwd_kernel.warmup(
-        dtype, dtype, f32, f32, f32, f32, dtype, f32, rows, parts, per_part, 1e-5, **flags, **two, grid=(1,)
+        dtype, dtype, f32, f32, f32, f32, dtype, f32, rows, parts, per_part, 1e-5, **flags, DY_STRIDE=2 * channels, **two, grid=(1,)
     )
     yield kernels._input_bwd_kernel.warmup(
-        dtype, dtype, f32, f32, f32, f32, f32, dtype, f32, f32, parts, rows, per_part, 1e-5, **flags, **two, grid=(1,)
+        dtype,
+        dtype,
+        f32,
+        f32,
+        f32,
+        f32,
+        f32,
+        dtype,
+        f32,
+        f32,
+        parts,
+        rows,
+        per_part,
+        1e-5,
+        **flags,
+        DY_STRIDE=2 * channels,
+        **two,
+        grid=(1,),
     )
 
 
 # The configurations differ in the columns of a tile (a power of 2 up to 32), the last tile being full or not, and 16-byte rows or not.
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("architecture", "channels"), [(90, 1), (90, 7), (90, 8), (90, 64), (90, 80), (80, 7), (80, 80)])
+@pytest.mark.parametrize(("architecture", "channels"), [(90, 1), (90, 7), (90, 8), (90, 64), (90, 80), (80, 7), (80, 80), (86, 320)])
 def test_kernels_fit(architecture, channels, dtype, training):
     with offline(architecture):
         for kernel in compiled(channels, dtype, training, residual=channels == 64):
@@ -66,7 +83,7 @@ def test_one_binary_for_every_map_size():
     from mvit3_kernels.ops.batch_norm_act import triton as kernels
 
     def compile(rows):
-        config = kernels.configuration(64, 2, 1)
+        config = kernels.configurations(64, 2, 1)[0]
         return kernels._moments_fwd_kernel.warmup(torch.bfloat16, torch.float32, rows, rows, rows, C=64, **config, grid=(1,))
 
     with offline(90):

@@ -6,10 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mvit3_kernels
 from mvit3_kernels import BackendError, backend
-from mvit3_kernels.ops import batch_norm_act, dispatch, pointwise_conv
+from mvit3_kernels.ops import BatchNorm, batch_norm_act, dispatch, pointwise_conv
 
 from .inputs import Draw, replaced
 from .test_batch_norm_act import TestBatchNormAct as BatchNormAct
@@ -137,3 +138,36 @@ def test_bad_environment_variable():
     done = run("import mvit3_kernels", MVIT3_BACKEND="gpu")
     assert done.returncode != 0
     assert "ValueError: environment variable MVIT3_BACKEND must be one of reference, cpu, triton, cuda, got 'gpu'" in done.stderr
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "installed", "reason"), [((7, 5), True, "Old has compute capability"), ((9, 0), False, "not installed")]
+)
+def test_a_gpu_without_kernels_is_said_once(capability, installed, reason, compiled, monkeypatch, caplog):
+    """Its calls run on the reference, under torch.compile(fullgraph=True) too."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Old")
+    for name, value in {"_gpus": {}, "_logged": set(), "HAS_TRITON": installed}.items():
+        monkeypatch.setattr(dispatch, name, value)
+    found = []
+
+    def record(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def call(x, w):
+        return batch_norm_act(x, BatchNorm(w, w, None, None, True), "silu")[0]
+
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True, backend=record)
+    with FakeTensorMode():
+        for channels in (8, 16):
+            x, w = torch.empty(2, 5, 7, channels, device="cuda"), torch.empty(channels, device="cuda")
+            assert call(x, w).shape == x.shape
+        assert not any("mvit3" in target for target in found)
+        with pytest.raises(BackendError, match=reason), backend("triton"):
+            batch_norm_act(x, BatchNorm(w, w, None, None, True))
+    [entry] = [record for record in caplog.records if record.name == "mvit3_kernels"]
+    assert reason in entry.getMessage()

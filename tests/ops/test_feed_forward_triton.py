@@ -24,6 +24,7 @@ class TestFeedForwardTriton(TritonKernel):
         Case(80, BF16, (2, 8, 8, 192, 384), DROPOUTS, 128),
         Case(80, BF16, (2, 8, 8, 512, 1024), {"per_sample": True}, 128),
         Case(80, F32, (2, 8, 8, 240, 480), DROPOUTS, 128),
+        Case(86, BF16, (2, 8, 8, 240, 480), DROPOUTS, 128),
         Case("gfx942", F16, (2, 8, 8, 64, 128)),
     )
     larger = (3, 9, 11, 144, 288)

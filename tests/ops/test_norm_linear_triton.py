@@ -20,6 +20,7 @@ class TestNormLinearTriton(TritonKernel):
         Case(80, BF16, (2, 8, 8, 192, 576), {}, 128),
         Case(80, BF16, (2, 8, 8, 512, 512), {"per_sample": True}, 128),
         Case(80, F32, (2, 8, 8, 240, 720), {}, 128),
+        Case(86, BF16, (2, 8, 8, 240, 720), {}, 128),
         Case("gfx942", F16, (2, 8, 8, 64, 192)),
     )
     larger = (3, 9, 11, 144, 432)

@@ -43,6 +43,7 @@ class TestPatchAttentionTriton(TritonKernel):
         Case(80, BF16, (1, 16, 16, 4, 9), {"dropout": 0.1}),
         Case(80, BF16, (1, 16, 16, 4, 64), {"dropout": 0.1}, 128),
         Case(80, F32, (1, 8, 8, 4, 60), {"dropout": 0.1}, 128),
+        Case(86, BF16, (1, 16, 16, 4, 48), {"dropout": 0.1}, 128),
         Case("gfx942", F16, (1, 16, 16, 4, 48)),
     )
     larger = (3, 14, 22, 4, 36)

@@ -19,6 +19,7 @@ class TestPointwiseConvTriton(TritonKernel):
         Case(80, BF16, (2, 8, 8, 320, 240), {"act": "silu"}, 128),
         Case(80, BF16, (2, 8, 8, 144, 144), {"training": False, "act": "silu", "residual": True}, 128),
         Case(80, F32, (2, 8, 8, 144, 144), {"act": "silu"}, 128),
+        Case(86, BF16, (2, 8, 8, 320, 1280), {"act": "silu"}, 128),
         Case("gfx942", F16, (2, 8, 8, 64, 64), {"act": "silu"}),
     )
     larger = (3, 9, 11, 144, 144)

@@ -1,7 +1,7 @@
 from mvit3_kernels.ops import pointwise_fusion
 
 from . import test_pointwise_fusion_cpu as cpu
-from .triton_kernel import BF16, F32, Case, TritonKernel, needs_triton
+from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
 
 
 @needs_triton
@@ -15,5 +15,7 @@ class TestPointwiseFusionTriton(TritonKernel):
         Case(90, BF16, (2, 8, 8, 192, 256, 256), {"training": False, "act": "silu", "residual": True}, 128),
         Case(80, BF16, (2, 8, 8, 240, 320, 320), {"act": "silu", "residual": True}, 128),
         Case(80, F32, (2, 8, 8, 144, 128, 128), {"training": False, "act": "silu", "residual": True}, 128),
+        Case(86, BF16, (2, 8, 8, 192, 256, 256), {"act": "silu", "residual": True}, 128),
+        Case("gfx942", F16, (2, 8, 8, 144, 128, 128), {"act": "silu", "residual": True}),
     )
     larger = (3, 9, 11, 144, 128, 128)

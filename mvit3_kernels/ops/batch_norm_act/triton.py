@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import (
     activate,
     activate_backward,
@@ -25,6 +26,7 @@ from ..triton_common import (
     multiprocessors,
     on_device,
     row_range,
+    rows_at_one_distance,
     split_rows,
 )
 
@@ -40,12 +42,20 @@ FREE_PROGRAMS_PER_SM = 8
 _NOT_SPECIALIZED = ["rows", "rows_per_program", "parts", "rows_per_part"]  # one binary for every batch and map size
 
 
-def configuration(channels: int, itemsize: int, tensors: int) -> dict[str, int | bool]:
-    """Tile of a kernel that loads `tensors` maps of `channels` channels."""
+def configurations(channels: int, itemsize: int, tensors: int) -> list[dict[str, int | bool]]:
+    """Tiles of a kernel that loads `tensors` maps of `channels` channels."""
     columns = min(triton.next_power_of_2(channels), BLOCK_C)
     # Rows that do not start on 16 bytes load element by element: a quarter of the tile keeps such a kernel from spilling.
     tile_bytes = TILE_BYTES if channels * itemsize % 16 == 0 else TILE_BYTES // 4
-    return {"BLOCK_M": tile_bytes // (tensors * columns * itemsize), "BLOCK_C": columns, **LAUNCH_OPTIONS}
+    rows = tile_bytes // (tensors * columns * itemsize)
+    first = {"BLOCK_M": rows, "BLOCK_C": columns, **LAUNCH_OPTIONS}
+    others = ({"num_warps": 4}, {"BLOCK_M": rows // 2}, {"BLOCK_M": rows // 2, "num_warps": 4}, {"BLOCK_M": rows // 4, "num_warps": 4})
+    return [first, *(first | other for other in others)]
+
+
+def configuration(kernel: str, x: Tensor, tensors: int) -> dict[str, int | bool]:
+    channels = x.shape[-1]
+    return tuning.choose(f"batch_norm_act_{kernel}{tensors}", x, (channels,), lambda: configurations(channels, x.element_size(), tensors))
 
 
 def bytes_moved(x: Tensor, training: bool, residual: bool) -> tuple[int, int]:
@@ -146,13 +156,13 @@ def _load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, column, valid):
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _sums_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, dx_ptr, part_ptr, rows, parts, rows_per_part, eps,
-    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, DY_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column, valid = _columns(C, BLOCK_C)
     weight, bias, mean, rstd = _load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, column, valid)
     start, length = row_range(rows, rows_per_part, tl.program_id(1))
     lane = tl.arange(0, BLOCK_M)
-    offset = lane[:, None] * C + column[None, :]
+    offset, dy_offset = lane[:, None] * C + column[None, :], lane[:, None] * DY_STRIDE + column[None, :]
 
     dbias = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     dweight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -161,7 +171,7 @@ def _sums_bwd_kernel(
         mask = _mask(lane, length - first, valid, C, BLOCK_C)
         base = (start + first) * C
         x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
         normal = (x - mean) * rstd
         grad = tl.where(mask, activate_backward(dy, normal * weight + bias, ACT), 0.0)
         dbias += grad
@@ -178,7 +188,7 @@ def _sums_bwd_kernel(
 def _input_bwd_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, part_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     parts, rows, rows_per_program, eps,
-    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, DY_STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column, valid = _columns(C, BLOCK_C)
     dbias = load_sums(part_ptr, parts, column, valid, C, BLOCK_C)
@@ -193,14 +203,14 @@ def _input_bwd_kernel(
         mean_product = (dweight / rows)[None, :]
         start, length = row_range(rows, rows_per_program, tl.program_id(1))
         lane = tl.arange(0, BLOCK_M)
-        offset = lane[:, None] * C + column[None, :]
+        offset, dy_offset = lane[:, None] * C + column[None, :], lane[:, None] * DY_STRIDE + column[None, :]
         tiles = tl.cdiv(length, BLOCK_M)
         for i in range(tiles):
             first = (tiles - 1 - i) * BLOCK_M  # bottom up, as in the forward pass
             mask = _mask(lane, length - first, valid, C, BLOCK_C)
             base = (start + first) * C
             x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
             normal = (x - mean) * rstd
             grad = activate_backward(dy, normal * weight + bias, ACT) - mean_grad - normal * mean_product
             tl.store(dx_ptr + base + offset, (grad * (weight * rstd)).to(dx_ptr.dtype.element_ty), mask=mask)
@@ -229,7 +239,7 @@ def batch_norm_act(
         _launch_normalize(x, residual, weight, bias, y, statistics, None, 0, 0, eps, act)
         return y, *moments
     rows = x.numel() // channels
-    reduction = configuration(channels, x.element_size(), 1)
+    reduction = configuration("moments", x, 1)
     columns = triton.cdiv(channels, reduction["BLOCK_C"])
     parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, reduction["BLOCK_M"])
     part = _workspace(x, parts, channels)
@@ -254,7 +264,7 @@ def _launch_normalize(x, residual, weight, bias, y, statistics, part, parts, row
     """With `part` the statistics are written, without it they are read."""
     channels, training = x.shape[-1], part is not None
     rows = x.numel() // channels
-    config = configuration(channels, x.element_size(), 1 if residual is None else 2)
+    config = configuration("normalize", x, 1 if residual is None else 2)
     columns = triton.cdiv(channels, config["BLOCK_C"])
     per_sm = PROGRAMS_PER_SM if training else FREE_PROGRAMS_PER_SM
     programs, rows_per_program = split_rows(rows, per_sm * multiprocessors(x) // columns, config["BLOCK_M"])
@@ -270,7 +280,8 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the backward pass: the gradients of x, weight and bias. `mean` and `var` are those that normalised x."""
     channels = x.shape[-1]
-    dy, x = dy.contiguous(), x.contiguous()
+    dy, dy_stride = rows_at_one_distance(dy)
+    x = x.contiguous()
     weight, bias, mean, var = weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous()
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -278,12 +289,12 @@ def batch_norm_act_backward(
         return dx, dweight.zero_(), dbias.zero_()
 
     rows = x.numel() // channels
-    config = configuration(channels, x.element_size(), 2)
+    config = configuration("bwd", x, 2)
     columns, sms = triton.cdiv(channels, config["BLOCK_C"]), multiprocessors(x)
     parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * sms // columns, config["BLOCK_M"])
     programs = parts if training else 1  # in evaluation the second launch only adds up
     part = _workspace(x, parts, channels)
-    flags = {"ACT": act, "TRAINING": training, "C": channels, **config}
+    flags = {"ACT": act, "TRAINING": training, "C": channels, "DY_STRIDE": dy_stride, **config}
     with on_device(x):
         _sums_bwd_kernel[(columns, parts)](dy, x, weight, bias, mean, var, dx, part, rows, parts, rows_per_part, eps, **flags)
         _input_bwd_kernel[(columns, programs)](

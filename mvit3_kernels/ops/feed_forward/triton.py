@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import SILU, activate, activate_backward, dot, dropout_threshold, dropped, on_device
 from ..triton_rows import (
     NOT_SPECIALIZED,
@@ -30,11 +31,17 @@ from ..triton_rows import (
 _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_keep", "output_scale"]
 
 
-def configuration(rows: Rows) -> dict[str, int]:
+def configurations(rows: Rows) -> list[dict[str, int]]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over."""
     if rows.x.dtype is torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": rows.block(), "BLOCK_F": 32 if rows.block() == 64 else 16, "num_warps": 8, "num_stages": 1}
+        return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
+    first = {"BLOCK_M": rows.block(), "BLOCK_F": 32 if rows.block() == 64 else 16, "num_warps": 8, "num_stages": 1}
+    others = ({"num_stages": 2}, {"num_warps": 4}, {"BLOCK_F": 16}, {"BLOCK_M": 32, "BLOCK_F": 32, "num_warps": 4})
+    return [first, *(first | other for other in others)]
+
+
+def configuration(kernel: str, rows: Rows, hidden: int) -> dict[str, int]:
+    return tuning.choose(f"feed_forward_{kernel}", rows.x, (rows.channels, hidden), lambda: configurations(rows))
 
 
 def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
@@ -154,7 +161,7 @@ def feed_forward_forward(
     y = torch.empty_like(rows.x)
     mean, rstd = rows.statistics(eps, per_sample)
     if rows.rows:
-        config = configuration(rows)
+        config = configuration("fwd", rows, weight1.shape[0])
         seeds, dropouts = _dropouts(hidden_dropout, output_dropout, seed)
         parameters = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, weight1, bias1, weight2, bias2))
         with on_device(x):
@@ -171,7 +178,8 @@ def feed_forward_backward(
     _: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty without one)."""
-    rows, hidden, config = Rows.of(x), weight1.shape[0], configuration(Rows.of(x))
+    rows, hidden = Rows.of(x), weight1.shape[0]
+    config = configuration("bwd", rows, hidden)
     dy, weight2 = dy.contiguous(), weight2.contiguous()
     parameters = (norm_weight.contiguous(), norm_bias.contiguous(), weight1.contiguous(), None if bias1 is None else bias1.contiguous())
     seeds, dropouts = _dropouts(hidden_dropout, output_dropout, seed)

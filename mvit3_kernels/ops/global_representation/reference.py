@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..feed_forward.reference import feed_forward
-from ..norm_linear.reference import layer_norm, norm_linear
+from ..norm_linear.reference import norm_linear
 from ..patch_attention.reference import patch_attention
 from ..pointwise_conv.reference import pointwise_conv
 from ..random import dropout
 from ..separable_attention.reference import separable_attention
 from ..types import Layer, LayerNorm
+
+
+def _final_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+    # Of a sample not by group_norm, which on a GPU wants the other layout and hands it back: two copies of the map.
+    shape = x.shape[1:] if norm.per_sample else x.shape[-1:]
+    weight, bias = (t.to(x.dtype).expand(shape) for t in norm[:2])
+    return F.layer_norm(x, shape, weight, bias, norm.eps).to(x.dtype)  # autocast would hand back float32
 
 
 def global_representation(
@@ -43,4 +51,4 @@ def global_representation(
                 branch, _ = pointwise_conv(tokens, layer.out_proj, None, "identity", None)
                 x = x + dropout(branch, output_dropout, seeds[1], site=0)
         x = feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden_dropout, output_dropout, seeds[2])
-    return x if norm is None else layer_norm(x, norm)
+    return x if norm is None else _final_norm(x, norm)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import multiprocessors, on_device
 from ..triton_rows import (
     NOT_SPECIALIZED,
@@ -27,11 +28,19 @@ from ..triton_rows import (
 )
 
 
-def configuration(rows: Rows) -> dict[str, int]:
+def configurations(rows: Rows) -> list[dict[str, int]]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
     narrow = rows.x.dtype is torch.float32
     wide = rows.width() > 256
-    return {"BLOCK_M": rows.block(), "BLOCK_N": 16 if narrow or wide else 32, "num_warps": 8, "num_stages": 2}
+    first = {"BLOCK_M": rows.block(), "BLOCK_N": 16 if narrow or wide else 32, "num_warps": 8, "num_stages": 2}
+    if narrow:
+        return [first]
+    others = ({"num_warps": 4}, {"num_stages": 1}, {"BLOCK_M": 32, "num_warps": 4}, {"num_stages": 3})
+    return [first, *(first | other for other in others)]
+
+
+def configuration(rows: Rows, outputs: int) -> dict[str, int]:
+    return tuning.choose("norm_linear_fwd", rows.x, (rows.channels, outputs), lambda: configurations(rows))
 
 
 def bytes_moved(x: Tensor, outputs: int, per_sample: bool) -> tuple[int, int]:
@@ -71,7 +80,7 @@ def norm_linear_forward(
     y = x.new_empty(*x.shape[:-1], outputs)
     mean, rstd = rows.statistics(eps, per_sample)
     if y.numel() > 0:
-        config = configuration(rows)
+        config = configuration(rows, outputs)
         blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
         # Where rows alone do not fill the GPU, programs share a block of rows, and each takes some of the outputs.
         shares = min(pieces, max(1, multiprocessors(x) // blocks))

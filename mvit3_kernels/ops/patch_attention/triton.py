@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..triton_common import dot, dropout_kept, dropout_key, dropout_threshold, on_device, pixel_of_token
 
 # Two binaries for all maps: sequences of at most 16 tokens (8x8 maps in 2x2 patches) fit a single tile of the matrix units.
@@ -25,21 +26,29 @@ LOG2E = 1 / math.log(2)
 _NOT_SPECIALIZED = ["pixels_per_sample", "width", "tokens", "blocks", "threshold", "scale", "keep_scale"]
 
 
-def configuration(dim: int, tokens: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) -> list[dict[str, int]]:
     """A program's BLOCK of tokens, and the STEP that it walks over the others in. Float32 has no matrix units of its own precision: its
     products are made in registers, so its tiles are small."""
     columns = max(triton.next_power_of_2(dim), 16)
-    if tokens <= SHORT:
-        block, step, warps = 16, 16, 4 if dtype is torch.float32 or columns > 64 else 2
-    elif dtype is torch.float32:
-        block, step, warps = (32, 16, 8) if columns <= 64 else (16, 16, 4)
+    narrow = dtype is torch.float32
+    if short:
+        tiles = [(16, 16, 4 if narrow or columns > 64 else 2)]
+    elif narrow:
+        tiles = [(32, 16, 8) if columns <= 64 else (16, 16, 4)]
     elif columns > 64:
-        block, step, warps = 32, 32, 4 if backward else 8
+        tiles = [(32, 32, 4 if backward else 8)]
     elif backward:
-        block, step, warps = 64, 32, 8
+        tiles = [(64, 32, 8), (32, 32, 4), (32, 64, 4)]
     else:
-        block, step, warps = 64, 32 if columns == 16 else 64, 4
-    return {"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": 2}
+        tiles = [(64, 32 if columns == 16 else 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8)]
+    tiles = dict.fromkeys((*tile, stages) for stages in ((2,) if narrow else (2, 1)) for tile in tiles)
+    return [{"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": n} for block, step, warps, n in tiles]
+
+
+def configuration(qkv: Tensor, dim: int, tokens: int, backward: bool) -> dict[str, int]:
+    short = tokens <= SHORT
+    kernel = f"patch_attention{'_short' if short else ''}_{'bwd' if backward else 'fwd'}"
+    return tuning.choose(kernel, qkv, (dim,), lambda: configurations(dim, short, qkv.dtype, backward))
 
 
 def bytes_moved(qkv: Tensor) -> tuple[int, int]:
@@ -207,7 +216,7 @@ class _Launch:
         batch, height, width, channels = qkv.shape
         dim = channels // (3 * num_heads)
         tokens = (height // patch_height) * (width // patch_width)
-        config = configuration(dim, tokens, qkv.dtype, backward)
+        config = configuration(qkv, dim, tokens, backward)
         blocks = triton.cdiv(tokens, config["BLOCK"])
         self.grid = (batch * patch_height * patch_width * num_heads * blocks,)
         self.seed = seed if dropout > 0 else None

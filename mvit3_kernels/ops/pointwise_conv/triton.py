@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..batch_norm_act.triton import batch_norm_act_backward, normalize
 from ..triton_common import activate, at_least_zero, dot, inverse_std, multiprocessors, on_device, split_rows
 from ..triton_rows import load_tile, load_vector, store_tile
@@ -27,11 +28,19 @@ IDENTITY = ACTIVATIONS.index("identity")
 _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
 
 
-def configuration(a: Tensor, b: Tensor | None) -> dict[str, int]:
+def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
+    """Of the product: BLOCK_M rows, BLOCK_N outputs, BLOCK_K inputs at a time."""
     if a.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        return [{"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}]
     even = a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
+    first = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
+    others = ({"num_warps": 4}, {"num_stages": 3}, {"BLOCK_M": 64, "num_warps": 4}, {"BLOCK_N": 128}, {"BLOCK_M": 64, "BLOCK_N": 128})
+    return [first, *(first | other for other in others)]
+
+
+def configuration(a: Tensor, b: Tensor | None, outputs: int) -> dict[str, int]:
+    channels = (a.shape[-1], 0 if b is None else b.shape[-1], outputs)
+    return tuning.choose("pointwise_conv_fwd", a, channels, lambda: configurations(a, b))
 
 
 def bytes_moved(a: Tensor, b: Tensor | None, outputs: int, training: bool, keeps_p: bool, residual: bool) -> tuple[int, int]:
@@ -120,7 +129,7 @@ def _launch(
     """Fills p and y, where given, from (a, b, weight, bias, norm weight, norm bias); without y, for a norm in training, returns p's partial
     moments: (workspace, parts, rows of each)."""
     a, b, weight, *vectors = _dense(*inputs)
-    outputs, rows, config = weight.shape[0], a.shape[:-1].numel(), configuration(a, b)
+    outputs, rows, config = weight.shape[0], a.shape[:-1].numel(), configuration(a, b, weight.shape[0])
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     measured = y is None
     programs = 2 * multiprocessors(a) // blocks if measured else triton.cdiv(rows, config["BLOCK_M"])
