@@ -20,6 +20,7 @@ from mvit3.distributed import World
 from mvit3.engine import Criterion, Trainer, build_optimizer, usable_cores
 from mvit3.options import UsageError
 
+from ..replay import FakeRecorder
 from .conftest import process, small_arguments, small_config
 
 CPU = World(torch.device("cpu"))
@@ -188,6 +189,29 @@ def test_fused_agrees_with_reference():
         losses[ops] = seen
     assert losses["fused"][0] == pytest.approx(losses["reference"][0], rel=1e-5)
     assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-2)
+
+
+def test_step_as_a_graph():
+    """What a recorded step computes, and its place in the loop; the recorder plays the part of CUDA graphs."""
+    changes = {"model": {"drop_rate": 0.0, "proj_drop_rate": 0.0}, "run": {"ops": "reference"},
+               "optimizer": {"name": "momentum", "lr": 0.1, "clip_grad": 1.0}}  # fmt: skip
+    plain, graphed = trainer(**changes), trainer(**changes)
+    graphed._wrap()
+    recorder = FakeRecorder()
+    graphed._graph = mvit3_kernels.cuda_graph_step(
+        graphed.network, graphed.criterion, graphed.optimizer, max_norm=1.0, warmup=1, recorder=recorder
+    )
+    for one in (plain, graphed):
+        one.train_epoch()
+    assert (recorder.records, recorder.replays) == (1, 3)
+    assert graphed.progress.loss_sum == pytest.approx(plain.progress.loss_sum, rel=1e-5)
+    for name, tensor in plain.ema.module.state_dict().items():
+        torch.testing.assert_close(graphed.ema.module.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    again = trainer(**changes)
+    again.load(graphed.content())  # a checkpoint of graphed steps, in a run without
+    again.progress.epoch, again.progress.batch = 1, 0
+    again.train_epoch()
+    assert again.progress.step == 8
 
 
 def test_seed_decides_everything():
