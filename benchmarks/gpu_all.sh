@@ -34,7 +34,7 @@ baseline() { # piece flags...
 shard() { # name pytest-arguments...: in the background, output to a file
     local name=$1
     shift
-    timeout --kill-after=10 "${LIMIT:-530}" python3 -m pytest -q -rfE --tb=short -p no:cacheprovider "$@" >"$logs/gpu_tests_$name.txt" 2>&1
+    timeout --kill-after=10 "${LIMIT:-530}" python3 -m pytest -v --no-header --tb=short -p no:cacheprovider "$@" >"$logs/gpu_tests_$name.txt" 2>&1
     echo "$? $name" >>"$logs/gpu_tests_shards.txt"
 }
 
@@ -57,7 +57,7 @@ run_tests() { # the GPU tests side by side, for most of their time is the compil
         # pytest's 5: nothing left after the selection
         if [ "$status" != 0 ] && [ "$status" != 5 ]; then
             failed+=("$name (exit $status)")
-            grep -E '^(FAILED|ERROR)' "$logs/gpu_tests_$name.txt" | cut -c 1-300 | head -20
+            grep -E ' (FAILED|ERROR) ' "$logs/gpu_tests_$name.txt" | cut -c 1-300 | head -20
         fi
     done <"$logs/gpu_tests_shards.txt"
     echo "== tests took $((SECONDS - start)) s"
