@@ -65,8 +65,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 demo: $(INSTALLED)
-	$(BIN)/mvit3 train --output $(DEMO)
-	$(BIN)/mvit3 evaluate --checkpoint $(DEMO)/fused.pt
+	$(BIN)/mvit3 demo --run.output $(DEMO)
+	$(BIN)/mvit3 evaluate --checkpoint $(DEMO)/fused/last.pt
 
 # The inference runtimes that the networks are compared with.
 $(PEERS): pyproject.toml | $(INSTALLED)
@@ -82,6 +82,7 @@ bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_separable_attention.py --json
 	$(BIN)/python benchmarks/bench_depthwise_conv.py --json
 	$(BIN)/python benchmarks/bench_models.py --json
+	$(BIN)/python benchmarks/bench_training.py --json
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py

@@ -80,7 +80,8 @@ class Inputs {
 Maps maps_of(const Tensor& x, const Tensor& expand, int64_t outputs, int64_t stride, int64_t dilation) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cuda(), "x must be a feature map (B, H, W, C) on a CUDA device");
   STD_TORCH_CHECK(
-      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half, "x must be in bfloat16 or float16 for the CUDA kernels");
+      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
+      "x must be in bfloat16 or float16 for the CUDA kernels");
   STD_TORCH_CHECK(stride == 1 || (stride == 2 && dilation == 1), "the CUDA kernels have stride 1, and stride 2 with dilation 1");
   STD_TORCH_CHECK(dilation >= 1 && dilation <= 1024, "dilation must be 1 to 1024, got ", dilation);
   const auto out = [&](int64_t size) { return to_int("x", (size + stride - 1) / stride); };
@@ -92,7 +93,8 @@ Maps maps_of(const Tensor& x, const Tensor& expand, int64_t outputs, int64_t str
 int64_t pixels(const Maps& m) { return m.batch * m.height * m.width; }
 int64_t out_pixels(const Maps& m) { return m.batch * m.out_height * m.out_width; }
 
-ExpansionArguments front_of(Inputs& in, const Maps& m, const Tensor& x, const Tensor& expand, const Norm& norm, const Tensor& depthwise, int64_t act) {
+ExpansionArguments front_of(
+    Inputs& in, const Maps& m, const Tensor& x, const Tensor& expand, const Norm& norm, const Tensor& depthwise, int64_t act) {
   STD_TORCH_CHECK(act >= 0 && act <= 2, "act must be a position in ACTIVATIONS, got ", act);
   return {m, in.map("x", x, pixels(m) * m.inputs), in.values("expand", expand, int64_t(m.wide) * m.inputs), norm,
           in.values("depthwise", depthwise, int64_t(m.wide) * 9), slice_of(m.inputs), int(act), {}};

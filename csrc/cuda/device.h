@@ -83,7 +83,6 @@ MVIT3_DEVICE uint32_t pack<Float16>(float first, float second) {
 MVIT3_DEVICE float fast_exp(float x) { return __expf(x); }
 MVIT3_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 MVIT3_DEVICE float square_root(float x) { return sqrtf(x); }
-MVIT3_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 
 }  // namespace mvit3
 

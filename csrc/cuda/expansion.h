@@ -1,7 +1,8 @@
 // The front of an inverted residual on one tile: the expanded map of the tile and of its border, 32 channels at a time, in shared memory.
 //
 // Shared memory holds the tile of x (all input channels, or a slice of them), the weights of the 32 channels and their expanded pixels.
-// Weights and tile of the step to come are copied while the present one is filtered.
+// Weights and tile of the step to come are copied while the present one is filtered. A step has two barriers: one behind the expansion, one
+// behind the filter.
 #pragma once
 
 #include "tile.h"
@@ -128,7 +129,7 @@ struct Expansion {
       }
   }
 
-  // ---- The depth-wise taps. Half a warp has the 16 pairs of channels of one strip: its loads and stores are whole runs of 64 bytes, and the
+  // ---- The depth-wise taps. Half a warp has the 16 pairs of channels of one strip: its loads and stores are runs of 64 bytes, and the
   // other half's strip lies where shared memory's other banks are.
 
   static MVIT3_DEVICE int pair() { return thread() % (kChunk / 2); }

@@ -1,7 +1,8 @@
 // inverted_residual on tiles in shared memory (identity G of the design): the expanded map exists nowhere else.
 //
-// A block walks over a run of tiles, and on each over the expanded channels, 32 at a time; sums over the whole map are kept per block in a
-// workspace and added up by a second, small kernel, so that results repeat from run to run.
+// A call is a small kernel that packs the parameters (they are copied many times), then one whose blocks walk each over a run of tiles, and
+// on each tile over the expanded channels, 32 at a time. Sums over the whole map are kept per block in a workspace and added up by a last,
+// small kernel, so that results repeat from run to run.
 
 #include <utility>
 
@@ -569,7 +570,7 @@ struct Backward {
     Pair tap[9];
 #pragma unroll
     for (int i = 0; i < 9; ++i) tap[i] = *reinterpret_cast<const Pair*>(taps + i * kChunk + channel);
-    // Stride 2: an even column has part in one column of outputs, through the middle tap; an odd one in two, through the right and left taps.
+    // Stride 2: an even column has part in one column of outputs, through the middle tap; an odd one in two, right and left.
     const bool odd = column % 2 != 0;
     if (Stride == 2) {
 #pragma unroll
@@ -599,7 +600,9 @@ struct Backward {
         dtap[i].first += value[0] * dz.first;
         dtap[i].second += value[1] * dz.second;
       };
-      const auto read = [&](int row, int from) { return unpack<T>(*reinterpret_cast<const uint32_t*>(corner + (row * kOutWidth + from) * kChunkPitch)); };
+      const auto read = [&](int row, int from) {
+        return unpack<T>(*reinterpret_cast<const uint32_t*>(corner + (row * kOutWidth + from) * kChunkPitch));
+      };
       if (Stride == 1) {
 #pragma unroll
         for (int ty = 2; ty >= 0; --ty) {
@@ -836,7 +839,8 @@ void backward(const BackwardArguments& a, void* stream) {
     launch<K>(ready, parts, K::slices(a), shared, stream);
     const int64_t count = K::kept(a);
     launch<FinishBackward>(
-        {ready.workspace, a.n1, a.g1, a.dtaps, parts, int64_t(m.wide) * m.inputs, count}, int(ceil_div(count, kWarp)), 1, kThreads * 4, stream);
+        {ready.workspace, a.n1, a.g1, a.dtaps, parts, int64_t(m.wide) * m.inputs, count}, int(ceil_div(count, kWarp)), 1, kThreads * 4,
+        stream);
   });
 }
 

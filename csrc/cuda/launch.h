@@ -30,7 +30,7 @@ int resident_blocks(int shared) {
   check(cudaFuncSetAttribute(kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<K>, kThreads, shared));
-  if (blocks == 0) throw std::runtime_error("mvit3_kernels, CUDA C++ kernels: the device has too little shared memory or too few registers");
+  if (blocks == 0) throw std::runtime_error("mvit3_kernels, CUDA C++ kernels: the device has too little shared memory");
   of_device = device;
   of_shared = shared;
   return answer = processors * blocks;

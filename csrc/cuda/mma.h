@@ -43,7 +43,8 @@ MVIT3_DEVICE void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t
 MVIT3_DEVICE int lane() { return thread() % kWarp; }
 MVIT3_DEVICE int warp() { return thread() / kWarp; }
 
-// A matrix of 16-bit numbers in shared memory. A pitch of 8 more than a multiple of 16 keeps the rows that are read together in different banks.
+// A matrix of 16-bit numbers in shared memory. A pitch of 8 more than a multiple of 16 keeps rows that are read together in different
+// banks.
 template <typename T>
 struct Matrix {
   T* data;

@@ -86,7 +86,7 @@ MVIT3_DEVICE void load_pixels(
   }
 }
 
-// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a packed matrix (height, width), with zeros outside it.
+// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a packed matrix (height, width), zeros outside it.
 template <typename T>
 MVIT3_DEVICE void load_matrix(
     Matrix<T> tile, const void* matrix, int height, int width, int first_row, int rows, int first_column, int columns) {

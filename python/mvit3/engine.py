@@ -366,9 +366,10 @@ class Trainer:
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
         """One update of the weights; returns the number of images in all processes."""
         run, count = self.config.run, 0
-        self._seed()
         if self._graph is not None:
-            images, targets = self.criterion.mix(*self._next(batches))
+            batch = self._next(batches)
+            self._seed()
+            images, targets = self.criterion.mix(*batch)
             loss = self._graph(images, targets)
             bad = (~loss.isfinite()).float()
             count = len(images)
@@ -376,6 +377,8 @@ class Trainer:
             loss = 0.0
             for part in range(run.accumulate):
                 images, labels = self._next(batches)
+                if part == 0:
+                    self._seed()
                 count += len(images)
                 images, targets = self.criterion.mix(images if run.channels_last else images.contiguous(), labels)
                 wait = self.world.size > 1 and part < run.accumulate - 1  # with adding up the gradients of the processes
@@ -420,7 +423,8 @@ class Trainer:
         return bad
 
     def _seed(self) -> None:
-        """Makes the random numbers of this step (dropout, mixing) a function of seed, step and process."""
+        """Makes the random numbers of this step (dropout, mixing) a function of seed, step and process. Called when its first batch is
+        there: the first batch of an iteration draws from torch's generator, in whichever step that is."""
         words = np.random.SeedSequence((self.config.run.seed, self.progress.step, self.world.rank)).generate_state(3)
         seed = int(words[0]) << 32 | int(words[1])
         torch.default_generator.manual_seed(seed)

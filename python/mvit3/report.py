@@ -43,6 +43,10 @@ def number(value: float | None, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+def rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
 class Bar:
     """A progress bar on stderr with lines above it; silent when `quiet`."""
 
@@ -95,7 +99,7 @@ class Reporter(Listener):
         p = trainer.progress
         self.rate = images / seconds if not self.rate else 0.9 * self.rate + 0.1 * images / seconds
         self.bar.update(
-            f"epoch {p.epoch + 1}/{trainer.config.schedule.epochs}  {self.rate:.0f} img/s  lr {self.lr:.1e}  loss {self.loss:.3f}  "
+            f"epoch {p.epoch + 1}/{trainer.config.schedule.epochs}  {rate(self.rate)} img/s  lr {self.lr:.1e}  loss {self.loss:.3f}  "
             f"waiting for data {p.wait_seconds / p.seconds:.0%}"
         )
 
@@ -113,7 +117,7 @@ class Reporter(Listener):
         if row["accuracy"] is not None:
             parts.append(f"accuracy {percent(row['accuracy'])}" + (f" (average {percent(row['ema_accuracy'])})" if trainer.ema else ""))
         if row["images_per_second"]:
-            parts.append(f"{row['images_per_second']:.0f} img/s, {row['data_wait']:.0%} waiting for data")
+            parts.append(f"{rate(row['images_per_second'])} img/s, {row['data_wait']:.0%} waiting for data")
         if row["skipped_steps"]:
             parts.append(f"{row['skipped_steps']} steps skipped")
         if row["unreadable_images"]:
@@ -183,7 +187,7 @@ def _facts(result: dict[str, object]) -> list[str]:
     ]
     if last.get("images_per_second"):
         facts.append(
-            f"{last['images_per_second']:.0f} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)"
+            f"{rate(last['images_per_second'])} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)"
         )
     if result["best_epoch"]:
         facts.append(f"best accuracy {percent(result['best_accuracy'])} after epoch {result['best_epoch']}")
@@ -249,7 +253,7 @@ def _confusion(counts: list[list[int]], names: list[str]) -> Figure:
     figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
     shares = torch.tensor(counts, dtype=torch.float64)
     shares /= shares.sum(1, keepdim=True).clamp_min(1)
-    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.grid(visible=False)
     axis.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
     axis.set_xticklabels(names, rotation=90)

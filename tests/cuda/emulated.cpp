@@ -25,7 +25,8 @@ struct Call {
 
 ExpansionArguments front_of(const Call& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
-  const Maps maps{c.batch, int(c.height), int(c.width), int(c.inputs), out(c.height), out(c.width), int(c.outputs), int(c.wide), int(c.dilation)};
+  const Maps maps{c.batch,      int(c.height),  int(c.width), int(c.inputs),  out(c.height),
+                  out(c.width), int(c.outputs), int(c.wide),  int(c.dilation)};
   const Norm norm{c.scale, c.shift, {}, {}, {}, {}, 0.0f};
   return {maps, c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)), int(c.act), {}};
 }

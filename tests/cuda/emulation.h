@@ -341,8 +341,8 @@ void launch(const typename K::Arguments& arguments, int blocks, int slices, int 
     for (int i = 0; i < blocks; ++i) {
       std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)), &std::free);
       std::memset(memory.get(), 0xff, shared);
-      emulation::Block b{i, blocks, s, 0, memory.get(), {}, {}, {}, [](const void* a) { K::run(*static_cast<const typename K::Arguments*>(a)); },
-                         &arguments};
+      const auto run = [](const void* a) { K::run(*static_cast<const typename K::Arguments*>(a)); };
+      emulation::Block b{i, blocks, s, 0, memory.get(), {}, {}, {}, run, &arguments};
       emulation::run_block(b, kThreads);
     }
 }

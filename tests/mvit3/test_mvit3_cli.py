@@ -4,34 +4,44 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import yaml
 
-from mvit3.cli import main
-from mvit3.config import DemoConfig, EvaluateConfig, UsageError, options
+from mvit3 import recipes
+from mvit3.cli import COMMANDS, main
+from mvit3.config import RunConfig, TrainConfig, section_options
+from mvit3.options import UsageError
+
+from .conftest import small_arguments
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--modle", "mobilevitv3_xxs"], "no option '--modle'; the nearest is --model"),
-    (["--batchsize=32"], "no option '--batchsize=32'; the nearest is --batch-size"),
-    (["--epoch", "3"], "no option '--epoch'; the nearest is --epochs"),
-    (["digits"], "no option 'digits'"),
-    (["--model", "mobilevitv3-xxs"], "the nearest is 'mobilevitv3_xxs'"),
-    (["--model", "resnet50"], "--model must be one of mobilevit_s"),
-    (["--ops", "fusd"], "--ops must be one of fused, reference, both; got 'fusd', the nearest is 'fused'"),
-    (["--data", "digit"], "the nearest is 'digits'"),
-    (["--device", "cdua"], "the nearest is 'cuda'"),
-    (["--device", "cuda:"], "--device must be auto, cpu, cuda or cuda:N"),
-    (["--device", "cuda:99"], "--device cuda:99 does not exist here; there is cpu"),
-    (["--epochs", "0"], "--epochs must be at least 1"),
-    (["--epochs", "2.5"], "argument --epochs: invalid int value: '2.5'"),
-    (["--batch-size", "1"], "--batch-size must be at least 2"),
-    (["--batch-size", "5000"], "--batch-size must be at most the number of training images, 1437"),
-    (["--limit-train", "5000"], "--limit-train must be at most the number of training images, 1437"),
-    (["--lr", "nan"], "--lr must be at least 1e-07 and below 1"),
-    (["--lr=-1e-3"], "--lr must be at least 1e-07 and below 1"),
-    (["--weight-decay", "inf"], "--weight-decay must be at least 0 and finite"),
-    (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1"),
-    (["--seed", "-1"], "--seed must be at least 0"),
-    (["--threads", "-2"], "--threads must be at least 0"),
+    (["--modle.name", "mobilevitv3_xxs"], "there is no option '--modle.name'; the nearest is --model.name"),
+    (["--data.batchsize=32"], "there is no option '--data.batchsize'; the nearest is --data.batch_size"),
+    (["--schedule.epoch", "3"], "there is no option '--schedule.epoch'; the nearest is --schedule.epochs"),
+    (["digits"], "digits"),
+    (["--model.name", "mobilevitv3-xxs"], "the nearest is 'mobilevitv3_xxs'"),
+    (["--model.name", "resnet50"], "model.name must be one of mobilevit_s"),
+    (["--run.ops", "fusd"], "run.ops must be one of fused, reference; got 'fusd', the nearest is 'fused'"),
+    (["--data.source", "digit"], "the nearest is 'digits'"),
+    (["--optimizer.name", "adamww"], "the nearest is 'adamw'"),
+    (["--run.device", "cdua"], "the nearest is 'cuda'"),
+    (["--run.device", "cuda:"], "run.device must be auto, cpu, cuda or cuda:N"),
+    (["--run.device", "cuda:99"], "run.device cuda:99 does not exist here; there is cpu"),
+    (["--schedule.epochs", "0"], "schedule.epochs must be at least 1"),
+    (["--schedule.epochs", "2.5"], "schedule.epochs must be int, got '2.5'"),
+    (["--schedule.warmup_epochs=1", "--schedule.warmup_iterations=1"], "exclude each other"),
+    (["--optimizer.lr", ".nan"], "optimizer.lr must be at least 0 and below 100"),
+    (["--optimizer.lr"], "--optimizer.lr: expected one argument"),
+    (["--optimizer.betas=[0.9]"], "optimizer.betas must be two numbers, got [0.9]"),
+    (["--loss.label_smoothing", "1"], "loss.label_smoothing must be at least 0 and below 1"),
+    (["--run.seed", "-1"], "run.seed must be at least 0"),
+    (["--run.amp", "int8"], "run.amp must be one of none, bf16, fp16"),
+    (["--sampler.sizes", "[160,x]"], "sampler.sizes must be tuple[int, ...], got 'x'"),
+    (["--config", "mobilevit3_s"], "there is no recipe 'mobilevit3_s', the nearest is 'mobilevitv3_s'"),
+    (["--config", "nothing.yaml"], "--config nothing.yaml cannot be read: No such file or directory"),
+    (["--config", "digits", "--data.batch_size", "5000"], "data.batch_size must be at most the number of training images, 1437"),
+    (["--data.root", ""], "data.root must name the folder of the images"),
 ])  # fmt: skip
 def test_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -44,39 +54,90 @@ def test_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, messa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they are possible here")
+@pytest.mark.parametrize("option", ["cuda_graph", "sync_bn"])
+def test_options_that_need_a_gpu(option):
+    with pytest.raises(UsageError, match=f"run.{option} needs a GPU"):
+        RunConfig(**{option: True})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("optimizer: {lrr: 1}", "there is no option 'optimizer.lrr'; the nearest is 'optimizer.lr'"),
+    ("optimiser: {lr: 1}", "there is no section 'optimiser'; the nearest is 'optimizer'"),
+    ("optimizer: 3", "optimizer must map options to values, got 3"),
+    ("- 1", "a configuration maps sections"),
+    ("optimizer: {lr: fast}", "optimizer.lr must be float, got 'fast'"),
+    ("optimizer: {lr: -1}", "optimizer.lr must be at least 0"),
+    ("optimizer: {", "is not YAML"),
+])  # fmt: skip
+def test_wrong_file(tmp_path, capsys, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(path)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and message in captured.err and captured.err.count("\n") == 1
+
+
+def test_files_then_command_line(tmp_path, capsys):
+    """Later ones win; what is printed can be read back and is the same."""
+    (tmp_path / "own.yaml").write_text("optimizer: {lr: 1e-4, weight_decay: 0.2}\nsampler: {sizes: []}")
+    arguments = ["train", "--config=mobilevitv3_s", f"--config={tmp_path / 'own.yaml'}", "--optimizer.lr", "5e-4", "--data", "images"]
+    assert main([*arguments, "--print_config"]) == 0
+    printed = capsys.readouterr().out
+    config = TrainConfig.from_dict(yaml.safe_load(printed))
+    assert (config.optimizer.lr, config.optimizer.weight_decay, config.sampler.sizes) == (5e-4, 0.2, ())
+    assert config.data.colors == "bgr" and config.data.root == "images"
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert main(["train", "--config", str(tmp_path / "printed.yaml"), "--print_config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipes_are_found_by_name(name, capsys):
+    assert main(["train", "--config", name, "--print_config"]) == 0
+    printed, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(recipes.path(name).read_text())
+    assert all(printed[section][key] == value for section, values in written.items() for key, value in values.items())
+
+
 def test_output_that_cannot_be_a_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(SystemExit) as stop:
-            main(["train", "--output", str(output)])
+            main(small_arguments(output))
         assert stop.value.code == 2
         assert "is not a folder that can be written" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["trian"], ["evaluate", "--checkpoint", "x", "--data", "mnist"]])
-def test_commands(arguments, capsys):
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "a command is needed: train, evaluate, predict, demo"),
+    (["trian"], "the nearest is train"),
+    (["evaluate"], "checkpoint"),
+    (["predict", "--checkpoint", "x"], "images"),
+    (["evaluate", "--checkpoint", "x", "--weights", "best"], "best"),
+])  # fmt: skip
+def test_commands(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and message in captured.err and captured.err.count("\n") == 1 and not captured.out
 
 
-@pytest.mark.parametrize(("command", "config"), [("train", DemoConfig), ("evaluate", EvaluateConfig)])
-def test_help_documents_every_option(command, config, capsys):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_documents_every_option(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([name, "--help"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for flag, _, _, option in options(config):
-        assert f"{flag} " in text and option.help in text
-
-
-def test_configuration_checks_itself():
-    with pytest.raises(UsageError, match="--epochs must be at least 1 and finite, got 0"):
-        DemoConfig(epochs=0)
+    text = "".join(capsys.readouterr().out.split())
+    for section, key, _, _, option in section_options():
+        shown = section in COMMANDS[name].sections
+        assert (f"--{section}.{key}" in text) == shown
+        assert not shown or "".join(option.help.split()) in text
+    for flag in (*COMMANDS[name].extra, "--config", "--print_config", "--quiet", "--json"):
+        assert flag in text
 
 
 def test_module_runs():
     done = subprocess.run([sys.executable, "-m", "mvit3", "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "train" in done.stdout and "evaluate" in done.stdout
+    assert done.returncode == 0 and all(name in done.stdout for name in (*COMMANDS, *recipes.names()))

@@ -1,183 +1,294 @@
-"""`mvit3 train` and `mvit3 evaluate` from end to end, on a few digits."""
+"""`mvit3 train`, `evaluate` and `predict` from end to end, on a few digits."""
 
+import copy
+import csv
 import json
-import math
-import os
-import subprocess
-import sys
-from dataclasses import replace
+import re
 
-import matplotlib.image
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
 
-from mvit3 import checkpoint, data, engine
+import mvit3_kernels
+from mvit3 import checkpoint, engine
 from mvit3.cli import main
-from mvit3.config import DemoConfig, UsageError
-from mvit3.engine import usable_cores
+from mvit3.config import LossConfig, OptimizerConfig
+from mvit3.data import evaluation_transform, loaders
+from mvit3.distributed import World
+from mvit3.engine import Criterion, Trainer, build_optimizer, usable_cores
+from mvit3.options import UsageError
 
-SMALL = ["--epochs", "1", "--limit-train", "128", "--batch-size", "32", "--warmup-epochs", "0.5"]
+from ..replay import FakeRecorder
+from .conftest import process, small_arguments, small_config
 
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load_digits()
+CPU = World(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder and the JSON output of a small run with both kinds of ops, in a process of its own."""
-    output = tmp_path_factory.mktemp("runs") / "digits"
-    command = [sys.executable, "-m", "mvit3", "train", *SMALL, "--output", str(output), "--json", "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "img/s" in done.stderr
-    return output, json.loads(done.stdout)
+    """The folder and the JSON output of a small run."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    running = process(*small_arguments(folder, "--json", "--run.tensorboard=true", "--run.save_epochs=1"))
+    out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    return folder, json.loads(out), err
 
 
-def train_runs(digits, **options):
-    """Runs of one epoch of three small steps."""
-    config = DemoConfig(limit_train=48, batch_size=16, epochs=1, warmup_epochs=0.5, **options)
-    runs = engine.start(config, replace(digits, val=digits.val.take(32)))
-    engine.train(runs, lambda run: None, lambda runs: None)
-    return runs
+def trainer(**changes):
+    config = small_config(**changes)
+    return Trainer(config, loaders(config, seed=config.run.seed), CPU)
 
 
 def test_output(trained):
-    output, result = trained
-    assert sorted(p.name for p in output.iterdir()) == ["curves.png", "fused.pt", "reference.pt", "report.json"]
-    assert json.loads((output / "report.json").read_text()) == result
-    assert list(result["runs"]) == ["reference", "fused"]
-    for run in result["runs"].values():
-        assert len(run["losses"]) == 4
-        assert run["accuracy"] == run["correct"] / run["total"] == run["accuracies"][-1]
-        assert run["total"] == 360
-        assert run["images_per_second"] == pytest.approx(32 / run["step_seconds"])
-    assert result["runs"]["reference"]["backend"] == "reference"
-    height, width, _ = matplotlib.image.imread(output / "curves.png").shape
-    assert height > 300 and width > 900
+    folder, result, said = trained
+    files = {p.name for p in folder.iterdir()}
+    assert files == {"last.pt", "previous.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "history.csv", "report.json", "report.html",
+                     "tensorboard"}  # fmt: skip
+    assert json.loads((folder / "report.json").read_text()) == result
+    assert (result["epochs"], result["steps"], result["effective_batch"], result["finished"]) == (2, 8, 16, True)
+    assert [row["epoch"] for row in result["history"]] == [1, 2]
+    last = result["history"][-1]
+    assert result["accuracy"] == last["ema_accuracy"] == last["ema_correct"] / 40 and last["total"] == 40
+    assert last["accuracy"] <= last["accuracy5"] <= 1 and 0 <= last["data_wait"] < 1
+    assert last["lr"] == pytest.approx(1e-4 + (3e-3 - 1e-4) * (1 + torch.cos(torch.tensor(7 / 8 * torch.pi)).item()) / 2)
+    assert result["backend"].startswith("cpu ")
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train_loss"]) for row in rows] == [row["train_loss"] for row in result["history"]]
+    assert list((folder / "tensorboard").iterdir())
+    for text in (
+        "16 images x 1 process x 1 batches = 16 images per step; learning rate 0.003",
+        "img/s",
+        "lr ",
+        "loss ",
+        "waiting for data",
+    ):
+        assert text in said
+    assert len(re.findall(r"epoch +\d/2  loss", said)) == 2
 
 
-def test_fused_agrees_with_reference(trained):
-    """The first step sees the same weights and the same batch; later steps drift by rounding only."""
-    _, result = trained
-    reference, fused = (result["runs"][ops]["losses"] for ops in ("reference", "fused"))
-    assert fused[0] == pytest.approx(reference[0], rel=1e-5)
-    assert fused == pytest.approx(reference, rel=2e-2)
+def test_report_stands_alone(trained):
+    folder, result, _ = trained
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 2 and "Which class is taken for which" in page  # curves and confusion matrix
+    assert not re.search(r'(src|href)="(?!#|data:)', page) and "<script" not in page
+    assert f"{result['history'][-1]['ema_accuracy']:.2%}" in page
 
 
-@pytest.mark.parametrize("ops", ["reference", "fused"])
-def test_evaluate_reproduces_the_accuracy(trained, ops, capsys):
-    output, result = trained
-    assert main(["evaluate", "--checkpoint", str(output / f"{ops}.pt"), "--data", "digits", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ops"] == ops
-    assert found["accuracy"] == found["recorded_accuracy"] == result["runs"][ops]["accuracy"]
-    assert found["reproduced"]
+@pytest.mark.parametrize(("weights", "key"), [("auto", "ema_"), ("ema", "ema_"), ("raw", "")])
+def test_evaluate_repeats_the_accuracy(trained, weights, key, capsys):
+    folder, result, _ = trained
+    for name, row in (("epoch_0001.pt", 0), ("last.pt", 1)):
+        assert main(["evaluate", "--checkpoint", str(folder / name), "--weights", weights, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        recorded = result["history"][row]
+        assert found["reproduced"] and found["recorded_accuracy"] == found["accuracy"] == recorded[f"{key}accuracy"]
+        assert (found["val_loss"], found["correct"]) == (recorded[f"{key}val_loss"], recorded[f"{key}correct"])
 
 
-def test_evaluate_table(trained, capsys):
-    output, result = trained
-    assert main(["evaluate", "--checkpoint", str(output / "fused.pt"), "--ops", "reference"]) == 0
+def test_evaluate_table_and_other_data(trained, capsys):
+    folder, result, _ = trained
+    arguments = ["evaluate", "--checkpoint", str(folder / "last.pt"), "--data", "digits"]
+    assert main([*arguments, "--run.ops", "reference"]) == 0
     out = capsys.readouterr().out
-    assert f"{result['runs']['fused']['correct']}/360" in out
-    assert "The recorded accuracy is reproduced." in out
+    assert f"{result['history'][-1]['ema_correct']}/40" in out and "reference ops served by reference" in out
+    assert main([*arguments, "--data.limit_val=0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] == 360
+    assert main(["evaluate", "--checkpoint", str(folder / "last.pt"), "--data.source=folder", "--data", str(folder / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
 
 
-def test_checkpoint_content(trained):
-    output, _ = trained
-    content = torch.load(output / "fused.pt", weights_only=True)
-    assert {key: type(content[key]) for key in ("model", "num_classes", "epoch", "accuracy")} == {
-        "model": str, "num_classes": int, "epoch": int, "accuracy": float}  # fmt: skip
-    assert (content["model"], content["num_classes"], content["epoch"]) == ("mobilevitv3_xxs", 10, 1)
-    assert content["config"]["ops"] == "fused" and content["config"]["limit_train"] == 128
-    model = checkpoint.build_model(output / "fused.pt", content)
-    assert all(torch.equal(a, content["state_dict"][name]) for name, a in model.state_dict().items())
+def test_evaluate_official_file(trained, tmp_path, capsys):
+    """A plain state dict, as the releases publish them, with the recipe that it was trained with."""
+    folder, result, _ = trained
+    content = checkpoint.load(folder / "last.pt")
+    path = tmp_path / "checkpoint_ema_best.pt"
+    torch.save(content["ema_state_dict"], path)
+    options = ["--config", "digits", "--data.limit_val=40", "--data.resize=32", "--data.crop=32"]
+    assert main(["evaluate", "--checkpoint", str(path), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["correct"] == result["history"][-1]["ema_correct"] and found["recorded_accuracy"] is None
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--checkpoint", str(folder / "last.pt"), "--config", "digts"])
 
 
-def test_quiet_table(tmp_path, capsys):
-    output = str(tmp_path / "runs")
-    assert main(["train", *SMALL, "--ops", "fused", "--limit-train", "32", "--quiet", "--output", output]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    for text in ("val accuracy", "img/s", "fused ops served by", "curves.png", "fused.pt", "/360"):
-        assert text in captured.out
-    assert "reference.pt" not in captured.out
+def test_predict(trained, tmp_path, capsys):
+    folder, _, _ = trained
+    from sklearn import datasets
+
+    pixels = datasets.load_digits().images[3]
+    (tmp_path / "images").mkdir()
+    Image.fromarray((pixels * 15.9).astype("uint8")).resize((64, 64), Image.BICUBIC).save(tmp_path / "images" / "three.png")
+    (tmp_path / "images" / "torn.png").write_bytes(b"no image")
+    arguments = ["predict", "--checkpoint", str(folder / "last.pt")]
+    assert main([*arguments, str(tmp_path / "images"), "--json"]) == 0
+    three, torn = json.loads(capsys.readouterr().out)
+    assert torn["error"].startswith("cannot be read")
+    content = checkpoint.load(folder / "last.pt")
+    model = mvit3_kernels.create_model("mobilevitv3_xxs", 10).eval()
+    model.load_state_dict(content["ema_state_dict"])
+    config = small_config()
+    with torch.no_grad():
+        expected = model(evaluation_transform(config)(tmp_path / "images" / "three.png")[None])[0].softmax(0)
+    assert [guess["index"] for guess in three["classes"]] == expected.topk(5).indices.tolist()
+    assert [guess["probability"] for guess in three["classes"]] == pytest.approx(expected.topk(5).values.tolist(), rel=1e-4)
+    assert main([*arguments, str(tmp_path / "images" / "three.png"), "--top=2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("%") == 2 and str(three["classes"][0]["name"]) in out
+    assert main([*arguments, str(tmp_path / "images" / "torn.png")]) == 1
+    assert main([*arguments, str(tmp_path / "nowhere")]) == 1
+    assert "there is no such file" in capsys.readouterr().err
 
 
-def test_same_seed_same_losses(digits):
-    """Dropout included, and whether a run trains alone or takes turns with another."""
-    together = train_runs(digits, proj_drop_rate=0.1, drop_rate=0.1, seed=3)
-    for run in together:
-        (alone,) = train_runs(digits, ops=run.ops, proj_drop_rate=0.1, drop_rate=0.1, seed=3)
-        assert alone.history.losses == run.history.losses
-        assert alone.history.evaluations == run.history.evaluations
-    (other,) = train_runs(digits, ops="fused", proj_drop_rate=0.1, drop_rate=0.1, seed=4)
-    assert other.history.losses[0] != together[1].history.losses[0]
+def test_two_processes(tmp_path, capsys):
+    """Under torchrun, with half the batch: as many steps, and one process repeats the accuracy."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mvit3")
+    arguments = small_arguments(tmp_path, "--data.batch_size=8", "--run.threads=1", "--json", "--schedule.epochs=1")
+    out, err = (running := process(*arguments, launcher=launcher)).communicate(timeout=300)
+    assert running.returncode == 0, err
+    result = json.loads(out)
+    assert (result["processes"], result["effective_batch"], result["steps"]) == (2, 16, 4)
+    assert "8 images x 2 processes x 1 batches = 16 images per step" in err
+    assert result["history"][-1]["total"] == 40
+    assert main(["evaluate", "--checkpoint", str(tmp_path / "last.pt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == result["accuracy"] and found["val_loss"] == pytest.approx(result["history"][-1]["ema_val_loss"], rel=1e-5)
 
 
-def test_diverging_loss_is_an_error(digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "learning_rate", lambda *args: math.inf)
-    assert main(["train", *SMALL, "--ops", "reference", "--quiet", "--output", str(tmp_path)]) == 1
-    assert "the loss of the reference run is nan at step 2 of 4; try a lower --lr" in capsys.readouterr().err
+def test_step_against_plain_pytorch():
+    """Accumulation, smoothing, clipping and the update of two batches, written out."""
+    plain = {"name": "momentum", "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "clip_grad": 0.3}
+    changes = {"model": {"drop_rate": 0.0, "proj_drop_rate": 0.0}, "optimizer": plain, "data": {"batch_size": 8},
+               "schedule": {"warmup_iterations": 0, "update": "epoch"}, "run": {"accumulate": 2, "max_steps": 1}}  # fmt: skip
+    ours = trainer(**changes)
+    assert ours.steps_per_epoch == 4 and ours.effective_batch == 16
+    model = copy.deepcopy(ours.model).train()
+    batches = list(ours.loaders.train.epoch(0))[:2]
+    loss = sum(F.cross_entropy(model(images), labels, label_smoothing=0.1) for images, labels in batches) / 2
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm > 0.3
+    expected = {name: p - 0.5 * p.grad * (0.3 / norm) for name, p in model.named_parameters()}
+    with pytest.raises(engine.Stopped):
+        ours.train_epoch()
+    assert ours.last_loss == pytest.approx(float(loss), rel=1e-5)
+    for name, p in ours.model.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_learning_rate():
-    """Against values worked out by hand: warm-up over 4 of 13 steps to 0.8, then half a cosine down to a hundredth of it."""
-    rates = [engine.learning_rate(step, 13, 4, 0.8) for step in range(13)]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == pytest.approx(0.8)
-    assert rates[8] == pytest.approx(0.8 * (0.01 + 0.99 / 2))
-    assert rates[12] == pytest.approx(0.008)
-    assert engine.learning_rate(0, 1, 0, 0.5) == 0.5
+def test_fused_agrees_with_reference():
+    """The first step sees the same weights and the same batch; later steps drift by rounding only."""
+    losses = {}
+    for ops in ("reference", "fused"):
+        one, seen = trainer(run={"ops": ops, "log_steps": 1, "max_steps": 3}), []
+        one.listener.on_loss = lambda trainer, loss, lr, seen=seen: seen.append(loss)
+        with pytest.raises(engine.Stopped):
+            one.train_epoch()
+        losses[ops] = seen
+    assert losses["fused"][0] == pytest.approx(losses["reference"][0], rel=1e-5)
+    assert losses["fused"] == pytest.approx(losses["reference"], rel=2e-2)
 
 
-def test_weight_decay_spares_norms_and_biases(digits):
-    (run,) = engine.start(DemoConfig(ops="reference", limit_train=64), digits)
-    decayed, others = run.optimizer.param_groups
-    assert decayed["weight_decay"] == 0.05 and others["weight_decay"] == 0
-    assert {p.ndim for p in others["params"]} == {1} and min(p.ndim for p in decayed["params"]) == 2
-    assert len(decayed["params"]) + len(others["params"]) == len(list(run.model.parameters()))
-
-
-def test_digits(digits):
-    assert (len(digits.train), len(digits.val), digits.num_classes) == (1437, 360, 10)
-    images = digits.train.images
-    assert images.shape == (1437, 3, 64, 64) and images.is_contiguous(memory_format=torch.channels_last)
-    assert images.min() == 0 and images.max() == 1 and torch.equal(images[:, 0], images[:, 2])
-    for split in (digits.train, digits.val):  # stratified: each class within one image of its share
-        share = torch.bincount(digits.train.labels).add(torch.bincount(digits.val.labels)) * len(split) / 1797
-        assert (torch.bincount(split.labels) - share).abs().max() <= 1
-    again = data.load_digits()
-    assert torch.equal(again.val.images, digits.val.images) and torch.equal(again.train.labels, digits.train.labels)
-    seen = {image.numpy().tobytes() for image in digits.train.images}
-    assert not any(image.numpy().tobytes() in seen for image in digits.val.images)
-
-
-def test_batches(digits):
-    split = digits.train.take(100)
-    batches = list(data.train_batches(split, 32, 7))
-    assert [images.shape[0] for images, _ in batches] == [32, 32, 32]
-    assert all(
-        torch.equal(a, b) for one, two in zip(batches, data.train_batches(split, 32, 7), strict=True) for a, b in zip(one, two, strict=True)
+def test_step_as_a_graph():
+    """What a recorded step computes, and its place in the loop; the recorder plays the part of CUDA graphs."""
+    changes = {"model": {"drop_rate": 0.0, "proj_drop_rate": 0.0}, "run": {"ops": "reference"},
+               "optimizer": {"name": "momentum", "lr": 0.1, "clip_grad": 1.0}}  # fmt: skip
+    plain, graphed = trainer(**changes), trainer(**changes)
+    graphed._wrap()
+    recorder = FakeRecorder()
+    graphed._graph = mvit3_kernels.cuda_graph_step(
+        graphed.network, graphed.criterion, graphed.optimizer, max_norm=1.0, warmup=1, recorder=recorder
     )
-    assert not torch.equal(batches[0][0], next(data.train_batches(split, 32, 8))[0])
-    assert all(images.min() >= 0 and images.max() <= 1 + 1e-6 for images, _ in batches)
+    for one in (plain, graphed):
+        one.train_epoch()
+    assert (recorder.records, recorder.replays) == (1, 3)
+    assert graphed.progress.loss_sum == pytest.approx(plain.progress.loss_sum, rel=1e-5)
+    for name, tensor in plain.ema.module.state_dict().items():
+        torch.testing.assert_close(graphed.ema.module.state_dict()[name], tensor, rtol=1e-3, atol=1e-4)
+    again = trainer(**changes)
+    again.load(graphed.content())  # a checkpoint of graphed steps, in a run without
+    again.progress.epoch, again.progress.batch = 1, 0
+    again.train_epoch()
+    assert again.progress.step == 8
 
 
-def test_augment_without_randomness_is_the_identity(digits, monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 0.5))
-    images = digits.train.images[:4]
-    torch.testing.assert_close(data.augment(images, torch.Generator()), images, atol=1e-5, rtol=0)
+def test_seed_decides_everything():
+    """Dropout and mixing included."""
+
+    def losses(seed):
+        one, seen = trainer(run={"seed": seed, "log_steps": 1, "max_steps": 2}, loss={"mixup_alpha": 0.2, "cutmix_alpha": 1.0}), []
+        one.listener.on_loss = lambda trainer, loss, lr: seen.append(loss)
+        with pytest.raises(engine.Stopped):
+            one.train_epoch()
+        return seen
+
+    first = losses(3)
+    torch.rand(5)  # what else draws from torch's generator does not matter
+    assert losses(3) == first and losses(4)[0] != first[0]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [({"limit_train": 9999}, "--limit-train .* 1437"), ({"limit_train": 32}, "--batch-size .* 32")]
-)
-def test_more_images_than_there_are(digits, options, message):
+def test_mixed_targets():
+    """Weights of two images in the picture are those in the target, with smoothing; an odd one out stays as it is."""
+    criterion = Criterion(LossConfig(mixup_alpha=0.2, label_smoothing=0.1), 5)
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    images = F.one_hot(labels, 5).float().view(5, 5, 1, 1).repeat(1, 1, 4, 4)  # each image says its label
+    mixed, targets = criterion.mix(images.clone(), labels)
+    torch.testing.assert_close(targets, 0.9 * mixed[:, :, 0, 0] + 0.1 / 5)
+    assert torch.equal(mixed[4], images[4]) and 0 < mixed[0, 0, 0, 0] < 1
+    logits = torch.randn(5, 5)
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(criterion(logits, targets), expected)
+
+
+def test_optimizer():
+    """Norms and biases do not decay where the recipe says so; the update is one fused call; eps and betas arrive."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    options = {"lr": 0.1, "weight_decay": 0.05, "betas": (0.8, 0.9), "eps": 1e-6}
+    optimizer = build_optimizer(model, OptimizerConfig(**options, no_decay_1d=True), factor=2.0)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decay[id(p)] for p in model.parameters()] == [0.05, 0, 0, 0]
+    for group in optimizer.param_groups:
+        assert group["fused"] and (group["lr"], group["betas"], group["eps"]) == (0.2, (0.8, 0.9), 1e-6)
+    optimizer = build_optimizer(model, OptimizerConfig(**options, no_decay_1d=False))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05}
+    assert isinstance(build_optimizer(model, OptimizerConfig(name="lamb")), torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"run": {"accumulate": 5}}, "run.accumulate must be at most the batches of an epoch, 4, got 5"),
+    ({"model": {"num_classes": 9}}, "model.num_classes must be at least 10"),
+])  # fmt: skip
+def test_what_the_data_does_not_allow(changes, message):
     with pytest.raises(UsageError, match=message):
-        engine.start(DemoConfig(**options), digits)
+        trainer(**changes)
+
+
+def test_pretrained(trained, tmp_path):
+    """Training starts from the weights of a checkpoint, the averaged ones where there are any."""
+    folder, _, _ = trained
+    weights = checkpoint.load(folder / "last.pt")["ema_state_dict"]
+    ours = trainer(model={"pretrained": str(folder / "last.pt"), "num_classes": 12, "drop_head": True})
+    state = ours.model.state_dict()
+    same = [name for name in state if torch.equal(state[name], weights.get(name, torch.empty(0)))]
+    assert set(state) - set(same) == {"classifier.fc.weight", "classifier.fc.bias"}
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", *small_arguments(tmp_path)[1:], "--schedule.warmup_epochs=0"]) == 0
+    captured = capsys.readouterr()
+    assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "report.json", "reference", "fused"}
+    result = json.loads((tmp_path / "report.json").read_text())
+    reference, fused = (result["runs"][ops] for ops in ("reference", "fused"))
+    assert len(fused["losses"]) == len(reference["losses"]) == 8 and fused["losses"] == pytest.approx(reference["losses"], rel=5e-2)
+    assert fused["images_per_second"] == pytest.approx(16 / fused["step_seconds"])
+    assert "fused / reference = " in captured.out and "img/s" in captured.err
+    assert main(["evaluate", "--checkpoint", fused["checkpoint"], "--quiet"]) == 0
+    assert f"{fused['correct']}/40" in capsys.readouterr().out
 
 
 def test_threads():
+    import os
+
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
