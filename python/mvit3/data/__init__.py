@@ -2,13 +2,12 @@
 
 from .config import AugmentConfig, DataConfig, SamplerConfig
 from .decode import DecodeError
-from .digits import DATASETS, Dataset, Split, augment, load_digits, train_batches
+from .digits import Dataset, Split, load_digits
 from .loader import EvaluationLoader, Loaders, TrainLoader, loaders, validation
 from .sources import DataError
 from .transforms import EvaluationTransform, evaluation_transform
 
 __all__ = [
-    "DATASETS",
     "AugmentConfig",
     "DataConfig",
     "DataError",
@@ -20,10 +19,8 @@ __all__ = [
     "SamplerConfig",
     "Split",
     "TrainLoader",
-    "augment",
     "evaluation_transform",
     "load_digits",
     "loaders",
-    "train_batches",
     "validation",
 ]

@@ -1,12 +1,7 @@
-"""Data sets that fit in memory, and batches of them.
-
-Images live as one channels_last tensor on the device of the run: a batch is an index, and its augmentation a few tensor operations.
-"""
+"""The embedded digits: a data set that fits in memory."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,26 +55,3 @@ def load_digits() -> Dataset:
     labels = torch.from_numpy(digits.target).long()
     parts = model_selection.train_test_split(range(len(labels)), test_size=0.2, stratify=digits.target, random_state=SPLIT_SEED)
     return Dataset("digits", 10, *(Split(images[part], labels[part]) for part in parts))
-
-
-DATASETS = {"digits": load_digits}
-
-
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned by up to 12 degrees, scaled by up to 15 % and shifted by up to 10 % of its side; no flips, these are digits."""
-    # Drawn on the CPU, so that a seed means the same on every device.
-    turn, scale, dx, dy = torch.rand(4, len(images), generator=generator).mul(2).sub(1).to(images.device)
-    turn, scale = turn * math.radians(12), 1 + 0.15 * scale
-    cos, sin = turn.cos() * scale, turn.sin() * scale
-    theta = torch.stack((cos, -sin, 0.2 * dx, sin, cos, 0.2 * dy), 1).view(-1, 2, 3)  # 0.2: a side is 2 long in the grid's units
-    grid = F.affine_grid(theta, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False).contiguous(memory_format=torch.channels_last)
-
-
-def train_batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled and augmented batches of one epoch, all of the same size; the seed decides everything."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(split), generator=generator)
-    for start in range(0, len(split) - batch_size + 1, batch_size):
-        index = order[start : start + batch_size].to(split.images.device)
-        yield augment(split.images[index], generator), split.labels[index]
