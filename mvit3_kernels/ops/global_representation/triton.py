@@ -41,6 +41,7 @@ from ..triton_common import (
 from ..triton_rows import load_tile, load_vector, load_weight, multiply_rows, row_statistics, store_tile, two_tiles
 from . import TILE
 
+_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
 LOG2E = tl.constexpr(1 / math.log(2))
 TENSORS = tl.constexpr(12)  # of a layer: weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2
@@ -220,17 +221,20 @@ def _transformer_fwd_kernel(
     first_group = tl.program_id(0) * groups_per_program
     here = tl.minimum(groups - first_group, groups_per_program)
     sample, start = first_group // POSITIONS, first_group % POSITIONS
-    offset = sample.to(tl.int64) * pixels * C
+    x_ptr += sample.to(tl.int64) * pixels * C
+    y_ptr += sample.to(tl.int64) * pixels * C
     qkv_ptr += tl.program_id(0).to(tl.int64) * tiles * (BLOCK_M * 3 * C)
     count, mean, m2 = 0.0, 0.0, 0.0  # of the sample
     if PER_SAMPLE:
         for tile in range(tiles):
             row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
-            head, tail = _load_rows(x_ptr + offset, pixel, valid, C, HEAD, TAIL)
+            head, tail = _load_rows(x_ptr, pixel, valid, C, HEAD, TAIL)
             count, mean, m2 = _add_moments(count, mean, m2, head, tail, valid, C, HEAD, TAIL)
 
+    t_ptr = x_ptr  # handed on from layer to layer: Triton 3.6 cannot choose between two pointers that were moved, on AMD
     for layer in tl.range(0, LAYERS, disable_licm=True, num_stages=1):
-        t_ptr = tl.where(layer == 0, x_ptr, y_ptr) + offset  # in this order: Triton 3.6 cannot choose between moved pointers on AMD
+        if BLOCK_M > BLOCK_Q:  # a tall tile, of NVIDIA alone, leaves no register for it
+            t_ptr = tl.where(layer == 0, x_ptr, y_ptr)
 
         # Queries, keys and values.
         weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
@@ -262,7 +266,7 @@ def _transformer_fwd_kernel(
                 head, tail = _add_product(head, tail, out, weight_ptr, i * DIM + tl.arange(0, BLOCK_D), C, C, HEAD, TAIL)
             bias_ptr = _of_layer(pointers, layer, OUT_PROJ + 1, LAYERS)
             head, tail = _add_bias_and_rows(head, tail, bias_ptr, t_ptr, pixel, valid, C, HEAD, TAIL)
-            _store_rows(y_ptr + offset, pixel, valid, head, tail, C, HEAD, TAIL)
+            _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
             if PER_SAMPLE:
                 new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C, HEAD, TAIL)
         count, mean, m2 = new_count, new_mean, new_m2
@@ -272,21 +276,22 @@ def _transformer_fwd_kernel(
         for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
             row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
             head, tail = _feed_forward(
-                y_ptr + offset, pixel, valid, pointers, layer, count, mean, m2, eps, PER_SAMPLE, LAYERS, F, C, HEAD, TAIL, BLOCK_F
+                y_ptr, pixel, valid, pointers, layer, count, mean, m2, eps, PER_SAMPLE, LAYERS, F, C, HEAD, TAIL, BLOCK_F
             )
-            _store_rows(y_ptr + offset, pixel, valid, head, tail, C, HEAD, TAIL)
+            _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
             if PER_SAMPLE:
                 new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C, HEAD, TAIL)
         count, mean, m2 = new_count, new_mean, new_m2
+        t_ptr = y_ptr
         tl.debug_barrier()
 
     if norm_weight_ptr is not None:
         for tile in range(tiles):
             row, pixel, valid = _group_rows(tile, here, tokens, pixels, width, start, PATCH_H, PATCH_W, BLOCK_M, GROUP)
             head, tail = _load_normalised(
-                y_ptr + offset, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
+                y_ptr, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
             )
-            _store_rows(y_ptr + offset, pixel, valid, head, tail, C, HEAD, TAIL)
+            _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
 
 
 @triton.jit
@@ -344,17 +349,18 @@ def _separable_fwd_kernel(
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     sample = tl.program_id(0).to(tl.int64)
-    offset = sample * pixels * C
+    x_ptr += sample * pixels * C
+    y_ptr += sample * pixels * C
     context_ptr += sample * (PATCH_H * PATCH_W * C)
     count, mean, m2 = 0.0, 0.0, 0.0
     if PER_SAMPLE:
         for tile in range(tiles):
             pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
-            head, tail = _load_rows(x_ptr + offset, pixel, valid, C, HEAD, TAIL)
+            head, tail = _load_rows(x_ptr, pixel, valid, C, HEAD, TAIL)
             count, mean, m2 = _add_moments(count, mean, m2, head, tail, valid, C, HEAD, TAIL)
 
+    t_ptr = x_ptr  # handed on from layer to layer: Triton 3.6 cannot choose between two pointers that were moved, on AMD
     for layer in tl.range(0, LAYERS, disable_licm=True, num_stages=1):
-        t_ptr = tl.where(layer == 0, x_ptr, y_ptr) + offset  # in this order: Triton 3.6 cannot choose between moved pointers on AMD
         weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
 
         # The context of each position: what the keys' projection makes of the mean token.
@@ -388,7 +394,7 @@ def _separable_fwd_kernel(
                 head, tail = _add_product(head, tail, value.to(dtype), out_ptr, channel, C, C, HEAD, TAIL)
             bias2_ptr = _of_layer(pointers, layer, OUT_PROJ + 1, LAYERS)
             head, tail = _add_bias_and_rows(head, tail, bias2_ptr, t_ptr, pixel, valid, C, HEAD, TAIL)
-            _store_rows(y_ptr + offset, pixel, valid, head, tail, C, HEAD, TAIL)
+            _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
             if PER_SAMPLE:
                 new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C, HEAD, TAIL)
         count, mean, m2 = new_count, new_mean, new_m2
@@ -398,21 +404,22 @@ def _separable_fwd_kernel(
         for tile in tl.range(0, tiles, disable_licm=True, num_stages=1):
             pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
             head, tail = _feed_forward(
-                y_ptr + offset, pixel, valid, pointers, layer, count, mean, m2, eps, PER_SAMPLE, LAYERS, F, C, HEAD, TAIL, BLOCK_F
+                y_ptr, pixel, valid, pointers, layer, count, mean, m2, eps, PER_SAMPLE, LAYERS, F, C, HEAD, TAIL, BLOCK_F
             )
-            _store_rows(y_ptr + offset, pixel, valid, head, tail, C, HEAD, TAIL)
+            _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
             if PER_SAMPLE:
                 new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C, HEAD, TAIL)
         count, mean, m2 = new_count, new_mean, new_m2
+        t_ptr = y_ptr
         tl.debug_barrier()
 
     if norm_weight_ptr is not None:
         for tile in range(tiles):
             pixel, position, valid = _sample_rows(tile, pixels, width, PATCH_H, PATCH_W, BLOCK_M)
             head, tail = _load_normalised(
-                y_ptr + offset, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
+                y_ptr, pixel, valid, norm_weight_ptr, norm_bias_ptr, count, mean, m2, eps, PER_SAMPLE, C, HEAD, TAIL
             )
-            _store_rows(y_ptr + offset, pixel, valid, head, tail, C, HEAD, TAIL)
+            _store_rows(y_ptr, pixel, valid, head, tail, C, HEAD, TAIL)
 
 
 def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
@@ -427,6 +434,8 @@ def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 
         if num_heads is None and x.shape[-1] > 192:
             config["BLOCK_F"] = 16
         tall = num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x)
+        if _OLD_TRITON:
+            tall = tall and x.shape[-1] <= 192 and weight.dtype is torch.float32  # the others spill
         if tall and x.dtype is torch.bfloat16:  # float16 spills in all that were tried
             config["BLOCK_M"] = TALL
             if x.shape[-1] > 192:
@@ -434,7 +443,8 @@ def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 
             elif weight.dtype is not torch.float32:
                 config["BLOCK_F"] = 16
         return config
-    stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
+    hip = triton.runtime.driver.active.get_current_target().backend == "hip"  # 64 KiB of shared memory
+    stages = 1 if hip or (num_heads is None and weight.dtype is not torch.float32) else 2  # 2 would spill there
     return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": stages}
 
 
