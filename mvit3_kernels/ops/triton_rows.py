@@ -316,18 +316,17 @@ def _row_products_kernel(
 
 @triton.jit
 def add_up_outputs(
-    product_ptr, parts, sums_ptr, sums_parts, weight_ptr, dweight_ptr, dbias_ptr, column, scale, shift,
+    dscale, dshift, product_ptr, parts, sums_ptr, sums_parts, weight_ptr, dweight_ptr, dbias_ptr, column, scale, shift,
     FIRST: tl.constexpr, OUT: tl.constexpr, PART: tl.constexpr, STRIDE: tl.constexpr, SUMS: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of OUT outputs, from FIRST on, of a linear map behind a norm, and returns their shares of those of scale and
-    shift. A part of the products holds PART outputs of STRIDE values each, one of the sums SUMS outputs.
+    """Writes the gradients of OUT outputs, from FIRST on, of a linear map behind a norm, and adds their shares of those of scale and shift
+    to tiles (BLOCK_O, BLOCK_C), which the caller sums over rows at its end: what lives through a loop as a vector is spilled. A part of the
+    products holds PART outputs of STRIDE values each, one of the sums SUMS outputs.
 
     With G = dy^T (normalised x) and s = sum dy the gradients are: of the weight G * scale + s shift, of scale the column sums of
     weight * G, of shift weight^T s.
     """
-    dscale = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
-    dshift = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     for first in range(0, OUT, BLOCK_O):
         output = first + tl.arange(0, BLOCK_O)
         valid = output < OUT
@@ -343,7 +342,7 @@ def add_up_outputs(
         store_tile(dweight_ptr + FIRST * C, output, valid, column, product * scale[None, :] + total[:, None] * shift[None, :], C, C)
         if dbias_ptr is not None and tl.program_id(0) == 0:
             tl.store(dbias_ptr + FIRST + output, total.to(dbias_ptr.dtype.element_ty), mask=valid)
-    return tl.sum(dscale, 0), tl.sum(dshift, 0)
+    return dscale, dshift
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -353,29 +352,14 @@ def _norm_linear_gradient_kernel(
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift = load_vector(norm_weight_ptr, column, C), load_vector(norm_bias_ptr, column, C)
+    nothing = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     dscale, dshift = add_up_outputs(
-        product_ptr,
-        parts,
-        sums_ptr,
-        parts,
-        weight_ptr,
-        dweight_ptr,
-        dbias_ptr,
-        column,
-        scale,
-        shift,
-        0,
-        OUT,
-        OUT,
-        C,
-        OUT,
-        C,
-        BLOCK_C,
-        BLOCK_O,
-    )
+        nothing, nothing, product_ptr, parts, sums_ptr, parts, weight_ptr, dweight_ptr, dbias_ptr, column, scale, shift,
+        0, OUT, OUT, C, OUT, C, BLOCK_C, BLOCK_O,
+    )  # fmt: skip
     valid = column < C
-    tl.store(dnorm_weight_ptr + column, dscale.to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
-    tl.store(dnorm_bias_ptr + column, dshift.to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_weight_ptr + column, tl.sum(dscale, 0).to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_bias_ptr + column, tl.sum(dshift, 0).to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

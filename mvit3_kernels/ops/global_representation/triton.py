@@ -41,6 +41,7 @@ from ..triton_common import (
 from ..triton_rows import load_tile, load_vector, load_weight, multiply_rows, row_statistics, store_tile, two_tiles
 from . import TILE
 
+_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
 LOG2E = tl.constexpr(1 / math.log(2))
 TENSORS = tl.constexpr(12)  # of a layer: weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2
@@ -230,8 +231,10 @@ def _transformer_fwd_kernel(
             head, tail = _load_rows(x_ptr, pixel, valid, C, HEAD, TAIL)
             count, mean, m2 = _add_moments(count, mean, m2, head, tail, valid, C, HEAD, TAIL)
 
+    t_ptr = x_ptr  # handed on from layer to layer: Triton 3.6 cannot choose between two pointers that were moved, on AMD
     for layer in tl.range(0, LAYERS, disable_licm=True, num_stages=1):
-        t_ptr = tl.where(layer == 0, x_ptr, y_ptr)
+        if BLOCK_M > BLOCK_Q:  # a tall tile, of NVIDIA alone, leaves no register for it
+            t_ptr = tl.where(layer == 0, x_ptr, y_ptr)
 
         # Queries, keys and values.
         weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
@@ -279,6 +282,7 @@ def _transformer_fwd_kernel(
             if PER_SAMPLE:
                 new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C, HEAD, TAIL)
         count, mean, m2 = new_count, new_mean, new_m2
+        t_ptr = y_ptr
         tl.debug_barrier()
 
     if norm_weight_ptr is not None:
@@ -355,8 +359,8 @@ def _separable_fwd_kernel(
             head, tail = _load_rows(x_ptr, pixel, valid, C, HEAD, TAIL)
             count, mean, m2 = _add_moments(count, mean, m2, head, tail, valid, C, HEAD, TAIL)
 
+    t_ptr = x_ptr  # handed on from layer to layer: Triton 3.6 cannot choose between two pointers that were moved, on AMD
     for layer in tl.range(0, LAYERS, disable_licm=True, num_stages=1):
-        t_ptr = tl.where(layer == 0, x_ptr, y_ptr)
         weight_ptr, bias_ptr = _of_layer(pointers, layer, QKV, LAYERS), _of_layer(pointers, layer, QKV + 1, LAYERS)
 
         # The context of each position: what the keys' projection makes of the mean token.
@@ -406,6 +410,7 @@ def _separable_fwd_kernel(
             if PER_SAMPLE:
                 new_count, new_mean, new_m2 = _add_moments(new_count, new_mean, new_m2, head, tail, valid, C, HEAD, TAIL)
         count, mean, m2 = new_count, new_mean, new_m2
+        t_ptr = y_ptr
         tl.debug_barrier()
 
     if norm_weight_ptr is not None:
@@ -426,7 +431,11 @@ def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 
         return {"BLOCK_M": 16, "BLOCK_Q": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
     if multiplies_from_shared_memory(x):
         config = {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
+        if num_heads is None and x.shape[-1] > 192:
+            config["BLOCK_F"] = 16
         tall = num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x)
+        if _OLD_TRITON:
+            tall = tall and x.shape[-1] <= 192 and weight.dtype is torch.float32  # the others spill
         if tall and x.dtype is torch.bfloat16:  # float16 spills in all that were tried
             config["BLOCK_M"] = TALL
             if x.shape[-1] > 192:
@@ -434,7 +443,8 @@ def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 
             elif weight.dtype is not torch.float32:
                 config["BLOCK_F"] = 16
         return config
-    stages = 1 if triton.runtime.driver.active.get_current_target().backend == "hip" else 2  # 64 KiB of shared memory
+    hip = triton.runtime.driver.active.get_current_target().backend == "hip"  # 64 KiB of shared memory
+    stages = 1 if hip or (num_heads is None and weight.dtype is not torch.float32) else 2  # 2 would spill there
     return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": stages}
 
 

@@ -64,7 +64,7 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
 
 # Rows, columns, inner columns, warps.
 _TILES = {
-    "moments": ((128, 64, 64, 4), (64, 64, 64, 4)),
+    "moments": ((128, 64, 64, 8), (64, 64, 64, 4)),
     "project": ((128, 128, 32, 8), (64, 128, 64, 8)),
     "project_bwd": ((32, 64, 128, 8), (64, 64, 64, 8), (64, 64, 128, 8, 1)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),

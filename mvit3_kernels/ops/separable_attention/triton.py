@@ -430,23 +430,22 @@ def _parameters_bwd_kernel(
     """Adds up the parts of the gradients of score (the last output beside those of the values), keys and values."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift = load_vector(norm_weight_ptr, column, C), load_vector(norm_bias_ptr, column, C)
+    nothing = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     dscale, dshift = add_up_outputs(
-        value_ptr + C * C, parts, value_sums_ptr + C, parts, qkv_weight_ptr, dqkv_weight_ptr, dqkv_bias_ptr, column, scale, shift,
-        0, 1, 1 + C, C, 1 + C, C, BLOCK_C, BLOCK_O,
+        nothing, nothing, value_ptr + C * C, parts, value_sums_ptr + C, parts, qkv_weight_ptr, dqkv_weight_ptr, dqkv_bias_ptr, column,
+        scale, shift, 0, 1, 1 + C, C, 1 + C, C, BLOCK_C, BLOCK_O,
     )  # fmt: skip
-    more_dscale, more_dshift = add_up_outputs(
-        key_ptr, key_parts, key_sums_ptr, context_parts, qkv_weight_ptr, dqkv_weight_ptr, dqkv_bias_ptr, column, scale, shift,
-        1, C, C, LANES, C, C, BLOCK_C, BLOCK_O,
+    dscale, dshift = add_up_outputs(
+        dscale, dshift, key_ptr, key_parts, key_sums_ptr, context_parts, qkv_weight_ptr, dqkv_weight_ptr, dqkv_bias_ptr, column,
+        scale, shift, 1, C, C, LANES, C, C, BLOCK_C, BLOCK_O,
     )  # fmt: skip
-    dscale += more_dscale
-    dshift += more_dshift
-    more_dscale, more_dshift = add_up_outputs(
-        value_ptr, parts, value_sums_ptr, parts, qkv_weight_ptr, dqkv_weight_ptr, dqkv_bias_ptr, column, scale, shift,
-        1 + C, C, 1 + C, C, 1 + C, C, BLOCK_C, BLOCK_O,
+    dscale, dshift = add_up_outputs(
+        dscale, dshift, value_ptr, parts, value_sums_ptr, parts, qkv_weight_ptr, dqkv_weight_ptr, dqkv_bias_ptr, column,
+        scale, shift, 1 + C, C, 1 + C, C, 1 + C, C, BLOCK_C, BLOCK_O,
     )  # fmt: skip
     valid = column < C
-    tl.store(dnorm_weight_ptr + column, (dscale + more_dscale).to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
-    tl.store(dnorm_bias_ptr + column, (dshift + more_dshift).to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_weight_ptr + column, tl.sum(dscale, 0).to(dnorm_weight_ptr.dtype.element_ty), mask=valid)
+    tl.store(dnorm_bias_ptr + column, tl.sum(dshift, 0).to(dnorm_bias_ptr.dtype.element_ty), mask=valid)
 
 
 class _Groups(NamedTuple):
