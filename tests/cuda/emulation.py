@@ -31,6 +31,16 @@ class Call(ctypes.Structure):
     )
 
 
+class DepthwiseCall(ctypes.Structure):
+    """`DepthwiseCall` of emulated.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "stride", "dilation")),
+        *((name, ctypes.c_int32) for name in ("type", "single", "processors", "backwards")),
+        *((name, ctypes.c_void_p) for name in ("x", "dz", "weight", "z", "dx", "mean", "var", "dweight")),
+    )
+
+
 def compiler() -> list[str] | None:
     command = shlex.split(os.environ.get("CXX", "g++"))
     return command if shutil.which(command[0]) else None
@@ -53,15 +63,19 @@ def library(sanitized: bool = False) -> ctypes.CDLL:
 
 
 def call(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
+    weight = values["expand"]
+    run(Call, name, values, weight, bfloat16=values["x"].dtype is torch.bfloat16, processors=processors, backwards=backwards)
+
+
+def call_depthwise(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
+    number = (torch.float32, torch.bfloat16, torch.float16).index(values["x"].dtype)
+    run(DepthwiseCall, name, values, values["weight"], type=number, processors=processors, backwards=backwards)
+
+
+def run(layout: type[ctypes.Structure], name: str, values: dict[str, Tensor | int], weight: Tensor, **options: int) -> None:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors.values())
     arguments = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()}
-    arguments |= dict(
-        processors=processors,
-        backwards=backwards,
-        bfloat16=values["x"].dtype is torch.bfloat16,
-        single=values["expand"].dtype is torch.float32,
-    )
-    run = getattr(library("libasan" in os.environ.get("LD_PRELOAD", "")), name)
-    run.restype = None
-    run(ctypes.byref(Call(**arguments)))
+    function = getattr(library("libasan" in os.environ.get("LD_PRELOAD", "")), name)
+    function.restype = None
+    function(ctypes.byref(layout(**arguments, **options, single=weight.dtype is torch.float32)))
