@@ -2,8 +2,8 @@
 //
 // A thread has a few neighbouring channels of a few neighbouring columns. Their taps (and backward, the sums of their gradients) stay in its
 // registers while it walks down the map: a row is loaded once, rows ahead of its use, and added to the unfinished sums of the three rows
-// that it belongs to. Two columns share what they load. Channels are 8 bytes, backward 4: as many as leave two blocks room for their
-// registers; 16 bytes would halve the threads that wait for memory, and there is nothing else to hide its latency behind.
+// that it belongs to. Two columns share what they load, and channels are 8 bytes of each: with 16 bytes of one column a thread would need the
+// registers of twice as many taps, and load and unpack three pixels for each that it makes instead of two.
 //
 // Blocks share the (strip of columns, row) units evenly. Columns are counted over all samples, so that narrow maps fill a block, and with
 // dilation d over the d x d maps of every d-th pixel, which know nothing of each other.
@@ -101,29 +101,57 @@ struct Walk {
   }
 };
 
-// Where the columns of a thread lie in a map, and which of them do.
+// Of a map: how far rows and columns of a thread are apart, in bytes. Launches bring it along, where instructions read it in place.
+struct Steps {
+  int64_t down, across;
+  int rows, height, width;
+
+  Steps(const Maps& m, bool out, int number, int stride)
+      : down(int64_t(stride) * (out ? m.out_width : m.width) * m.inputs * number), across(int64_t(m.dilation) * m.inputs * number),
+        rows(stride), height(out ? m.out_height : m.height), width(out ? m.out_width : m.width) {}
+};
+
+// The columns of a thread in a map, row by row.
 template <typename T, int Count>
 struct Strip {
-  T* at;
-  int64_t row;  // elements
-  int column, height;
-  bool there[Count];
+  const Steps& steps;
+  T* next;        // first column of the row to come
+  int row, end;   // that row; the one that the thread does not need any more
+  uint32_t there; // which of the columns are in the map
 
-  MVIT3_DEVICE Strip(T* map, int64_t image, int map_height, int map_width, int channels, int channel, int first, int step)
-      : row(int64_t(map_width) * channels), column(step * channels), height(map_height) {
-    at = map + image * map_height * row + int64_t(first) * channels + channel;
+  MVIT3_DEVICE Strip(const Steps& s, T* map, int channels, int channel, const Place& at, int first_row, int end_row, int first_column)
+      : steps(s), row(first_row), end(end_row < s.height ? end_row : s.height), there(0) {
+    next = map + ((at.image * s.height + first_row) * s.width + first_column) * channels + channel;
 #pragma unroll
-    for (int i = 0; i < Count; ++i) there[i] = unsigned(first + i * step) < unsigned(map_width);
+    for (int i = 0; i < Count; ++i) there |= uint32_t(unsigned(first_column + i * at.step) < unsigned(s.width)) << i;
   }
 
-  // Pixels of row y, zeros where there are none.
+  MVIT3_DEVICE bool has(int i) const { return there & 1u << i; }
+  static MVIT3_DEVICE T* moved(T* from, int64_t bytes) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(from) + bytes);
+  }
+  MVIT3_DEVICE void advance() {
+    next = moved(next, steps.down);
+    row += steps.rows;
+  }
+
+  // The row to come, zeros where there are no pixels or nobody needs them.
   template <typename N>
-  MVIT3_DEVICE void load(N (&pixels)[Count], int y, bool wanted = true) const {
-    const T* const from = at + y * row;
-    wanted = wanted && unsigned(y) < unsigned(height);
+  MVIT3_DEVICE void load(N (&pixels)[Count]) {
+    const uint32_t wanted = unsigned(row) < unsigned(end) ? there : 0u;
+    T* from = next;
 #pragma unroll
-    for (int i = 0; i < Count; ++i) pixels[i] = wanted && there[i] ? N::load(from + i * column) : N{};
+    for (int i = 0; i < Count; ++i) {
+      pixels[i] = wanted & 1u << i ? N::load(from) : N{};
+      if (i + 1 < Count) from = moved(from, steps.across);
+    }
+    advance();
   }
+
+  // Stores pixel i of the row to come.
+  template <typename N>
+  MVIT3_DEVICE void store(int i, const N& pixel) const { pixel.store(moved(next, i * steps.across)); }
 };
 
 template <typename T, int Channels>
@@ -139,19 +167,22 @@ MVIT3_DEVICE void load_taps(float (&taps)[9][Channels], const Values& weight, in
 template <typename T, int Stride, bool Vectors>
 struct DepthwiseFilter {
   static constexpr int kBlocksAtOnce = 2;
-  static constexpr int kChannels = Vectors ? 8 / sizeof(T) : 1, kColumns = 2, kSeen = (kColumns - 1) * Stride + 3, kAhead = Stride == 1 ? 2 : 1;
+  static constexpr int kChannels = Vectors ? 8 / sizeof(T) : 1, kColumns = 2, kSeen = (kColumns - 1) * Stride + 3;
   using Plan = Walk<kColumns, kChannels>;
   using Pixel = Numbers<T, kChannels>;
 
   struct Arguments : DepthwiseArguments {
     Plan walk;
+    Steps in, out;
+    explicit Arguments(const DepthwiseArguments& a)
+        : DepthwiseArguments(a), walk(a.maps), in(a.maps, false, sizeof(T), a.maps.dilation), out(a.maps, true, sizeof(T), a.maps.dilation) {}
   };
   static int shared(const Plan& walk) {
     return walk.positions * (walk.groups * kChannels * int(sizeof(Moments)) + int(sizeof(float)));
   }
   static int64_t kept(const Plan& walk) { return 2 * int64_t(walk.channels) + 1; }
 
-  // sum + a row times row Row of the taps; from nothing where `fresh`.
+  // to = sum + a row of x times row Row of the taps
   template <int Row>
   static MVIT3_DEVICE void weigh(
       float (&to)[kColumns][kChannels], const float (&sum)[kColumns][kChannels], const float (&row)[kSeen][kChannels],
@@ -190,16 +221,15 @@ struct DepthwiseFilter {
     }
   };
 
-  static MVIT3_DEVICE void store(
-      const Strip<T, kColumns>& z, int y, const float (&value)[kColumns][kChannels], Seen& seen) {
-    T* const to = z.at + y * z.row;
+  static MVIT3_DEVICE void store(Strip<T, kColumns>& z, const float (&value)[kColumns][kChannels], Seen& seen) {
 #pragma unroll
     for (int x = 0; x < kColumns; ++x) {
-      if (x && !z.there[x]) continue;
+      if (x && !z.has(x)) continue;
       const Pixel pixel = Pixel::of(value[x]);
-      pixel.store(to + x * z.column);
+      z.store(x, pixel);
       seen.add(pixel);
     }
+    z.advance();
   }
 
   static MVIT3_DEVICE void run(const Arguments& a) {
@@ -211,49 +241,44 @@ struct DepthwiseFilter {
     Seen seen;
     if (walk.works())
       walk.for_each_strip([&](Place at, int first, int last) {
-        const Strip<const T, kSeen> x(
-            static_cast<const T*>(a.x), at.image, m.height, m.width, m.inputs, channel, Stride * at.x(0) - at.step, at.step);
-        const Strip<T, kColumns> z(static_cast<T*>(a.z), at.image, m.out_height, m.out_width, m.inputs, channel, at.x(0), at.step);
-        float row[kSeen][kChannels], value[kColumns][kChannels];
+        const int first_in = Stride == 1 ? at.y(first - 1) : 2 * first - 1, end_in = Stride == 1 ? at.y(last) + 1 : 2 * last;
+        Strip<const T, kSeen> x(
+            a.in, static_cast<const T*>(a.x), m.inputs, channel, at, first_in, end_in, Stride * at.x(0) - at.step);
+        Strip<T, kColumns> z(a.out, static_cast<T*>(a.z), m.inputs, channel, at, at.y(first), at.y(last), at.x(0));
+        const float none[kColumns][kChannels] = {};
+        float row[kSeen][kChannels], value[kColumns][kChannels], above[kColumns][kChannels] = {}, here[kColumns][kChannels] = {};
+        Pixel ahead[2][kSeen];
+        x.load(ahead[0]);
+        x.load(ahead[1]);
         if constexpr (Stride == 1) {
-          Pixel ahead[kAhead][kSeen];
-#pragma unroll
-          for (int i = 0; i < kAhead; ++i) x.load(ahead[i], at.y(first - 1 + i), i < 2 || first - 1 + i <= last);
-          float above[kColumns][kChannels] = {}, here[kColumns][kChannels] = {};
-          const float none[kColumns][kChannels] = {};
 #pragma unroll 1
-          for (int from = first - 1; from <= last; from += kAhead) {
+          for (int from = first - 1; from <= last; from += 2) {
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
+            for (int i = 0; i < 2; ++i) {
               const int r = from + i;
               if (r > last) break;
               unpack_row(row, ahead[i]);
-              x.load(ahead[i], at.y(r + kAhead), r + kAhead <= last);
+              x.load(ahead[i]);
               weigh<2>(value, above, row, taps);
               weigh<1>(above, here, row, taps);
               weigh<0>(here, none, row, taps);
-              if (r > first) store(z, at.y(r - 1), value, seen);
+              if (r > first) store(z, value, seen);
             }
           }
         } else {
-          Pixel middle[kSeen], below[kSeen];
-          x.load(below, 2 * first - 1);
-          x.load(middle, 2 * first);
-          unpack_row(row, below);
-          x.load(below, 2 * first + 1);
-          const float none[kColumns][kChannels] = {};
-          float above[kColumns][kChannels];
+          unpack_row(row, ahead[0]);
+          x.load(ahead[0]);
           weigh<0>(above, none, row, taps);
 #pragma unroll 1
           for (int y = first; y < last; ++y) {
-            unpack_row(row, middle);
-            x.load(middle, 2 * y + 2, y + 1 < last);
+            unpack_row(row, ahead[1]);
+            x.load(ahead[1]);
             weigh<1>(value, above, row, taps);
-            unpack_row(row, below);
-            x.load(below, 2 * y + 3, y + 1 < last);
+            unpack_row(row, ahead[0]);
+            x.load(ahead[0]);
             weigh<2>(value, value, row, taps);
             weigh<0>(above, none, row, taps);
-            store(z, y, value, seen);
+            store(z, value, seen);
           }
         }
       });
@@ -290,13 +315,17 @@ struct DepthwiseFilter {
 
 template <typename T, int Stride, bool Vectors>
 struct DepthwiseBackward {
-  static constexpr int kBlocksAtOnce = 2;
-  static constexpr int kChannels = Vectors ? 4 / sizeof(T) : 1, kColumns = Stride == 1 ? 2 : 1;
+  // Stride 1: one block with twice the channels a thread, because what is around the products is the same for any number of channels.
+  static constexpr int kBlocksAtOnce = Stride == 1 ? 1 : 2;
+  static constexpr int kChannels = Vectors ? (Stride == 1 ? 8 : 4) / sizeof(T) : 1, kColumns = Stride == 1 ? 2 : 1;
   using Plan = Walk<kColumns, kChannels>;
   using Pixel = Numbers<T, kChannels>;
 
   struct Arguments : DepthwiseArguments {
     Plan walk;
+    Steps in, out;
+    explicit Arguments(const DepthwiseArguments& a)
+        : DepthwiseArguments(a), walk(a.maps), in(a.maps, false, sizeof(T), a.maps.dilation), out(a.maps, true, sizeof(T), a.maps.dilation) {}
   };
   static int shared(const Plan& walk) { return walk.positions * walk.groups * kChannels * 9 * int(sizeof(float)); }
   static MVIT3_BOTH int64_t kept(const Plan& walk) { return 9 * int64_t(walk.channels); }
@@ -317,19 +346,21 @@ struct DepthwiseBackward {
   // Two columns of x, four of dz around them. A row of dz is added to the three rows of x that it belongs to. What is not there takes no
   // part, so that NaN spoils no more than it meets.
   static MVIT3_DEVICE void walk_down(
-      Taps& taps, Place at, int first, int last, const Strip<const T, 4>& dz, const Strip<const T, 2>& x, const Strip<T, 2>& dx) {
+      Taps& taps, Place at, int first, int last, Strip<const T, 4>& dz, Strip<const T, 2>& x, Strip<T, 2>& dx) {
     constexpr int kRing = 3;
     Pixel dz_ahead[kRing][4], x_ahead[kRing][2];  // row r of dz and row r + 1 of x are at (r - (first - 1)) % 3
 #pragma unroll
     for (int i = 0; i < kRing; ++i) {
-      dz.load(dz_ahead[i], at.y(first - 1 + i), first - 1 + i <= last);
-      x.load(x_ahead[i], at.y(first + i), first + i < last);
+      dz.load(dz_ahead[i]);
+      x.load(x_ahead[i]);
     }
+    const bool all = dz.there == 15;
     float value[kRing][2][kChannels] = {}, grad[kRing][2][kChannels] = {};  // row r is at (r - (first - 2)) % 3
+    int y = at.y(first - 1);
 #pragma unroll 1
     for (int from = first - 1; from <= last; from += kRing) {
 #pragma unroll
-      for (int i = 0; i < kRing; ++i) {
+      for (int i = 0; i < kRing; ++i, y += at.step) {
         const int r = from + i;
         if (r > last) break;
         float row[4][kChannels];
@@ -341,30 +372,35 @@ struct DepthwiseBackward {
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) grad[(i + 2) % kRing][j][c] = 0.0f;
         }
-        dz.load(dz_ahead[i], at.y(r + kRing), r + kRing <= last);
-        x.load(x_ahead[i], at.y(r + 1 + kRing), r + 1 + kRing < last);
-        if (unsigned(at.y(r)) < unsigned(dz.height)) {
+        dz.load(dz_ahead[i]);
+        x.load(x_ahead[i]);
+        const auto add_row = [&](auto whole) {
+          constexpr bool kWhole = decltype(whole)::value;
 #pragma unroll
           for (int ty = 0; ty < 3; ++ty) {
-            if (r - 1 + ty < first || r - 1 + ty >= last) continue;
+            if (!kWhole && (r - 1 + ty < first || r - 1 + ty >= last)) continue;
             const auto meet = [&](int column, int from_column) {
               taps.meet(
                   3 * ty + column + 2 - from_column, value[(i + ty) % kRing][column], row[from_column], grad[(i + ty) % kRing][column]);
             };
             meet(0, 1);
-            if (dz.there[0]) meet(0, 0);
-            if (dz.there[2]) {
+            if (kWhole || dz.has(0)) meet(0, 0);
+            if (kWhole || dz.has(2)) {
               meet(0, 2);
               meet(1, 1);
               meet(1, 2);
             }
-            if (dz.there[3]) meet(1, 3);
+            if (kWhole || dz.has(3)) meet(1, 3);
           }
-        }
+        };
+        if (all && r > first && r + 1 < last)
+          add_row(std::true_type{});
+        else if (unsigned(y) < unsigned(dz.steps.height))
+          add_row(std::false_type{});
         if (r > first) {
-          T* const to = dx.at + at.y(r - 1) * dx.row;
-          Pixel::of(grad[i][0]).store(to);
-          if (dx.there[1]) Pixel::of(grad[i][1]).store(to + dx.column);
+          dx.store(0, Pixel::of(grad[i][0]));
+          if (dx.has(1)) dx.store(1, Pixel::of(grad[i][1]));
+          dx.advance();
         }
       }
     }
@@ -372,18 +408,18 @@ struct DepthwiseBackward {
 
   // Stride 2: for a pixel of dz four of x, by parity of row and column. An even one meets the middle tap, an odd one the two around it.
   static MVIT3_DEVICE void walk_down_quarters(
-      Taps& taps, int first, int last, const Strip<const T, 2>& dz, const Strip<const T, 2>& x, const Strip<T, 2>& dx) {
+      Taps& taps, int first, int last, Strip<const T, 2>& dz, Strip<const T, 2>& x, Strip<T, 2>& dx) {
     Pixel dz_ahead[2], even_ahead[2], odd_ahead[2];
     float here[2][kChannels], below[2][kChannels];
-    const auto load = [&](int y) {
-      dz.load(dz_ahead, y + 1, y < last);
-      x.load(even_ahead, 2 * y, y < last);
-      x.load(odd_ahead, 2 * y + 1, y < last);
+    const auto load = [&] {
+      dz.load(dz_ahead);
+      x.load(even_ahead);
+      x.load(odd_ahead);
     };
-    dz.load(dz_ahead, first);
+    dz.load(dz_ahead);
 #pragma unroll
     for (int j = 0; j < 2; ++j) dz_ahead[j].to(below[j]);
-    load(first);
+    load();
 #pragma unroll 1
     for (int y = first; y < last; ++y) {
       float even[2][kChannels], odd[2][kChannels], grad[2][kChannels] = {};
@@ -395,26 +431,26 @@ struct DepthwiseBackward {
         even_ahead[j].to(even[j]);
         odd_ahead[j].to(odd[j]);
       }
-      load(y + 1);
+      load();
       // One row of x and one of dz, by row `row` of the taps.
       const auto meet = [&](int row, const float (&values)[2][kChannels], const float (&gradients)[2][kChannels]) {
         taps.meet(3 * row + 1, values[0], gradients[0], grad[0]);
-        if (x.there[1]) taps.meet(3 * row + 2, values[1], gradients[0], grad[1]);
-        if (dz.there[1]) taps.meet(3 * row, values[1], gradients[1], grad[1]);
+        if (x.has(1)) taps.meet(3 * row + 2, values[1], gradients[0], grad[1]);
+        if (dz.has(1)) taps.meet(3 * row, values[1], gradients[1], grad[1]);
       };
-      const auto store = [&](int row) {
-        T* const to = dx.at + row * dx.row;
-        Pixel::of(grad[0]).store(to);
-        if (x.there[1]) Pixel::of(grad[1]).store(to + dx.column);
+      const auto store = [&] {
+        dx.store(0, Pixel::of(grad[0]));
+        if (dx.has(1)) dx.store(1, Pixel::of(grad[1]));
+        dx.advance();
       };
       meet(1, even, here);
-      store(2 * y);
-      if (2 * y + 1 >= x.height) continue;
+      store();
+      if (2 * y + 1 >= x.steps.height) break;
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) grad[0][c] = grad[1][c] = 0.0f;
       meet(2, odd, here);
-      if (y + 1 < dz.height) meet(0, odd, below);
-      store(2 * y + 1);
+      if (y + 1 < dz.steps.height) meet(0, odd, below);
+      store();
     }
   }
 
@@ -430,11 +466,13 @@ struct DepthwiseBackward {
       for (int c = 0; c < kChannels; ++c) taps.sum[i][c] = 0.0f;
     if (walk.works())
       walk.for_each_strip([&](Place at, int first, int last) {
-        const T *const from_dz = static_cast<const T*>(a.dz), *const from_x = static_cast<const T*>(a.x);
-        const int before = Stride == 1 ? at.x(-1) : at.x(0);
-        const Strip<const T, Stride == 1 ? 4 : 2> dz(from_dz, at.image, m.out_height, m.out_width, m.inputs, channel, before, at.step);
-        const Strip<const T, 2> x(from_x, at.image, m.height, m.width, m.inputs, channel, Stride * at.x(0), at.step);
-        const Strip<T, 2> dx(static_cast<T*>(a.dx), at.image, m.height, m.width, m.inputs, channel, Stride * at.x(0), at.step);
+        const auto *const from_dz = static_cast<const T*>(a.dz), *const from_x = static_cast<const T*>(a.x);
+        const int top = Stride * at.y(first), bottom = Stride * at.y(last), left = Stride * at.x(0);
+        constexpr bool around = Stride == 1;
+        Strip<const T, around ? 4 : 2> dz(
+            a.out, from_dz, m.inputs, channel, at, at.y(around ? first - 1 : first), at.y(last) + 1, at.x(around ? -1 : 0));
+        Strip<const T, 2> x(a.in, from_x, m.inputs, channel, at, top, bottom, left);
+        Strip<T, 2> dx(a.in, static_cast<T*>(a.dx), m.inputs, channel, at, top, bottom, left);
         if constexpr (Stride == 1)
           walk_down(taps, at, first, last, dz, x, dx);
         else
@@ -509,7 +547,7 @@ struct DepthwiseLaunch {
   typename K::Arguments arguments;
   int blocks, slices, shared;
 
-  explicit DepthwiseLaunch(const DepthwiseArguments& a) : arguments{a, typename K::Plan(a.maps)} {
+  explicit DepthwiseLaunch(const DepthwiseArguments& a) : arguments(a) {
     const auto& walk = arguments.walk;
     shared = K::shared(walk);
     slices = walk.slices;
