@@ -6,13 +6,18 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from mvit3_kernels import _native
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER.parents[1] / "csrc" / "cuda"
@@ -79,3 +84,34 @@ def run(layout: type[ctypes.Structure], name: str, values: dict[str, Tensor | in
     function = getattr(library("libasan" in os.environ.get("LD_PRELOAD", "")), name)
     function.restype = None
     function(ctypes.byref(layout(**arguments, **options, single=weight.dtype is torch.float32)))
+
+
+def run_sanitized(code: str) -> None:
+    """Runs a program in the repository under GCC's address and undefined-behaviour sanitizers."""
+    paths = [subprocess.run([*compiler(), f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+             for n in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    if not all(os.path.isabs(path) for path in paths):
+        pytest.skip("the compiler has no sanitizers")
+    root = FOLDER.parents[1]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "MVIT3_BACKEND": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    code = f"{code}\nprint('checked')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "checked" in done.stdout, done.stdout + done.stderr
+
+
+def resources(part: str = "") -> list[tuple[str, int, int]]:
+    """Name, registers and bytes of stack of the kernels of the built extension, for every device that it holds code for: sm_80, sm_90."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = next(Path(_native.__file__).parent.glob("_cuda.*"))
+    text = subprocess.run([cuobjdump, "-res-usage", file], check=True, capture_output=True, text=True).stdout
+    assert set(re.findall(r"arch = sm_(\d+)", text)) == {"80", "90"}
+    found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", text)
+    return [(name, int(registers), int(stack)) for name, registers, stack in found if part in name]
