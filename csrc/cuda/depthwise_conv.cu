@@ -203,20 +203,36 @@ struct DepthwiseFilter {
     for (int i = 0; i < kSeen; ++i) pixels[i].to(row[i]);
   }
 
-  // Moments of what a thread stored (Welford).
+  // Moments of what a thread stored. In a strip differences from the mean before it are summed (in the first one from its first value):
+  // three operations a number, where a running mean takes four and a division.
   struct Seen {
-    float count = 0.0f, mean[kChannels] = {}, squares[kChannels] = {};
+    float before = 0.0f, count = 0.0f;  // values before the strip, and in it
+    float mean[kChannels] = {}, squares[kChannels] = {}, sum[kChannels] = {};
 
+    MVIT3_DEVICE void start(const Pixel& pixel) {
+      if (before + count == 0.0f) pixel.to(mean);
+    }
     MVIT3_DEVICE void add(const Pixel& pixel) {
       float value[kChannels];
       pixel.to(value);
       count += 1.0f;
-      const float share = fast_divide(1.0f, count);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         const float apart = value[c] - mean[c];
-        mean[c] += apart * share;
-        squares[c] += apart * (value[c] - mean[c]);
+        sum[c] += apart;
+        squares[c] += apart * apart;
+      }
+    }
+    MVIT3_DEVICE void end_strip() {
+      before += count;
+      count = 0.0f;
+      const float share = before > 0.0f ? fast_divide(1.0f, before) : 0.0f;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const float moved = sum[c] * share, left = squares[c] - sum[c] * moved;
+        squares[c] = left < 0.0f ? 0.0f : left;  // NaN stays
+        mean[c] += moved;
+        sum[c] = 0.0f;
       }
     }
   };
@@ -227,6 +243,7 @@ struct DepthwiseFilter {
       if (x && !z.has(x)) continue;
       const Pixel pixel = Pixel::of(value[x]);
       z.store(x, pixel);
+      if (x == 0) seen.start(pixel);
       seen.add(pixel);
     }
     z.advance();
@@ -281,6 +298,7 @@ struct DepthwiseFilter {
             store(z, value, seen);
           }
         }
+        seen.end_strip();
       });
 
     // Of the threads of a block, in their order.
@@ -292,7 +310,7 @@ struct DepthwiseFilter {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c)
         moments[walk.position() * width + own * kChannels + c] = {seen.mean[c], seen.squares[c]};
-      if (own == 0) counts[walk.position()] = seen.count;
+      if (own == 0) counts[walk.position()] = seen.before;
     }
     synchronize();
     const int of_slice = slice() * width + thread();
