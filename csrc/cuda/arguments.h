@@ -109,8 +109,8 @@ void backward(const BackwardArguments& a, void* stream);
 
 enum class Type { kFloat, kBFloat16, kFloat16 };
 
-// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are the channels, and outputs
-// and wide have no part. Neither map is empty, and the dilation is not larger than the map.
+// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are the channels, and
+// outputs and wide have no part. Neither map is empty, and the dilation is not larger than the map.
 struct DepthwiseArguments {
   Maps maps;
   const void *x, *dz;

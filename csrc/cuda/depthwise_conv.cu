@@ -1,9 +1,9 @@
 // The depth-wise 3x3 convolution by itself, with the moments of what it stores, and its backward pass in one pass over dz and x.
 //
-// A thread has a few neighbouring channels of a few neighbouring columns. Their taps (and backward, the sums of their gradients) stay in its
-// registers while it walks down the map: a row is loaded once, rows ahead of its use, and added to the unfinished sums of the three rows
-// that it belongs to. Two columns share what they load, and channels are 8 bytes of each: with 16 bytes of one column a thread would need the
-// registers of twice as many taps, and load and unpack three pixels for each that it makes instead of two.
+// A thread has a few neighbouring channels of a few neighbouring columns. Their taps (and backward, the sums of their gradients) stay in
+// its registers while it walks down the map: a row is loaded once, rows ahead of its use, and added to the unfinished sums of the three
+// rows that it belongs to. Two columns share what they load, and channels are 8 bytes of each: with 16 bytes of one column a thread would
+// need the registers of twice as many taps, and load and unpack three pixels for each that it makes instead of two.
 //
 // Blocks share the (strip of columns, row) units evenly. Columns are counted over all samples, so that narrow maps fill a block, and with
 // dilation d over the d x d maps of every d-th pixel, which know nothing of each other.
@@ -74,7 +74,7 @@ struct Walk {
 
   // As many blocks of a slice as the device runs at once together with those of the other slices, each with some work.
   int64_t blocks_of(int resident) const {
-    const int64_t most = ceil_div(resident, slices), useful = ceil_div(units, kLeastRows);
+    const int64_t most = resident < slices ? 1 : resident / slices, useful = ceil_div(units, kLeastRows);
     return most < useful ? most : useful;
   }
 
@@ -106,9 +106,9 @@ struct Steps {
   int64_t down, across;
   int rows, height, width;
 
-  Steps(const Maps& m, bool out, int number, int stride)
-      : down(int64_t(stride) * (out ? m.out_width : m.width) * m.inputs * number), across(int64_t(m.dilation) * m.inputs * number),
-        rows(stride), height(out ? m.out_height : m.height), width(out ? m.out_width : m.width) {}
+  Steps(const Maps& m, bool out, int number)
+      : down(int64_t(m.dilation) * (out ? m.out_width : m.width) * m.inputs * number), across(int64_t(m.dilation) * m.inputs * number),
+        rows(m.dilation), height(out ? m.out_height : m.height), width(out ? m.out_width : m.width) {}
 };
 
 // The columns of a thread in a map, row by row.
@@ -154,6 +154,16 @@ struct Strip {
   MVIT3_DEVICE void store(int i, const N& pixel) const { pixel.store(moved(next, i * steps.across)); }
 };
 
+// What a launch takes: a call, and all that the host can tell the threads about it.
+template <typename T, typename Plan>
+struct Planned : DepthwiseArguments {
+  Plan walk;
+  Steps in, out;
+
+  explicit Planned(const DepthwiseArguments& a)
+      : DepthwiseArguments(a), walk(a.maps), in(a.maps, false, sizeof(T)), out(a.maps, true, sizeof(T)) {}
+};
+
 template <typename T, int Channels>
 MVIT3_DEVICE void load_taps(float (&taps)[9][Channels], const Values& weight, int channel, int channels) {
 #pragma unroll
@@ -169,14 +179,9 @@ struct DepthwiseFilter {
   static constexpr int kBlocksAtOnce = 2;
   static constexpr int kChannels = Vectors ? 8 / sizeof(T) : 1, kColumns = 2, kSeen = (kColumns - 1) * Stride + 3;
   using Plan = Walk<kColumns, kChannels>;
+  using Arguments = Planned<T, Plan>;
   using Pixel = Numbers<T, kChannels>;
 
-  struct Arguments : DepthwiseArguments {
-    Plan walk;
-    Steps in, out;
-    explicit Arguments(const DepthwiseArguments& a)
-        : DepthwiseArguments(a), walk(a.maps), in(a.maps, false, sizeof(T), a.maps.dilation), out(a.maps, true, sizeof(T), a.maps.dilation) {}
-  };
   static int shared(const Plan& walk) {
     return walk.positions * (walk.groups * kChannels * int(sizeof(Moments)) + int(sizeof(float)));
   }
@@ -337,14 +342,9 @@ struct DepthwiseBackward {
   static constexpr int kBlocksAtOnce = Stride == 1 ? 1 : 2;
   static constexpr int kChannels = Vectors ? (Stride == 1 ? 8 : 4) / sizeof(T) : 1, kColumns = Stride == 1 ? 2 : 1;
   using Plan = Walk<kColumns, kChannels>;
+  using Arguments = Planned<T, Plan>;
   using Pixel = Numbers<T, kChannels>;
 
-  struct Arguments : DepthwiseArguments {
-    Plan walk;
-    Steps in, out;
-    explicit Arguments(const DepthwiseArguments& a)
-        : DepthwiseArguments(a), walk(a.maps), in(a.maps, false, sizeof(T), a.maps.dilation), out(a.maps, true, sizeof(T), a.maps.dilation) {}
-  };
   static int shared(const Plan& walk) { return walk.positions * walk.groups * kChannels * 9 * int(sizeof(float)); }
   static MVIT3_BOTH int64_t kept(const Plan& walk) { return 9 * int64_t(walk.channels); }
 

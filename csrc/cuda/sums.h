@@ -56,7 +56,8 @@ struct FinishMoments {
   }
 };
 
-// Sum i of `count` that each of `parts` blocks kept, for the first warp of a block of threads that takes 32 sums; shared memory of kThreads floats.
+// Sum i of `count` that each of `parts` blocks kept, for the first warp of a block of threads that takes 32 sums; shared memory of
+// kThreads floats.
 MVIT3_DEVICE float sum_of_parts(const float* workspace, int parts, int64_t count, int64_t i) {
   float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
   float sum = 0.0f;
