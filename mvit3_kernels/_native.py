@@ -33,10 +33,15 @@ def cuda_why_not(x: torch.Tensor | None = None) -> str | None:
         return _cuda_reason
     if not x.is_cuda:
         return f"x is on {x.device}"
+    return _device_why_not(x.device.index)
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces, and the driver is not in its graph
+def _device_why_not(index: int) -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return f"{torch.cuda.get_device_name(x.device)} has compute capability below 8.0"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} has compute capability below 8.0"
     return None
 
 

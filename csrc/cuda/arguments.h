@@ -1,4 +1,5 @@
-// The arguments of the launchers, which the bindings fill in. Maps are contiguous (B, H, W, channels) in bfloat16 or float16.
+// The arguments of the launchers, which the bindings fill in. Maps are contiguous (B, H, W, channels) in bfloat16 or float16; those of the
+// depth-wise convolution by itself in float32 too.
 #pragma once
 
 #include <cstdint>
@@ -105,5 +106,26 @@ struct BackwardArguments {
 
 int64_t backward_workspace(const BackwardArguments& a);
 void backward(const BackwardArguments& a, void* stream);
+
+enum class Type { kFloat, kBFloat16, kFloat16 };
+
+// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are the channels, and
+// outputs and wide have no part. Neither map is empty, and the dilation is not larger than the map.
+struct DepthwiseArguments {
+  Maps maps;
+  const void *x, *dz;
+  Values weight;  // (channels, 9)
+  void *z, *dx;
+  float *mean, *var;
+  void* dweight;     // in the type of the weight
+  float* workspace;  // depthwise_filter_workspace or depthwise_backward_workspace floats
+  int stride;        // 1, or 2 without dilation
+  Type type;
+};
+
+int64_t depthwise_filter_workspace(const DepthwiseArguments& a);
+void depthwise_filter(const DepthwiseArguments& a, void* stream);
+int64_t depthwise_backward_workspace(const DepthwiseArguments& a);
+void depthwise_backward(const DepthwiseArguments& a, void* stream);
 
 }  // namespace mvit3

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <limits>
 #include <tuple>
 #include <utility>
@@ -76,18 +77,22 @@ class Inputs {
   std::vector<Tensor> kept_;
 };
 
-// The geometry of a call; outputs 0 where the projection has no part in it.
-Maps maps_of(const Tensor& x, const Tensor& expand, int64_t outputs, int64_t stride, int64_t dilation) {
+// The geometry of a call; outputs and wide 0 where they have no part in it.
+Maps maps_of(const Tensor& x, int64_t wide, int64_t outputs, int64_t stride, int64_t dilation) {
   STD_TORCH_CHECK(x.dim() == 4 && x.is_cuda(), "x must be a feature map (B, H, W, C) on a CUDA device");
-  STD_TORCH_CHECK(
-      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
-      "x must be in bfloat16 or float16 for the CUDA kernels");
   STD_TORCH_CHECK(stride == 1 || (stride == 2 && dilation == 1), "the CUDA kernels have stride 1, and stride 2 with dilation 1");
   STD_TORCH_CHECK(dilation >= 1 && dilation <= 1024, "dilation must be 1 to 1024, got ", dilation);
   const auto out = [&](int64_t size) { return to_int("x", (size + stride - 1) / stride); };
   return {x.size(0),          to_int("x", x.size(1)), to_int("x", x.size(2)),     to_int("x", x.size(3)),
-          out(x.size(1)),     out(x.size(2)),         to_int("project", outputs), to_int("expand", expand.size(0)),
+          out(x.size(1)),     out(x.size(2)),         to_int("project", outputs), to_int("expand", wide),
           int(dilation)};
+}
+
+Maps maps_of(const Tensor& x, const Tensor& expand, int64_t outputs, int64_t stride, int64_t dilation) {
+  STD_TORCH_CHECK(
+      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
+      "x must be in bfloat16 or float16 for the CUDA kernels");
+  return maps_of(x, expand.size(0), outputs, stride, dilation);
 }
 
 int64_t pixels(const Maps& m) { return m.batch * m.height * m.width; }
@@ -182,7 +187,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> inverted_residual_filter_backward(
   return {dx, n1, g1, dtaps};
 }
 
+DepthwiseArguments depthwise_arguments(Inputs& in, const Tensor& x, const Tensor& weight, int64_t stride, int64_t dilation) {
+  Maps m = maps_of(x, 0, 0, stride, dilation);
+  m.dilation = std::min(m.dilation, std::max({m.height, m.width, 1}));  // taps that reach beyond the map reach no further with a larger one
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      "x must be in float32, bfloat16 or float16 for the CUDA kernels");
+  const Type type = dtype == ScalarType::Float ? Type::kFloat : dtype == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kFloat16;
+  const Values taps = in.values("weight", weight, int64_t(m.inputs) * 9);
+  return {m, in.map("x", x, pixels(m) * m.inputs), nullptr, taps, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, int(stride), type};
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv_filter(const Tensor& x, const Tensor& weight, int64_t stride, int64_t dilation) {
+  Inputs in(x);
+  DepthwiseArguments a = depthwise_arguments(in, x, weight, stride, dilation);
+  const DeviceGuard guard(x.get_device_index());
+  const Tensor z = empty_map(x, a.maps, a.maps.inputs);
+  Tensor mean = empty_floats(x, {a.maps.inputs}), var = empty_floats(x, {a.maps.inputs});
+  if (z.numel() == 0) return {z, torch::stable::zero_(mean), torch::stable::zero_(var)};
+  a.z = z.mutable_data_ptr();
+  a.mean = floats_of(mean);
+  a.var = floats_of(var);
+  const Tensor workspace = empty_floats(x, {depthwise_filter_workspace(a)});
+  a.workspace = floats_of(workspace);
+  depthwise_filter(a, current_stream(x.get_device_index()));
+  return {z, mean, var};
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv_filter_backward(
+    const Tensor& dz, const Tensor& x, const Tensor& weight, int64_t stride, int64_t dilation) {
+  Inputs in(x);
+  DepthwiseArguments a = depthwise_arguments(in, x, weight, stride, dilation);
+  const DeviceGuard guard(x.get_device_index());
+  a.dz = in.map("dz", dz, out_pixels(a.maps) * a.maps.inputs);
+  const Tensor dx = torch::stable::new_empty(x, x.sizes());
+  Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
+  if (x.numel() == 0) return {dx, torch::stable::zero_(dweight)};
+  a.dx = dx.mutable_data_ptr();
+  a.dweight = dweight.mutable_data_ptr();
+  const Tensor workspace = empty_floats(x, {depthwise_backward_workspace(a)});
+  a.workspace = floats_of(workspace);
+  depthwise_backward(a, current_stream(x.get_device_index()));
+  return {dx, dweight};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mvit3, CUDA, m) {
+  m.impl("depthwise_conv_filter", TORCH_BOX(&depthwise_conv_filter));
+  m.impl("depthwise_conv_filter_backward", TORCH_BOX(&depthwise_conv_filter_backward));
   m.impl("inverted_residual_filter", TORCH_BOX(&inverted_residual_filter));
   m.impl("inverted_residual_inference", TORCH_BOX(&inverted_residual_inference));
   m.impl("inverted_residual_filter_backward", TORCH_BOX(&inverted_residual_filter_backward));

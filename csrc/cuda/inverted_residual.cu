@@ -8,19 +8,9 @@
 
 #include "expansion.h"
 #include "launch.h"
+#include "sums.h"
 
 namespace mvit3 {
-
-// Mean and sum of squared differences from it, of values whose number is kept elsewhere.
-struct Moments {
-  float mean, squares;
-};
-
-MVIT3_DEVICE Moments merge(Moments a, float count_a, Moments b, float count_b) {
-  if (count_b == 0.0f) return a;
-  const float share = fast_divide(count_b, count_a + count_b), apart = b.mean - a.mean;
-  return {a.mean + apart * share, a.squares + b.squares + apart * apart * count_a * share};
-}
 
 // ---- Parameters, packed
 
@@ -225,46 +215,6 @@ struct Filter {
     if (thread() == 0) {
       for (int w = 0; w < kWarps; ++w) seen += counts[w];
       a.workspace[int64_t(blocks()) * m.wide * 2 + block()] = seen;
-    }
-  }
-};
-
-// Mean and variance from the moments of `parts` blocks, 32 channels to a block of threads.
-struct FinishFilter {
-  struct Arguments {
-    const float* workspace;
-    float *mean, *var;
-    int parts, channels;
-  };
-  static constexpr int kBlocksAtOnce = 1;
-
-  static MVIT3_DEVICE void run(const Arguments& a) {
-    double* const sums = reinterpret_cast<double*>(shared_memory());  // (kWarps, 32)
-    const Moments* const moments = reinterpret_cast<const Moments*>(a.workspace);
-    const float* const counts = a.workspace + int64_t(a.parts) * a.channels * 2;
-    const int channel = block() * kWarp + lane();
-    const bool there = channel < a.channels;
-    const auto add_up = [&](auto value) {
-      double sum = 0.0;
-      if (there)
-        for (int p = warp(); p < a.parts; p += kWarps) sum += value(p);
-      synchronize();
-      sums[thread()] = sum;
-      synchronize();
-      sum = 0.0;
-      for (int w = 0; w < kWarps; ++w) sum += sums[w * kWarp + lane()];
-      return sum;
-    };
-    const double count = add_up([&](int p) { return double(counts[p]); });
-    const double mean = add_up([&](int p) { return counts[p] * double(moments[int64_t(p) * a.channels + channel].mean); }) / count;
-    const double squares = add_up([&](int p) {
-      const Moments part = moments[int64_t(p) * a.channels + channel];
-      const double apart = part.mean - mean;
-      return part.squares + counts[p] * apart * apart;
-    });
-    if (there && warp() == 0) {
-      a.mean[channel] = float(mean);
-      a.var[channel] = float(squares / count);
     }
   }
 };
@@ -742,16 +692,9 @@ struct FinishBackward {
   static constexpr int kBlocksAtOnce = 1;
 
   static MVIT3_DEVICE void run(const Arguments& a) {
-    float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
     const int64_t i = int64_t(block()) * kWarp + lane();
-    float sum = 0.0f;
-    if (i < a.count)
-#pragma unroll 4
-      for (int p = warp(); p < a.parts; p += kWarps) sum += a.workspace[p * a.count + i];
-    sums[thread()] = sum;
-    synchronize();
+    const float sum = sum_of_parts(a.workspace, a.parts, a.count, i);
     if (warp() || i >= a.count) return;
-    for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane()];
     const int64_t channel = (i - a.products) / 10, k = (i - a.products) % 10;
     (i < a.products ? a.n1[i] : k < 9 ? a.dtaps[channel * 9 + k] : a.g1[channel]) = sum;
   }
@@ -794,7 +737,7 @@ void filter(const FilterArguments& a, void* stream) {
     FilterArguments ready = a;
     ready.workspace = pack_into<typename K::Type>(ready.front, {}, a.workspace, stream);
     launch<K>(ready, parts, 1, shared, stream);
-    launch<FinishFilter>({ready.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);
+    launch<FinishMoments>({ready.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);
   });
 }
 

@@ -39,7 +39,7 @@ def flat(y: Tensor, *moments: Moments | None) -> tuple[Tensor, ...]:
 def forbid_second_derivative(op: str) -> None:
     """Makes a kernel's backward op refuse to be differentiated: without a formula PyTorch would hand out second derivatives that
     silently lack this op's part."""
-    name = op.removesuffix("_backward")
+    name = op.partition("_backward")[0]
 
     def refuse(ctx: object, *_: object) -> None:
         raise NotImplementedError(f'{name} has second derivatives on the reference only: use mvit3_kernels.backend("reference")')

@@ -1,13 +1,14 @@
 // The launchers of csrc/cuda on the launch emulation, for a test that calls them through ctypes: pointers are CPU memory.
 #include <utility>
 
+#include "../../csrc/cuda/depthwise_conv.cu"
 #include "../../csrc/cuda/inverted_residual.cu"
 
 using namespace mvit3;
 
 namespace {
 
-// One layout for all calls; a test leaves null what an op does not take.
+// One layout for all calls of inverted_residual; a test leaves null what an op does not take.
 struct Call {
   int64_t batch, height, width, inputs, wide, outputs, stride, dilation, act;
   int32_t bfloat16, single, processors, backwards;
@@ -23,6 +24,15 @@ struct Call {
   float *n1, *g1, *dtaps;
 };
 
+struct DepthwiseCall {
+  int64_t batch, height, width, channels, stride, dilation;
+  int32_t type, single, processors, backwards;
+  const void *x, *dz, *weight;
+  void *z, *dx;
+  float *mean, *var;
+  void* dweight;
+};
+
 ExpansionArguments front_of(const Call& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
   const Maps maps{c.batch,      int(c.height),  int(c.width), int(c.inputs),  out(c.height),
@@ -34,9 +44,16 @@ ExpansionArguments front_of(const Call& c) {
 // Memory of the exact size, which a sanitizer sees, full of NaN.
 std::vector<float> workspace(int64_t floats) { return std::vector<float>(floats, NAN); }
 
-void prepare(const Call& c) {
+template <typename C>
+void prepare(const C& c) {
   emulation::processors = c.processors;
   emulation::backwards = c.backwards;
+}
+
+DepthwiseArguments arguments_of(const DepthwiseCall& c) {
+  const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
+  const Maps maps{c.batch, int(c.height), int(c.width), int(c.channels), out(c.height), out(c.width), 0, 0, int(c.dilation)};
+  return {maps, c.x, c.dz, {c.weight, bool(c.single)}, c.z, c.dx, c.mean, c.var, c.dweight, nullptr, int(c.stride), Type(c.type)};
 }
 
 }  // namespace
@@ -74,4 +91,20 @@ extern "C" void run_backward(const Call* c) {
   auto memory = workspace(backward_workspace(a));
   a.workspace = memory.data();
   backward(a, nullptr);
+}
+
+extern "C" void run_depthwise_filter(const DepthwiseCall* c) {
+  prepare(*c);
+  DepthwiseArguments a = arguments_of(*c);
+  auto memory = workspace(depthwise_filter_workspace(a));
+  a.workspace = memory.data();
+  depthwise_filter(a, nullptr);
+}
+
+extern "C" void run_depthwise_backward(const DepthwiseCall* c) {
+  prepare(*c);
+  DepthwiseArguments a = arguments_of(*c);
+  auto memory = workspace(depthwise_backward_workspace(a));
+  a.workspace = memory.data();
+  depthwise_backward(a, nullptr);
 }

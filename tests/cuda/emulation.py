@@ -6,13 +6,18 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+
+from mvit3_kernels import _native
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER.parents[1] / "csrc" / "cuda"
@@ -28,6 +33,16 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards")),
         *((name, ctypes.c_void_p) for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")),
         *((name, ctypes.c_void_p) for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "dtaps")),
+    )
+
+
+class DepthwiseCall(ctypes.Structure):
+    """`DepthwiseCall` of emulated.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "stride", "dilation")),
+        *((name, ctypes.c_int32) for name in ("type", "single", "processors", "backwards")),
+        *((name, ctypes.c_void_p) for name in ("x", "dz", "weight", "z", "dx", "mean", "var", "dweight")),
     )
 
 
@@ -53,15 +68,50 @@ def library(sanitized: bool = False) -> ctypes.CDLL:
 
 
 def call(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
+    weight = values["expand"]
+    run(Call, name, values, weight, bfloat16=values["x"].dtype is torch.bfloat16, processors=processors, backwards=backwards)
+
+
+def call_depthwise(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
+    number = (torch.float32, torch.bfloat16, torch.float16).index(values["x"].dtype)
+    run(DepthwiseCall, name, values, values["weight"], type=number, processors=processors, backwards=backwards)
+
+
+def run(layout: type[ctypes.Structure], name: str, values: dict[str, Tensor | int], weight: Tensor, **options: int) -> None:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors.values())
     arguments = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()}
-    arguments |= dict(
-        processors=processors,
-        backwards=backwards,
-        bfloat16=values["x"].dtype is torch.bfloat16,
-        single=values["expand"].dtype is torch.float32,
-    )
-    run = getattr(library("libasan" in os.environ.get("LD_PRELOAD", "")), name)
-    run.restype = None
-    run(ctypes.byref(Call(**arguments)))
+    function = getattr(library("libasan" in os.environ.get("LD_PRELOAD", "")), name)
+    function.restype = None
+    function(ctypes.byref(layout(**arguments, **options, single=weight.dtype is torch.float32)))
+
+
+def run_sanitized(code: str) -> None:
+    """Runs a program in the repository under GCC's address and undefined-behaviour sanitizers."""
+    paths = [subprocess.run([*compiler(), f"-print-file-name={n}"], capture_output=True, text=True).stdout.strip()
+             for n in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    if not all(os.path.isabs(path) for path in paths):
+        pytest.skip("the compiler has no sanitizers")
+    root = FOLDER.parents[1]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(paths),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "MVIT3_BACKEND": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    code = f"{code}\nprint('checked')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "checked" in done.stdout, done.stdout + done.stderr
+
+
+def resources(part: str = "") -> list[tuple[str, int, int]]:
+    """Name, registers and bytes of stack of the kernels of the built extension, for every device that it holds code for: sm_80, sm_90."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = next(Path(_native.__file__).parent.glob("_cuda.*"))
+    text = subprocess.run([cuobjdump, "-res-usage", file], check=True, capture_output=True, text=True).stdout
+    assert set(re.findall(r"arch = sm_(\d+)", text)) == {"80", "90"}
+    found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", text)
+    return [(name, int(registers), int(stack)) for name, registers, stack in found if part in name]

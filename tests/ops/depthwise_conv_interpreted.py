@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 
+import mvit3_kernels
 from mvit3_kernels import ops
 from mvit3_kernels.ops import triton_common
 from tests.ops.batch_norm_act_cases import poison
@@ -34,6 +35,48 @@ class TestDepthwiseConv(TritonResults):
     }
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given))
+
+
+@torch.library.impl("mvit3::depthwise_conv_filter_backward", "CPU")
+def _filter_backward(dz, x, weight, stride, dilation):
+    """Stands for the CUDA C++ op, which has the same meaning; calls are counted."""
+    assert dz.is_contiguous()
+    counted.append(stride)
+    return kernels.filter_backward(dz, x, weight, stride, dilation)
+
+
+counted = []
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_way_with_cuda(monkeypatch, stride):
+    """Only the last pass of backward is another kernel, and the choice is that of forward."""
+    op = importlib.import_module("mvit3_kernels.ops.depthwise_conv")
+    monkeypatch.setattr(op._native, "cuda_why_not", lambda x: None)
+
+    def results(backend):
+        given = arguments(Draw(), 2, 5, 4, 9, act="silu", stride=stride)
+        x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
+        given |= {"x": x, "weight": weight, "norm": given["norm"]._replace(weight=torch.ones(9), bias=torch.zeros(9))}
+        with mvit3_kernels.backend(backend):
+            y, _ = op.depthwise_conv(**given)
+        return y, *torch.autograd.grad(y.square().sum(), (x, weight))
+
+    counted.clear()
+    want = results("triton")
+    assert not counted
+    found = results("cuda")
+    assert counted == [stride]
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_what_the_way_with_cuda_refuses(monkeypatch):
+    op = importlib.import_module("mvit3_kernels.ops.depthwise_conv")
+    monkeypatch.setattr(op._native, "cuda_why_not", lambda x: None)
+    x = torch.zeros(1, 2, 2, 3)
+    assert op._cuda_why_not(x, 1, 1024) is None and op._cuda_why_not(x, 2, 1) is None
+    assert "got 2 with stride 2" in op._cuda_why_not(x, 2, 2) and "at most 1024" in op._cuda_why_not(x, 1, 1025)
+    assert "float64" in op._cuda_why_not(x.double(), 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 
+import mvit3_kernels
 from mvit3_kernels.ops import depthwise_conv
 from mvit3_kernels.ops.types import ACTIVATIONS
 
@@ -20,15 +21,16 @@ def arguments(draw, *sizes, mean=0.0, **options):
     return given
 
 
-def registered(x, weight, norm, act, stride, dilation):
+def registered(x, weight, norm, act, stride, dilation, way=""):
     """The registered ops of the kernels, each with its arguments."""
+    forward, backward = (getattr(torch.ops.mvit3, f"depthwise_conv_{name}{way}").default for name in ("forward", "backward"))
     geometry = (ACTIVATIONS.index(act), stride, dilation)
     inputs = (x, weight, *norm, *geometry)
-    yield torch.ops.mvit3.depthwise_conv_forward.default, inputs
-    y, mean, var = torch.ops.mvit3.depthwise_conv_forward(*inputs)
+    yield forward, inputs
+    y, mean, var = forward(*inputs)
     used = (mean, var) if norm.training else (norm.running_mean, norm.running_var)
     inputs = (torch.ones_like(y), x, weight, norm.weight, norm.bias, *used, norm.training, norm.eps, *geometry)
-    yield torch.ops.mvit3.depthwise_conv_backward.default, inputs
+    yield backward, inputs
 
 
 @needs_triton
@@ -54,6 +56,11 @@ class TestDepthwiseConvTriton(TritonKernel):
         Case("gfx942", F16, (2, 8, 8, 128), {"act": "silu", "stride": 2}),
     )
     larger = (3, 9, 11, 256)
+
+    def test_the_way_with_cuda_compiles_without_a_graph_break(self, monkeypatch):
+        monkeypatch.setattr(importlib.import_module("mvit3_kernels._native"), "cuda_why_not", lambda x: None)
+        with mvit3_kernels.backend("cuda"):
+            self.test_compiles_without_a_graph_break(monkeypatch)
 
     @pytest.mark.parametrize(("dtype", "stride"), [(BF16, 1), (F32, 2)], ids=str)
     def test_every_configuration_fits(self, monkeypatch, dtype, stride):

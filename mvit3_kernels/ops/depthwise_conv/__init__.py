@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ... import _native
 from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
 from ..checks import check_activation, check_batch_norm, check_depthwise, check_map
@@ -14,7 +15,18 @@ from . import reference
 
 __all__ = ["depthwise_conv"]
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", dispatch.triton_32_bit_why_not))
+
+def _cuda_why_not(x: Tensor, stride: int, dilation: int) -> str | None:
+    if dilation > (1024 if stride == 1 else 1):
+        return f"its CUDA kernels take a dilation of at most 1024, and of 1 with stride 2, got {dilation} with stride {stride}"
+    return _native.cuda_why_not(x) or dispatch.triton_32_bit_why_not(x)  # what comes before them
+
+
+KERNELS = (
+    dispatch.Kernel("cpu", lambda x, *_: dispatch.cpu_why_not(x)),
+    dispatch.Kernel("cuda", _cuda_why_not),
+    dispatch.Kernel("triton", lambda x, *_: dispatch.triton_32_bit_why_not(x)),
+)
 
 
 def depthwise_conv(
@@ -46,9 +58,11 @@ def depthwise_conv(
     rows = check_depthwise("weight", weight, x, stride, dilation)
     check_batch_norm("norm", norm, rows, x.shape[-1], x)
     check_activation(act)
-    if dispatch.select("depthwise_conv", KERNELS, x) is None:
+    kernel = dispatch.select("depthwise_conv", KERNELS, x, stride, dilation)
+    if kernel is None:
         return reference.depthwise_conv(x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act)
-    y, mean, var = torch.ops.mvit3.depthwise_conv_forward(x, weight, *norm, ACTIVATIONS.index(act), stride, dilation)
+    forward = torch.ops.mvit3.depthwise_conv_forward_cuda if kernel.backend == "cuda" else torch.ops.mvit3.depthwise_conv_forward
+    y, mean, var = forward(x, weight, *norm, ACTIVATIONS.index(act), stride, dilation)
     return y, Moments(mean, var) if norm.training else None
 
 
@@ -61,33 +75,58 @@ def _op(x, weight, norm_weight, norm_bias, running_mean, running_var, training, 
     return flat(*depthwise_conv(x, weight, norm, ACTIVATIONS[act], stride, dilation))
 
 
-# The kernels. They compute the filtered map again wherever they need it, so that x is all that backward keeps.
+# The kernels. They compute the filtered map again wherever they need it, so that x is all that backward keeps. With `_cuda` the last pass
+# of backward, the only one that neither needs the norm nor filters again, is the CUDA C++ op below; all else is the same Triton kernels.
 
+_TENSOR_AND_NORM = "Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps"
+_GEOMETRY = "int stride, int dilation"
+for _name, _schema in {
+    "forward": f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    "backward": f"(Tensor dy, Tensor x, Tensor weight, {_TENSOR_AND_NORM}, int act, {_GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor)",
+}.items():
+    for _way in ("", "_cuda"):
+        torch.library.define(f"mvit3::depthwise_conv_{_name}{_way}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        dispatch.register_triton(f"depthwise_conv_{_name}{_way}", __name__)
+
+# Ops of csrc/cuda/depthwise_conv.cu, with the meaning of `filter` and `filter_backward` of triton.py: z and its mean and biased variance as
+# stored, float32; the gradients of x and of the weight from that of z.
 torch.library.define(
-    "mvit3::depthwise_conv_forward",
-    f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, int stride, int dilation) -> (Tensor, Tensor, Tensor)",
+    "mvit3::depthwise_conv_filter",
+    f"(Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
-    "mvit3::depthwise_conv_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps, "
-    "int act, int stride, int dilation) -> (Tensor, Tensor, Tensor, Tensor)",
+    "mvit3::depthwise_conv_filter_backward",
+    f"(Tensor dz, Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-dispatch.register_triton("depthwise_conv_forward", __name__)
-dispatch.register_triton("depthwise_conv_backward", __name__)
 
 
-@torch.library.register_fake("mvit3::depthwise_conv_forward")
+def _empty_map(x: Tensor, stride: int) -> Tensor:
+    return x.new_empty(x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), x.shape[3])
+
+
+def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
 def _forward_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, act, stride, dilation):
-    y = x.new_empty(x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), x.shape[3])
     channels = x.shape[3] if training else 0
-    return y, x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
+    return _empty_map(x, stride), x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
 
 
-@torch.library.register_fake("mvit3::depthwise_conv_backward")
 def _backward_fake(dy, x, weight, norm_weight, norm_bias, *_):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, norm_weight, norm_bias))
+    return _empty_like(x, weight, norm_weight, norm_bias)
+
+
+@torch.library.register_fake("mvit3::depthwise_conv_filter")
+def _filter_fake(x, weight, stride, dilation):
+    return _empty_map(x, stride), *(x.new_empty(x.shape[3], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.register_fake("mvit3::depthwise_conv_filter_backward")
+def _filter_backward_fake(dz, x, weight, stride, dilation):
+    return _empty_like(x, weight)
 
 
 def _setup_context(ctx, inputs, output):
@@ -99,12 +138,18 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, norm_weight, norm_bias, *((mean, var) if training else (running_mean, running_var)))
 
 
-def _gradients(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 11
-    grads = torch.ops.mvit3.depthwise_conv_backward(dy, *ctx.saved_tensors, *ctx.options)
-    return *grads, *(None,) * 7
+def _gradients_of(way: str):
+    def gradients(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 11
+        backward = getattr(torch.ops.mvit3, f"depthwise_conv_backward{way}")
+        return *backward(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+
+    return gradients
 
 
-torch.library.register_autograd("mvit3::depthwise_conv_forward", _gradients, setup_context=_setup_context)
-registry.forbid_second_derivative("depthwise_conv_backward")
+for _way in ("", "_cuda"):
+    torch.library.register_fake(f"mvit3::depthwise_conv_forward{_way}", _forward_fake)
+    torch.library.register_fake(f"mvit3::depthwise_conv_backward{_way}", _backward_fake)
+    torch.library.register_autograd(f"mvit3::depthwise_conv_forward{_way}", _gradients_of(_way), setup_context=_setup_context)
+    registry.forbid_second_derivative(f"depthwise_conv_backward{_way}")

@@ -15,6 +15,8 @@ dx written). Storing the filtered map would take 4 passes instead of 3 forward, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -566,7 +568,7 @@ def depthwise_conv_forward(
 
 def depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, training: bool, eps: float,
-    act: int, stride: int, dilation: int,
+    act: int, stride: int, dilation: int, filter_backward: Callable[..., tuple[Tensor, Tensor]] = filter_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward pass: the gradients of x, weight, norm weight and norm bias. `mean` and `var` are those that normalised."""
     dy, x, weight, *norm = (t.contiguous() for t in (dy, x, weight, norm_weight, norm_bias, mean, var))
@@ -591,3 +593,11 @@ def depthwise_conv_backward(
                     part, dscale, dbias, means, dy.numel() // channels, work.parts, C=channels, BLOCK_C=16, num_warps=4
                 )
     return *filter_backward(dz, x, weight, stride, dilation), dscale, dbias
+
+
+depthwise_conv_forward_cuda = depthwise_conv_forward
+
+
+def depthwise_conv_backward_cuda(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with the last pass, from the gradient of z to those of x and weight, in CUDA C++."""
+    return depthwise_conv_backward(*arguments, filter_backward=torch.ops.mvit3.depthwise_conv_filter_backward)
