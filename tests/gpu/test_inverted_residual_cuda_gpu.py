@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mvit3_kernels import _native
+from tests.gpu.replays import check_graph, check_repeats
 from tests.ops.test_inverted_residual_cuda import CASES, arguments, check
 
 pytestmark = [
@@ -56,25 +57,13 @@ def test_bound(name, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_to_the_bit_and_on_another_stream(name):
     a = on_gpu((8, 64, 64, 64, 256, 64), 1, 1, "silu", torch.bfloat16, torch.bfloat16)
-    first, again = run(name, a), run(name, a)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        other = run(name, a)
-    torch.cuda.synchronize()
-    for key, value in first.items():
-        assert torch.equal(value, again[key]) and torch.equal(value, other[key]), key
+    check_repeats(lambda: run(name, a))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_a_graph(name):
     a = on_gpu((2, 32, 32, 64, 256, 64), 1, 1, "silu", torch.bfloat16, torch.float32)
-    want, graph = run(name, a), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run(name, a)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(value, want[key]) for key, value in found.items())
+    check_graph(lambda: run(name, a))
 
 
 def test_more_than_2_to_the_31_elements():
