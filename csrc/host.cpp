@@ -1,4 +1,5 @@
-// What this CPU can run and how the extension was built. Independent of torch, so that it loads even where the kernels do not.
+// What this CPU can run, how the extension was built, and the one question that every call of a block asks. Independent of torch, so that
+// it loads even where the kernels do not.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,6 +9,8 @@
 #include <vector>
 
 #include "build_info.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -28,6 +31,65 @@ std::vector<std::string> supported_isas() {
   return isas;
 }
 
+// Up to Python 3.12 every change of a dictionary gives it a new number (PEP 509), so that one comparison tells that nothing in it changed.
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+uint64_t version(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+constexpr bool kHasVersions = true;
+#else
+uint64_t version(PyObject*) { return 0; }
+constexpr bool kHasVersions = false;
+#endif
+
+// The versions of dictionaries (each followed by its content) as bytes; none where Python keeps no versions.
+py::bytes versions(py::tuple dicts) {
+  std::string bytes;
+  for (Py_ssize_t i = 0; kHasVersions && i < PyTuple_GET_SIZE(dicts.ptr()); i += 2) {
+    const uint64_t found = version(PyTuple_GET_ITEM(dicts.ptr(), i));
+    bytes.append(reinterpret_cast<const char*>(&found), sizeof(found));
+  }
+  return bytes;
+}
+
+bool has_versions(PyObject* dicts, PyObject* expected) {
+  const Py_ssize_t count = PyTuple_GET_SIZE(dicts) / 2;
+  if (PyBytes_GET_SIZE(expected) != Py_ssize_t(count * sizeof(uint64_t)) || !kHasVersions) return false;
+  const uint64_t* numbers = reinterpret_cast<const uint64_t*>(PyBytes_AS_STRING(expected));
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (version(PyTuple_GET_ITEM(dicts, 2 * i)) != numbers[i]) return false;
+  return true;
+}
+
+bool has_contents(PyObject* dicts) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); i += 2) {
+    PyObject *dict = PyTuple_GET_ITEM(dicts, i), *items = PyTuple_GET_ITEM(dicts, i + 1), *key, *value;
+    if (2 * PyDict_Size(dict) != PyTuple_GET_SIZE(items)) return false;
+    for (Py_ssize_t position = 0, k = 0; PyDict_Next(dict, &position, &key, &value); k += 2)
+      if (PyTuple_GET_ITEM(items, k) != key || PyTuple_GET_ITEM(items, k + 1) != value) return false;
+  }
+  return true;
+}
+
+// Whether `root` and the modules below it are as `snapshot` says; nn/guard.py makes it and has the same function in Python. It is asked
+// at every call of a block, so it compares addresses and nothing else: no Python code runs.
+bool unchanged(py::handle root, py::tuple snapshot) {
+  const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(snapshot.ptr(), i); };
+  PyObject *modules = part(0), *dicts = part(1), *empty = part(2), *methods = part(3);
+  if (PyTuple_GET_ITEM(modules, 0) != root.ptr()) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(modules); i += 2)
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(modules, i))) != PyTuple_GET_ITEM(modules, i + 1)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i)
+    if (PyDict_Size(PyTuple_GET_ITEM(empty, i)) != 0) return false;
+  if (!has_versions(dicts, part(4)) && !has_contents(dicts)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(methods); i += 3) {
+    PyObject* found = PyObject_GetAttr(PyTuple_GET_ITEM(methods, i), PyTuple_GET_ITEM(methods, i + 1));
+    if (found == nullptr) throw py::error_already_set();
+    Py_DECREF(found);  // the class holds it
+    if (found != PyTuple_GET_ITEM(methods, i + 2)) return false;
+  }
+  return true;
+}
+
 std::map<std::string, std::string> build_info() {
   return {{"compiler", MVIT3_COMPILER}, {"flags", MVIT3_FLAGS}, {"torch", MVIT3_TORCH}};
 }
@@ -38,5 +100,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "What this CPU can run and how the extension was built.";
   m.def("supported_isas", &supported_isas, "Instruction sets of this CPU that a variant is built for, best first.");
   m.def("detected_isa", [] { return supported_isas().front(); }, "The best of supported_isas().");
+  m.def("versions", &versions, "The version of every dictionary in a snapshot's second part, where Python keeps versions.");
+  m.def("unchanged", &unchanged, "Whether a module and those below it are as a snapshot of nn/guard.py says.");
   m.def("build_info", &build_info, "Compiler, flags and torch version of the build.");
 }

@@ -5,6 +5,8 @@ In channels_last memory both are views of the same bytes, so crossing the border
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,13 +21,27 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Bilinear resize of (B, H, W, C) to (B, *size, C); the same tensor where the size already fits."""
-    if tuple(x.shape[1:3]) == tuple(size):
+def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Bilinear resize of (B, C, H, W) to (B, C, *size); the same tensor where the size already fits."""
+    if tuple(x.shape[2:]) == tuple(size):
         return x
-    return to_nhwc(F.interpolate(to_nchw(x), size, mode="bilinear", align_corners=align_corners))
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def whole_patches(x: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest multiple of the patch size that covers the map (B, H, W, C)."""
-    return tuple(-(-side // patch) * patch for side, patch in zip(x.shape[1:3], patch_size, strict=True))
+    """The smallest multiple of the patch size that covers the map (B, C, H, W)."""
+    return tuple(-(-side // patch) * patch for side, patch in zip(x.shape[2:], patch_size, strict=True))
+
+
+def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """A map (B, H, W, D) to tokens (B, P, N, D): P = ph * pw positions inside a patch, N patches, both in reading order."""
+    (batch, height, width, dim), (ph, pw) = x.shape, patch_size
+    x = x.view(batch, height // ph, ph, width // pw, pw, dim).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch, ph * pw, (height // ph) * (width // pw), dim)
+
+
+def fold(t: Tensor, shape: Sequence[int], patch_size: tuple[int, int]) -> Tensor:
+    """Tokens (B, P, N, D) back to a map of `shape` (B, H, W, D)."""
+    (batch, height, width, dim), (ph, pw) = shape, patch_size
+    t = t.view(batch, ph, pw, height // ph, width // pw, dim).permute(0, 3, 1, 4, 2, 5)
+    return t.reshape(batch, height, width, dim)

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, TransformerLayer
-from .conv import ConvNormAct
-from .layout import resize, to_nchw, to_nhwc, whole_patches
+from .conv import ConvNormAct, conv_of_concat
+from .layout import resize, whole_patches
 
 
 class _TransformerBlock(nn.Module):
@@ -29,7 +29,7 @@ class _TransformerBlock(nn.Module):
         fusion: ConvNormAct,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size = tuple(patch_size)
         self.local_rep = nn.Sequential(OrderedDict(conv_3x3=local, conv_1x1=ConvNormAct(channels, dim, norm=False, act="identity")))
         layers = [TransformerLayer(dim, ffn_dim, num_heads, dropout, attn_dropout, ffn_dropout, patch_size) for _ in range(depth)]
         self.global_rep = GlobalRepresentation(layers, nn.LayerNorm(dim), patch_size)
@@ -37,15 +37,11 @@ class _TransformerBlock(nn.Module):
         self.fusion = fusion
 
     def representations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The local representation (B, H, W, D) and the projected global one (B, H, W, C) of x (B, H, W, C)."""
-        local = self.local_rep.conv_1x1.forward_nhwc(self.local_rep.conv_3x3.forward_nhwc(x))
+        """The local representation (B, D, H, W) and the projected global one (B, C, H, W) of x (B, C, H, W)."""
+        local = self.local_rep(x)
         # A map that the patches do not divide is resized for the transformer only: the published models do so.
-        tokens = self.global_rep.forward_nhwc(resize(local, whole_patches(local, self.patch_size), align_corners=False))
-        tokens = resize(tokens, local.shape[1:3], align_corners=False)
-        return local, self.conv_proj.forward_nhwc(tokens)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return to_nchw(self.forward_nhwc(to_nhwc(x)))
+        tokens = self.global_rep(resize(local, whole_patches(local, self.patch_size), align_corners=False))
+        return local, self.conv_proj(resize(tokens, local.shape[2:], align_corners=False))
 
 
 class MobileViTBlock(_TransformerBlock):
@@ -75,6 +71,6 @@ class MobileViTBlock(_TransformerBlock):
         local, fusion = ConvNormAct(channels, channels, 3), ConvNormAct(2 * channels, channels, 3)
         super().__init__(channels, dim, ffn_dim, depth, num_heads, dropout, attn_dropout, ffn_dropout, patch_size, local, fusion)
 
-    def forward_nhwc(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         _, projected = self.representations(x)
-        return self.fusion.forward_concat_nhwc(x, projected)
+        return conv_of_concat(self.fusion, x, projected)

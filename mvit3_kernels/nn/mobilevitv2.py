@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, SeparableLayer
 from .conv import ConvNormAct
-from .layout import resize, to_nchw, to_nhwc, whole_patches
+from .layout import resize, whole_patches
 
 
 class _SeparableBlock(nn.Module):
@@ -26,7 +26,7 @@ class _SeparableBlock(nn.Module):
         projected: int,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size = tuple(patch_size)
         self.local_rep = nn.Sequential(
             ConvNormAct(channels, channels, 3, dilation=dilation, groups=channels), ConvNormAct(channels, dim, norm=False, act="identity")
         )
@@ -35,13 +35,10 @@ class _SeparableBlock(nn.Module):
         self.conv_proj = ConvNormAct(projected, channels, act="identity")
 
     def representations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, H, W, C) resized to whole patches, as the published models do, and its local and global representations (B, H, W, D)."""
+        """x (B, C, H, W) resized to whole patches, as the published models do, and its local and global representations (B, D, H, W)."""
         x = resize(x, whole_patches(x, self.patch_size), align_corners=True)
-        local = self.local_rep[1].forward_nhwc(self.local_rep[0].forward_nhwc(x))
-        return x, local, self.global_rep.forward_nhwc(local)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return to_nchw(self.forward_nhwc(to_nhwc(x)))
+        local = self.local_rep(x)
+        return x, local, self.global_rep(local)
 
 
 class MobileViTV2Block(_SeparableBlock):
@@ -71,6 +68,6 @@ class MobileViTV2Block(_SeparableBlock):
     ) -> None:
         super().__init__(channels, dim, ffn_dim, depth, dropout, attn_dropout, ffn_dropout, patch_size, dilation, dim)
 
-    def forward_nhwc(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         _, _, tokens = self.representations(x)
-        return self.conv_proj.forward_nhwc(tokens)
+        return self.conv_proj(tokens)

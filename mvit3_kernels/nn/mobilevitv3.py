@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .conv import ConvNormAct
+from .conv import ConvNormAct, conv_of_concat
 from .mobilevit import _TransformerBlock
 from .mobilevitv2 import _SeparableBlock
 
@@ -37,9 +37,9 @@ class MobileViTV3Block(_TransformerBlock):
         local, fusion = ConvNormAct(channels, channels, 3, groups=channels), ConvNormAct(dim + channels, channels)
         super().__init__(channels, dim, ffn_dim, depth, num_heads, dropout, attn_dropout, ffn_dropout, patch_size, local, fusion)
 
-    def forward_nhwc(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         local, projected = self.representations(x)
-        return self.fusion.forward_concat_nhwc(local, projected, residual=x)
+        return conv_of_concat(self.fusion, local, projected, residual=x)
 
 
 class MobileViTV3SeparableBlock(_SeparableBlock):
@@ -71,6 +71,6 @@ class MobileViTV3SeparableBlock(_SeparableBlock):
     ) -> None:
         super().__init__(channels, dim, ffn_dim, depth, dropout, attn_dropout, ffn_dropout, patch_size, dilation, 2 * dim)
 
-    def forward_nhwc(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x, local, tokens = self.representations(x)
-        return self.conv_proj.forward_concat_nhwc(tokens, local, residual=x)
+        return conv_of_concat(self.conv_proj, tokens, local, residual=x)

@@ -1,0 +1,228 @@
+"""When a block may run as one fused op, and when it must call its modules.
+
+A fused op reads the parameters of the modules below a block and never calls them. That is right only while they are exactly what the op
+computes: their own classes, no hooks, no forward of their own, plain tensors, the attributes and flags that the op assumes. A block asks
+`Block.why_modules` at every call; where the answer is a reason it runs module by module and calls each of them.
+
+The answer is examined once and kept with a snapshot of all that it depends on: the classes of the modules, every entry of their
+`__dict__`, their children, parameters and buffers, the dictionaries of hooks. While the snapshot holds the answer does; comparing
+addresses costs some 50 ns a module (`csrc/host.cpp`), and nothing can be changed by way of Python without changing one of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+LOGGER = logging.getLogger("mvit3_kernels")
+
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, nn.Buffer)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
+CALL = nn.Module.__call__
+# The classes that a fused op stands in for, and what each does when it is called, unless someone has put another function in its place.
+FORWARDS: dict[type[nn.Module], Callable] = {}
+
+
+def known(kind: type[nn.Module]) -> type[nn.Module]:
+    """Says that a fused op may stand in for modules of this class."""
+    FORWARDS[kind] = kind.forward
+    return kind
+
+
+for _kind in (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Linear, nn.Dropout, nn.SiLU, nn.Identity, nn.Sequential):
+    known(_kind)
+
+# Modules, dictionaries, empty dictionaries and methods, each as `unchanged_python` reads it, and the dictionaries' versions.
+Snapshot = tuple[tuple, tuple, tuple, tuple, bytes]
+
+
+def take_snapshot(root: nn.Module) -> Snapshot:
+    """All that an answer about `root` depends on, as `unchanged` compares it."""
+    modules, dicts, hooks = [], [], list(GLOBAL_HOOKS)
+    for module in root.modules():
+        modules += (module, type(module))
+        own = vars(module)
+        dicts += (own, module._modules, module._parameters, module._buffers)
+        if module is not root:  # those of the root run when it is called
+            hooks += (own[name] for name in HOOKS)
+    dicts += (group for group in hooks if group)
+    contents = ((group, tuple(itertools.chain.from_iterable(group.items()))) for group in dicts)
+    kinds = {type(module) for module in root.modules()} & FORWARDS.keys()
+    methods = ((nn.Module, "__call__", nn.Module.__call__), *((kind, "forward", kind.forward) for kind in kinds))
+    chain = itertools.chain.from_iterable
+    dicts, empty = tuple(chain(contents)), tuple(group for group in hooks if not group)
+    return tuple(modules), dicts, empty, tuple(chain(methods)), versions(dicts)
+
+
+def unchanged_python(root: nn.Module, snapshot: Snapshot) -> bool:
+    """Whether `root` and the modules below it are as `snapshot` says, where there is no compiled extension to ask."""
+    modules, dicts, empty, methods, _ = snapshot
+    if modules[0] is not root or any(empty):
+        return False
+    if any(type(module) is not kind for module, kind in zip(modules[::2], modules[1::2], strict=True)):
+        return False
+    for group, items in zip(dicts[::2], dicts[1::2], strict=True):
+        if 2 * len(group) != len(items):
+            return False
+        if any(a is not b for a, b in zip(itertools.chain.from_iterable(group.items()), items, strict=True)):
+            return False
+    kinds = zip(methods[::3], methods[1::3], methods[2::3], strict=True)
+    return all(getattr(kind, name) is method for kind, name, method in kinds)
+
+
+try:
+    _host = importlib.import_module("mvit3_kernels._host")
+    unchanged, versions = _host.unchanged, _host.versions
+except (ImportError, AttributeError):  # not built, or built for another Python: _native keeps the reason
+    unchanged, versions = unchanged_python, lambda dicts: b""
+
+
+class Guard:
+    """The last answer about a module and the snapshot under which it holds. Copies and pickles of the module begin without one."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self) -> None:
+        self.answer: tuple[Snapshot, str | None] | None = None
+
+    def __deepcopy__(self, memo: dict) -> Guard:
+        return Guard()
+
+    def __reduce__(self) -> tuple:
+        return Guard, ()
+
+    def ask(self, module: nn.Module, examine: Callable[[nn.Module], str | None]) -> str | None:
+        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes."""
+        known = self.answer
+        if known is not None and unchanged(module, known[0]):
+            return known[1]
+        reason = examine(module)
+        if reason is not None and LOGGER.isEnabledFor(logging.DEBUG) and (known is None or known[1] != reason):
+            LOGGER.debug("a %s runs module by module: %s", type(module).__name__, reason)
+        self.answer = take_snapshot(module), reason
+        return reason
+
+
+# Blocks that ran, and why they ran module by module, while `observe` is active.
+_observed: list[tuple[nn.Module, str | None]] | None = None
+
+
+class Block(nn.Module):
+    """A module that computes what the modules below it do in one op, where that is exactly the same.
+
+    A subclass says in `misfit` what its op assumes about the modules; what holds for every block is in `examine`.
+    """
+
+    _guard: Guard | None = None
+
+    def misfit(self) -> str | None:
+        """Why the modules, each plain by itself, do not form what the fused op computes; None where they do."""
+        raise NotImplementedError
+
+    def why_modules(self) -> str | None:
+        """Why this block calls its modules one by one; None where one op stands in for them."""
+        if torch.compiler.is_compiling():
+            return _constant_why_modules(self)
+        guard = self._guard
+        if guard is None:
+            guard = self._guard = Guard()
+        known = guard.answer
+        reason = known[1] if known is not None and unchanged(self, known[0]) else guard.ask(self, examine)
+        if _observed is not None:
+            _observed.append((self, reason))
+        return reason
+
+    def why_called(self) -> str | None:
+        """The same for a caller who stands in for the call of this block itself: its class, forward and hooks count too."""
+        return (_constant_tampered if torch.compiler.is_compiling() else tampered)(self) or self.why_modules()
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while it traces; it guards on the modules by itself
+def _constant_why_modules(block: Block) -> str | None:
+    return examine(block)
+
+
+@torch.compiler.assume_constant_result
+def _constant_tampered(block: Block) -> str | None:
+    return tampered(block)
+
+
+def examine(block: Block) -> str | None:
+    """Why a fused op may not stand in for the modules below `block`."""
+    if nn.Module.__call__ is not CALL:
+        return "torch.nn.Module.__call__ has been replaced"
+    if any(GLOBAL_HOOKS):
+        return "there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook or a relative)"
+    for name, module in block.named_modules():
+        reason = tampered(module) if module is not block else _odd_tensors(module)
+        if reason is not None:
+            return f"{name} {reason}" if name else reason
+    return block.misfit()
+
+
+def tampered(module: nn.Module) -> str | None:
+    """Why calling `module` is not what its class, as this library or PyTorch wrote it, does with plain parameters."""
+    kind = type(module)
+    if kind not in FORWARDS:
+        return f"is a {kind.__module__}.{kind.__qualname__}, which only its own forward can compute"
+    if kind.forward is not FORWARDS[kind]:
+        return f"is a {kind.__qualname__}, whose forward has been replaced"
+    own = vars(module)
+    for name in HOOKS:
+        if own[name]:
+            return f"has a hook ({name.strip('_').replace('_', ' ')})"
+    for name in own:
+        if callable(getattr(kind, name, None)):
+            return f"has a {name} of its own"
+    return _odd_tensors(module) or _odd_attributes(module)
+
+
+def _odd_tensors(module: nn.Module) -> str | None:
+    for name, t in _tensors(module):
+        if type(t) not in PLAIN_TENSORS:
+            return f"has a {name} that is a {type(t).__name__}, not a plain tensor"
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    groups = (module._parameters, module._buffers, {name: t for name, t in vars(module).items() if isinstance(t, Tensor)})
+    return ((name, t) for group in groups for name, t in group.items() if t is not None)
+
+
+def _odd_attributes(module: nn.Module) -> str | None:
+    """What no fused op knows of the library's own classes."""
+    kind = type(module)
+    if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"has padding {module.padding!r} in mode {module.padding_mode!r}"
+    if kind is nn.BatchNorm2d:
+        if module.weight is None or module.bias is None:
+            return "has no weight or no bias"
+        if (module.running_mean is None) != (module.running_var is None):
+            return "has one of running_mean and running_var only"
+    if kind in (nn.LayerNorm, nn.GroupNorm):
+        if module.weight is None or module.bias is None:
+            return "has no weight or no bias"
+        if kind is nn.GroupNorm and module.num_groups != 1:
+            return f"has {module.num_groups} groups"
+        if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
+            return f"normalises over {tuple(module.normalized_shape)}"
+    if kind is nn.Dropout and module.training and not 0 <= module.p < 1:
+        return f"drops with probability {module.p}"
+    return None
+
+
+def is_dropout(module: nn.Module) -> bool:
+    return type(module) in (nn.Dropout, nn.Identity)
+
+
+def dropout_rate(module: nn.Module) -> float:
+    """The probability with which a Dropout, or what took its place, drops an element now."""
+    return module.p if type(module) is nn.Dropout and module.training else 0.0
