@@ -5,7 +5,7 @@ from ._native import release_memory
 from .graphs import CudaGraphError, cuda_graph, cuda_graph_step
 from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
-from .patching import fuse, unfuse
+from .patching import fuse, refresh, unfuse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "refresh",
     "release_memory",
     "unfuse",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import ConvNormAct, InvertedResidual
+from ..nn.guard import known
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def make_divisible(value: float, divisor: int, minimum: int | None = None) -> in
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
+@known
 class GlobalPool(nn.Module):
     """Mean over height and width: (B, C, H, W) to (B, C)."""
 
@@ -210,7 +212,9 @@ class MobileViT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, dropout and, unless `pre_logits`, the classifier."""
-        for layer in self.classifier[:-1] if pre_logits else self.classifier:
+        if not pre_logits:
+            return self.classifier(x)
+        for layer in self.classifier[:-1]:
             x = layer(x)
         return x
 

@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_module
 
 LOGGER = logging.getLogger("mvit3_kernels")
 
-PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, nn.Buffer)
+PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
 CALL = nn.Module.__call__
@@ -111,8 +111,8 @@ class Guard:
         return reason
 
 
-# Blocks that ran, and why they ran module by module, while `observe` is active.
-_observed: list[tuple[nn.Module, str | None]] | None = None
+# Blocks that ran and why they ran module by module, while `explain` listens.
+observed: list[tuple[nn.Module, str | None]] | None = None
 
 
 class Block(nn.Module):
@@ -136,8 +136,8 @@ class Block(nn.Module):
             guard = self._guard = Guard()
         known = guard.answer
         reason = known[1] if known is not None and unchanged(self, known[0]) else guard.ask(self, examine)
-        if _observed is not None:
-            _observed.append((self, reason))
+        if observed is not None:
+            observed.append((self, reason))
         return reason
 
     def why_called(self) -> str | None:
@@ -157,15 +157,20 @@ def _constant_tampered(block: Block) -> str | None:
 
 def examine(block: Block) -> str | None:
     """Why a fused op may not stand in for the modules below `block`."""
+    return tampered_below(block) or block.misfit()
+
+
+def tampered_below(root: nn.Module) -> str | None:
+    """Why calling the modules below `root` is not what their classes, as this library or PyTorch wrote them, do with plain parameters."""
     if nn.Module.__call__ is not CALL:
         return "torch.nn.Module.__call__ has been replaced"
     if any(GLOBAL_HOOKS):
         return "there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook or a relative)"
-    for name, module in block.named_modules():
-        reason = tampered(module) if module is not block else _odd_tensors(module)
+    for name, module in root.named_modules():
+        reason = tampered(module) if module is not root else _odd_tensors(module)
         if reason is not None:
             return f"{name} {reason}" if name else reason
-    return block.misfit()
+    return None
 
 
 def tampered(module: nn.Module) -> str | None:
@@ -179,10 +184,12 @@ def tampered(module: nn.Module) -> str | None:
     for name in HOOKS:
         if own[name]:
             return f"has a hook ({name.strip('_').replace('_', ' ')})"
-    for name in own:
-        if callable(getattr(kind, name, None)):
-            return f"has a {name} of its own"
-    return _odd_tensors(module) or _odd_attributes(module)
+    return replaced_method(module) or _odd_tensors(module) or _odd_attributes(module)
+
+
+def replaced_method(module: nn.Module) -> str | None:
+    kind = type(module)
+    return next((f"has a {name} of its own" for name in vars(module) if callable(getattr(kind, name, None))), None)
 
 
 def _odd_tensors(module: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, TransformerLayer
 from .conv import ConvNormAct, conv_of_concat
+from .guard import known
 from .layout import resize, whole_patches
 
 
@@ -44,6 +45,7 @@ class _TransformerBlock(nn.Module):
         return local, self.conv_proj(resize(tokens, local.shape[2:], align_corners=False))
 
 
+@known
 class MobileViTBlock(_TransformerBlock):
     """MobileViTv1 block (arXiv 2110.02178): dense 3x3 and 1x1, transformer, 1x1 projection, dense 3x3 over concat(input, projection).
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, SeparableLayer
 from .conv import ConvNormAct
+from .guard import known
 from .layout import resize, whole_patches
 
 
@@ -41,6 +42,7 @@ class _SeparableBlock(nn.Module):
         return x, local, self.global_rep(local)
 
 
+@known
 class MobileViTV2Block(_SeparableBlock):
     """MobileViTv2 block (arXiv 2206.02680): depth-wise 3x3 and 1x1, separable attention, 1x1 projection.
 

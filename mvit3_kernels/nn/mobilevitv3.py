@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .conv import ConvNormAct, conv_of_concat
+from .guard import known
 from .mobilevit import _TransformerBlock
 from .mobilevitv2 import _SeparableBlock
 
 
+@known
 class MobileViTV3Block(_TransformerBlock):
     """MobileViTv3 block of XXS, XS and S: depth-wise 3x3 and 1x1, transformer, 1x1 projection, then input + 1x1 fusion over
     concat(local, projection).
@@ -42,6 +44,7 @@ class MobileViTV3Block(_TransformerBlock):
         return conv_of_concat(self.fusion, local, projected, residual=x)
 
 
+@known
 class MobileViTV3SeparableBlock(_SeparableBlock):
     """MobileViTv3 block of widths 0.5 to 2.0: depth-wise 3x3 and 1x1, separable attention, then input + 1x1 fusion over
     concat(global, local).

@@ -93,6 +93,11 @@ def writes_aten() -> bool:
     return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+def transform() -> str | None:
+    """Why no kernel may run under the current transform of PyTorch; None outside of them."""
+    return None
+
+
 def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
     """The kernel that runs this call of `op`, or None for the reference.
 

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import _native
 from ..models.network import MobileViT
+from ..nn.guard import Guard, replaced_method, tampered_below
 from ..ops import dispatch
 from .program import Program
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["fuse", "refresh", "unfuse"]
 
 MODES = ("inference",)
+LOGGER = logging.getLogger("mvit3_kernels")
 
 
 def fuse(model: nn.Module, mode: str = "inference") -> nn.Module:
     """Makes every network of this library inside `model` run as one fused program; returns `model`, changed in place.
 
     Inference, on a CPU: batch norms are folded, weights are packed for the kernels, and a forward pass is one call that works in memory
-    kept between calls. Parameters, buffers and state-dict keys stay as they are; weights are packed again where they have changed.
+    kept between calls. Parameters, buffers and state-dict keys stay as they are.
 
-    A call takes the ordinary path, with the same result, where the program cannot serve it: in training mode, on inputs that require
-    grad, under autocast, on inputs or weights that are not float32 on the CPU, under torch.compile and export, or where a backend is forced
-    that is not "cpu". What the program returns has no gradient.
+    A call takes the ordinary path, with the same result, where the program cannot serve it: where gradients are recorded (inputs or
+    weights that require grad, outside of `torch.no_grad()` and `torch.inference_mode()`), with a batch norm or an active dropout in training
+    mode, under autocast, on inputs or weights that are not float32 on the CPU, under torch.compile, export, torch.func, dispatch modes,
+    where a backend is forced that is not "cpu", and where a module has been replaced, hooked or changed so that the program would not
+    do what it does. `mvit3_kernels.explain(model, images)` says which path a call takes and why.
+
+    Weights that were written are packed again. A replaced tensor or module, a write by PyTorch's own operators, the step of an optimizer and
+    whatever rewrites a tensor as a whole are noticed at the next call. A write to single elements that PyTorch does not count (through numpy,
+    `p.data`, or to tensors made in inference mode) is noticed after at most 64 calls, each of which looks at a 64th of every tensor: call
+    `refresh(model)` after such a write.
 
     Args:
         model: a network of `create_model`, or a module that contains such networks.
@@ -37,6 +49,7 @@ def fuse(model: nn.Module, mode: str = "inference") -> nn.Module:
     networks = _networks(model)
     if not networks:
         raise ValueError(f"model must be or contain a network of mvit3_kernels.create_model, got {type(model).__name__} without one")
+    _watch_optimizers()
     for network in networks:
         if type(network) is MobileViT:
             network.__class__ = FusedMobileViT
@@ -53,91 +66,140 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
+def refresh(model: nn.Module) -> nn.Module:
+    """Makes fused networks inside `model` pack their weights again at the next call; returns `model`. `fuse` says when that is needed."""
+    for network in _networks(model):
+        if type(network) is FusedMobileViT:
+            network._fused = Fused()
+    return model
+
+
 def _networks(model: nn.Module) -> list[MobileViT]:
     return [module for module in model.modules() if type(module) in (MobileViT, FusedMobileViT)]
+
+
+_optimizer_steps = 0
+_optimizers_are_watched = False
+
+
+def _watch_optimizers() -> None:
+    """Counts the steps of all optimizers: fused ones write parameters without counting a version."""
+    global _optimizers_are_watched
+    if not _optimizers_are_watched:
+        _optimizers_are_watched = True
+        register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
 
 
 class FusedMobileViT(MobileViT):
     """What `fuse` makes of a network: its forward runs the program where it can, the network's own code elsewhere."""
 
     _fused: Fused
+    observed: list[tuple[MobileViT, str | None]] | None = None  # networks that ran, and why not as a program, while `explain` listens
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        if torch.compiler.is_compiling() or dispatch.writes_aten() or self._fused.why_not(self, x) is not None:
+        if torch.compiler.is_compiling() or dispatch.writes_aten():
             return super().forward(x)
-        return self._fused.run(self, x)
+        reason = self._fused.why_not(self, x)
+        if FusedMobileViT.observed is not None:
+            FusedMobileViT.observed.append((self, reason))
+        if reason is not None:
+            self._fused.tell(reason)
+            return super().forward(x)
+        return self._fused.run(x)
 
 
 class Fused:
-    """The program of a network and the weights that it was made from."""
+    """The program of a network, the weights that it was packed from, and the structure that it was made from."""
 
     def __init__(self) -> None:
-        self._weights: Weights | None = None
+        self._guard = Guard()
         self._program: Program | None = None
+        self._weights: Weights | None = None
+        self._told: set[str] = set()
 
     def why_not(self, network: MobileViT, x: Tensor) -> str | None:
         """Why the program cannot serve a call on `x`; None where it can."""
-        if network.training:
-            return "the network is in training mode"
-        if dispatch.forced_backend() not in (None, "cpu"):
-            return f"backend {dispatch.forced_backend()!r} is forced"
-        if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
-            return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
-        if torch.is_autocast_enabled("cpu"):
-            return "autocast is on"
-        if x.requires_grad and torch.is_grad_enabled():
-            return "x requires grad"
-        reason = _native.why_not()
+        reason = _call_why_not(x) or _native.why_not()
         if reason is not None:
             return reason
-        if self._weights is None or self._weights.changed():
-            self._program, self._weights = None, Weights(network)
-        return self._weights.reason
+        if self._weights is not None and self._weights.changed():
+            self._guard.answer = None
+        reason = self._guard.ask(network, self._pack)
+        if reason is None and torch.is_grad_enabled() and self._weights.require_grad():
+            return "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or inference_mode()"
+        return reason
 
-    def run(self, network: MobileViT, x: Tensor) -> Tensor | list[Tensor]:
-        program = self._program
-        if program is None:
-            program = self._program = Program.of(network)
-        return program(x)
+    def _pack(self, network: MobileViT) -> str | None:
+        self._program = self._weights = None
+        reason = replaced_method(network) or tampered_below(network)
+        if reason is not None:
+            return reason
+        # Also where there is no program: moving the network or casting it may give it one, and leaves its modules as they are.
+        self._weights = Weights(network)
+        made = Program.of(network)
+        if isinstance(made, str):
+            return made
+        self._program = made
+        return None
+
+    def run(self, x: Tensor) -> Tensor | list[Tensor]:
+        return self._program(x)
+
+    def tell(self, reason: str) -> None:
+        """Logs a reason once: as a warning where a user surely wants the program and has to do something for it."""
+        if reason not in self._told:
+            self._told.add(reason)
+            level = logging.WARNING if reason.startswith("gradients are recorded") else logging.DEBUG
+            LOGGER.log(level, "a fused network takes the ordinary path: %s", reason)
 
     # A copy or a pickle of the network has a program of its own, made at its first call.
     def __reduce__(self) -> tuple:
         return Fused, ()
 
 
+def _call_why_not(x: Tensor) -> str | None:
+    """Why no program can serve a call on `x` now, whatever the network."""
+    if dispatch.forced_backend() not in (None, "cpu"):
+        return f"backend {dispatch.forced_backend()!r} is forced"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"x must be a plain tensor, got {type(x).__name__}"
+    reason = dispatch.transform()
+    if reason is not None:
+        return reason
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a mode of torch.utils._python_dispatch watches PyTorch's operators"
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
+        return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if x.requires_grad and torch.is_grad_enabled():
+        return "x requires grad"
+    return None
+
+
 class Weights:
     """The parameters and buffers of a network at one moment. Asked at every call, so it avoids all but the cheapest questions."""
 
     def __init__(self, network: nn.Module) -> None:
-        modules = list(network.modules())
-        self._children = [(module._modules, name) for module in modules for name in module._modules]
-        self._tensors = [
-            (tensors, name)
-            for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, t in tensors.items()
-            if t is not None and t.is_floating_point()
-        ]
-        self._state = self._observe()
-        self.reason = self._why_not()
+        self._tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
+        self._counted = [t for t in self._tensors if not t.is_inference()]  # tensors made in inference mode count no versions
+        self._versions = [t._version for t in self._counted]
+        self._steps = _optimizer_steps
+        self._number = torch.ops.mvit3.weights_new(self._tensors)
+
+    def __del__(self) -> None:
+        if torch is not None and hasattr(self, "_number"):  # at exit of the interpreter
+            torch.ops.mvit3.weights_free(self._number)
 
     def changed(self) -> bool:
-        """Whether a weight has been written, moved or replaced, or a module replaced, since this was made."""
-        return self._observe() != self._state
+        """Whether a weight has been written or moved since this was made, as far as `fuse` promises to notice."""
+        stepped, self._steps = self._steps != _optimizer_steps, _optimizer_steps
+        return [t._version for t in self._counted] != self._versions or torch.ops.mvit3.weights_changed(self._number, stepped)
 
-    def _observe(self) -> tuple[list, list, list]:
-        tensors = [group.get(name) for group, name in self._tensors]
-        if any(t is None for t in tensors):
-            return [], [], []
-        try:
-            versions = [t._version for t in tensors]
-        except RuntimeError:  # made in inference mode: such tensors count no versions
-            versions = [0 if t.is_inference() else t._version for t in tensors]
-        return [t.data_ptr() for t in tensors], versions, [id(group.get(name)) for group, name in self._children]
-
-    def _why_not(self) -> str | None:
-        for group, name in self._tensors:
-            t = group[name]
-            if t.device.type != "cpu" or t.dtype is not torch.float32:
-                return f"the network's {name} is {t.dtype} on {t.device}, not float32 on the CPU"
-        return None
+    def require_grad(self) -> bool:
+        return any(t.requires_grad for t in self._tensors)

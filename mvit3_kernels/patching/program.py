@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as blocks
-from ..models.network import MobileViT
+from ..models.network import GlobalPool, MobileViT
+from ..nn.guard import Block, dropout_rate
 from ..ops.types import ACTIVATIONS, Layer, LayerNorm, Linear
 
 IMAGE = 0  # the number of the map that holds the images
+
+
+class Refused(Exception):
+    """The engine has no step for a module as it is now; the message says why. It never leaves `Program.of`."""
 
 
 class Program:
@@ -21,6 +26,7 @@ class Program:
     def __init__(self, channels: int) -> None:
         self._engine = torch.ops.mvit3.engine_new(channels)
         self._finish: Callable[[list[Tensor]], Tensor | list[Tensor]] | None = None
+        self.pooled: set[int] = set()  # maps of one pixel, on which a Linear works
 
     def __del__(self) -> None:
         if torch is not None:  # at exit of the interpreter
@@ -28,19 +34,32 @@ class Program:
 
     @staticmethod
     @torch.no_grad()
-    def of(network: MobileViT) -> Program:
+    def of(network: MobileViT) -> Program | str:
+        """The program of a network whose modules are plain (`guard.tampered_below`), or why the engine has none that does exactly what they
+        do."""
+        reason = _weights_why_not(network)
+        if reason is not None:
+            return reason
         program = Program(network.conv_1.block.conv.in_channels)
-        maps = [emit(network.conv_1, program, IMAGE)]
+        try:
+            program._emit(network)
+        except Refused as refusal:
+            return str(refusal)
+        return program
+
+    def _emit(self, network: MobileViT) -> None:
+        maps = [emit(network.conv_1, self, IMAGE)]
         for layer in (network.layer_1, network.layer_2, network.layer_3, network.layer_4, network.layer_5):
-            maps.append(emit(layer, program, maps[-1]))
+            maps.append(emit(layer, self, maps[-1]))
         if network.features_only:
             outputs = [maps[1 + i] for i in network.feature_info.out_indices]
-            program.finish(outputs, lambda results: [t.permute(0, 3, 1, 2) for t in results])
-            return program
-        x = program.add("global_pool", [emit(network.conv_1x1_exp, program, maps[-1])])
-        x = emit(network.get_classifier(), program, x)
-        program.finish([x], lambda results: results[0].flatten(1))
-        return program
+            different = sorted(set(outputs))
+            self.finish(different, lambda results: [results[different.index(i)].permute(0, 3, 1, 2) for i in outputs])
+            return
+        x = emit(network.classifier, self, emit(network.conv_1x1_exp, self, maps[-1]))
+        if x not in self.pooled:
+            raise Refused("its classifier does not pool")
+        self.finish([x], lambda results: results[0].flatten(1))
 
     def add(
         self, kind: str, inputs: Sequence[int], weights: Sequence[Tensor] = (), integers: Sequence[int] = (), numbers: Sequence[float] = ()
@@ -55,10 +74,17 @@ class Program:
         return self._finish(torch.ops.mvit3.engine_run(self._engine, x.detach()))
 
 
+def _weights_why_not(network: nn.Module) -> str | None:
+    for name, t in (*network.named_parameters(), *network.named_buffers()):
+        if t.is_floating_point() and (t.device.type != "cpu" or t.dtype is not torch.float32):
+            return f"the network's {name} is {t.dtype} on {t.device}, not float32 on the CPU"
+    return None
+
+
 @singledispatch
 def emit(module: nn.Module, program: Program, x: int) -> int:
     """Adds the steps of `module` on map `x`; returns the number of the map with the result."""
-    raise NotImplementedError(f"{type(module).__name__} has no steps")
+    raise Refused(f"the engine has no step for a {type(module).__name__}")
 
 
 @emit.register
@@ -74,8 +100,26 @@ def _(module: nn.Identity, program: Program, x: int) -> int:
 
 
 @emit.register
+def _(module: nn.Dropout, program: Program, x: int) -> int:
+    if dropout_rate(module) > 0:
+        raise Refused("a Dropout is in training mode")
+    return x
+
+
+@emit.register
+def _(module: GlobalPool, program: Program, x: int) -> int:
+    x = program.add("global_pool", [x])
+    program.pooled.add(x)
+    return x
+
+
+@emit.register
 def _(module: nn.Linear, program: Program, x: int) -> int:
-    return _pointwise(program, [x], *_affine(module.weight, module.bias, None), "identity")
+    if x not in program.pooled:
+        raise Refused("a Linear works on a map that is not pooled")
+    x = _pointwise(program, [x], *_affine(module.weight, module.bias, None), "identity")
+    program.pooled.add(x)
+    return x
 
 
 @emit.register
@@ -85,6 +129,7 @@ def _(module: blocks.ConvNormAct, program: Program, x: int) -> int:
 
 @emit.register
 def _(module: blocks.InvertedResidual, program: Program, x: int) -> int:
+    _check(module)
     layers = tuple(module.block)
     weights = [t for layer in layers for t in _conv_affine(layer)]
     conv = layers[1].block.conv
@@ -93,7 +138,10 @@ def _(module: blocks.InvertedResidual, program: Program, x: int) -> int:
 
 @emit.register
 def _(module: blocks.GlobalRepresentation, program: Program, x: int) -> int:
+    _check(module)
     *layers, norm = module
+    if layers and any(layers[0].dropouts().values()):
+        raise Refused("a Dropout is in training mode")
     patch = list(module.patch_size)
     for child in layers:
         layer: Layer = child.layer()
@@ -135,18 +183,26 @@ def _(module, program: Program, x: int) -> int:
     return emit(module.conv_proj, program, tokens)
 
 
-def _conv(module: blocks.ConvNormAct, program: Program, inputs: list[int], residual: int | None = None) -> int:
+def _check(block: Block) -> None:
+    if reason := block.misfit():
+        raise Refused(f"{type(block).__name__}: {reason}")
+
+
+def _conv(module: nn.Module, program: Program, inputs: list[int], residual: int | None = None) -> int:
+    if type(module) is not blocks.ConvNormAct:
+        raise Refused(f"a {type(module).__name__} takes the place of a ConvNormAct")
+    _check(module)
     conv, affine = module.block.conv, _conv_affine(module)
-    if conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1:
+    if module.is_pointwise():
         return _pointwise(program, inputs, *affine, module.act, residual)
     stride, dilation, act = conv.stride[0], conv.dilation[0], ACTIVATIONS.index(module.act)
-    if residual is None and conv.kernel_size == (3, 3):
-        if conv.groups == conv.in_channels == conv.out_channels and len(inputs) == 1:
-            return program.add("depthwise_conv", inputs, affine, [stride, dilation, act])
-        if conv.groups == 1 and dilation == 1:
-            weight, scale, shift = affine
-            return program.add("conv3x3", inputs, [weight.permute(0, 2, 3, 1).contiguous(), scale, shift], [stride, act])
-    raise NotImplementedError(f"{module} has no step")
+    if residual is None and module.is_depthwise() and len(inputs) == 1:
+        return program.add("depthwise_conv", inputs, affine, [stride, dilation, act])
+    geometry = (conv.kernel_size, conv.padding, conv.dilation, conv.groups)
+    if residual is None and geometry == ((3, 3), (1, 1), (1, 1), 1) and conv.stride in ((1, 1), (2, 2)):
+        weight, scale, shift = affine
+        return program.add("conv3x3", inputs, [weight.permute(0, 2, 3, 1).contiguous(), scale, shift], [stride, act])
+    raise Refused(f"the engine has no step for {conv}")
 
 
 def _pointwise(
@@ -176,12 +232,8 @@ def _affine(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tupl
     shift = weight.new_zeros(outputs, dtype=torch.float64) if bias is None else bias.double()
     if norm is None:
         return weight, weight.new_ones(outputs), shift.to(weight.dtype)
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
-        raise NotImplementedError(f"{norm} has no step")
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.double()
-    shift = (shift - norm.running_mean.double()) * scale
-    if norm.affine:
-        shift = shift + norm.bias.double()
+    if norm.training or norm.running_mean is None:
+        raise Refused("a BatchNorm2d is in training mode or keeps no statistics")
+    scale = (norm.running_var.double() + norm.eps).rsqrt() * norm.weight.double()
+    shift = (shift - norm.running_mean.double()) * scale + norm.bias.double()
     return weight, scale.to(weight.dtype), shift.to(weight.dtype)

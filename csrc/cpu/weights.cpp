@@ -1,0 +1,124 @@
+// Whether the tensors that a program was packed from are still what they were, whoever wrote them: PyTorch's count of versions knows nothing
+// of fused optimisers, of `p.data`, of numpy, or of tensors made in inference mode.
+//
+// The memory of each tensor is cut into slices, and each slice has a sum. A call compares the next slice of every tensor and its address:
+// a tensor that has been rewritten or moved is noticed at once, a single element after at most kSlices calls, for 1/kSlices of the memory.
+
+#include <atomic>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "tensor.h"
+
+namespace mvit3 {
+namespace {
+
+constexpr int64_t kSlices = 64;
+constexpr int64_t kLine = 64;  // bytes; no slice but the last is shorter
+
+// Depends on every bit and on the order of the words; bytes behind the last whole word count too.
+uint64_t sum_of(const char* data, int64_t bytes) {
+  constexpr int64_t kLanes = 16;
+  uint64_t lanes[kLanes] = {};
+  int64_t at = 0;
+  for (; at + kLanes * 8 <= bytes; at += kLanes * 8) {
+    uint64_t words[kLanes];
+    std::memcpy(words, data + at, sizeof(words));
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = ((lanes[i] << 7) | (lanes[i] >> 57)) + words[i];
+  }
+  uint64_t sum = 0;
+  const auto mix = [&](uint64_t word) { sum = (sum ^ word) * 0x9E3779B97F4A7C15u + (sum >> 32); };
+  for (const uint64_t lane : lanes) mix(lane);
+  for (; at < bytes; at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, data + at, size_t(std::min<int64_t>(8, bytes - at)));
+    mix(word);
+  }
+  return sum;
+}
+
+class Watched {
+ public:
+  explicit Watched(const Tensor& tensor) : tensor_(tensor), data_(address()), bytes_(extent()), slices_(slice_count()) {
+    for (int64_t i = 0; i < slices_; ++i) sums_.push_back(sum(i));
+  }
+  // Of the slice that call number `call` looks at or, with `all`, of every one.
+  bool changed(int64_t call, bool all) const {
+    if (address() != data_ || extent() != bytes_) return true;
+    if (slices_ == 0) return false;
+    if (!all) return sum(call % slices_) != sums_[call % slices_];
+    for (int64_t i = 0; i < slices_; ++i)
+      if (sum(i) != sums_[i]) return true;
+    return false;
+  }
+
+ private:
+  const char* address() const { return static_cast<const char*>(tensor_.data_ptr()); }
+  int64_t slice_count() const { return std::min(kSlices, (bytes_ + kLine - 1) / kLine); }
+  int64_t begin(int64_t slice) const { return slice == slices_ ? bytes_ : bytes_ * slice / slices_ / kLine * kLine; }
+  uint64_t sum(int64_t slice) const { return sum_of(data_ + begin(slice), begin(slice + 1) - begin(slice)); }
+
+  // Bytes from the first element to the last one; 0 where the tensor has none, and where they are not on the CPU.
+  int64_t extent() const {
+    if (tensor_.numel() == 0 || !tensor_.is_cpu()) return 0;
+    int64_t elements = 1;
+    for (int64_t i = 0; i < tensor_.dim(); ++i) elements += (tensor_.size(i) - 1) * tensor_.stride(i);
+    return elements * int64_t(tensor_.element_size());
+  }
+
+  Tensor tensor_;  // the same tensor, not its memory: assigning to .data is seen
+  const char* data_;
+  int64_t bytes_, slices_;
+  std::vector<uint64_t> sums_;
+};
+
+struct Weights {
+  std::vector<Watched> tensors;
+  std::atomic<int64_t> calls{0};
+};
+
+std::mutex weights_mutex;
+std::map<int64_t, std::shared_ptr<Weights>> known_weights;
+
+int64_t weights_new(std::vector<Tensor> tensors) {
+  auto made = std::make_shared<Weights>();
+  for (const Tensor& tensor : tensors) made->tensors.emplace_back(tensor);
+  static int64_t last = 0;
+  const std::lock_guard<std::mutex> lock(weights_mutex);
+  known_weights[++last] = std::move(made);
+  return last;
+}
+
+bool weights_changed(int64_t number, bool all) {
+  std::shared_ptr<Weights> weights;
+  {
+    const std::lock_guard<std::mutex> lock(weights_mutex);
+    const auto found = known_weights.find(number);
+    STD_TORCH_CHECK(found != known_weights.end(), "weights must be a number of weights_new that is not freed, got ", number);
+    weights = found->second;
+  }
+  const int64_t call = weights->calls++;
+  return std::any_of(
+      weights->tensors.begin(), weights->tensors.end(), [&](const Watched& tensor) { return tensor.changed(call, all); });
+}
+
+void weights_free(int64_t number) {
+  const std::lock_guard<std::mutex> lock(weights_mutex);
+  known_weights.erase(number);
+}
+
+}  // namespace
+}  // namespace mvit3
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) {
+  m.def("weights_new(Tensor[] tensors) -> int");
+  m.def("weights_changed(int weights, bool all) -> bool");
+  m.def("weights_free(int weights) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mvit3, CompositeExplicitAutograd, m) {
+  m.impl("weights_new", TORCH_BOX(&mvit3::weights_new));
+  m.impl("weights_changed", TORCH_BOX(&mvit3::weights_changed));
+  m.impl("weights_free", TORCH_BOX(&mvit3::weights_free));
+}
