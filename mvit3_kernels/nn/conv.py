@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.sizes import values_per_channel
 from ..ops.types import BatchNorm, ConvNorm, Linear, Moments
 from .layout import to_nchw, to_nhwc
 
@@ -96,7 +97,7 @@ class ConvNormAct(nn.Module):
         else:
             return self._forward_modules(x, residual)
         if moments is not None:
-            _update_running(norm, moments, y.shape[:-1].numel())
+            _update_running(norm, moments, values_per_channel(y))
         return y
 
     def forward_concat_nhwc(self, a: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -106,7 +107,7 @@ class ConvNormAct(nn.Module):
             return self.forward_nhwc(torch.cat((a, b), -1), residual)
         y, moments = ops.pointwise_fusion(a, b, conv.weight, _parameters(norm), self.act, residual)
         if moments is not None:
-            _update_running(norm, moments, y.shape[:-1].numel())
+            _update_running(norm, moments, values_per_channel(y))
         return y
 
     def _forward_modules(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -146,7 +147,7 @@ class InvertedResidual(nn.Module):
         convs = (ConvNorm(layer.block.conv.weight, _parameters(layer.norm)) for layer in layers)
         depthwise = layers[1].block.conv
         y, moments = ops.inverted_residual(x, *convs, stride=depthwise.stride[0], dilation=depthwise.dilation[0], act=layers[0].act)
-        for layer, measured, rows in zip(layers, moments, (x.shape[:-1].numel(), y.shape[:-1].numel(), y.shape[:-1].numel()), strict=True):
+        for layer, measured, normalised in zip(layers, moments, (x, y, y), strict=True):
             if measured is not None:
-                _update_running(layer.norm, measured, rows)
+                _update_running(layer.norm, measured, values_per_channel(normalised))
         return y

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_activation, check_batch_norm, check_map, check_same
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Moments
 from . import reference
 
@@ -40,7 +41,7 @@ def batch_norm_act(x: Tensor, norm: BatchNorm, act: str = "identity", residual: 
     Source: Ioffe and Szegedy, arXiv 1502.03167; SiLU as in the MobileViT papers (arXiv 2110.02178, section 4).
     """
     check_map("x", x)
-    check_batch_norm("norm", norm, x.shape[:-1].numel(), x.shape[-1], x)
+    check_batch_norm("norm", norm, values_per_channel(x), x.shape[-1], x)
     check_activation(act)
     if residual is not None:
         check_same("residual", residual, x.shape, x)

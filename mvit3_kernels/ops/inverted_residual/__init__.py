@@ -11,6 +11,7 @@ from ..checks import check_activation, check_batch_norm, check_depthwise, check_
 from ..depthwise_conv import depthwise_conv
 from ..pointwise_conv import pointwise_conv
 from ..registry import batch_norm_schema, flat, register
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, ConvNorm, Moments
 from . import reference
 from .cost import storing_is_cheaper
@@ -70,7 +71,7 @@ def _cuda_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: Con
 
 
 def _triton_why_not(x: Tensor, expand: ConvNorm, *_: object) -> str | None:
-    if x.shape[1:3].numel() * expand.weight.shape[0] >= 2**31:
+    if x.shape[1] * x.shape[2] * expand.weight.shape[0] >= 2**31:
         return "its kernels take expanded maps of less than 2^31 elements a sample"
     return dispatch.triton_32_bit_why_not(x)
 
@@ -120,7 +121,7 @@ def inverted_residual(
     for name, part in (("expand", expand), ("depthwise", depthwise), ("project", project)):
         check_group(name, part, ConvNorm)
     wide = check_weight("expand.weight", expand.weight, x.shape[-1], None, x)
-    check_batch_norm("expand.norm", expand.norm, x.shape[:-1].numel(), wide, x)
+    check_batch_norm("expand.norm", expand.norm, values_per_channel(x), wide, x)
     rows = check_depthwise("depthwise.weight", depthwise.weight, x, stride, dilation, wide)
     check_batch_norm("depthwise.norm", depthwise.norm, rows, wide, x)
     outputs = check_weight("project.weight", project.weight, wide, None, x)

@@ -9,6 +9,7 @@ from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
 from ..checks import check_activation, check_batch_norm, check_linear, check_map, check_same
 from ..registry import batch_norm_schema, flat, register
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
 from . import reference
 
@@ -43,7 +44,7 @@ def pointwise_conv(
     outputs = check_linear("conv", conv, x.shape[-1], None, x)
     shape = (*x.shape[:-1], outputs)
     if norm is not None:
-        check_batch_norm("norm", norm, x.shape[:-1].numel(), outputs, x)
+        check_batch_norm("norm", norm, values_per_channel(x), outputs, x)
     check_activation(act)
     if residual is not None:
         check_map("residual", residual)
