@@ -27,8 +27,9 @@ def batch_norm_act(x: Tensor, norm: BatchNorm, act: str = "identity", residual: 
     if norm.training and rows == 0:
         y, moments = nchw + 0 * (weight + bias)[:, None, None].to(x.dtype), Moments(*x.new_zeros(2, channels, dtype=dtype))
     elif norm.training:
-        # Momentum 1 on fresh buffers makes F.batch_norm hand over the batch's mean and unbiased variance.
-        mean, var = torch.zeros(channels, dtype=dtype, device=x.device), torch.ones(channels, dtype=dtype, device=x.device)
+        # Momentum 1 on fresh buffers makes F.batch_norm hand over the batch's mean and unbiased variance; made from x, because under
+        # vmap each sample then has its own.
+        mean, var = x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype)
         y = F.batch_norm(nchw, mean, var, weight, bias, True, 1.0, norm.eps)
         moments = Moments(mean, var * ((rows - 1) / rows))
     else:
