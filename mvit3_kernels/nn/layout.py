@@ -5,8 +5,11 @@ In channels_last memory both are views of the same bytes, so crossing the border
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops import dispatch
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -21,7 +24,9 @@ def to_nchw(x: Tensor) -> Tensor:
 
 def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Bilinear resize of (B, H, W, C) to (B, *size, C); the same tensor where the size already fits."""
-    if tuple(x.shape[1:3]) == tuple(size):
+    # In an exported program whose height or width is open both cases must be one: to its own size the resize changes nothing.
+    is_open = dispatch.writes_aten() and any(isinstance(side, torch.SymInt) for side in x.shape[1:3])
+    if not is_open and tuple(x.shape[1:3]) == tuple(size):
         return x
     return to_nhwc(F.interpolate(to_nchw(x), size, mode="bilinear", align_corners=align_corners))
 

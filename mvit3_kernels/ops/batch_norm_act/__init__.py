@@ -66,13 +66,15 @@ dispatch.register_triton("batch_norm_act", __name__)
 dispatch.register_triton("batch_norm_act_backward", __name__)
 
 
-@torch.library.impl("mvit3::batch_norm_act", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, running_mean, running_var, training, eps, act, residual):
     norm = BatchNorm(weight, bias, running_mean, running_var, training, eps)
     y, moments = reference.batch_norm_act(x, norm, ACTIVATIONS[act], residual)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = moments or (x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype))
     return y.contiguous(), mean, var
+
+
+torch.library.impl("mvit3::batch_norm_act", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("mvit3::batch_norm_act")
@@ -107,5 +109,5 @@ def _autograd(ctx, dy, *_):
     return dx, dweight, dbias, None, None, None, None, None, dy if ctx.has_residual else None
 
 
-torch.library.register_autograd("mvit3::batch_norm_act", _autograd, setup_context=_setup_context)
+registry.register_gradient("batch_norm_act", _autograd, _setup_context, reference=_forward)
 registry.forbid_second_derivative("batch_norm_act_backward")

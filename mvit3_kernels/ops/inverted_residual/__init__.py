@@ -138,7 +138,8 @@ def inverted_residual(
     parts, geometry = (expand, depthwise, project), (stride, dilation, ACTIVATIONS.index(act))
     if not expand.norm.training:
         fixed = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)]
-        return torch.ops.mvit3.inverted_residual_inference(x, *fixed, *geometry), (None, None, None)
+        y = registry.run_without_gradient(torch.ops.mvit3.inverted_residual_inference, x, *fixed, *geometry)
+        return y, (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
     store = _stores(x, wide, stride) if kernel.backend == "cpu" else kernel.backend == "triton"
     y, *moments = torch.ops.mvit3.inverted_residual_training(x, *learned, *geometry, store)[:7]
@@ -255,5 +256,7 @@ def _gradients(ctx, dy, *_):
     return dx, *(g for i in range(3) for g in (*grads[3 * i : 3 * i + 3], None)), None, None, None, None
 
 
-torch.library.register_autograd("mvit3::inverted_residual_training", _gradients, setup_context=_setup_context)
+registry.register_gradient("inverted_residual_training", _gradients, _setup_context)
+for _name in ("inference", "filter", "filter_backward"):
+    registry.forbid_gradient(f"inverted_residual_{_name}")
 registry.forbid_second_derivative("inverted_residual_backward")

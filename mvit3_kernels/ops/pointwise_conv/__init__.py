@@ -64,7 +64,8 @@ def run(
     inputs = (a, b, *conv, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, residual))
     if not (training or needs_grad):
-        return torch.ops.mvit3.pointwise_conv_inference(*inputs, mean, var, eps, code, residual), None
+        op = torch.ops.mvit3.pointwise_conv_inference
+        return registry.run_without_gradient(op, *inputs, mean, var, eps, code, residual), None
     y, *moments, _ = torch.ops.mvit3.pointwise_conv_training(*inputs, mean, var, training, eps, code, residual)
     return y, Moments(*moments) if training else None
 
@@ -132,5 +133,6 @@ def _gradients(ctx, dy, *_):
     return *present, None, None, None, None, None, dy if ctx.has_residual else None
 
 
-torch.library.register_autograd("mvit3::pointwise_conv_training", _gradients, setup_context=_setup_context)
+registry.register_gradient("pointwise_conv_training", _gradients, _setup_context)
+registry.forbid_gradient("pointwise_conv_inference")
 registry.forbid_second_derivative("pointwise_conv_backward")
