@@ -33,4 +33,4 @@ def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
 
 def whole_patches(x: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """The smallest multiple of the patch size that covers the map (B, H, W, C)."""
-    return tuple(-(-side // patch) * patch for side, patch in zip(x.shape[1:3], patch_size, strict=True))
+    return tuple((side + patch - 1) // patch * patch for side, patch in zip(x.shape[1:3], patch_size, strict=True))
