@@ -2,6 +2,7 @@
 
 from . import models, nn, ops
 from ._native import release_memory
+from .explain import Explanation, explain
 from .graphs import CudaGraphError, cuda_graph, cuda_graph_step
 from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
@@ -12,11 +13,13 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "CudaGraphError",
+    "Explanation",
     "LoadReport",
     "backend",
     "create_model",
     "cuda_graph",
     "cuda_graph_step",
+    "explain",
     "fuse",
     "list_models",
     "load_checkpoint",

@@ -6,11 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import ConvNormAct, InvertedResidual
 from ..nn.guard import known
+from ..nn.layout import to_nchw, to_nhwc
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class MobileViT(nn.Module):
 
     def forward_intermediates(self, x: Tensor) -> list[Tensor]:
         """The outputs of layer_1 to layer_5."""
-        x = self.conv_1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_1(to_nchw(to_nhwc(x)))  # channels_last, in terms that vmap knows
         maps = []
         for layer in (self.layer_1, self.layer_2, self.layer_3, self.layer_4, self.layer_5):
             x = layer(x)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.sizes import values_per_channel
 from ..ops.types import BatchNorm, ConvNorm, Linear, Moments
 from .guard import Block, known
 from .layout import to_nchw, to_nhwc
@@ -44,7 +45,7 @@ def _update_running(norm: nn.BatchNorm2d, moments: Moments | None, y: Tensor) ->
             momentum = 1.0 / norm.num_batches_tracked
     if norm.running_mean is None:
         return
-    rows = y.shape[0] * y.shape[1] * y.shape[2]
+    rows = values_per_channel(y)
     norm.running_mean.lerp_(moments.mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_((moments.var * (rows / (rows - 1))).to(norm.running_var.dtype), momentum)
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops import dispatch
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -23,14 +26,16 @@ def to_nchw(x: Tensor) -> Tensor:
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Bilinear resize of (B, C, H, W) to (B, C, *size); the same tensor where the size already fits."""
-    if tuple(x.shape[2:]) == tuple(size):
+    # In an exported program whose height or width is open both cases must be one: to its own size the resize changes nothing.
+    is_open = dispatch.writes_aten() and any(isinstance(side, torch.SymInt) for side in x.shape[2:])
+    if not is_open and tuple(x.shape[2:]) == tuple(size):
         return x
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def whole_patches(x: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
     """The smallest multiple of the patch size that covers the map (B, C, H, W)."""
-    return tuple(-(-side // patch) * patch for side, patch in zip(x.shape[2:], patch_size, strict=True))
+    return tuple((side + patch - 1) // patch * patch for side, patch in zip(x.shape[2:], patch_size, strict=True))
 
 
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:

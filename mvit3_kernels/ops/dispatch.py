@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _native
+from .sizes import values_per_channel
 
 LOGGER = logging.getLogger("mvit3_kernels")
 
@@ -93,9 +96,20 @@ def writes_aten() -> bool:
     return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
+@torch.compiler.assume_constant_result  # dynamo enters a transform while it traces it, so the answer is right, and stays out of the graph
 def transform() -> str | None:
-    """Why no kernel may run under the current transform of PyTorch; None outside of them."""
+    """Why no kernel may run under the current transform of PyTorch: a functorch level (grad, vjp, jvp, vmap, ...) or forward-mode AD is
+    active; None outside of them."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func (grad, vjp, jvp, vmap, ...) is active, which only plain PyTorch can follow"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD (torch.autograd.forward_ad) is active, and kernels have no forward derivatives"
     return None
+
+
+# Calls of ops, what ran and why, while `explain` listens; and the (op, reason) pairs that are in the log.
+observed: list[tuple[str, str, str]] | None = None
+_noted: set[tuple[str, str]] = set()
 
 
 def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
@@ -106,16 +120,29 @@ def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
     """
     forced = forced_backend()
     if forced == "reference" or writes_aten():
-        return None
-    reason = None
-    for kernel in kernels:
+        return _note(op, None, "it is forced" if forced == "reference" else "an exporter sees plain PyTorch")
+    reason = transform()
+    reasons = [] if reason is None else [reason]
+    for kernel in kernels if reason is None else ():
         if forced is None or kernel.backend == forced:
             reason = kernel.why_not(*args)
             if reason is None:
-                return kernel
+                return _note(op, kernel, "")
+            reasons.append(f"{kernel.backend}: {reason}")
     if forced is None:
-        return None
+        return _note(op, None, "; ".join(reasons) or "the op has no kernel")
     raise BackendError(f"{op} cannot run on backend {forced!r}: {reason or 'the op has no kernel for this backend'}")
+
+
+def _note(op: str, kernel: Kernel | None, reason: str) -> Kernel | None:
+    if torch.compiler.is_compiling():
+        return kernel
+    if observed is not None:
+        observed.append((op, "reference" if kernel is None else kernel.backend, reason))
+    if kernel is None and (op, reason) not in _noted:
+        _noted.add((op, reason))
+        LOGGER.debug("%s runs as its reference: %s", op, reason)
+    return kernel
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -169,7 +196,7 @@ def triton_why_not(x: Tensor) -> str | None:
 
 def triton_32_bit_why_not(x: Tensor) -> str | None:
     """The same for kernels that count pixels, and the elements of a sample, in 32 bits; a map may have any number of elements."""
-    if max(x.shape[:-1].numel(), x.shape[1:].numel()) >= 2**31:
+    if max(values_per_channel(x), math.prod(x.shape[1:])) >= 2**31:
         return f"its kernels take maps of less than 2^31 pixels, and of less than 2^31 elements a sample, x is {tuple(x.shape)}"
     return triton_why_not(x)
 

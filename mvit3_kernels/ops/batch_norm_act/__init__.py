@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_activation, check_batch_norm, check_map, check_same
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Moments
 from . import reference
 
@@ -40,7 +41,7 @@ def batch_norm_act(x: Tensor, norm: BatchNorm, act: str = "identity", residual: 
     Source: Ioffe and Szegedy, arXiv 1502.03167; SiLU as in the MobileViT papers (arXiv 2110.02178, section 4).
     """
     check_map("x", x)
-    check_batch_norm("norm", norm, x.shape[:-1].numel(), x.shape[-1], x)
+    check_batch_norm("norm", norm, values_per_channel(x), x.shape[-1], x)
     check_activation(act)
     if residual is not None:
         check_same("residual", residual, x.shape, x)
@@ -65,13 +66,15 @@ dispatch.register_triton("batch_norm_act", __name__)
 dispatch.register_triton("batch_norm_act_backward", __name__)
 
 
-@torch.library.impl("mvit3::batch_norm_act", "CompositeExplicitAutograd")
 def _forward(x, weight, bias, running_mean, running_var, training, eps, act, residual):
     norm = BatchNorm(weight, bias, running_mean, running_var, training, eps)
     y, moments = reference.batch_norm_act(x, norm, ACTIVATIONS[act], residual)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, var = moments or (x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype))
     return y.contiguous(), mean, var
+
+
+torch.library.impl("mvit3::batch_norm_act", "CompositeExplicitAutograd", _forward)
 
 
 @torch.library.register_fake("mvit3::batch_norm_act")
@@ -106,5 +109,5 @@ def _autograd(ctx, dy, *_):
     return dx, dweight, dbias, None, None, None, None, None, dy if ctx.has_residual else None
 
 
-torch.library.register_autograd("mvit3::batch_norm_act", _autograd, setup_context=_setup_context)
+registry.register_gradient("batch_norm_act", _autograd, _setup_context, reference=_forward)
 registry.forbid_second_derivative("batch_norm_act_backward")

@@ -151,5 +151,7 @@ def _gradients_of(way: str):
 for _way in ("", "_cuda"):
     torch.library.register_fake(f"mvit3::depthwise_conv_forward{_way}", _forward_fake)
     torch.library.register_fake(f"mvit3::depthwise_conv_backward{_way}", _backward_fake)
-    torch.library.register_autograd(f"mvit3::depthwise_conv_forward{_way}", _gradients_of(_way), setup_context=_setup_context)
+    registry.register_gradient(f"depthwise_conv_forward{_way}", _gradients_of(_way), _setup_context)
     registry.forbid_second_derivative(f"depthwise_conv_backward{_way}")
+for _name in ("filter", "filter_backward"):
+    registry.forbid_gradient(f"depthwise_conv_{_name}")

@@ -126,5 +126,5 @@ def _gradients(ctx, dy, *_):
     return dx, dnorm_weight, dnorm_bias, None, None, *grads, None, None, None, None
 
 
-torch.library.register_autograd("mvit3::feed_forward_forward", _gradients, setup_context=_setup_context)
+registry.register_gradient("feed_forward_forward", _gradients, _setup_context)
 registry.forbid_second_derivative("feed_forward_backward")

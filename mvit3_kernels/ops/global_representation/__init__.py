@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, registry
 from ..checks import check_dropout, check_group, check_layer_norm, check_linear, check_map, check_patches
 from ..feed_forward import feed_forward
 from ..norm_linear import norm_linear
@@ -145,7 +145,8 @@ def global_representation(
     training = attention_dropout > 0 or hidden_dropout > 0 or output_dropout > 0 or _needs_grad(x, *_flat(layers), *(norm or ())[:2])
     if dispatch.select("global_representation", KERNELS, x, layers, norm, num_heads, patch_size, training) is RESIDENT:
         final, kind = (None, None) if norm is None else norm[:2], layers[0].norm1[2:]
-        return torch.ops.mvit3.global_representation_inference(x, _flat(layers), *final, *kind, num_heads, *patch_size)
+        op = torch.ops.mvit3.global_representation_inference
+        return registry.run_without_gradient(op, x, _flat(layers), *final, *kind, num_heads, *patch_size)
     return reference.global_representation(
         x,
         layers,
@@ -195,3 +196,6 @@ dispatch.register_triton("global_representation_inference", __name__)
 @torch.library.register_fake("mvit3::global_representation_inference")
 def _inference_fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+registry.forbid_gradient("global_representation_inference")

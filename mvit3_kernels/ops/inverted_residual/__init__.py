@@ -11,6 +11,7 @@ from ..checks import check_activation, check_batch_norm, check_depthwise, check_
 from ..depthwise_conv import depthwise_conv
 from ..pointwise_conv import pointwise_conv
 from ..registry import batch_norm_schema, flat, register
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, ConvNorm, Moments
 from . import reference
 from .cost import storing_is_cheaper
@@ -70,7 +71,7 @@ def _cuda_why_not(x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: Con
 
 
 def _triton_why_not(x: Tensor, expand: ConvNorm, *_: object) -> str | None:
-    if x.shape[1:3].numel() * expand.weight.shape[0] >= 2**31:
+    if x.shape[1] * x.shape[2] * expand.weight.shape[0] >= 2**31:
         return "its kernels take expanded maps of less than 2^31 elements a sample"
     return dispatch.triton_32_bit_why_not(x)
 
@@ -120,7 +121,7 @@ def inverted_residual(
     for name, part in (("expand", expand), ("depthwise", depthwise), ("project", project)):
         check_group(name, part, ConvNorm)
     wide = check_weight("expand.weight", expand.weight, x.shape[-1], None, x)
-    check_batch_norm("expand.norm", expand.norm, x.shape[:-1].numel(), wide, x)
+    check_batch_norm("expand.norm", expand.norm, values_per_channel(x), wide, x)
     rows = check_depthwise("depthwise.weight", depthwise.weight, x, stride, dilation, wide)
     check_batch_norm("depthwise.norm", depthwise.norm, rows, wide, x)
     outputs = check_weight("project.weight", project.weight, wide, None, x)
@@ -137,7 +138,8 @@ def inverted_residual(
     parts, geometry = (expand, depthwise, project), (stride, dilation, ACTIVATIONS.index(act))
     if not expand.norm.training:
         fixed = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)]
-        return torch.ops.mvit3.inverted_residual_inference(x, *fixed, *geometry), (None, None, None)
+        y = registry.run_without_gradient(torch.ops.mvit3.inverted_residual_inference, x, *fixed, *geometry)
+        return y, (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
     store = _stores(x, wide, stride) if kernel.backend == "cpu" else kernel.backend == "triton"
     y, *moments = torch.ops.mvit3.inverted_residual_training(x, *learned, *geometry, store)[:7]
@@ -254,5 +256,7 @@ def _gradients(ctx, dy, *_):
     return dx, *(g for i in range(3) for g in (*grads[3 * i : 3 * i + 3], None)), None, None, None, None
 
 
-torch.library.register_autograd("mvit3::inverted_residual_training", _gradients, setup_context=_setup_context)
+registry.register_gradient("inverted_residual_training", _gradients, _setup_context)
+for _name in ("inference", "filter", "filter_backward"):
+    registry.forbid_gradient(f"inverted_residual_{_name}")
 registry.forbid_second_derivative("inverted_residual_backward")

@@ -114,5 +114,5 @@ def _gradients(ctx, dy, *_):
     return dx, dnorm_weight, dnorm_bias, None, None, dweight, None if bias is None else dbias
 
 
-torch.library.register_autograd("mvit3::norm_linear_forward", _gradients, setup_context=_setup_context)
+registry.register_gradient("norm_linear_forward", _gradients, _setup_context)
 registry.forbid_second_derivative("norm_linear_backward")

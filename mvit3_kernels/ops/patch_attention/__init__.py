@@ -108,5 +108,5 @@ def _gradients(ctx, dout, _):
     return torch.ops.mvit3.patch_attention_backward(dout, *saved, *ctx.geometry, seed), *(None,) * 5
 
 
-torch.library.register_autograd("mvit3::patch_attention_forward", _gradients, setup_context=_setup_context)
+registry.register_gradient("patch_attention_forward", _gradients, _setup_context)
 registry.forbid_second_derivative("patch_attention_backward")

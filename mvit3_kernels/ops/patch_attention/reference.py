@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..random import dropout
+from .attention import attention, probabilities
 
 
 def patch_attention(qkv: Tensor, num_heads: int, patch_size: tuple[int, int], dropout_p: float, seed: Tensor | None) -> Tensor:
     batch, height, width, channels = qkv.shape
     (ph, pw), dim = patch_size, channels // (3 * num_heads)
     rows, columns = height // ph, width // pw
+    # Dimension by dimension, because an exporter cannot tell open sizes from one another in a view of them all.
+    tokens = qkv.unflatten(3, (3, num_heads, dim)).unflatten(2, (columns, pw)).unflatten(1, (rows, ph))
     # Unfold: pixels that share their position inside a patch form one sequence. (3, B*ph*pw, heads, patches, head_dim)
-    tokens = qkv.view(batch, rows, ph, columns, pw, 3, num_heads, dim).permute(5, 0, 2, 4, 6, 1, 3, 7)
-    q, k, v = tokens.reshape(3, batch * ph * pw, num_heads, rows * columns, dim).unbind()
+    q, k, v = tokens.permute(5, 0, 2, 4, 6, 1, 3, 7).flatten(5, 6).flatten(1, 3).unbind()
     if dropout_p == 0:
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v)
     else:
-        probabilities = torch.softmax(q @ k.transpose(-2, -1) * dim**-0.5, -1).to(v.dtype)
-        samples = (batch, ph * pw, *probabilities.shape[1:])
-        out = dropout(probabilities.view(samples), dropout_p, seed, site=0).view(probabilities.shape) @ v
-    out = out.view(batch, ph, pw, num_heads, rows, columns, dim).permute(0, 4, 1, 5, 2, 3, 6)  # fold
-    return out.reshape(batch, height, width, num_heads * dim)
+        kept = dropout(probabilities(q, k).unflatten(0, (batch, ph * pw)), dropout_p, seed, site=0)
+        out = kept.flatten(0, 1) @ v
+    # Fold: (B, H, W, heads * head_dim)
+    out = out.unflatten(2, (rows, columns)).unflatten(0, (batch, ph, pw)).permute(0, 4, 1, 5, 2, 3, 6)
+    return out.flatten(5, 6).flatten(3, 4).flatten(1, 2)

@@ -9,6 +9,7 @@ from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
 from ..checks import check_activation, check_batch_norm, check_linear, check_map, check_same
 from ..registry import batch_norm_schema, flat, register
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
 from . import reference
 
@@ -43,7 +44,7 @@ def pointwise_conv(
     outputs = check_linear("conv", conv, x.shape[-1], None, x)
     shape = (*x.shape[:-1], outputs)
     if norm is not None:
-        check_batch_norm("norm", norm, x.shape[:-1].numel(), outputs, x)
+        check_batch_norm("norm", norm, values_per_channel(x), outputs, x)
     check_activation(act)
     if residual is not None:
         check_map("residual", residual)
@@ -63,7 +64,8 @@ def run(
     inputs = (a, b, *conv, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, residual))
     if not (training or needs_grad):
-        return torch.ops.mvit3.pointwise_conv_inference(*inputs, mean, var, eps, code, residual), None
+        op = torch.ops.mvit3.pointwise_conv_inference
+        return registry.run_without_gradient(op, *inputs, mean, var, eps, code, residual), None
     y, *moments, _ = torch.ops.mvit3.pointwise_conv_training(*inputs, mean, var, training, eps, code, residual)
     return y, Moments(*moments) if training else None
 
@@ -131,5 +133,6 @@ def _gradients(ctx, dy, *_):
     return *present, None, None, None, None, None, dy if ctx.has_residual else None
 
 
-torch.library.register_autograd("mvit3::pointwise_conv_training", _gradients, setup_context=_setup_context)
+registry.register_gradient("pointwise_conv_training", _gradients, _setup_context)
+registry.forbid_gradient("pointwise_conv_inference")
 registry.forbid_second_derivative("pointwise_conv_backward")

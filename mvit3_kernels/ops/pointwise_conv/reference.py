@@ -21,4 +21,4 @@ def pointwise_conv(
     if norm is not None:
         return batch_norm_act(y, norm, act, residual)
     y = activate(y, act)
-    return (y if residual is None else y + residual), None
+    return (y if residual is None else residual + y), None

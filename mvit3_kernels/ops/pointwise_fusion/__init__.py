@@ -8,6 +8,7 @@ from .. import dispatch
 from ..checks import check_activation, check_batch_norm, check_map, check_same, check_weight
 from ..pointwise_conv import pointwise_conv, run
 from ..registry import batch_norm_schema, flat, register
+from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
 from . import reference
 
@@ -46,7 +47,7 @@ def pointwise_fusion(
     a, b = dispatch.autocast(a), dispatch.autocast(b)
     check_same("b", b, (*a.shape[:-1], b.shape[-1]), a)
     outputs = check_weight("weight", weight, a.shape[-1] + b.shape[-1], None, a)
-    check_batch_norm("norm", norm, a.shape[:-1].numel(), outputs, a)
+    check_batch_norm("norm", norm, values_per_channel(a), outputs, a)
     check_activation(act)
     if residual is not None:
         check_map("residual", residual)

@@ -71,7 +71,7 @@ def separable_attention(
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *parameters))
     if wanted or attention_dropout > 0 or output_dropout > 0:
         return torch.ops.mvit3.separable_attention_training(x, *parameters, *patch_size, attention_dropout, output_dropout, seed)[0]
-    return torch.ops.mvit3.separable_attention_inference(x, *parameters, *patch_size)
+    return registry.run_without_gradient(torch.ops.mvit3.separable_attention_inference, x, *parameters, *patch_size)
 
 
 @register(
@@ -142,5 +142,6 @@ def _gradients(ctx, dy, *_):
     return dx, dnorm_weight, dnorm_bias, None, None, *dlinears, None, None, None, None, None
 
 
-torch.library.register_autograd("mvit3::separable_attention_training", _gradients, setup_context=_setup_context)
+registry.register_gradient("separable_attention_training", _gradients, _setup_context)
+registry.forbid_gradient("separable_attention_inference")
 registry.forbid_second_derivative("separable_attention_backward")
