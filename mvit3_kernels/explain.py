@@ -19,8 +19,8 @@ from .patching import FusedMobileViT
 class Row:
     """One line of an explanation: `count` calls of `what` that ran the same way, for the same reason.
 
-    kind is "network", "block" or "op"; what is the name of a module inside the model, or of an op; ran is "fused", "ordinary path", "modules",
-    or a backend; reason is empty where the best way was taken.
+    kind is "network", "block" or "op"; what is the name of a module inside the model, or of an op; ran is "fused", "ordinary path",
+    "modules", or a backend; reason is empty where the best way was taken.
     """
 
     kind: str

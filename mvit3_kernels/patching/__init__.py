@@ -23,19 +23,19 @@ LOGGER = logging.getLogger("mvit3_kernels")
 def fuse(model: nn.Module, mode: str = "inference") -> nn.Module:
     """Makes every network of this library inside `model` run as one fused program; returns `model`, changed in place.
 
-    Inference, on a CPU: batch norms are folded, weights are packed for the kernels, and a forward pass is one call that works in memory
-    kept between calls. Parameters, buffers and state-dict keys stay as they are.
+    Inference, on a CPU: batch norms are folded, weights are packed for the kernels, and a forward pass is one call that works in
+    memory kept between calls. Parameters, buffers and state-dict keys stay as they are.
 
     A call takes the ordinary path, with the same result, where the program cannot serve it: where gradients are recorded (inputs or
-    weights that require grad, outside of `torch.no_grad()` and `torch.inference_mode()`), with a batch norm or an active dropout in training
-    mode, under autocast, on inputs or weights that are not float32 on the CPU, under torch.compile, export, torch.func, dispatch modes,
-    where a backend is forced that is not "cpu", and where a module has been replaced, hooked or changed so that the program would not
-    do what it does. `mvit3_kernels.explain(model, images)` says which path a call takes and why.
+    weights require grad, outside of `torch.no_grad()` and `torch.inference_mode()`), with a batch norm or an active dropout in
+    training mode, under autocast, on inputs or weights that are not float32 on the CPU, under torch.compile, export, torch.func
+    and dispatch modes, where a backend is forced that is not "cpu", and where a module has been replaced, hooked or changed so
+    that the program would not do what it does. `mvit3_kernels.explain(model, images)` says which path a call takes and why.
 
-    Weights that were written are packed again. A replaced tensor or module, a write by PyTorch's own operators, the step of an optimizer and
-    whatever rewrites a tensor as a whole are noticed at the next call. A write to single elements that PyTorch does not count (through numpy,
-    `p.data`, or to tensors made in inference mode) is noticed after at most 64 calls, each of which looks at a 64th of every tensor: call
-    `refresh(model)` after such a write.
+    Weights that were written are packed again. A replaced tensor or module, a write by PyTorch's own operators, the step of an
+    optimizer and whatever rewrites a tensor as a whole are noticed at the next call. A write to single elements that PyTorch does
+    not count (through numpy, `p.data`, or to tensors made in inference mode) is noticed after at most 64 calls, each of which looks
+    at a 64th of every tensor: call `refresh(model)` after such a write.
 
     Args:
         model: a network of `create_model`, or a module that contains such networks.

@@ -40,7 +40,9 @@ class Program:
         reason = _weights_why_not(network)
         if reason is not None:
             return reason
-        program = Program(network.conv_1.block.conv.in_channels)
+        if type(network.conv_1) is not blocks.ConvNormAct:
+            return f"conv_1 is a {type(network.conv_1).__name__}, not a ConvNormAct"
+        program = Program(network.conv_1.block.conv.weight.shape[1])
         try:
             program._emit(network)
         except Refused as refusal:
