@@ -280,9 +280,9 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_forward(
     if (training) {
       filtered_moments(layer, input);
     } else {
-      STD_TORCH_CHECK(running_mean && running_var, "running_mean and running_var must be given when training is False");
-      layer.mean = read_channels("running_mean", *running_mean, g.channels);
-      layer.var = read_channels("running_var", *running_var, g.channels);
+      STD_TORCH_CHECK(running_mean && running_var, "norm_running_mean and norm_running_var must be given when norm_training is False");
+      layer.mean = read_channels("norm_running_mean", *running_mean, g.channels);
+      layer.var = read_channels("norm_running_var", *running_var, g.channels);
     }
     const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height, g.out_width, g.channels}));
     const DepthwiseWeights weights(layer.weight.data(), g.channels, layer.affine());

@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
   const NormLinearParameters parameters(norm_weight, norm_bias, "weight1", weight1, "bias1", bias1, tokens.channels);
   const int64_t channels = parameters.inputs, wide = parameters.outputs, lanes = lanes_of(channels), wide_lanes = lanes_of(wide);
   const FloatMatrix second("weight2", weight2, channels, wide);
+  read_vector("bias2", bias2, channels);  // only its gradient is needed, which has its shape
   const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
   const Tensor kept = contiguous_map("hidden", hidden, x, {x.size(0), x.size(1), x.size(2), wide});
   const Tensor kept_mean = contiguous_kept("mean", mean, {tokens.norms(per_sample)});

@@ -827,7 +827,7 @@ Gradient inverted_residual_backward(
   STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
   const auto map = [&](int64_t height, int64_t width, int64_t channels) { return std::vector<int64_t>{s.batch, height, width, channels}; };
   const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_map("dy", dy, x, map(s.out_height(), s.out_width(), s.outputs));
-  const Tensor kept_e = stored ? contiguous_map("e", e, x, map(s.height, s.width, s.wide)) : torch::stable::new_empty(dense, {0});
+  const Tensor kept_e = contiguous_map("e", e, x, stored ? map(s.height, s.width, s.wide) : std::vector<int64_t>{0});
   const Tensor kept_z = contiguous_map("z", z, x, map(s.out_height(), s.out_width(), s.wide));
   const Tensor kept_p = contiguous_map("p", p, x, map(s.out_height(), s.out_width(), s.outputs));
   const int64_t moments = stored ? 0 : s.inputs;

@@ -618,6 +618,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_att
   const Tensor kept_context = contiguous_kept("context", context, {map.samples, map.positions(), lanes});
   const NormLinearParameters qkv = qkv_of(map, norm_weight, norm_bias, qkv_weight, qkv_bias);
   const FloatMatrix out("out_weight", out_weight, channels, channels);
+  read_vector("out_bias", out_bias, channels);  // only its gradient is needed, which has its shape
   const BackwardWeights weights(qkv, out);
   const SeparableAttentionDropout dropout(score_dropout, output_dropout, seed);
   const SeparableAttentionKept kept{mutable_data_of<float>(kept_mean), mutable_data_of<float>(kept_rstd), mutable_data_of<float>(kept_scores),

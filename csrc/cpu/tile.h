@@ -197,7 +197,9 @@ inline void check_patches(const std::string& name, const Tensor& map, int64_t pa
 
 // The number of outputs of a weight (outputs, inputs), with or without the sizes of a convolution's taps behind it.
 inline int64_t outputs_of(const std::string& name, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() >= 2 && weight.size(0) >= 1, name, " must have shape (outputs, inputs, ...), got ", text(weight.sizes()));
+  STD_TORCH_CHECK(
+      (weight.dim() == 2 || weight.dim() == 4) && weight.size(0) >= 1, name,
+      " must have shape (outputs, inputs), with or without the sizes of taps behind it, got ", text(weight.sizes()));
   return weight.size(0);
 }
 
