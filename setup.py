@@ -7,6 +7,7 @@ reason is printed and kept in the package, where `python -m mvit3_kernels.info` 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -95,9 +96,14 @@ class BuildOrExplain(BuildExtension):
     def write_build_info(self) -> None:
         version = compiler_version(getattr(self.compiler, "compiler_so_cxx", ["c++"])[:1])
         facts = {"COMPILER": version, "FLAGS": " ".join(FLAGS), "TORCH": torch.__version__}
+        lines = [f'#define MVIT3_{name} "{value}"\n' for name, value in facts.items()]
+        # Best first. "generic" is always there: without the file of a variant the next one is loaded.
+        features = {"generic": [], **{isa: [flag.removeprefix("-m") for flag in flags] for isa, flags in ISA_FLAGS.items()}}
+        isas = ", ".join(f"{{{json.dumps(isa)}, {{{json.dumps(names)[1:-1]}}}}}" for isa, names in reversed(features.items()))
+        lines.append(f"#define MVIT3_ISAS {{{isas}}}\n")
         header = Path(self.build_temp) / "build_info.h"
         header.parent.mkdir(parents=True, exist_ok=True)
-        header.write_text("".join(f'#define MVIT3_{name} "{value}"\n' for name, value in facts.items()))
+        header.write_text("".join(lines))
         for extension in self.extensions:
             extension.include_dirs.append(str(header.parent.resolve()))
 
@@ -169,6 +175,7 @@ def extensions() -> list[Extension]:
     host = Extension(
         f"{PACKAGE}._host",
         ["csrc/host.cpp"],
+        depends=[__file__],
         include_dirs=[pybind11.get_include()],
         extra_compile_args=FLAGS,
         extra_link_args=LINK_FLAGS,

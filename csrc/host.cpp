@@ -4,9 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "build_info.h"
 
@@ -14,20 +20,42 @@ namespace py = pybind11;
 
 namespace {
 
-// Best first; "generic" runs everywhere.
-std::vector<std::string> supported_isas() {
-  std::vector<std::string> isas;
+using Names = std::vector<std::string>;
+
+// The variants, best first, and what the compiler may use in each: the flags -m<feature> of setup.py.
+std::vector<std::pair<std::string, Names>> isa_features() { return MVIT3_ISAS; }
+
+// What this CPU has, and the system lets a program use, of the features that a variant may need.
+Names cpu_features() {
+  Names features;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back("avx512_bf16");
-  if (avx512) isas.push_back("avx512");
-  if (avx2) isas.push_back("avx2");
+#define MVIT3_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) features.push_back(name);
+  MVIT3_FEATURE("avx2")
+  MVIT3_FEATURE("fma")
+  MVIT3_FEATURE("bmi")
+  MVIT3_FEATURE("bmi2")
+  MVIT3_FEATURE("avx512f")
+  MVIT3_FEATURE("avx512bw")
+  MVIT3_FEATURE("avx512cd")
+  MVIT3_FEATURE("avx512dq")
+  MVIT3_FEATURE("avx512vl")
+  MVIT3_FEATURE("avx512bf16")
+#undef MVIT3_FEATURE
+  unsigned eax, ebx, ecx, edx;  // older compilers do not know f16c by name
+  if (__builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C)) features.push_back("f16c");
 #endif
-  isas.push_back("generic");
+  return features;
+}
+
+// The variants that run on a CPU with these features, best first. One that needs a feature nobody knows here does not run.
+Names isas_of(const Names& features) {
+  Names isas;
+  for (const auto& [isa, needed] : isa_features()) {
+    const auto has = [&](const std::string& name) { return std::find(features.begin(), features.end(), name) != features.end(); };
+    if (std::all_of(needed.begin(), needed.end(), has)) isas.push_back(isa);
+  }
   return isas;
 }
 
@@ -89,6 +117,7 @@ bool unchanged(py::handle root, py::tuple snapshot) {
   }
   return true;
 }
+Names supported_isas() { return isas_of(cpu_features()); }
 
 std::map<std::string, std::string> build_info() {
   return {{"compiler", MVIT3_COMPILER}, {"flags", MVIT3_FLAGS}, {"torch", MVIT3_TORCH}};
@@ -99,6 +128,9 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "What this CPU can run and how the extension was built.";
   m.def("supported_isas", &supported_isas, "Instruction sets of this CPU that a variant is built for, best first.");
+  m.def("isa_features", &isa_features, "The variants, best first, each with the CPU features that it was compiled for.");
+  m.def("cpu_features", &cpu_features, "Those of the features that this CPU has.");
+  m.def("isas_of", &isas_of, "Variants that run on a CPU with these features, best first.");
   m.def("detected_isa", [] { return supported_isas().front(); }, "The best of supported_isas().");
   m.def("versions", &versions, "The version of every dictionary in a snapshot's second part, where Python keeps versions.");
   m.def("unchanged", &unchanged, "Whether a module and those below it are as a snapshot of nn/guard.py says.");

@@ -51,7 +51,8 @@ def isa() -> str | None:
 
 
 def release_memory() -> int:
-    """Gives memory that the CPU kernels keep for their next tensors, and that no tensor uses now, back to the system. Returns its bytes."""
+    """Gives memory that the CPU kernels keep for their next tensors, and fused networks for their next calls, back to the system, unless a
+    tensor or a call uses it now. Returns its bytes. Any thread may call it at any time."""
     return torch.ops.mvit3.release_memory() if _reason is None else 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +88,7 @@ SELECTED = (
     "models/test_bound.py",
     "patching/test_fuse.py::test_sizes",
     "ops/test_fuzz.py",
+    "ops/test_edges_cpu.py",
     *(
         f"ops/test_batch_norm_act_cpu.py::test_{name}"
         for name in ("shapes", "activation_range", "not_finite", "unaligned_memory", "constant_channels")
@@ -111,6 +114,26 @@ def test_bfloat16_products_round_float32_weights_where_the_cpu_multiplies_bfloat
     done = python(PRODUCT, MVIT3_ISA=isa)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == (255 if isa == "avx512_bf16" else 256)
+
+
+@needs_kernels
+@pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
+def test_every_flag_of_a_variant_is_asked_of_the_cpu():
+    """A variant runs only where the CPU has all that its compiler was allowed to use."""
+    flags = dict(re.findall(r'ISA_FLAGS\["(\w+)"\] = \[(.*)\]', SETUP.read_text()))
+    host = importlib.import_module("mvit3_kernels._host")
+    variants = dict(host.isa_features())
+    assert variants.keys() == {"generic", *flags} or os.environ.get("MVIT3_SANITIZE")
+    for isa, needed in variants.items():
+        assert set(re.findall(r'"-m(\w+)"', flags.get(isa, ""))) <= set(needed)
+        assert isa == host.isas_of(needed)[0]
+        for missing in needed:
+            assert isa not in host.isas_of([name for name in needed if name != missing]), missing
+    assert host.isas_of([]) == ["generic"]
+    assert "f16c" in variants.get("avx2", ["f16c"])
+    if sys.platform == "linux" and "flags" in (cpu := Path("/proc/cpuinfo").read_text()):
+        known = set(re.search(r"^flags\s*: (.*)$", cpu, re.MULTILINE)[1].replace("_", "").replace("bmi1", "bmi").split())
+        assert set(host.cpu_features()) <= known
 
 
 def test_bad_isa():

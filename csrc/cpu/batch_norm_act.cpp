@@ -71,16 +71,12 @@ struct LaneSums {
 template <typename T>
 void moments_tile(const T* x, int64_t count, int64_t length, int64_t ahead, LaneSums& sums) {
   for (int64_t col = 0; col < length; col += kLanes) {
-    const Wide pivot = load(sums.pivot.data() + col);
-    Wide sum = load(sums.sum.data() + col), square = load(sums.square.data() + col);
-    for (int64_t at = col; at < count * length; at += length) {
-      prefetch(x + at + ahead);
-      const Wide distance = widen(load(x + at)) - pivot;
-      sum += distance;
-      square = fma(distance, distance, square);
-    }
-    store(sums.sum.data() + col, sum);
-    store(sums.square.data() + col, square);
+    const RunMoments run = RunMoments::wide(count, load(sums.pivot.data() + col), [&](int64_t i) {
+      prefetch(x + col + i * length + ahead);
+      return load(x + col + i * length);
+    });
+    accumulate(sums.sum.data() + col, run.sum);
+    accumulate(sums.square.data() + col, run.square);
   }
 }
 
@@ -88,7 +84,10 @@ template <typename T>
 void moments_part(const T* x, const Periods& p, int64_t part, LaneSums& sums) {
   const Range range = p.part(part);
   if (range.size() == 0) return;
-  for (int64_t i = 0; i < p.length; ++i) sums.pivot[i] = to_float(x[range.begin * p.length + i]);
+  for (int64_t i = 0; i < p.length; ++i) {
+    const float first = to_float(x[range.begin * p.length + i]);
+    sums.pivot[i] = std::isfinite(first) ? first : 0.0f;
+  }
   p.for_each_tile(part, true, [&](int64_t first, int64_t count, int64_t ahead) {
     moments_tile(x + first * p.length, count, p.length, ahead, sums);
   });
@@ -206,7 +205,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(
     double eps,
     int64_t act,
     std::optional<Tensor> residual) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  check_map("x", x);
+  check_eps("eps", eps);
   return dispatch_dtype("x", x, [&](auto type) {
     using T = decltype(type);
     const Tensor dense = torch::stable::contiguous(x);
@@ -247,7 +247,7 @@ enum Walk { kSum, kWrite, kSumAndWrite };
 
 struct BackwardTerms {
   Affine affine;
-  Scratch<float> slope, offset;  // training: dx = scale * grad - (x - mean) * slope - offset
+  Scratch<float> slope, offset;  // training: dx = (grad - (x - mean) * slope - offset) * scale
 };
 
 template <typename T, int Act, Walk Mode, bool Stream>
@@ -282,7 +282,7 @@ void backward_tile(
             s[u] += grad;
             d[u] = fma(grad, centred, d[u]);
           }
-          if constexpr (Mode == kWrite) put<Stream>(dx + here, fnma(centred, slope[u], fma(grad, scale[u], Vec(0.0f) - offset[u])));
+          if constexpr (Mode == kWrite) put<Stream>(dx + here, fnma(centred, slope[u], grad - offset[u]) * scale[u]);
           if constexpr (Mode == kSumAndWrite) put<Stream>(dx + here, grad * scale[u]);
         }
       }
@@ -328,7 +328,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
     bool training,
     double eps,
     int64_t act) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  check_map("x", x);
+  check_eps("eps", eps);
   return dispatch_dtype("x", x, [&](auto type) {
     using T = decltype(type);
     const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, x);
@@ -355,8 +356,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
           backward_map<T, code, kSum, false>(grad, input, output, p, terms, sums.data());
           finish_sums();
           const double share = 1.0 / std::max<int64_t>(p.rows, 1);
-          repeat(product(scale, product(rstd, dweight), share), p, terms.slope.data());
-          repeat(product(scale, dbias, share), p, terms.offset.data());
+          repeat(product(rstd, dweight, share), p, terms.slope.data());
+          repeat(product(dbias, Values(dbias.size(), share)), p, terms.offset.data());
           backward_map<T, code, kWrite, streams>(grad, input, output, p, terms, sums.data());
         } else {
           backward_map<T, code, kSumAndWrite, streams>(grad, input, output, p, terms, sums.data());

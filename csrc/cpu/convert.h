@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -167,6 +168,23 @@ MVIT3_INLINE Vec load_some(const float* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] = p[i];
   return load(values);
 #endif
+}
+
+// The same with `fill` behind them.
+template <typename T>
+MVIT3_INLINE Vec load_some(const T* p, int64_t count, Vec fill) {
+  if (count >= kLanes) return load(p);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    Vec r;
+    r.part[0] = NativeFloat(_mm512_mask_loadu_ps(__m512(fill.part[0]), __mmask16((1u << count) - 1), p));
+    return r;
+  }
+#endif
+  float values[kLanes];
+  store(values, fill);
+  for (int64_t i = 0; i < count; ++i) values[i] = to_float(p[i]);
+  return load(values);
 }
 
 template <typename Half>

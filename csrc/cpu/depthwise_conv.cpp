@@ -12,6 +12,8 @@
 namespace mvit3 {
 namespace {
 
+constexpr int64_t kRun = 16;  // values that float32 sums up before float64 takes over
+
 // Sums of two values in float32 for short runs, handed over to `flush(first, second)`.
 template <typename F>
 class Runs {
@@ -21,7 +23,7 @@ class Runs {
   MVIT3_INLINE void add(Vec first, Vec second) {
     first_ += first;
     second_ += second;
-    if (++count_ == 16) end();
+    if (++count_ == kRun) end();
   }
 
   MVIT3_INLINE void end() {
@@ -33,29 +35,30 @@ class Runs {
  private:
   const F& flush_;
   Vec first_ = 0.0f, second_ = 0.0f;
-  int count_ = 0;
+  int64_t count_ = 0;
 };
 
-struct Layer : Norm {
-  DepthwiseGeometry geometry;
+struct Layer : DepthwiseGeometry, Norm {
   FloatMatrix weight;
 
+  const DepthwiseGeometry& geometry() const { return *this; }
+
   static DepthwiseGeometry measure(const Tensor& x, int64_t stride, int64_t dilation) {
-    STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+    check_map("x", x);
+    check_pixels("x", x.size(1), x.size(2));
     STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
     STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
     return {x.size(0), x.size(1), x.size(2), x.size(3), stride, dilation};
   }
 
   Layer(const Tensor& x, const Tensor& w, const Tensor& norm_weight, const Tensor& norm_bias, double eps, int64_t stride, int64_t dilation)
-      : Norm("norm.weight", norm_weight, norm_bias, x.size(x.dim() - 1), eps), geometry(measure(x, stride, dilation)),
-        weight("weight", w, geometry.channels, 9) {}
+      : DepthwiseGeometry(measure(x, stride, dilation)), Norm("norm_", norm_weight, norm_bias, channels, eps), weight("weight", w, channels, 9) {}
 };
 
 // Mean and variance of each channel of the filtered map.
 template <typename T>
 void filtered_moments(Layer& layer, const T* x) {
-  const DepthwiseGeometry& g = layer.geometry;
+  const DepthwiseGeometry& g = layer.geometry();
   const Scratch<float> taps = pack_taps(layer.weight.data(), g.channels);
   const int64_t parts = count_parts(g.out_rows() * g.out_row_size());
   auto sums = channel_sums(parts, g.channels);
@@ -67,14 +70,18 @@ void filtered_moments(Layer& layer, const T* x) {
         for_each_lanes(g.channels, [&](int64_t c, auto whole) {
           if (row == range.end - 1)
             filter_row<shift, whole>(g, window, taps, c, 0.0f, 1, [&](int64_t, Vec value) { sums[part].set_pivot(c, value); });
-          const auto flush = [&](Vec sum, Vec square) { sums[part].add_run(c, sum, square); };
-          Runs runs(flush);
           const Vec pivot = sums[part].pivot(c);
+          alignas(64) float run[kRun * kLanes];
+          int64_t count = 0;
+          const auto end_run = [&] {
+            sums[part].add_run(c, RunMoments::of(count, pivot, [&](int64_t i) { return load(run + i * kLanes); }));
+            count = 0;
+          };
           filter_row<shift, whole>(g, window, taps, c, 0.0f, g.out_width, [&](int64_t, Vec value) {
-            const Vec distance = value - pivot;
-            runs.add(distance, distance * distance);
+            store(run + count * kLanes, value);
+            if (++count == kRun) end_run();
           });
-          runs.end();
+          end_run();
         });
       }
       sums[part].count(range.size() * g.out_width);
@@ -88,7 +95,7 @@ template <typename T>
 class Gradient {
  public:
   Gradient(const Layer& layer, const T* x, const T* dy)
-      : g_(layer.geometry), norm_(layer.affine()), taps_(pack_taps(layer.weight.data(), g_.channels)), x_(x), dy_(dy) {}
+      : g_(layer.geometry()), norm_(layer.affine()), taps_(pack_taps(layer.weight.data(), g_.channels)), x_(x), dy_(dy) {}
 
   // f(column, gradient, filtered value) along a row of the output, at the sixteen channels from c.
   template <int Act, int Shift, bool Whole, typename F>
@@ -115,7 +122,7 @@ class Gradient {
 // First walk: sums of the gradient, and of the gradient times the distance of the filtered value to its mean.
 template <int Act, int Shift, typename T>
 NormBackward norm_backward(const Layer& layer, const Gradient<T>& gradient, bool training) {
-  const DepthwiseGeometry& g = layer.geometry;
+  const DepthwiseGeometry& g = layer.geometry();
   const int64_t parts = count_parts(g.out_rows() * g.out_row_size());
   const Scratch<float> mean = layer.means();
   auto sums = accumulators<double>(parts, 2 * g.lanes());
@@ -196,7 +203,7 @@ MVIT3_INLINE void gather(
 // Second walk: rows of the gradient of z into a ring, and from there dx and the gradient of the taps.
 template <int Act, int Shift, typename T>
 Values taps_backward(const Layer& layer, const Gradient<T>& gradient, const NormBackward& norm, const T* x, T* dx) {
-  const DepthwiseGeometry& g = layer.geometry;
+  const DepthwiseGeometry& g = layer.geometry();
   const int64_t lanes = g.lanes(), pixel = tile_stride(g.channels), parts = count_parts(g.rows() * g.row_size());
   const Scratch<float> taps = pack_taps(layer.weight.data(), g.channels);
   const bool past_cache = writes_past_cache(dx, g.rows() * g.row_size(), g.channels);
@@ -268,14 +275,14 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv_forward(
     using T = decltype(type);
     const Tensor dense = torch::stable::contiguous(x);
     Layer layer(dense, weight, norm_weight, norm_bias, eps, stride, dilation);
-    const DepthwiseGeometry& g = layer.geometry;
+    const DepthwiseGeometry& g = layer.geometry();
     const T* input = data_of<T>(dense);
     if (training) {
       filtered_moments(layer, input);
     } else {
-      STD_TORCH_CHECK(running_mean && running_var, "running_mean and running_var must be given when training is False");
-      layer.mean = read_channels("running_mean", *running_mean, g.channels);
-      layer.var = read_channels("running_var", *running_var, g.channels);
+      STD_TORCH_CHECK(running_mean && running_var, "norm_running_mean and norm_running_var must be given when norm_training is False");
+      layer.mean = read_channels("norm_running_mean", *running_mean, g.channels);
+      layer.var = read_channels("norm_running_var", *running_var, g.channels);
     }
     const Tensor y = new_output(torch::stable::new_empty(dense, {g.batch, g.out_height, g.out_width, g.channels}));
     const DepthwiseWeights weights(layer.weight.data(), g.channels, layer.affine());
@@ -292,11 +299,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv_backward(
     bool training, double eps, int64_t act, int64_t stride, int64_t dilation) {
   return dispatch_dtype("x", x, [&](auto type) {
     using T = decltype(type);
-    const Tensor dense = torch::stable::contiguous(x), dense_dy = torch::stable::contiguous(dy);
+    const Tensor dense = torch::stable::contiguous(x);
     Layer layer(dense, weight, norm_weight, norm_bias, eps, stride, dilation);
-    const DepthwiseGeometry& g = layer.geometry;
-    STD_TORCH_CHECK(dy.is_cpu() && dy.scalar_type() == x.scalar_type(), "dy must be on the CPU and have the dtype of x");
-    STD_TORCH_CHECK(dy.numel() == g.out_rows() * g.out_row_size(), "dy must have the shape of y");
+    const DepthwiseGeometry& g = layer.geometry();
+    const Tensor dense_dy = contiguous_map("dy", dy, x, {g.batch, g.out_height, g.out_width, g.channels});
     layer.mean = read_channels("mean", mean, g.channels);
     layer.var = read_channels("var", var, g.channels);
     const T *input = data_of<T>(dense), *grad = data_of<T>(dense_dy);

@@ -11,13 +11,16 @@
 
 namespace mvit3 {
 
+// Taps further from the centre than the map is large meet zeros alone, however far they are.
+inline int64_t nearest_dilation(int64_t dilation, int64_t height, int64_t width) { return std::min(dilation, std::max({height, width, int64_t(1)})); }
+
 struct DepthwiseGeometry {
   int64_t batch, height, width, channels, stride, dilation, out_height, out_width;
   // Output columns that lie `classes` apart share inputs: the window moves by `shift` of its own columns from one to the next.
   int64_t shift, classes;
 
-  DepthwiseGeometry(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t stride, int64_t dilation)
-      : batch(batch), height(height), width(width), channels(channels), stride(stride), dilation(dilation),
+  DepthwiseGeometry(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t stride, int64_t any_dilation)
+      : batch(batch), height(height), width(width), channels(channels), stride(stride), dilation(nearest_dilation(any_dilation, height, width)),
         out_height((height + stride - 1) / stride), out_width((width + stride - 1) / stride), shift(stride / std::gcd(stride, dilation)),
         classes(dilation / std::gcd(stride, dilation)) {}
 

@@ -17,10 +17,15 @@ struct Layout {
 
 class Engine {
  public:
-  explicit Engine(int64_t channels) : channels_(channels) {}
+  explicit Engine(int64_t channels) : channels_(channels) { STD_TORCH_CHECK(channels >= 1, "channels must be at least 1, got ", channels); }
 
   // Returns the number of the map that the step writes.
   int64_t add(std::unique_ptr<Step> step, std::vector<int64_t> inputs) {
+    STD_TORCH_CHECK(outputs_.empty(), "a step cannot be added to an engine that is finished");
+    const Range takes = step->inputs();
+    STD_TORCH_CHECK(
+        takes.begin <= int64_t(inputs.size()) && int64_t(inputs.size()) <= takes.end, "inputs must be ", takes.begin, " to ", takes.end,
+        " maps for this step, got ", inputs.size());
     for (const int64_t input : inputs)
       STD_TORCH_CHECK(input >= 0 && input <= int64_t(steps_.size()), "inputs must be maps 0 to ", steps_.size(), ", got ", input);
     steps_.push_back({std::move(step), std::move(inputs)});
@@ -28,15 +33,19 @@ class Engine {
   }
 
   void finish(std::vector<int64_t> outputs) {
-    outputs_ = std::move(outputs);
-    for (const int64_t output : outputs_)
+    STD_TORCH_CHECK(outputs_.empty(), "the engine is finished already");
+    STD_TORCH_CHECK(!outputs.empty(), "outputs must name at least one map");
+    for (const int64_t output : outputs)
       STD_TORCH_CHECK(output >= 1 && output <= int64_t(steps_.size()), "outputs must be maps 1 to ", steps_.size(), ", got ", output);
+    outputs_ = std::move(outputs);
   }
 
-  // x (B, C, H, W) of any strides; contiguous outputs (B, H, W, C).
+  // x (B, C, H, W) of any strides; contiguous outputs (B, H, W, C). An output that is asked for twice is one tensor.
   std::vector<Tensor> run(const Tensor& x) {
+    STD_TORCH_CHECK(!outputs_.empty(), "an engine runs after engine_finish");
     STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W)");
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W), got shape ", text(x.sizes()));
+    check_pixels("x", x.size(2), x.size(3));
     const bool nchw = x.is_contiguous() && takes_nchw();
     const Tensor images = nchw ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
     const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
@@ -44,8 +53,9 @@ class Engine {
     std::vector<Tensor> results;
     std::vector<float*> result_data;
     for (const int64_t output : outputs_) {
+      const size_t before = std::find(outputs_.begin(), outputs_.end(), output) - outputs_.begin();
       const MapShape& shape = whole->shapes[output];
-      results.push_back(torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
+      results.push_back(before < results.size() ? results[before] : torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
       result_data.push_back(mutable_data_of<float>(results.back()));
     }
     // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would not.
@@ -59,7 +69,19 @@ class Engine {
     return results;
   }
 
+  // Frees the memory of calls that have ended. Returns the bytes that do not go back to the pool.
+  int64_t release() {
+    std::vector<Memory> idle;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle.swap(arenas_);
+    int64_t bytes = 0;
+    for (const Memory& memory : idle) bytes += memory.second.pooled() ? 0 : memory.first * int64_t(sizeof(float));
+    return bytes;
+  }
+
  private:
+  using Memory = std::pair<int64_t, Scratch<float>>;
+
   static constexpr int64_t kMostImages = 4;
 
   struct Node {
@@ -88,7 +110,7 @@ class Engine {
 
    private:
     Engine& engine_;
-    std::pair<int64_t, Scratch<float>> memory_{0, Scratch<float>(1)};
+    Memory memory_{0, Scratch<float>(1)};
   };
 
   // Whether every step that reads the images takes them as they mostly come.
@@ -165,7 +187,7 @@ class Engine {
   std::vector<int64_t> outputs_;
   std::mutex mutex_;
   std::vector<std::shared_ptr<const Layout>> layouts_;
-  std::vector<std::pair<int64_t, Scratch<float>>> arenas_;
+  std::vector<Memory> arenas_;
 };
 
 // Engines by number. A call holds its engine, so that one which is freed meanwhile lives on until the call ends.
@@ -175,7 +197,7 @@ std::map<int64_t, std::shared_ptr<Engine>> engines;
 std::shared_ptr<Engine> engine_of(int64_t number) {
   const std::lock_guard<std::mutex> lock(engines_mutex);
   const auto found = engines.find(number);
-  STD_TORCH_CHECK(found != engines.end(), "there is no engine ", number);
+  STD_TORCH_CHECK(found != engines.end(), "engine must be the number of one that engine_new made and nobody freed, got ", number);
   return found->second;
 }
 
@@ -201,8 +223,21 @@ void engine_finish(int64_t number, std::vector<int64_t> outputs) { engine_of(num
 std::vector<Tensor> engine_run(int64_t number, const Tensor& x) { return engine_of(number)->run(x); }
 
 void engine_free(int64_t number) {
+  const std::shared_ptr<Engine> freed = engine_of(number);  // its weights go after the lock
   const std::lock_guard<std::mutex> lock(engines_mutex);
   engines.erase(number);
+}
+
+// Gives memory that no tensor and no call uses now back to the system; returns its bytes.
+int64_t release_all() {
+  std::vector<std::shared_ptr<Engine>> all;
+  {
+    const std::lock_guard<std::mutex> lock(engines_mutex);
+    for (const auto& [number, engine] : engines) all.push_back(engine);
+  }
+  int64_t bytes = 0;
+  for (const auto& engine : all) bytes += engine->release();
+  return bytes + release_memory();
 }
 
 }  // namespace
@@ -214,6 +249,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) {
   m.def("engine_finish(int engine, int[] outputs) -> ()");
   m.def("engine_run(int engine, Tensor x) -> Tensor[]");
   m.def("engine_free(int engine) -> ()");
+  m.def("release_memory() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mvit3, CompositeExplicitAutograd, m) {
@@ -222,4 +258,5 @@ STABLE_TORCH_LIBRARY_IMPL(mvit3, CompositeExplicitAutograd, m) {
   m.impl("engine_finish", TORCH_BOX(&mvit3::engine_finish));
   m.impl("engine_run", TORCH_BOX(&mvit3::engine_run));
   m.impl("engine_free", TORCH_BOX(&mvit3::engine_free));
+  m.impl("release_memory", TORCH_BOX(&mvit3::release_all));
 }

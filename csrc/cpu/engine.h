@@ -31,6 +31,8 @@ struct Map {
 class Step {
  public:
   virtual ~Step() = default;
+  // How many inputs it takes.
+  virtual Range inputs() const { return {1, 1}; }  // both ends included
   // The shape of the output for inputs of these shapes; throws where they do not fit.
   virtual MapShape shape(const std::vector<MapShape>& inputs) const = 0;
   // Whether the output for such inputs is the first input itself, so that nothing needs to run.

@@ -15,13 +15,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> feed_forward_forward(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& weight1,
     const std::optional<Tensor>& bias1, const Tensor& weight2, const std::optional<Tensor>& bias2, double hidden_dropout,
     double output_dropout, const std::optional<Tensor>& seed, bool keep) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  check_map("x", x);
+  check_eps("eps", eps);
   const Tensor dense = torch::stable::contiguous(x), y = new_output(dense);
   const Tokens tokens(dense);
   const NormLinearParameters first(norm_weight, norm_bias, "weight1", weight1, "bias1", bias1, tokens.channels);
   const FloatMatrix second("weight2", weight2, first.inputs, first.outputs);
   const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
-  const int64_t count = per_sample ? tokens.samples : tokens.total();
+  const int64_t count = tokens.norms(per_sample);
   const Tensor mean = torch::stable::new_empty(dense, {count}, ScalarType::Float), rstd = torch::stable::new_empty(mean, {count});
   const Tensor hidden = keep ? new_output(dense, {x.size(0), x.size(1), x.size(2), first.outputs}) : torch::stable::new_empty(dense, {0});
   if (tokens.total() == 0) return std::make_tuple(y, mean, rstd, hidden);
@@ -39,16 +40,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
     const Tensor& dy, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, bool per_sample, const Tensor& weight1,
     const std::optional<Tensor>& bias1, const Tensor& weight2, const std::optional<Tensor>& bias2, double hidden_dropout,
     double output_dropout, const std::optional<Tensor>& seed, const Tensor& mean, const Tensor& rstd, const Tensor& hidden) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  check_map("x", x);
   const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, x), dx = new_output(dense);
   const Tokens tokens(dense);
   const NormLinearParameters parameters(norm_weight, norm_bias, "weight1", weight1, "bias1", bias1, tokens.channels);
   const int64_t channels = parameters.inputs, wide = parameters.outputs, lanes = lanes_of(channels), wide_lanes = lanes_of(wide);
   const FloatMatrix second("weight2", weight2, channels, wide);
+  read_vector("bias2", bias2, channels);  // only its gradient is needed, which has its shape
   const FeedForwardDropout dropout(hidden_dropout, output_dropout, seed);
-  const Tensor kept = torch::stable::contiguous(hidden);
-  STD_TORCH_CHECK(
-      hidden.scalar_type() == x.scalar_type() && hidden.numel() == tokens.total() * wide, "hidden must come from a call that keeps it");
+  const Tensor kept = contiguous_map("hidden", hidden, x, {x.size(0), x.size(1), x.size(2), wide});
+  const Tensor kept_mean = contiguous_kept("mean", mean, {tokens.norms(per_sample)});
+  const Tensor kept_rstd = contiguous_kept("rstd", rstd, {tokens.norms(per_sample)});
 
   const int64_t parts = count_parts(tokens.total() * channels * wide, 1 << 21);
   auto sums1 = accumulators<double>(parts, wide_lanes), sums2 = accumulators<double>(parts, lanes);
@@ -58,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_
     const auto first_transposed = parameters.transposed<E>();
     const auto second_transposed = PackedWeightOf<E>::columns(second.data(), wide, channels, wide);
     OuterSumsOf<E> products1(parts, wide, lanes), products2(parts, channels, wide_lanes);
-    const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
+    const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(kept_mean), mutable_data_of<float>(kept_rstd));
     NormedMapBackward<T> norm(map, data_of<T>(dense_dy), mutable_data_of<T>(dx), parts);
     const int64_t floats = 3 * lanes + 2 * wide_lanes, tile = tile_rows(floats);
     for_each_tile(tokens.total(), parts, [&](int64_t part, int64_t first, int64_t count) {

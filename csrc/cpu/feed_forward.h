@@ -24,7 +24,9 @@ using FeedForwardWeights = FeedForwardWeightsOf<float>;
 struct FeedForwardDropout {
   Dropout hidden, output;
 
-  FeedForwardDropout(double hidden, double output, const std::optional<Tensor>& seed) : hidden(hidden, seed, 0), output(output, seed, 1) {}
+  FeedForwardDropout() = default;
+  FeedForwardDropout(double hidden, double output, const std::optional<Tensor>& seed)
+      : hidden("hidden_dropout", hidden, seed, 0), output("output_dropout", output, seed, 1) {}
 };
 
 // The part of a mask that belongs to the rows of a tile.

@@ -11,6 +11,7 @@
 
 #include "inverted_residual.h"
 
+#include <cmath>
 #include <tuple>
 
 namespace mvit3 {
@@ -32,7 +33,8 @@ struct Block {
 template <typename T>
 struct Kept {
   T *e, *z, *p;
-  float *mean, *covariance;
+  float* mean;
+  double* covariance;
 
   bool stored() const { return e != nullptr; }
 };
@@ -98,9 +100,41 @@ void expand_stored(Block& b, const T* x, T* e) {
   ChannelSums::combine(sums, b.expand.mean, b.expand.var);
 }
 
+// The covariance of the channels of x as float32 can hold it: of the channels in units of their own, powers of two about their deviation.
+// The unit is 1 in all but extreme cases, where a product of two values of the channel, as of 1e19, or the sum of many would overflow.
+class Covariance {
+ public:
+  // The diagonal of a covariance, one value every `step`.
+  Covariance(const double* variance, int64_t channels, int64_t step = 1) : units_(lanes_of(channels), 1.0f) {
+    for (int64_t c = 0; c < channels; ++c)
+      if (std::isfinite(variance[c * step]) && variance[c * step] > 0x1p80) units_[c] = float(std::exp2(std::min(std::ilogb(variance[c * step]) / 2, 126)));
+  }
+
+  float unit(int64_t c) const { return units_[c]; }
+  float largest() const { return *std::max_element(units_.begin(), units_.end()); }
+
+  // The rows of a weight in these units.
+  Scratch<float> scaled(const float* weight, int64_t count, int64_t channels) const {
+    Scratch<float> out(count * channels);
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < channels; ++c) out[r * channels + c] = weight[r * channels + c] * units_[c];
+    return out;
+  }
+
+  // The covariance itself, in float64, as the operand of a product.
+  PackedWeight pack(const double* covariance, int64_t channels) const {
+    return PackedWeight(channels, channels, [&](int64_t i, int64_t j) {
+      return float(covariance[i * channels + j] / (double(units_[i]) * units_[j]));
+    });
+  }
+
+ private:
+  std::vector<float> units_;
+};
+
 // Identity A: mean and variance of x W^T from the mean and the covariance of the rows of x.
 template <typename T>
-void expansion_moments(Block& b, const T* x, float* mean, float* covariance) {
+void expansion_moments(Block& b, const T* x, float* mean, double* covariance) {
   const Shape& s = b.shape;
   const int64_t parts = count_parts(s.rows() * s.inputs), c = s.inputs, lanes = lanes_of(c);
   auto sums = channel_sums(parts, c);
@@ -109,28 +143,33 @@ void expansion_moments(Block& b, const T* x, float* mean, float* covariance) {
   ChannelSums::combine(sums, mu, var);
   Scratch<float> centre(lanes, 0.0f);
   for (int64_t i = 0; i < c; ++i) mean[i] = centre[i] = float(mu[i]);
+  const Covariance units(var.data(), c);
+  Scratch<float> per_unit(lanes, 0.0f);
+  for (int64_t i = 0; i < c; ++i) per_unit[i] = 1 / units.unit(i);
 
   auto products = accumulators<float>(parts, c * lanes);
   for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
     float* tile = workspace(kTileRows * lanes);
     for_each_vec(count, c, [&](int64_t r, int64_t i) {
-      store(tile + r * lanes + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
+      const Vec distance = load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i);
+      store(tile + r * lanes + i, distance * load(per_unit.data() + i));
     });
     add_outer(tile, lanes, c, tile, lanes, c, count, products[part].data(), lanes);
   });
   const Values product = add_up(products, c * lanes);
   for (int64_t i = 0; i < c; ++i)
-    for (int64_t j = 0; j < c; ++j) covariance[i * c + j] = float(product[i * lanes + j] / double(s.rows()));
+    for (int64_t j = 0; j < c; ++j)
+      covariance[i * c + j] = product[i * lanes + j] / double(s.rows()) * (double(units.unit(i)) * units.unit(j));
 
   // Each channel's weights as a row: its mean is their product with mu, its variance the quadratic form of the covariance.
   const float* w = b.expand.weight.data();
-  const PackedWeight packed = PackedWeight::rows(covariance, c, c, c);
+  const Scratch<float> scaled = units.scaled(w, s.wide, c);
   std::fill(b.expand.var.begin(), b.expand.var.end(), 0.0);
-  multiply(w, c, s.wide, packed, [&](int64_t channel, int64_t column, Vec product) {
+  multiply(scaled.data(), c, s.wide, units.pack(covariance, c), [&](int64_t channel, int64_t column, Vec product) {
     alignas(64) float values[kLanes];
     store(values, product);
     for (int64_t i = 0; i < std::min<int64_t>(kLanes, c - column); ++i)
-      b.expand.var[channel] += double(values[i]) * w[channel * c + column + i];
+      b.expand.var[channel] += double(values[i]) * scaled[channel * c + column + i];
   });
   for (int64_t e = 0; e < s.wide; ++e) {
     b.expand.var[e] = std::max(b.expand.var[e], 0.0);
@@ -584,23 +623,26 @@ void correct_expansion(
   }
   // dW = gamma r (products - dgamma r W S)
   std::vector<Scratch<float>> dweight = accumulators<float>(1, s.wide * in_lanes);
-  const PackedWeight covariance = PackedWeight::rows(kept.covariance, c, c, c);
-  multiply(w, c, s.wide, covariance, [&](int64_t e, int64_t column, Vec product) {
+  const Covariance units(kept.covariance, c, c + 1);
+  const Scratch<float> in_units = units.scaled(w, s.wide, c);
+  multiply(in_units.data(), c, s.wide, units.pack(kept.covariance, c), [&](int64_t e, int64_t column, Vec product) {
     float* values = dweight[0].data() + e * in_lanes + column;
     store(values, product);
     const double r = expand.rstd(e), scale = expand.gamma[e] * r;
     for (int64_t i = 0; i < std::min<int64_t>(kLanes, c - column); ++i)
-      values[i] = float(scale * (products[(column + i) * lanes + e] - dgamma[e] * r * values[i]));
+      values[i] = float(scale * (products[(column + i) * lanes + e] - dgamma[e] * r * units.unit(column + i) * values[i]));
   });
   write_matrix<T>(dweight, s.wide, c, in_lanes, out.expand);
 
-  // dx -= (x - mean) K + shift, with K = W^T diag(gamma r^2 dgamma / M) W and shift = (gamma r dbeta / M) W.
+  // dx -= (x - mean) K + shift, with K = W^T diag(gamma r^2 dgamma / M) W and shift = (gamma r dbeta / M) W. K holds the inverse of a variance:
+  // where that is extreme, the two factors of the product meet in the middle.
+  const float unit = units.largest(), per_unit = 1 / unit;
   Scratch<float> scaled(s.wide * in_lanes, 0.0f), k(c * in_lanes, 0.0f), shift(in_lanes, 0.0f), centre(in_lanes, 0.0f);
   Values shift64(c, 0.0);
   for (int64_t e = 0; e < s.wide; ++e) {
     const double r = expand.rstd(e), scale = expand.gamma[e] * r;
     for (int64_t i = 0; i < c; ++i) {
-      scaled[e * in_lanes + i] = float(scale * r * dgamma[e] / rows * w[e * c + i]);
+      scaled[e * in_lanes + i] = float(scale * r * unit * dgamma[e] / rows * w[e * c + i]);
       shift64[i] += scale * dbeta[e] / rows * w[e * c + i];
     }
   }
@@ -613,7 +655,7 @@ void correct_expansion(
   for_each_tile(s.rows(), count_parts(s.rows() * c), [&](int64_t, int64_t first, int64_t count) {
     float* tile = workspace(kTileRows * in_lanes);
     for_each_vec(count, c, [&](int64_t r, int64_t i) {
-      store(tile + r * in_lanes + i, load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i));
+      store(tile + r * in_lanes + i, (load_some(x + (first + r) * c + i, c - i) - load(centre.data() + i)) * per_unit);
     });
     const int64_t after = (first + count) * c, next = next_tile(s.rows(), first, count, c), steps = count * in_lanes / kLanes;
     Ahead ahead_x(x + after, next, steps), ahead_dx(out.dx + after, next, steps), ahead_dy(dy + after, s.skip() ? next : 0, steps);
@@ -679,22 +721,24 @@ struct Layer {
   const Tensor *mean = nullptr, *var = nullptr;
 };
 
-ConvNorm read(const char* name, const Layer& layer, int64_t outputs, int64_t inputs) {
+ConvNorm read(const std::string& name, const Layer& layer, int64_t outputs, int64_t inputs) {
   ConvNorm conv(name, layer.weight, outputs, inputs, layer.norm_weight, layer.norm_bias, layer.eps);
   if (layer.mean) {
-    conv.mean = read_channels("mean", *layer.mean, outputs);
-    conv.var = read_channels("var", *layer.var, outputs);
+    conv.mean = read_channels(name + "_mean", *layer.mean, outputs);
+    conv.var = read_channels(name + "_var", *layer.var, outputs);
   }
   return conv;
 }
 
 Block read_block(
     const Tensor& x, const Layer& expand, const Layer& depthwise, const Layer& project, int64_t stride, int64_t dilation) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "x must be a feature map (B, H, W, C) on the CPU");
-  STD_TORCH_CHECK(stride >= 1 && dilation >= 1, "stride and dilation must be at least 1, got ", stride, " and ", dilation);
-  const int64_t inputs = x.size(3), wide = expand.weight.size(0), outputs = project.weight.size(0);
+  check_map("x", x);
+  check_pixels("x", x.size(1), x.size(2));
+  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
+  STD_TORCH_CHECK(dilation >= 1, "dilation must be at least 1, got ", dilation);
+  const int64_t inputs = x.size(3), wide = outputs_of("expand", expand.weight), outputs = outputs_of("project", project.weight);
   return {
-      {x.size(0), x.size(1), x.size(2), inputs, wide, outputs, stride, dilation},
+      {x.size(0), x.size(1), x.size(2), inputs, wide, outputs, stride, nearest_dilation(dilation, x.size(1), x.size(2))},
       read("expand", expand, wide, inputs),
       read("depthwise", depthwise, wide, 9),
       read("project", project, outputs, wide)};
@@ -741,18 +785,18 @@ Trained inverted_residual_training(
       x, {expand, expand_weight, expand_bias, expand_eps}, {depthwise, depthwise_weight, depthwise_bias, depthwise_eps},
       {project, project_weight, project_bias, project_eps}, stride, dilation);
   const Shape& s = b.shape;
-  STD_TORCH_CHECK(s.out_rows() * s.outputs > 0, "x must not be empty");
+  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
   const Tensor dense = torch::stable::contiguous(x);
   const Tensor y = new_output(empty_map(dense, s, s.outputs)), p = new_output(y), z = new_output(empty_map(dense, s, s.wide));
   const Tensor e = store ? new_output(torch::stable::new_empty(dense, {s.batch, s.height, s.width, s.wide}))
                          : torch::stable::new_empty(dense, {0});
   const int64_t moments = store ? 0 : s.inputs;
   const Tensor mean = torch::stable::new_empty(dense, {moments}, ScalarType::Float);
-  const Tensor covariance = torch::stable::new_empty(dense, {moments, moments}, ScalarType::Float);
+  const Tensor covariance = torch::stable::new_empty(dense, {moments, moments}, ScalarType::Double);
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
     const Kept<T> kept{mutable_data_of<T>(e), mutable_data_of<T>(z), mutable_data_of<T>(p),
-                       mutable_data_of<float>(mean), mutable_data_of<float>(covariance)};
+                       mutable_data_of<float>(mean), mutable_data_of<double>(covariance)};
     dispatch_activation(act, [&](auto code) { forward<T, code>(b, data_of<T>(dense), mutable_data_of<T>(y), kept); });
   });
   const auto channels = [&](const Values& v) { return write_channels(v, mean); };
@@ -780,17 +824,22 @@ Gradient inverted_residual_backward(
       {project, project_weight, project_bias, project_eps, &project_mean, &project_var}, stride, dilation);
   const Shape& s = b.shape;
   const bool stored = e.numel() > 0;
-  STD_TORCH_CHECK(z.numel() == s.out_rows() * s.wide && p.numel() == s.out_rows() * s.outputs, "z and p must come from the same call");
-  STD_TORCH_CHECK(stored ? e.numel() == s.rows() * s.wide : covariance.numel() == s.inputs * s.inputs && mean.numel() == s.inputs,
-                  "e, or mean and covariance of x, must come from the same call");
-  const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, p);
-  const Tensor dx = new_output(dense), filtered = new_output(z), wide = stored ? new_output(e) : e;
+  STD_TORCH_CHECK(x.numel() > 0, "x must not be empty");
+  const auto map = [&](int64_t height, int64_t width, int64_t channels) { return std::vector<int64_t>{s.batch, height, width, channels}; };
+  const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_map("dy", dy, x, map(s.out_height(), s.out_width(), s.outputs));
+  const Tensor kept_e = contiguous_map("e", e, x, stored ? map(s.height, s.width, s.wide) : std::vector<int64_t>{0});
+  const Tensor kept_z = contiguous_map("z", z, x, map(s.out_height(), s.out_width(), s.wide));
+  const Tensor kept_p = contiguous_map("p", p, x, map(s.out_height(), s.out_width(), s.outputs));
+  const int64_t moments = stored ? 0 : s.inputs;
+  const Tensor kept_mean = contiguous_kept("mean", mean, {moments});
+  const Tensor kept_covariance = contiguous_kept("covariance", covariance, {moments, moments}, ScalarType::Double);
+  const Tensor dx = new_output(dense), filtered = new_output(kept_z), wide = stored ? new_output(kept_e) : kept_e;
   const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); };
   const Tensor dexpand = like(expand), ddepthwise = like(depthwise), dproject = like(project);
   return dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
-    const Kept<T> kept{mutable_data_of<T>(e), mutable_data_of<T>(z), mutable_data_of<T>(p),
-                       mutable_data_of<float>(mean), mutable_data_of<float>(covariance)};
+    const Kept<T> kept{mutable_data_of<T>(kept_e), mutable_data_of<T>(kept_z), mutable_data_of<T>(kept_p),
+                       mutable_data_of<float>(kept_mean), mutable_data_of<double>(kept_covariance)};
     Gradients<T> out{mutable_data_of<T>(dx), dexpand, ddepthwise, dproject, {}, {}};
     dispatch_activation(act, [&](auto code) {
       backward<T, code>(b, data_of<T>(dense_dy), data_of<T>(dense), kept, mutable_data_of<T>(wide), mutable_data_of<T>(filtered), out);

@@ -23,8 +23,8 @@ struct ConvNorm : Norm {
   FloatMatrix weight;
 
   ConvNorm(
-      const char* name, const Tensor& w, int64_t outputs, int64_t inputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
-      : Norm(name, norm_weight, norm_bias, outputs, eps), weight(name, w, outputs, inputs) {}
+      const std::string& name, const Tensor& w, int64_t outputs, int64_t inputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
+      : Norm(name + "_", norm_weight, norm_bias, outputs, eps), weight(name, w, outputs, inputs) {}
 
   template <typename E = float>
   PackedWeightOf<E> pack(int64_t outputs, int64_t inputs) const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs, inputs); }
@@ -98,7 +98,7 @@ struct InvertedResidualWeightsOf {
       : InvertedResidualWeightsOf(s, first, second, third, act, first.affine(), second.affine(), third.affine()) {}
 
   InvertedResidualShape shape(int64_t batch, int64_t height, int64_t width) const {
-    return {batch, height, width, inputs, wide, outputs, stride, dilation};
+    return {batch, height, width, inputs, wide, outputs, stride, nearest_dilation(dilation, height, width)};
   }
 
  private:

@@ -16,16 +16,24 @@ struct Tokens {
   explicit Tokens(const Tensor& x) : samples(x.size(0)), rows(x.size(1) * x.size(2)), channels(x.size(3)) {}
   Tokens(int64_t samples, int64_t rows, int64_t channels) : samples(samples), rows(rows), channels(channels) {}
   int64_t total() const { return samples * rows; }
+  int64_t norms(bool per_sample) const { return per_sample ? samples : total(); }
 };
 
 // The sum of the lanes, in float64.
-MVIT3_INLINE double sum_lanes(Vec v) {
-  const Wide wide = widen(v);
+MVIT3_INLINE double sum_lanes(Wide wide) {
   NativeDouble sum = wide.part[0];
   for (int i = 1; i < 2 * kParts; ++i) sum += wide.part[i];
   double total = 0;
   for (int i = 0; i < kWidth / 2; ++i) total += sum[i];
   return total;
+}
+
+MVIT3_INLINE double sum_lanes(Vec v) { return sum_lanes(widen(v)); }
+
+// Of the last values of a row, less than a vector.
+template <typename T>
+MVIT3_INLINE RunMoments tail_moments(const T* values, int64_t count, Vec pivot) {
+  return RunMoments::of(1, pivot, [&](int64_t) { return load_some(values, count, pivot); });  // the padding has no distance
 }
 
 // Of one row: the mean first, then the distances to it, which a large mean does not harm.
@@ -35,54 +43,32 @@ MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
   Vec sum = 0.0f;
   for (int64_t c = 0; c < full; c += kLanes) sum += load(row + c);
   if (left) sum += load_some(row + full, left);
-  const double first = sum_lanes(sum) / double(channels);
-  const Vec centre = float(first);
-  Vec rest = 0.0f, squares = 0.0f;
-  const auto add = [&](Vec distance) {
-    rest += distance;
-    squares = fma(distance, distance, squares);
-  };
-  for (int64_t c = 0; c < full; c += kLanes) add(load(row + c) - centre);
+  const float first = float(sum_lanes(sum) / double(channels)), centre = std::isfinite(first) ? first : 0.0f;
+  RunMoments all = RunMoments::of(full / kLanes, centre, [&](int64_t i) { return load(row + i * kLanes); });
   if (left) {
-    float tail[kLanes];
-    store(tail, load_some(row + full, left) - centre);
-    add(load_some(tail, left));  // nothing of the padding
+    const RunMoments tail = tail_moments(row + full, left, centre);
+    all.sum += tail.sum;
+    all.square += tail.square;
   }
-  return Spread::about(float(first), double(channels), sum_lanes(rest), sum_lanes(squares));
+  return Spread::about(centre, double(channels), sum_lanes(all.sum), sum_lanes(all.square));
 }
 
 // Of `count` values that lie one behind the other, by their distances to the first one.
 template <typename T>
 Spread spread(const T* x, int64_t count) {
   constexpr int64_t kRun = 64, kChains = 4;  // vectors that float32 sums up; independent sums, for the latency of an addition
-  const float pivot = count > 0 ? to_float(x[0]) : 0.0f;
-  alignas(64) double sums[kLanes] = {}, squares[kLanes] = {};
-  for (int64_t first = 0; first < count; first += kRun * kLanes) {
-    const int64_t end = std::min(first + kRun * kLanes, count);
-    Vec sum[kChains], square[kChains];
-    for (int k = 0; k < kChains; ++k) sum[k] = square[k] = 0.0f;
-    const auto add = [&](Vec distance, int k) {
-      sum[k] += distance;
-      square[k] = fma(distance, distance, square[k]);
-    };
-    int64_t i = first;
-    for (; i + kChains * kLanes <= end; i += kChains * kLanes)
-      for (int k = 0; k < kChains; ++k) add(load(x + i + k * kLanes) - pivot, k);
-    for (; i + kLanes <= end; i += kLanes) add(load(x + i) - pivot, 0);
-    if (i < end) {
-      float tail[kLanes];
-      store(tail, load_some(x + i, end - i) - pivot);
-      add(load_some(tail, end - i), 0);  // nothing of the padding
-    }
-    accumulate(sums, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-    accumulate(squares, (square[0] + square[1]) + (square[2] + square[3]));
-  }
-  double sum = 0, square = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    sum += sums[i];
-    square += squares[i];
-  }
-  return Spread::about(pivot, double(count), sum, square);
+  const float first = count > 0 ? to_float(x[0]) : 0.0f, pivot = std::isfinite(first) ? first : 0.0f;
+  const int64_t vectors = count / kLanes, left = count % kLanes;
+  RunMoments all{};
+  const auto add = [&](const RunMoments& run) {
+    all.sum += run.sum;
+    all.square += run.square;
+  };
+  for (int64_t begin = 0; begin < vectors; begin += kRun)
+    add(RunMoments::of<kChains>(
+        std::min(kRun, vectors - begin), pivot, [&](int64_t i) { return load(x + (begin + i) * kLanes); }));
+  if (left) add(tail_moments(x + vectors * kLanes, left, pivot));
+  return Spread::about(pivot, double(count), sum_lanes(all.sum), sum_lanes(all.square));
 }
 
 // A map and the statistics of its norm: `mean` and `rstd` of each token or of each sample.
@@ -120,7 +106,7 @@ class NormedMap {
     }
   }
 
-  // The normalised rows, `stride` apart, lanes behind the last channel without a meaning. The first time, tokens are measured.
+  // The normalised rows, `stride` apart, zero from the last channel to the next whole vector. The first time, tokens are measured.
   template <typename E>
   void normalise(int64_t first, int64_t count, double eps, E* out, int64_t stride) const {
     for (int64_t r = first; r < first + count; ++r, out += stride) {
@@ -151,7 +137,7 @@ class NormedMap {
   template <typename E>
   MVIT3_INLINE void write(int64_t r, float mean, float rstd, E* out) const {
     for (int64_t c = 0; c < tokens_.channels; c += kLanes)
-      store(out + c, (load_some(row(r) + c, tokens_.channels - c) - mean) * rstd);
+      store(out + c, (load_some(row(r) + c, tokens_.channels - c, mean) - mean) * rstd);
   }
 
   const T* x_;
@@ -204,7 +190,7 @@ class NormedMapBackward {
         correct(
             r, float(sums[2 * sample] / values), float(sums[2 * sample + 1] / values),
             [&](int64_t c) { return load_some(dx_ + r * channels + c, channels - c); },
-            [&](int64_t c) { return (load_some(map_.row(r) + c, channels - c) - mean) * rstd; });
+            [&](int64_t c) { return (load_some(map_.row(r) + c, channels - c, mean) - mean) * rstd; });
       }
     });
   }

@@ -1,7 +1,5 @@
 #include "memory.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -16,13 +14,11 @@ namespace {
 
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // the sanitizer watches what malloc hands out
 
-constexpr int64_t kPage = 4096;
-
 // One stretch of addresses, reserved once; pages come when they are touched.
 class Pool {
  public:
   Pool() {
-    const int64_t physical = int64_t(sysconf(_SC_PHYS_PAGES)) * int64_t(sysconf(_SC_PAGESIZE));
+    const int64_t physical = int64_t(sysconf(_SC_PHYS_PAGES)) * page_;
     void* p = mmap(nullptr, size_t(physical), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return;
 #if defined(MADV_HUGEPAGE)
@@ -32,7 +28,7 @@ class Pool {
   }
 
   void* take(int64_t bytes) {
-    bytes = (bytes + kPage - 1) / kPage * kPage;
+    bytes = (bytes + page_ - 1) / page_ * page_;
     const std::lock_guard<std::mutex> lock(mutex_);
     // First fit: ranges at low addresses are used again, those at high ones stay untouched.
     const auto found = std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= bytes; });
@@ -75,6 +71,7 @@ class Pool {
   }
 
  private:
+  const int64_t page_ = sysconf(_SC_PAGESIZE);  // 4 KiB on most systems, up to 64 KiB on some: what is given back are whole pages
   std::mutex mutex_;
   std::map<char*, int64_t> free_, taken_;
   char* touched_ = nullptr;  // the end of what has ever been handed out
@@ -102,7 +99,3 @@ int64_t release_memory() { return 0; }
 #endif
 
 }  // namespace mvit3
-
-STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) { m.def("release_memory() -> int"); }
-
-STABLE_TORCH_LIBRARY_IMPL(mvit3, CompositeExplicitAutograd, m) { m.impl("release_memory", TORCH_BOX(&mvit3::release_memory)); }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "tile.h"
 
@@ -20,13 +21,58 @@ struct Spread {
   void join(const Spread& other) {
     if (other.count == 0) return;
     const double total = count + other.count, delta = other.mean - mean;
-    squares += other.squares + delta * delta * (count * other.count / total);
-    mean += delta * (other.count / total);
+    if (std::isfinite(delta)) {
+      squares += other.squares + delta * delta * (count * other.count / total);
+      mean += delta * (other.count / total);
+    } else {  // the mean that a sum of all values gives: infinite with one infinity among them, NaN with both
+      squares = std::numeric_limits<double>::quiet_NaN();
+      mean += other.mean;
+    }
     count = total;
   }
 
   double variance() const { return count > 0 ? std::max(squares, 0.0) / count : 0; }
   float rstd(double eps) const { return float(1 / std::sqrt(variance() + eps)); }
+};
+
+// Sums over a run of values, for each lane, of the distance to a pivot and of the distance squared.
+struct RunMoments {
+  Wide sum, square;
+
+  // Of value(0) .. value(count - 1), in float64.
+  template <typename Value>
+  static MVIT3_INLINE RunMoments wide(int64_t count, Wide pivot, const Value& value) {
+    RunMoments run{};
+    for (int64_t i = 0; i < count; ++i) {
+      const Wide distance = widen(value(i)) - pivot;
+      run.sum += distance;
+      run.square = fma(distance, distance, run.square);
+    }
+    return run;
+  }
+
+  // The same of a short run in float32, which is exact enough for it, in `Chains` independent sums. Where float32 cannot hold the squares,
+  // as of values about 1e19 apart, they are taken again in float64: this is what every norm of a kernel but batch_norm_act's is made from.
+  template <int Chains = 1, typename Value>
+  static MVIT3_INLINE RunMoments of(int64_t count, Vec pivot, const Value& value) {
+    Vec sum[Chains], square[Chains];
+    for (int k = 0; k < Chains; ++k) sum[k] = square[k] = 0.0f;
+    const auto add = [&](Vec distance, int k) {
+      sum[k] += distance;
+      square[k] = fma(distance, distance, square[k]);
+    };
+    int64_t i = 0;
+    for (; i + Chains <= count; i += Chains)
+      for (int k = 0; k < Chains; ++k) add(value(i + k) - pivot, k);
+    for (; i < count; ++i) add(value(i) - pivot, 0);
+    for (int width = Chains / 2; width > 0; width /= 2)
+      for (int k = 0; k < width; ++k) {
+        sum[k] += sum[k + width];
+        square[k] += square[k + width];
+      }
+    if (__builtin_expect(all_finite(square[0]), true)) return {widen(sum[0]), widen(square[0])};
+    return wide(count, widen(pivot), value);
+  }
 };
 
 // Calls f(first, last) for short runs of `count` rows: float32 holds the sum of a run, float64 that of the runs.
@@ -60,14 +106,7 @@ class ChannelSums {
     for (int64_t c = 0; c < channels_; c += kLanes) {
       const Vec pivot = load(pivot_.data() + c);
       for_each_run(count, [&](int64_t first, int64_t last) {
-        Vec sum = 0.0f, square = 0.0f;
-        for (int64_t r = first; r < last; ++r) {
-          const Vec distance = load_some(rows + r * stride + c, channels_ - c) - pivot;
-          sum += distance;
-          square = fma(distance, distance, square);
-        }
-        accumulate(sum_.data() + c, sum);
-        accumulate(square_.data() + c, square);
+        add_run(c, RunMoments::of(last - first, pivot, [&](int64_t i) { return load_some(rows + (first + i) * stride + c, channels_ - c); }));
       });
     }
   }
@@ -76,11 +115,11 @@ class ChannelSums {
   // pivots (only `add_run` for the first time needs them), then the sums of short runs of rows.
   bool empty() const { return count_ == 0; }
   void count(int64_t rows) { count_ += rows; }
-  void set_pivot(int64_t c, Vec value) { store(pivot_.data() + c, value); }
+  void set_pivot(int64_t c, Vec value) { store(pivot_.data() + c, finite_or_zero(value)); }
   Vec pivot(int64_t c) const { return load(pivot_.data() + c); }
-  void add_run(int64_t c, Vec sum, Vec square) {
-    accumulate(sum_.data() + c, sum);
-    accumulate(square_.data() + c, square);
+  void add_run(int64_t c, const RunMoments& run) {
+    accumulate(sum_.data() + c, run.sum);
+    accumulate(square_.data() + c, run.square);
   }
 
   // Puts the sums of all threads together.
@@ -102,7 +141,7 @@ class ChannelSums {
       const Vec first = load_some(rows + c, channels_ - c);
       Vec sum = 0.0f;
       for (int64_t r = 1; r < count; ++r) sum += load_some(rows + r * stride + c, channels_ - c) - first;
-      store(pivot_.data() + c, fma(sum, 1.0f / count, first));
+      set_pivot(c, fma(sum, 1.0f / count, first));
     }
   }
 

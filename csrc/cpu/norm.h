@@ -29,8 +29,12 @@ struct Norm {
   Values gamma, beta, mean, var;
   double eps;
 
-  Norm(const char* name, const Tensor& weight, const Tensor& bias, int64_t channels, double eps)
-      : gamma(read_channels(name, weight, channels)), beta(read_channels(name, bias, channels)), mean(channels), var(channels), eps(eps) {}
+  // `prefix` is what stands before "weight", "bias" and "eps" in the names of the arguments.
+  Norm(const std::string& prefix, const Tensor& weight, const Tensor& bias, int64_t channels, double eps)
+      : gamma(read_channels(prefix + "weight", weight, channels)), beta(read_channels(prefix + "bias", bias, channels)), mean(channels),
+        var(channels), eps(eps) {
+    check_eps(prefix + "eps", eps);
+  }
 
   // value * gamma + beta, without statistics.
   Norm(const Values& gamma, const Values& beta) : gamma(gamma), beta(beta), mean(gamma.size(), 0.0), var(gamma.size(), 1.0), eps(0) {}
@@ -71,8 +75,9 @@ void add_sum_and_dot(
   }
 }
 
-// The gradient of a norm's input from the gradient of its output, grad * scale - offset - (value - mean) * slope, padded to whole
-// vectors; and the gradients of the norm's own parameters.
+// The gradient of a norm's input from the gradient of its output, (grad - offset - (value - mean) * slope) * scale, padded to whole
+// vectors; and the gradients of the norm's own parameters. Slope and scale are about 1 / deviation each: their product, for a deviation of
+// 1e19, is below what float32 holds.
 struct NormBackward {
   Scratch<float> mean, scale, offset, slope;
   Values dgamma, dbeta;
@@ -82,11 +87,11 @@ struct NormBackward {
       : mean(norm.means()), scale(lanes_of(sum.size()), 0.0f), offset(lanes_of(sum.size()), 0.0f), slope(lanes_of(sum.size()), 0.0f),
         dgamma(sum.size()), dbeta(sum) {
     for (size_t c = 0; c < sum.size(); ++c) {
-      const double r = norm.rstd(c), s = norm.gamma[c] * r, rest = double(mean[c]) - norm.mean[c];
+      const double r = norm.rstd(c), rest = double(mean[c]) - norm.mean[c];
       dgamma[c] = r * (dot[c] + rest * sum[c]);
-      scale[c] = float(s);
-      slope[c] = float(s * r * dgamma[c] / rows);
-      offset[c] = float(s * (sum[c] + rest * r * dgamma[c]) / rows);
+      scale[c] = float(norm.gamma[c] * r);
+      slope[c] = float(r * dgamma[c] / rows);
+      offset[c] = float((sum[c] + rest * r * dgamma[c]) / rows);
     }
   }
 
@@ -99,8 +104,7 @@ struct NormBackward {
   }
 
   MVIT3_INLINE Vec operator()(Vec grad, Vec value, int64_t c) const {
-    const Vec linear = fma(grad, load(scale.data() + c), Vec(0.0f) - load(offset.data() + c));
-    return fnma(value - load(mean.data() + c), load(slope.data() + c), linear);
+    return fnma(value - load(mean.data() + c), load(slope.data() + c), grad - load(offset.data() + c)) * load(scale.data() + c);
   }
 };
 

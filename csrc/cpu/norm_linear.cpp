@@ -14,11 +14,12 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> norm_linear_forward(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& weight,
     const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
+  check_map("x", x);
+  check_eps("eps", eps);
   const Tensor dense = torch::stable::contiguous(x);
   const Tokens tokens(dense);
   const NormLinearParameters parameters(norm_weight, norm_bias, "weight", weight, "bias", bias, tokens.channels);
-  const int64_t count = per_sample ? tokens.samples : tokens.total();
+  const int64_t count = tokens.norms(per_sample);
   const Tensor mean = torch::stable::new_empty(dense, {count}, ScalarType::Float), rstd = torch::stable::new_empty(mean, {count});
   const Tensor y = new_output(dense, {x.size(0), x.size(1), x.size(2), parameters.outputs});
   if (tokens.total() == 0) return std::make_tuple(y, mean, rstd);
@@ -34,12 +35,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_linear_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, bool per_sample, const Tensor& weight,
     const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& rstd) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
-  const Tensor dense = torch::stable::contiguous(x), dense_dy = torch::stable::contiguous(dy), dx = new_output(dense);
+  check_map("x", x);
+  const Tensor dense = torch::stable::contiguous(x), dx = new_output(dense);
   const Tokens tokens(dense);
   const NormLinearParameters parameters(norm_weight, norm_bias, "weight", weight, "bias", bias, tokens.channels);
   const int64_t inputs = parameters.inputs, outputs = parameters.outputs, lanes = lanes_of(inputs), out_lanes = lanes_of(outputs);
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.numel() == tokens.total() * outputs, "dy must have the dtype and rows of x");
+  const Tensor dense_dy = contiguous_map("dy", dy, x, {x.size(0), x.size(1), x.size(2), outputs});
+  const Tensor kept_mean = contiguous_kept("mean", mean, {tokens.norms(per_sample)});
+  const Tensor kept_rstd = contiguous_kept("rstd", rstd, {tokens.norms(per_sample)});
   const int64_t parts = count_parts(tokens.total() * inputs * outputs, 1 << 21);
   auto sums = accumulators<double>(parts, out_lanes);
   return dispatch_dtype("x", dense, [&](auto type) {
@@ -47,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_linear_backward(
     using E = Multiplied<T>;
     const auto transposed = parameters.transposed<E>();
     OuterSumsOf<E> products(parts, outputs, lanes);
-    const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(mean), mutable_data_of<float>(rstd));
+    const NormedMap<T> map(data_of<T>(dense), tokens, per_sample, mutable_data_of<float>(kept_mean), mutable_data_of<float>(kept_rstd));
     NormedMapBackward<T> norm(map, nullptr, mutable_data_of<T>(dx), parts);
     for_each_tile(tokens.total(), parts, [&](int64_t part, int64_t first, int64_t count) {
       float* grads = workspace(kTileRows * (2 * lanes + out_lanes));

@@ -14,11 +14,11 @@ struct NormLinearParameters {
   Scratch<float> bias;
 
   NormLinearParameters(
-      const Tensor& norm_weight, const Tensor& norm_bias, const char* name, const Tensor& weight, const char* bias_name,
+      const Tensor& norm_weight, const Tensor& norm_bias, const std::string& name, const Tensor& weight, const std::string& bias_name,
       const std::optional<Tensor>& bias, int64_t inputs)
-      : inputs(inputs), outputs(weight.size(0)), gamma(read_channels("norm.weight", norm_weight, inputs)),
-        beta(read_channels("norm.bias", norm_bias, inputs)), weight(name, weight, weight.size(0), inputs),
-        bias(read_vector(bias_name, bias, weight.size(0))) {}
+      : inputs(inputs), outputs(outputs_of(name, weight)), gamma(read_channels("norm_weight", norm_weight, inputs)),
+        beta(read_channels("norm_bias", norm_bias, inputs)), weight(name, weight, outputs, inputs),
+        bias(read_vector(bias_name, bias, outputs)) {}
 
   // Scale and shift as float32, padded with zeros.
   Scratch<float> scale() const { return padded(gamma); }

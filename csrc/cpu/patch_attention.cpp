@@ -146,11 +146,12 @@ class AttentionBackward {
 };
 
 PatchGroups groups_of(const Tensor& qkv, int64_t heads, int64_t patch_height, int64_t patch_width) {
-  STD_TORCH_CHECK(qkv.is_cpu() && qkv.dim() == 4, "qkv must be a feature map (B, H, W, 3D) on the CPU");
-  STD_TORCH_CHECK(heads >= 1 && qkv.size(3) % (3 * heads) == 0, "3 * num_heads must divide the channels of qkv, got num_heads ", heads);
+  check_map("qkv", qkv);
+  const int64_t channels = qkv.size(3), most = std::max<int64_t>(channels / 3, 1);
   STD_TORCH_CHECK(
-      patch_height >= 1 && patch_width >= 1 && qkv.size(1) % patch_height == 0 && qkv.size(2) % patch_width == 0,
-      "height and width of qkv must be multiples of the patch size, got ", patch_height, " and ", patch_width);
+      heads >= 1 && heads <= most && channels % (3 * heads) == 0, "3 * num_heads must divide the ", channels, " channels of qkv, got num_heads ",
+      heads);
+  check_patches("qkv", qkv, patch_height, patch_width);
   return {qkv.size(0), qkv.size(1), qkv.size(2), heads, qkv.size(3) / (3 * heads), patch_height, patch_width};
 }
 
@@ -158,7 +159,7 @@ PatchGroups groups_of(const Tensor& qkv, int64_t heads, int64_t patch_height, in
 std::tuple<Tensor, Tensor> patch_attention_forward(
     const Tensor& qkv, int64_t num_heads, int64_t patch_height, int64_t patch_width, double p, std::optional<Tensor> seed) {
   const PatchGroups g = groups_of(qkv, num_heads, patch_height, patch_width);
-  const Dropout dropout(p, seed, 0);
+  const Dropout dropout("dropout", p, seed, 0);
   const Tensor dense = torch::stable::contiguous(qkv);
   const Tensor out = new_output(torch::stable::new_empty(dense, {g.batch, g.height, g.width, g.channels()}));
   const Tensor lse = torch::stable::new_empty(dense, {g.batch, patch_height * patch_width, num_heads, g.tokens()}, ScalarType::Float);
@@ -174,11 +175,11 @@ Tensor patch_attention_backward(
     const Tensor& dout, const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t num_heads, int64_t patch_height, int64_t patch_width,
     double p, std::optional<Tensor> seed) {
   const PatchGroups g = groups_of(qkv, num_heads, patch_height, patch_width);
-  const Dropout dropout(p, seed, 0);
-  const Tensor dense = torch::stable::contiguous(qkv), dense_out = torch::stable::contiguous(out), dense_dout = contiguous_like("dout", dout, out);
-  const Tensor dense_lse = torch::stable::contiguous(lse);
-  STD_TORCH_CHECK(out.numel() * 3 == qkv.numel() && out.scalar_type() == qkv.scalar_type(), "out must be what forward returned for qkv");
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == g.groups() * g.tokens(), "lse must be what forward returned for qkv");
+  const Dropout dropout("dropout", p, seed, 0);
+  const Tensor dense = torch::stable::contiguous(qkv);
+  const std::vector<int64_t> shape{g.batch, g.height, g.width, g.channels()};
+  const Tensor dense_out = contiguous_map("out", out, qkv, shape), dense_dout = contiguous_map("dout", dout, qkv, shape);
+  const Tensor dense_lse = contiguous_kept("lse", lse, {g.batch, patch_height * patch_width, num_heads, g.tokens()});
   const Tensor dqkv = new_output(dense);
   if (dqkv.numel() > 0)
     dispatch_dtype("qkv", dense, [&](auto type) {

@@ -16,7 +16,20 @@ namespace {
 
 enum class Statistics { kNone, kFixed, kBatch };  // no norm; from running statistics; of the batch
 
-// The arguments of the op, checked and made contiguous.
+// Checks the arguments that say how large the others must be.
+void check_inputs(
+    const Tensor& a, const std::optional<Tensor>& b, const Tensor& weight, const std::optional<Tensor>& norm_weight,
+    const std::optional<Tensor>& norm_bias) {
+  check_map("a", a);
+  if (b) {
+    check_map("b", *b);
+    contiguous_map("b", *b, a, {a.size(0), a.size(1), a.size(2), b->size(3)});
+  }
+  outputs_of("weight", weight);
+  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "norm_weight and norm_bias must be given together");
+}
+
+// The arguments of the op, made contiguous.
 template <typename T>
 struct Layer {
   using E = Multiplied<T>;  // of the operands of products
@@ -42,17 +55,14 @@ struct Layer {
         outputs(w.size(0)), inputs{data_of<T>(a), second ? data_of<T>(b) : nullptr, a.size(3), second ? b.size(3) : 0},
         statistics(!norm_weight ? Statistics::kNone : training ? Statistics::kBatch : Statistics::kFixed),
         weight("weight", w, outputs, inputs.channels()), bias(b_conv ? read_channels("bias", *b_conv, outputs) : Values(outputs, 0.0)),
-        norm(norm_weight ? Norm("norm", *norm_weight, norm_bias.value(), outputs, eps) : Norm(Values(outputs, 1.0), bias)) {
-    STD_TORCH_CHECK(a.is_cpu() && b.is_cpu() && b.scalar_type() == a.scalar_type(), "a and b must be of one dtype, on the CPU");
-    STD_TORCH_CHECK(b.dim() == 4 && b.numel() == rows * b.size(3), "b must be a feature map of the size of a");
-  }
+        norm(norm_weight ? Norm("norm_", *norm_weight, *norm_bias, outputs, eps) : Norm(Values(outputs, 1.0), bias)) {}
 
-  // `mean` and `var` are of the product with the bias, which moves the mean.
-  void set_statistics(const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
+  // `mean` and `var`, arguments whose names begin with `prefix`, are of the product with the bias, which moves the mean.
+  void set_statistics(const std::string& prefix, const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
     if (statistics == Statistics::kNone) return;
-    STD_TORCH_CHECK(mean && var, "running_mean and running_var must be given when training is False");
-    norm.mean = read_channels("mean", *mean, outputs);
-    norm.var = read_channels("var", *var, outputs);
+    STD_TORCH_CHECK(mean && var, prefix, "mean and ", prefix, "var must be given");
+    norm.mean = read_channels(prefix + "mean", *mean, outputs);
+    norm.var = read_channels(prefix + "var", *var, outputs);
     for (int64_t c = 0; c < outputs; ++c) norm.mean[c] -= bias[c];
   }
 
@@ -69,8 +79,7 @@ struct Layer {
 // Calls f(storage type, activation).
 template <typename F>
 auto dispatch(const Tensor& a, int64_t act, const F& f) {
-  STD_TORCH_CHECK(a.dim() == 4, "x must be a feature map (B, H, W, C)");
-  return dispatch_dtype("x", a, [&](auto type) { return dispatch_activation(act, [&](auto code) { return f(type, code); }); });
+  return dispatch_dtype("a", a, [&](auto type) { return dispatch_activation(act, [&](auto code) { return f(type, code); }); });
 }
 
 // p and y; the statistics where they are of the batch. Where they are known, y follows p tile by tile.
@@ -213,10 +222,11 @@ Tensor pointwise_conv_inference(
     double eps,
     int64_t act,
     std::optional<Tensor> residual) {
+  check_inputs(a, b, weight, norm_weight, norm_bias);
   return dispatch(a, act, [&](auto type, auto code) {
     using T = decltype(type);
     Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, false, eps);
-    layer.set_statistics(running_mean, running_var);
+    layer.set_statistics("running_", running_mean, running_var);
     const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
     const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
     pointwise_conv<code>(weights, layer.inputs, residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), layer.rows);
@@ -238,10 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_training(
     double eps,
     int64_t act,
     std::optional<Tensor> residual) {
+  check_inputs(a, b, weight, norm_weight, norm_bias);
   return dispatch(a, act, [&](auto type, auto code) {
     using T = decltype(type);
     Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
-    if (layer.statistics == Statistics::kFixed) layer.set_statistics(running_mean, running_var);
+    if (layer.statistics == Statistics::kFixed) layer.set_statistics("running_", running_mean, running_var);
     const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
     const T* add = residual ? data_of<T>(added) : nullptr;
     Tensor p = layer.nothing();
@@ -278,14 +289,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backwa
     bool training,
     double eps,
     int64_t act) {
+  check_inputs(a, b, weight, norm_weight, norm_bias);
   return dispatch(a, act, [&](auto type, auto code) {
     using T = decltype(type);
     Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
-    layer.set_statistics(mean, var);
-    const Tensor dense_dy = torch::stable::contiguous(dy), dense_p = torch::stable::contiguous(p);
+    layer.set_statistics("", mean, var);
     const bool kept = layer.statistics != Statistics::kNone || code != kIdentity;
-    STD_TORCH_CHECK(dy.scalar_type() == a.scalar_type() && dy.numel() == layer.rows * layer.outputs, "dy must have dtype and shape of y");
-    STD_TORCH_CHECK(!kept || (p.scalar_type() == a.scalar_type() && p.numel() == dy.numel()), "p must have dtype and shape of y");
+    const std::vector<int64_t> shape{a.size(0), a.size(1), a.size(2), layer.outputs};
+    const Tensor dense_dy = contiguous_map("dy", dy, a, shape), dense_p = kept ? contiguous_map("p", p, a, shape) : p;
     const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
     Backward<code, T> backward(layer, data_of<T>(dense_dy), kept ? data_of<T>(dense_p) : nullptr);
     Gradients<Multiplied<T>> grads = backward.run(mutable_data_of<T>(da), b ? mutable_data_of<T>(db) : nullptr);

@@ -13,18 +13,22 @@ typedef uint32_t NativeWord __attribute__((vector_size(kWidth * 4)));
 // One dropout of a call. `site` separates the dropouts of one call; a sample's elements are counted from 0.
 class Dropout {
  public:
-  // `seed` is read only where p is positive.
-  Dropout(double p, const std::optional<Tensor>& seed, uint32_t site) : site_(site), active_(p > 0) {
+  // Active with probability `p`, the argument `name`; `seed` is read only where that is positive.
+  Dropout(const char* name, double p, const std::optional<Tensor>& seed, uint32_t site) : site_(site), active_(p > 0) {
+    STD_TORCH_CHECK(p >= 0 && p < 1, name, " must be at least 0 and below 1, got ", p);
     if (!active_) return;
-    STD_TORCH_CHECK(p < 1, "a dropout probability must be at least 0 and below 1, got ", p);
     STD_TORCH_CHECK(
-        seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "dropout needs a seed: one int64 on the CPU");
+        seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+        "seed must be one int64 on the CPU where ", name, " is positive");
     const uint64_t bits = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
     low_ = uint32_t(bits);
     high_ = uint32_t(bits >> 32);
     threshold_ = uint32_t(p * 0x1p32);
     scale_ = float(1 / (1 - p));
   }
+
+  // Drops nothing.
+  Dropout() : site_(0), active_(false) {}
 
   bool active() const { return active_; }
 

@@ -369,7 +369,7 @@ class Backward {
   // The five products: the values again, and the gradients through W_o and W_v with those of the two weights.
   void multiply_back(const Task& task) {
     const int64_t lanes = map_.lanes(), channels = map_.channels, positions = map_.positions();
-    const int64_t tile_rows = std::min(kTileRows, kTileFloats / (4 * lanes));
+    const int64_t tile_rows = std::clamp<int64_t>(kTileFloats / (4 * lanes), 1, kTileRows);
     float *normal = workspace((4 * tile_rows + positions) * lanes), *value = normal + tile_rows * lanes, *grad = value + tile_rows * lanes;
     float *dvalue = grad + tile_rows * lanes, *sums = dvalue + tile_rows * lanes;
     const float *contexts = kept_.context + task.sample * positions * lanes, *bias = weights_.value_bias.data();
@@ -447,7 +447,7 @@ class Backward {
       const float* grads = dmean(task.sample) + position * lanes;
       const Vec mean = normed_.mean(r);
       Vec sum = 0.0f;
-      for (int64_t c = 0; c < channels; c += kLanes) sum = fma(load_some(x + c, channels - c) - mean, load(grads + c), sum);
+      for (int64_t c = 0; c < channels; c += kLanes) sum = fma(load_some(x + c, channels - c, mean) - mean, load(grads + c), sum);
       float grad = float(sum_lanes(sum)) * normed_.rstd(r);
       if (dropout_.score.active()) grad = (grad + dtotal_[task.sample * positions + position]) * kept_score(dropout_.score, key, score);
       dscores_[r] = grad;
@@ -483,7 +483,7 @@ class Backward {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t r = row(task, first + i);
           float* p = dnormal(task, first + i) + c;
-          const Vec normal = (load_some(normed_.row(r) + c, channels - c) - normed_.mean(r)) * normed_.rstd(r);
+          const Vec mean = normed_.mean(r), normal = (load_some(normed_.row(r) + c, channels - c, mean) - mean) * normed_.rstd(r);
           Vec grad = fma(score_weight, dscore[i], load(p));
           grad = fma(load(dmean(task.sample) + places_[first + i].position * lanes + c), kept[i], grad);
           store(p, grad);
@@ -515,7 +515,7 @@ class Backward {
       const int64_t r = row(task, token);
       const float* grads = dnormal(task, token);
       const Vec mean = normed_.mean(r), rstd = normed_.rstd(r);
-      const auto normal = [&](int64_t c) { return (load_some(normed_.row(r) + c, channels - c) - mean) * rstd; };
+      const auto normal = [&](int64_t c) { return (load_some(normed_.row(r) + c, channels - c, mean) - mean) * rstd; };
       if (!normed_.per_sample()) {
         Vec sums = 0.0f, dots = 0.0f;
         for (int64_t c = 0; c < channels; c += kLanes) {
@@ -548,25 +548,26 @@ class Backward {
 };
 
 PatchedMap map_of(const Tensor& x, int64_t patch_height, int64_t patch_width) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be a feature map (B, H, W, C)");
-  STD_TORCH_CHECK(
-      patch_height >= 1 && patch_width >= 1 && x.size(1) % patch_height == 0 && x.size(2) % patch_width == 0, "patch_size must divide the map, got (",
-      patch_height, ", ", patch_width, ")");
+  check_map("x", x);
+  check_patches("x", x, patch_height, patch_width);
   return {x.size(0), x.size(1), x.size(2), x.size(3), patch_height, patch_width};
 }
 
 NormLinearParameters qkv_of(
     const PatchedMap& map, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(weight.size(0) == 1 + 2 * map.channels, "qkv.weight must have 1 + 2D rows for the D channels of x");
-  return NormLinearParameters(norm_weight, norm_bias, "qkv.weight", weight, "qkv.bias", bias, map.channels);
+  STD_TORCH_CHECK(
+      outputs_of("qkv_weight", weight) == 1 + 2 * map.channels, "qkv_weight must have 1 + 2D rows for the ", map.channels,
+      " channels D of x, got shape ", text(weight.sizes()));
+  return NormLinearParameters(norm_weight, norm_bias, "qkv_weight", weight, "qkv_bias", bias, map.channels);
 }
 
 Tensor separable_attention_inference(
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& qkv_weight,
     const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const std::optional<Tensor>& out_bias, int64_t patch_height, int64_t patch_width) {
+  const PatchedMap map = map_of(x, patch_height, patch_width);
+  check_eps("eps", eps);
   const Tensor dense = torch::stable::contiguous(x), y = new_output(dense);
-  const PatchedMap map = map_of(dense, patch_height, patch_width);
-  const FloatMatrix out("out_proj.weight", out_weight, map.channels, map.channels);
+  const FloatMatrix out("out_weight", out_weight, map.channels, map.channels);
   const SeparableAttentionWeights weights(qkv_of(map, norm_weight, norm_bias, qkv_weight, qkv_bias), out, out_bias);
   if (y.numel() == 0) return y;
   dispatch_dtype("x", dense, [&](auto type) {
@@ -581,11 +582,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_attention_t
     const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias, double eps, bool per_sample, const Tensor& qkv_weight,
     const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const std::optional<Tensor>& out_bias, int64_t patch_height, int64_t patch_width,
     double score_dropout, double output_dropout, const std::optional<Tensor>& seed) {
+  const PatchedMap map = map_of(x, patch_height, patch_width);
+  check_eps("eps", eps);
   const Tensor dense = torch::stable::contiguous(x), y = new_output(dense);
-  const PatchedMap map = map_of(dense, patch_height, patch_width);
-  const FloatMatrix out("out_proj.weight", out_weight, map.channels, map.channels);
+  const FloatMatrix out("out_weight", out_weight, map.channels, map.channels);
   const SeparableAttentionWeights weights(qkv_of(map, norm_weight, norm_bias, qkv_weight, qkv_bias), out, out_bias);
-  const SeparableAttentionDropout dropout{Dropout(score_dropout, seed, 0), Dropout(output_dropout, seed, 1)};
+  const SeparableAttentionDropout dropout(score_dropout, output_dropout, seed);
   const int64_t count = map.samples * (per_sample ? 1 : map.tokens());
   const Tensor mean = torch::stable::new_empty(dense, {count}, ScalarType::Float), rstd = torch::stable::new_empty(mean, {count});
   const Tensor scores = torch::stable::new_empty(mean, {map.samples, map.positions(), map.patches()});
@@ -607,18 +609,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> separable_att
     const std::optional<Tensor>& qkv_bias, const Tensor& out_weight, const std::optional<Tensor>& out_bias, const Tensor& mean, const Tensor& rstd,
     const Tensor& scores, const Tensor& pooled, const Tensor& context, int64_t patch_height, int64_t patch_width, double score_dropout,
     double output_dropout, const std::optional<Tensor>& seed) {
-  const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, dense), dx = new_output(dense);
-  const PatchedMap map = map_of(dense, patch_height, patch_width);
-  const int64_t channels = map.channels, lanes = map.lanes();
-  STD_TORCH_CHECK(scores.numel() == map.samples * map.tokens(), "scores must be those of the forward pass");
-  STD_TORCH_CHECK(
-      pooled.numel() == map.samples * map.positions() * lanes && context.numel() == pooled.numel(), "pooled and context must be those of the forward pass");
+  const PatchedMap map = map_of(x, patch_height, patch_width);
+  const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, x), dx = new_output(dense);
+  const int64_t channels = map.channels, lanes = map.lanes(), norms = map.samples * (per_sample ? 1 : map.tokens());
+  const Tensor kept_mean = contiguous_kept("mean", mean, {norms}), kept_rstd = contiguous_kept("rstd", rstd, {norms});
+  const Tensor kept_scores = contiguous_kept("scores", scores, {map.samples, map.positions(), map.patches()});
+  const Tensor kept_pooled = contiguous_kept("pooled", pooled, {map.samples, map.positions(), lanes});
+  const Tensor kept_context = contiguous_kept("context", context, {map.samples, map.positions(), lanes});
   const NormLinearParameters qkv = qkv_of(map, norm_weight, norm_bias, qkv_weight, qkv_bias);
-  const FloatMatrix out("out_proj.weight", out_weight, channels, channels);
+  const FloatMatrix out("out_weight", out_weight, channels, channels);
+  read_vector("out_bias", out_bias, channels);  // only its gradient is needed, which has its shape
   const BackwardWeights weights(qkv, out);
-  const SeparableAttentionDropout dropout{Dropout(score_dropout, seed, 0), Dropout(output_dropout, seed, 1)};
-  const SeparableAttentionKept kept{mutable_data_of<float>(mean), mutable_data_of<float>(rstd), mutable_data_of<float>(scores),
-                                    mutable_data_of<float>(pooled), mutable_data_of<float>(context)};
+  const SeparableAttentionDropout dropout(score_dropout, output_dropout, seed);
+  const SeparableAttentionKept kept{mutable_data_of<float>(kept_mean), mutable_data_of<float>(kept_rstd), mutable_data_of<float>(kept_scores),
+                                    mutable_data_of<float>(kept_pooled), mutable_data_of<float>(kept_context)};
   Sums sums = dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
     if (dense.numel() == 0) return Sums(1, channels, lanes);
@@ -642,7 +646,7 @@ SeparableAttentionWeights::SeparableAttentionWeights(const NormLinearParameters&
 
 SeparableAttentionWeights::SeparableAttentionWeights(
     const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out_weight, const std::optional<Tensor>& out_bias, int64_t d)
-    : score(folded_score(qkv)), key_bias(segment(bias + 1, d)), value_bias(segment(bias + 1 + d, d)), out_bias(read_vector("out_proj.bias", out_bias, d)),
+    : score(folded_score(qkv)), key_bias(segment(bias + 1, d)), value_bias(segment(bias + 1 + d, d)), out_bias(read_vector("out_bias", out_bias, d)),
       score_bias(bias[0]), key(PackedWeight::rows(key_rows(qkv), d, d, d, scale)), value(PackedWeight::rows(value_rows(qkv), d, d, d, scale)),
       out(PackedWeight::rows(out_weight, d, d, d)) {}
 
@@ -659,7 +663,7 @@ void separable_attention(const PatchedMap& map, double eps, bool per_sample, con
   thread_local std::vector<float> memory;
   memory.resize(2 * statistics + 2 * context);
   float *mean = memory.data(), *rstd = mean + statistics, *pooled = rstd + statistics;
-  const SeparableAttentionDropout none{Dropout(0, std::nullopt, 0), Dropout(0, std::nullopt, 1)};
+  const SeparableAttentionDropout none;
   separable_attention(map, eps, per_sample, weights, none, x, y, {mean, rstd, nullptr, pooled, pooled + context});
 }
 

@@ -39,6 +39,10 @@ struct SeparableAttentionKept {
 
 struct SeparableAttentionDropout {
   Dropout score, output;
+
+  SeparableAttentionDropout() = default;
+  SeparableAttentionDropout(double score, double output, const std::optional<Tensor>& seed)
+      : score("attention_dropout", score, seed, 0), output("output_dropout", output, seed, 1) {}
 };
 
 // For float, BFloat16 and Float16. Allocates nothing after the first call of a size.

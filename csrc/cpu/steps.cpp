@@ -22,21 +22,53 @@ class Source {
   Source(const std::string& kind, const std::vector<Tensor>& weights, const std::vector<int64_t>& integers, const std::vector<double>& numbers)
       : kind_(kind), weights_(weights), integers_(integers), numbers_(numbers) {}
 
-  const Tensor& weight() { return take(weights_, weight_, "weight"); }
-  int64_t integer() { return take(integers_, integer_, "integer"); }
-  double number() { return take(numbers_, number_, "number"); }
+  // A weight with as many dimensions as its layout needs.
+  const Tensor& weight() { return take(weights_, weight_, "weights"); }
+  const Tensor& matrix() { return of_dim(2, weight()); }
+  const Tensor& vector() { return of_dim(1, weight()); }
+  int64_t integer(const char* what, int64_t least, int64_t most) {
+    const int64_t value = take(integers_, integer_, "integers");
+    STD_TORCH_CHECK(least <= value && value <= most, "step ", kind_, ": ", what, " must be ", least, " to ", most, ", got ", value);
+    return value;
+  }
+  double eps() {
+    const double value = take(numbers_, number_, "numbers");
+    check_eps("step " + kind_ + ": eps", value);
+    return value;
+  }
+
+  int64_t stride() { return integer("stride", 1, 2); }
+  int64_t dilation() { return integer("dilation", 1, kMost); }
+  int64_t activation() { return integer("act", kIdentity, kRelu); }
+  int64_t patch() { return integer("a patch size", 1, kMost); }
+  bool flag(const char* what) { return integer(what, 0, 1) == 1; }
 
   void check_empty() const {
-    STD_TORCH_CHECK(
-        weight_ == weights_.size() && integer_ == integers_.size() && number_ == numbers_.size(), "step ", kind_, " got more than it takes");
+    check_all(weights_, weight_, "weights");
+    check_all(integers_, integer_, "integers");
+    check_all(numbers_, number_, "numbers");
   }
 
  private:
   template <typename T>
   const T& take(const std::vector<T>& from, size_t& at, const char* what) {
-    STD_TORCH_CHECK(at < from.size(), "step ", kind_, " needs another ", what);
+    STD_TORCH_CHECK(at < from.size(), "step ", kind_, " needs more ", what, ", got ", from.size());
     return from[at++];
   }
+
+  template <typename T>
+  void check_all(const std::vector<T>& from, size_t taken, const char* what) const {
+    STD_TORCH_CHECK(taken == from.size(), "step ", kind_, " takes ", taken, " ", what, ", got ", from.size());
+  }
+
+  const Tensor& of_dim(int64_t dim, const Tensor& weight) const {
+    STD_TORCH_CHECK(
+        weight.dim() == dim && weight.size(0) >= 1, "step ", kind_, ": weights[", weight_ - 1, "] must have ", dim, " dimensions, got shape ",
+        text(weight.sizes()));
+    return weight;
+  }
+
+  static constexpr int64_t kMost = int64_t(1) << 20;
 
   const std::string& kind_;
   const std::vector<Tensor>& weights_;
@@ -49,24 +81,30 @@ void check_channels(const char* kind, int64_t got, int64_t wanted) {
   STD_TORCH_CHECK(got == wanted, "step ", kind, " takes ", wanted, " channels, got ", got);
 }
 
+void check_same_size(const char* kind, const MapShape& one, const MapShape& other) {
+  STD_TORCH_CHECK(
+      one.height == other.height && one.width == other.width, "step ", kind, " takes maps of one size, got ", one.height, " x ", one.width, " and ",
+      other.height, " x ", other.width);
+}
+
 // A convolution's weight, and scale and shift of its outputs: batch norm and bias, already folded together.
 struct Folded : ConvNorm {
   int64_t outputs, inputs;
 
   Folded(const char* name, const Tensor& weight, const Tensor& scale, const Tensor& shift, int64_t inputs)
-      : ConvNorm(name, weight, weight.size(0), inputs, scale, shift, 0), outputs(weight.size(0)), inputs(inputs) {
+      : ConvNorm(name, weight, outputs_of(name, weight), inputs, scale, shift, 0), outputs(weight.size(0)), inputs(inputs) {
     std::fill(var.begin(), var.end(), 1.0);
   }
   static Folded take(Source& from, const char* name) {
-    const Tensor &weight = from.weight(), &scale = from.weight(), &shift = from.weight();
-    return Folded(name, weight, scale, shift, weight.numel() / std::max<int64_t>(weight.size(0), 1));
+    const Tensor &weight = from.weight(), &scale = from.vector(), &shift = from.vector();
+    return Folded(name, weight, scale, shift, weight.numel() / outputs_of(name, weight));
   }
 };
 
 class InvertedResidual : public Step {
  public:
   explicit InvertedResidual(Source& from)
-      : InvertedResidual{from, Folded::take(from, "expand"), from.weight(), from.weight(), from.weight(), Folded::take(from, "project")} {}
+      : InvertedResidual{from, Folded::take(from, "expand"), from.weight(), from.vector(), from.vector(), Folded::take(from, "project")} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("inverted_residual", in[0].channels, weights_.inputs);
@@ -82,9 +120,11 @@ class InvertedResidual : public Step {
       : weights_(make(from, expand, Folded("depthwise", taps, scale, shift, 9), project)) {}
 
   static InvertedResidualWeights make(Source& from, const Folded& expand, const Folded& depthwise, const Folded& project) {
-    const int64_t stride = from.integer(), dilation = from.integer();
+    check_channels("inverted_residual's depthwise weight", depthwise.outputs, expand.outputs);
+    check_channels("inverted_residual's project weight", project.inputs, expand.outputs);
+    const int64_t stride = from.stride(), dilation = from.dilation();
     const InvertedResidualShape s{1, 1, 1, expand.inputs, expand.outputs, project.outputs, stride, dilation};
-    return InvertedResidualWeights(s, expand, depthwise, project, from.integer());
+    return InvertedResidualWeights(s, expand, depthwise, project, from.activation());
   }
 
   InvertedResidualWeights weights_;
@@ -92,7 +132,7 @@ class InvertedResidual : public Step {
 
 class DepthwiseConv : public Step {
  public:
-  explicit DepthwiseConv(Source& from) : DepthwiseConv{from, from.weight(), from.weight(), from.weight()} {}
+  explicit DepthwiseConv(Source& from) : DepthwiseConv{from, from.weight(), from.vector(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("depthwise_conv", in[0].channels, channels_);
@@ -106,7 +146,7 @@ class DepthwiseConv : public Step {
 
  private:
   DepthwiseConv(Source& from, const Tensor& weight, const Tensor& scale, const Tensor& shift)
-      : channels_(weight.size(0)), stride_(from.integer()), dilation_(from.integer()), act_(from.integer()),
+      : channels_(outputs_of("depthwise", weight)), stride_(from.stride()), dilation_(from.dilation()), act_(from.activation()),
         weights_(make(Folded("depthwise", weight, scale, shift, 9))) {}
 
   static DepthwiseWeights make(const Folded& conv) { return DepthwiseWeights(conv.weight.data(), conv.outputs, conv.affine()); }
@@ -121,9 +161,11 @@ class PointwiseConv : public Step {
  public:
   explicit PointwiseConv(Source& from) : PointwiseConv{from, Folded::take(from, "weight")} {}
 
+  Range inputs() const override { return {1 + residual_, 2 + residual_}; }
   MapShape shape(const Shapes& in) const override {
     check_channels("pointwise_conv", in[0].channels + (two(in.size()) ? in[1].channels : 0), weights_.weight.inputs());
     if (residual_) check_channels("pointwise_conv's residual", in.back().channels, weights_.weight.outputs());
+    for (const MapShape& other : in) check_same_size("pointwise_conv", in[0], other);
     return {in[0].height, in[0].width, weights_.weight.outputs()};
   }
   void run(const Maps& in, const Map& out) const override {
@@ -135,7 +177,7 @@ class PointwiseConv : public Step {
 
  private:
   PointwiseConv(Source& from, const Folded& conv)
-      : act_(from.integer()), residual_(from.integer()), weights_{conv.pack(conv.outputs, conv.inputs), conv.affine()} {}
+      : act_(from.activation()), residual_(from.flag("residual")), weights_{conv.pack(conv.outputs, conv.inputs), conv.affine()} {}
 
   bool two(size_t inputs) const { return inputs == size_t(2 + residual_); }
 
@@ -145,7 +187,7 @@ class PointwiseConv : public Step {
 
 class NormLinear : public Step {
  public:
-  explicit NormLinear(Source& from) : NormLinear{from, from.weight(), from.weight(), from.weight(), from.weight()} {}
+  explicit NormLinear(Source& from) : NormLinear{from, from.vector(), from.vector(), from.matrix(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("norm_linear", in[0].channels, weights_.weight.inputs());
@@ -167,7 +209,7 @@ class NormLinear : public Step {
 
  private:
   NormLinear(Source& from, const Tensor& gamma, const Tensor& beta, const Tensor& weight, const Tensor& bias)
-      : weights_(NormLinearParameters(gamma, beta, "weight", weight, "bias", bias, gamma.size(0))), per_sample_(from.integer()), eps_(from.number()) {}
+      : weights_(NormLinearParameters(gamma, beta, "weight", weight, "bias", bias, gamma.size(0))), per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
 
   NormLinearWeights weights_;
   bool per_sample_;
@@ -177,7 +219,7 @@ class NormLinear : public Step {
 class FeedForward : public Step {
  public:
   explicit FeedForward(Source& from)
-      : FeedForward{from, from.weight(), from.weight(), from.weight(), from.weight(), from.weight(), from.weight()} {}
+      : FeedForward{from, from.vector(), from.vector(), from.matrix(), from.vector(), from.matrix(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("feed_forward", in[0].channels, weights_.second.outputs());
@@ -185,15 +227,15 @@ class FeedForward : public Step {
   }
   void run(const Maps& in, const Map& out) const override {
     const NormLinear::Statistics statistics(in[0], per_sample_);
-    feed_forward(statistics.map, eps_, weights_, FeedForwardDropout(0, 0, std::nullopt), out.data);
+    feed_forward(statistics.map, eps_, weights_, FeedForwardDropout(), out.data);
   }
 
  private:
   FeedForward(Source& from, const Tensor& gamma, const Tensor& beta, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2)
       : weights_(
-            NormLinearParameters(gamma, beta, "fc1", w1, "fc1.bias", b1, gamma.size(0)), FloatMatrix("fc2", w2, w2.size(0), w2.size(1)),
-            read_vector("fc2.bias", b2, w2.size(0))),
-        per_sample_(from.integer()), eps_(from.number()) {}
+            NormLinearParameters(gamma, beta, "fc1", w1, "fc1.bias", b1, gamma.size(0)), FloatMatrix("fc2", w2, gamma.size(0), w1.size(0)),
+            read_vector("fc2.bias", b2, gamma.size(0))),
+        per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
 
   FeedForwardWeights weights_;
   bool per_sample_;
@@ -203,7 +245,7 @@ class FeedForward : public Step {
 class SeparableAttention : public Step {
  public:
   explicit SeparableAttention(Source& from)
-      : SeparableAttention{from, from.weight(), from.weight(), from.weight(), from.weight(), from.weight(), from.weight()} {}
+      : SeparableAttention{from, from.vector(), from.vector(), from.matrix(), from.vector(), from.matrix(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("separable_attention", in[0].channels, weights_.out.outputs());
@@ -218,9 +260,13 @@ class SeparableAttention : public Step {
 
  private:
   SeparableAttention(Source& from, const Tensor& gamma, const Tensor& beta, const Tensor& qkv, const Tensor& qkv_bias, const Tensor& w, const Tensor& b)
-      : patch_height_(from.integer()), patch_width_(from.integer()), per_sample_(from.integer()), eps_(from.number()),
-        weights_(
-            NormLinearParameters(gamma, beta, "qkv", qkv, "qkv.bias", qkv_bias, gamma.size(0)), FloatMatrix("out_proj", w, w.size(0), w.size(1)), b) {}
+      : patch_height_(from.patch()), patch_width_(from.patch()), per_sample_(from.flag("per_sample")), eps_(from.eps()),
+        weights_(parameters(gamma, beta, qkv, qkv_bias), FloatMatrix("out_proj", w, gamma.size(0), gamma.size(0)), b) {}
+
+  static NormLinearParameters parameters(const Tensor& gamma, const Tensor& beta, const Tensor& qkv, const Tensor& bias) {
+    check_channels("separable_attention's qkv weight", qkv.size(0), 1 + 2 * gamma.size(0));
+    return NormLinearParameters(gamma, beta, "qkv", qkv, "qkv.bias", bias, gamma.size(0));
+  }
 
   int64_t patch_height_, patch_width_;
   bool per_sample_;
@@ -230,7 +276,7 @@ class SeparableAttention : public Step {
 
 class PatchAttention : public Step {
  public:
-  explicit PatchAttention(Source& from) : heads_(from.integer()), patch_height_(from.integer()), patch_width_(from.integer()) {}
+  explicit PatchAttention(Source& from) : heads_(from.integer("num_heads", 1, 1 << 20)), patch_height_(from.patch()), patch_width_(from.patch()) {}
 
   MapShape shape(const Shapes& in) const override {
     STD_TORCH_CHECK(in[0].channels % (3 * heads_) == 0, "patch_attention takes three times ", heads_, " heads, got ", in[0].channels, " channels");
@@ -240,7 +286,7 @@ class PatchAttention : public Step {
   void run(const Maps& in, const Map& out) const override {
     const MapShape& s = in[0].shape;
     const PatchGroups groups{in[0].batch, s.height, s.width, heads_, s.channels / 3 / heads_, patch_height_, patch_width_};
-    patch_attention<float>(groups, Dropout(0, std::nullopt, 0), in[0].data, out.data, nullptr);
+    patch_attention<float>(groups, Dropout(), in[0].data, out.data, nullptr);
   }
 
  private:
@@ -250,9 +296,11 @@ class PatchAttention : public Step {
 // Inputs a, (b). Weights: (outputs, 3, 3, inputs), scale, shift.
 class Conv3x3 : public Step {
  public:
-  explicit Conv3x3(Source& from) : Conv3x3{from, from.weight(), from.weight(), from.weight()} {}
+  explicit Conv3x3(Source& from) : Conv3x3{from, from.weight(), from.vector(), from.vector()} {}
 
+  Range inputs() const override { return {1, 2}; }
   MapShape shape(const Shapes& in) const override {
+    check_same_size("conv3x3", in[0], in.back());
     check_channels("conv3x3", in[0].channels + (in.size() > 1 ? in[1].channels : 0), weights_.inputs);
     return {weights_.out_size(in[0].height), weights_.out_size(in[0].width), weights_.outputs};
   }
@@ -266,7 +314,14 @@ class Conv3x3 : public Step {
 
  private:
   Conv3x3(Source& from, const Tensor& weight, const Tensor& scale, const Tensor& shift)
-      : weights_(make(Folded("conv3x3", weight, scale, shift, 9 * weight.size(3)), from.integer())), act_(from.integer()) {}
+      : weights_(make(Folded("conv3x3", weight, scale, shift, 9 * channels(weight)), from.stride())), act_(from.activation()) {}
+
+  static int64_t channels(const Tensor& weight) {
+    STD_TORCH_CHECK(
+        weight.dim() == 4 && weight.size(1) == 3 && weight.size(2) == 3 && weight.size(3) >= 1,
+        "step conv3x3: weights[0] must have shape (outputs, 3, 3, inputs), got ", text(weight.sizes()));
+    return weight.size(3);
+  }
 
   static Conv3x3Weights make(const Folded& conv, int64_t stride) {
     return Conv3x3Weights(conv.weight.data(), conv.outputs, conv.inputs / 9, stride, conv.affine());
@@ -335,7 +390,7 @@ void resize(const Map& x, const Map& y, bool align_corners) {
 // To the smallest size of whole patches.
 class ResizeToPatches : public Step {
  public:
-  explicit ResizeToPatches(Source& from) : patch_height_(from.integer()), patch_width_(from.integer()), align_corners_(from.integer()) {}
+  explicit ResizeToPatches(Source& from) : patch_height_(from.patch()), patch_width_(from.patch()), align_corners_(from.flag("align_corners")) {}
   MapShape shape(const Shapes& in) const override { return {round_up(in[0].height, patch_height_), round_up(in[0].width, patch_width_), in[0].channels}; }
   bool is_identity(const Shapes& in) const override { return in[0].height % patch_height_ == 0 && in[0].width % patch_width_ == 0; }
   void run(const Maps& in, const Map& out) const override { resize(in[0], out, align_corners_); }
@@ -349,6 +404,7 @@ class ResizeToPatches : public Step {
 class ResizeBack : public Step {
  public:
   explicit ResizeBack(Source&) {}
+  Range inputs() const override { return {2, 2}; }
   MapShape shape(const Shapes& in) const override { return {in[1].height, in[1].width, in[0].channels}; }
   bool is_identity(const Shapes& in) const override { return in[0].height == in[1].height && in[0].width == in[1].width; }
   void run(const Maps& in, const Map& out) const override { resize(in[0], out, false); }
@@ -356,7 +412,7 @@ class ResizeBack : public Step {
 
 class LayerNorm : public Step {
  public:
-  explicit LayerNorm(Source& from) : LayerNorm{from, from.weight(), from.weight()} {}
+  explicit LayerNorm(Source& from) : LayerNorm{from, from.vector(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("layer_norm", in[0].channels, channels_);
@@ -378,7 +434,7 @@ class LayerNorm : public Step {
  private:
   LayerNorm(Source& from, const Tensor& gamma, const Tensor& beta)
       : channels_(gamma.size(0)), gamma_(read_vector("weight", gamma, channels_)), beta_(read_vector("bias", beta, channels_)),
-        per_sample_(from.integer()), eps_(from.number()) {}
+        per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
 
   int64_t channels_;
   Scratch<float> gamma_, beta_;
@@ -419,7 +475,7 @@ std::unique_ptr<Step> make_step(
       from.check_empty();
       return step;
     }
-  STD_TORCH_CHECK(false, "there is no step ", kind);
+  STD_TORCH_CHECK(false, "kind must be a step that the engine knows, got ", kind);
 }
 
 }  // namespace mvit3

@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -30,6 +31,8 @@ class Scratch {
  public:
   explicit Scratch(int64_t size) : data_(allocate(size_t(size) * sizeof(T))) {}
   Scratch(int64_t size, T value) : Scratch(size) { std::fill_n(data(), size, value); }
+  // Whether freeing it gives it back to the pool.
+  bool pooled() const { return data_.get_deleter().pooled; }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
   T& operator[](int64_t i) { return data()[i]; }
@@ -61,7 +64,7 @@ T* mutable_data_of(const Tensor& t) {
 
 // Calls f with a value of the storage type of `x` (float, BFloat16 or Float16).
 template <typename F>
-auto dispatch_dtype(const char* name, const Tensor& x, F&& f) {
+auto dispatch_dtype(const std::string& name, const Tensor& x, F&& f) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -78,13 +81,47 @@ auto dispatch_bool(bool value, F&& f) {
   return value ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// `t`, contiguous, after checking that it can stand beside `x`: same shape, dtype and device.
-inline Tensor contiguous_like(const char* name, const Tensor& t, const Tensor& x) {
+// A shape as Python writes it.
+inline std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string out = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
+  return out + (sizes.size() == 1 ? ",)" : ")");
+}
+
+inline void check_shape(const std::string& name, const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  const bool same = t.dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.sizes().begin());
+  STD_TORCH_CHECK(same, name, " must have shape ", text(sizes), ", got ", text(t.sizes()));
+}
+
+// A feature map (B, H, W, C) in one of the storage types.
+inline void check_map(const std::string& name, const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(t.dim() == 4, name, " must be a feature map (B, H, W, C), got shape ", text(t.sizes()));
+  dispatch_dtype(name, t, [](auto) {});
+}
+
+// Convolutions with taps around a pixel, like PyTorch's, take no map without pixels; one of no images is fine.
+inline void check_pixels(const std::string& name, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(height > 0 && width > 0, name, " must have at least one row and one column, got ", height, " x ", width);
+}
+
+inline void check_eps(const std::string& name, double eps) { STD_TORCH_CHECK(eps >= 0, name, " must be at least 0, got ", eps); }
+
+// `t`, contiguous, after checking that it can stand beside `x`: a map of this shape, of the dtype and the device of x.
+inline Tensor contiguous_map(const std::string& name, const Tensor& t, const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  bool same = t.dim() == x.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
-  STD_TORCH_CHECK(same, name, " must have the shape of x");
+  check_shape(name, t, sizes);
+  return torch::stable::contiguous(t);
+}
+
+inline Tensor contiguous_like(const std::string& name, const Tensor& t, const Tensor& x) { return contiguous_map(name, t, x, x.sizes()); }
+
+// What a forward pass kept for its backward pass: `t`, contiguous.
+inline Tensor contiguous_kept(
+    const std::string& name, const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype = ScalarType::Float) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, name, " must be what the forward pass returned: another dtype or device came");
+  check_shape(name, t, sizes);
   return torch::stable::contiguous(t);
 }
 
@@ -95,9 +132,9 @@ void copy_channels(const Tensor& t, int64_t channels, F&& to_double, double* out
 }
 
 // A parameter (channels,) of any floating-point dtype, as float64.
-inline std::vector<double> read_channels(const char* name, const Tensor& t, int64_t channels) {
+inline std::vector<double> read_channels(const std::string& name, const Tensor& t, int64_t channels) {
   STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, name, " must have shape (", channels, ",), one value per channel of x");
+  check_shape(name, t, {channels});
   std::vector<double> values(static_cast<size_t>(channels));
   const Tensor dense = torch::stable::contiguous(t);
   if (t.scalar_type() == ScalarType::Double) {

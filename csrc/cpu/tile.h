@@ -185,13 +185,33 @@ class OuterSumsOf {
 
 using OuterSums = OuterSumsOf<float>;
 
+// Whether the map is cut into whole patches.
+inline void check_patches(const std::string& name, const Tensor& map, int64_t patch_height, int64_t patch_width) {
+  STD_TORCH_CHECK(patch_height >= 1 && patch_width >= 1, "patch_height and patch_width must be positive, got ", patch_height, " and ", patch_width);
+  STD_TORCH_CHECK(
+      map.size(1) % patch_height == 0 && map.size(2) % patch_width == 0, name, " of height ", map.size(1), " and width ", map.size(2),
+      " must be a multiple of (patch_height, patch_width), got (", patch_height, ", ", patch_width, ")");
+  const int64_t most = int64_t(1) << 20;  // of a map without pixels, which has patches of any size
+  STD_TORCH_CHECK(patch_height <= most && patch_width <= most, "patch_height and patch_width must be at most ", most);
+}
+
+// The number of outputs of a weight (outputs, inputs), with or without the sizes of a convolution's taps behind it.
+inline int64_t outputs_of(const std::string& name, const Tensor& weight) {
+  STD_TORCH_CHECK(
+      (weight.dim() == 2 || weight.dim() == 4) && weight.size(0) >= 1, name,
+      " must have shape (outputs, inputs), with or without the sizes of taps behind it, got ", text(weight.sizes()));
+  return weight.size(0);
+}
+
 // A weight of any storage type as float32 (outputs, inputs): where it lies, or a copy.
 class FloatMatrix {
  public:
-  FloatMatrix(const char* name, const Tensor& weight, int64_t outputs, int64_t inputs)
+  FloatMatrix(const std::string& name, const Tensor& weight, int64_t outputs, int64_t inputs)
       : dense_(torch::stable::contiguous(weight)), copy_(weight.scalar_type() == ScalarType::Float ? 0 : outputs * inputs) {
     STD_TORCH_CHECK(weight.is_cpu(), name, " must be on the CPU");
-    STD_TORCH_CHECK(weight.numel() == outputs * inputs, name, " must have ", outputs, " x ", inputs, " elements");
+    STD_TORCH_CHECK(
+        outputs_of(name, weight) == outputs && weight.numel() == outputs * inputs, name, " must have ", outputs, " outputs of ", inputs,
+        " values, got shape ", text(weight.sizes()));
     dispatch_dtype(name, dense_, [&](auto type) {
       using T = decltype(type);
       if constexpr (std::is_same_v<T, float>)
@@ -214,7 +234,7 @@ class FloatMatrix {
 };
 
 // A vector parameter of any storage type as float32, padded with zeros to whole vectors; all zeros where there is none.
-inline Scratch<float> read_vector(const char* name, const std::optional<Tensor>& t, int64_t channels) {
+inline Scratch<float> read_vector(const std::string& name, const std::optional<Tensor>& t, int64_t channels) {
   Scratch<float> out(std::max<int64_t>(lanes_of(channels), 1), 0.0f);
   if (!t) return out;
   const Values values = read_channels(name, *t, channels);

@@ -88,6 +88,30 @@ MVIT3_INLINE Vec select_at_least(Vec test, Vec bound, Vec yes, Vec no) {
   return r;
 }
 
+// Whether no lane is infinite or NaN.
+MVIT3_INLINE bool all_finite(Vec v) {
+#if defined(__AVX512F__)
+  constexpr int kInfinite = 0x10 | 0x08, kNan = 0x80 | 0x01;
+  return _mm512_fpclass_ps_mask(__m512(v.part[0]), kInfinite | kNan) == 0;
+#else
+  NativeInt finite = v.part[0] - v.part[0] == NativeFloat{};
+  for (int i = 1; i < kParts; ++i) finite &= v.part[i] - v.part[i] == NativeFloat{};
+#if defined(__AVX2__)
+  return _mm256_movemask_ps(__m256(finite)) == 0xff;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(__m128(finite)) == 0xf;
+#else
+  return finite[0] & finite[1] & finite[2] & finite[3];
+#endif
+#endif
+}
+
+// v, zero where it is infinite or NaN.
+MVIT3_INLINE Vec finite_or_zero(Vec v) {
+  for (int i = 0; i < kParts; ++i) v.part[i] = NativeFloat(NativeInt(v.part[i]) & (v.part[i] - v.part[i] == NativeFloat{}));
+  return v;
+}
+
 // Part by part: GCC would take a copy of the whole struct through the stack.
 typedef NativeFloat UnalignedFloat __attribute__((aligned(4), may_alias));
 
@@ -193,26 +217,25 @@ MVIT3_INLINE void store(double* p, Wide v) {
   for (int i = 0; i < 2 * kParts; ++i) *reinterpret_cast<UnalignedDouble*>(p + i * (kWidth / 2)) = v.part[i];
 }
 
+MVIT3_INLINE Wide operator+(Wide a, Wide b) {
+  for (int i = 0; i < 2 * kParts; ++i) a.part[i] += b.part[i];
+  return a;
+}
+
 MVIT3_INLINE Wide operator-(Wide a, Wide b) {
   for (int i = 0; i < 2 * kParts; ++i) a.part[i] -= b.part[i];
   return a;
 }
 
-MVIT3_INLINE Wide& operator+=(Wide& a, Wide b) {
-  for (int i = 0; i < 2 * kParts; ++i) a.part[i] += b.part[i];
-  return a;
-}
+MVIT3_INLINE Wide& operator+=(Wide& a, Wide b) { return a = a + b; }
 
 MVIT3_INLINE Wide fma(Wide a, Wide b, Wide c) {
   for (int i = 0; i < 2 * kParts; ++i) c.part[i] += a.part[i] * b.part[i];
   return c;
 }
 
-MVIT3_INLINE void accumulate(double* p, Vec v) {
-  Wide sum = load(p);
-  sum += widen(v);
-  store(p, sum);
-}
+MVIT3_INLINE void accumulate(double* p, Wide v) { store(p, load(p) + v); }
+MVIT3_INLINE void accumulate(double* p, Vec v) { accumulate(p, widen(v)); }
 
 // x limited to low..high; NaN stays NaN.
 MVIT3_INLINE Vec clamp(Vec x, Vec low, Vec high) {
@@ -255,19 +278,22 @@ MVIT3_INLINE Vec floor(Vec x) {
 #endif
 }
 
-// 2^(floor(x) + r) for r of 0 .. 1. Without AVX-512 x must be an integer of -126 .. 127.
+// 2^(floor(x) + r) for r of 0 .. 1, NaN where r is NaN. Without AVX-512 x must be an integer of -126 .. 127, or NaN with r.
 MVIT3_INLINE Vec exp2_parts(Vec x, Vec r) {
   Vec p = exp2_fraction(r);
 #if defined(__AVX512F__)
   p.part[0] = NativeFloat(_mm512_scalef_ps(__m512(p.part[0]), __m512(x.part[0])));
 #else
   x += kMagic;
-  for (int i = 0; i < kParts; ++i) p.part[i] = NativeFloat(NativeInt(p.part[i]) + (NativeInt(x.part[i]) << 23));
+  for (int i = 0; i < kParts; ++i) {
+    const NativeInt number = p.part[i] == p.part[i];  // what a NaN carries in its low bits is no exponent
+    p.part[i] = NativeFloat(NativeInt(p.part[i]) + ((NativeInt(x.part[i]) << 23) & number));
+  }
 #endif
   return p;
 }
 
-// 2^x, within 2 ulp; inf above 128 (127 without AVX-512), at most 2^-125 below -125, NaN for NaN.
+// 2^x, within 2 ulp; inf above 128 (127 without AVX-512), at most 2^-125 below -125 and 0 for -inf, NaN for NaN.
 MVIT3_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   Vec r;
@@ -276,7 +302,8 @@ MVIT3_INLINE Vec exp2(Vec x) {
 #else
   constexpr float kMax = 127.0f;
   const Vec v = clamp(x, -125.0f, kMax), n = floor(v);
-  return select_greater(x, kMax, std::numeric_limits<float>::infinity(), exp2_parts(n, v - n));
+  const Vec in_range = select_greater(x, kMax, std::numeric_limits<float>::infinity(), exp2_parts(n, v - n));
+  return select_greater(-125.0f, x, 0.0f, in_range);
 #endif
 }
 
@@ -296,11 +323,11 @@ MVIT3_INLINE float sum_of_lanes(Vec v) {
 
 constexpr float kLog2e = 1.44269504f;
 
-// exp(x), within 2 ulp, for -86 .. 88; the value at the nearer end beyond, NaN for NaN.
+// exp(x), within 2 ulp, for -86 .. 88; 0 below, the value at 88 above, NaN for NaN.
 MVIT3_INLINE Vec exp(Vec x) {
   constexpr float kLn2High = 0.693359375f, kLn2Rest = -2.12194440e-4f;  // a multiple of the first is exact
   const Vec v = clamp(x, -86.0f, 88.0f), n = floor(v * kLog2e);
-  return exp2_parts(n, fnma(n, kLn2Rest, fnma(n, kLn2High, v)) * kLog2e);
+  return select_greater(-86.0f, x, 0.0f, exp2_parts(n, fnma(n, kLn2Rest, fnma(n, kLn2High, v)) * kLog2e));
 }
 
 // 1 + exp(-x), relative error up to 2e-7 + 6e-8 |x|. A division by it beats an estimate refined by Newton's method: it has a unit of its own.

@@ -140,4 +140,6 @@ def check_depthwise(name: str, weight: Tensor, x: Tensor, stride: int, dilation:
         raise ValueError(f"stride must be 1 or 2, got {stride}")
     if dilation < 1:
         raise ValueError(f"dilation must be at least 1, got {dilation}")
+    if x.shape[1] == 0 or x.shape[2] == 0:
+        raise ValueError(f"x must have at least one row and one column, got height {x.shape[1]} and width {x.shape[2]}")
     return x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)

@@ -232,7 +232,7 @@ def test_inputs_are_left_alone():
         ({"x": torch.zeros(3, 4, 8)}, r"x must be a feature map"),
         ({"weight": torch.zeros(7)}, "weight must have shape"),
         ({"bias": torch.zeros(8, dtype=torch.int32)}, "bias must be float32"),
-        ({"residual": torch.zeros(2, 3, 4, 7)}, "residual must have the shape of x"),
+        ({"residual": torch.zeros(2, 3, 4, 7)}, r"residual must have shape \(2, 3, 4, 8\), got \(2, 3, 4, 7\)"),
         ({"residual": torch.zeros(2, 3, 4, 8).half()}, "residual must have the dtype of x"),
         ({"training": False}, "running_mean and running_var must be given"),
         ({"act": 3}, "act must be 0"),

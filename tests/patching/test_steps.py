@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
+import mvit3_kernels
 from mvit3_kernels import _native
 from mvit3_kernels.nn import ConvNormAct
 from mvit3_kernels.patching.program import IMAGE, Program, Refused, emit
@@ -109,3 +112,85 @@ def test_a_dilated_or_grouped_convolution_has_no_step():
     for options in ({"dilation": 2}, {"groups": 2}):
         with pytest.raises(Refused, match="no step for"):
             program(4, ConvNormAct(4, 8, 3, **options).eval())
+
+
+@torch.no_grad()
+def test_an_output_asked_for_twice_is_one_tensor():
+    """As from the network itself, whose features are in a list twice then."""
+    first, second, x = convolution(3, 16), convolution(16, 8), images(2, 3, 12, 10)
+    run, a = Program(3), IMAGE
+    a = emit(first, run, a)
+    b = emit(second, run, a)
+    run.finish([b, a, b, a], lambda results: [t.permute(0, 3, 1, 2) for t in results])
+    found = run(x)
+    check(found[0], nn.Sequential(first, second), x)
+    check(found[1], first, x)
+    assert found[2].data_ptr() == found[0].data_ptr() and found[3].data_ptr() == found[1].data_ptr()
+    assert torch.equal(found[2], found[0]) and torch.equal(found[3], found[1])
+
+
+NETWORKS = ("mobilevit_xxs", "mobilevitv2_050", "mobilevitv3_xxs", "mobilevitv3_050")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images_without_pixels_or_of_no_number(name):
+    network = mvit3_kernels.create_model(name).eval()
+    fused = mvit3_kernels.fuse(mvit3_kernels.create_model(name).eval())
+    for height, width in ((0, 64), (64, 0), (0, 0)):
+        for batch in (0, 2):
+            x = torch.zeros(batch, 3, height, width)
+            with pytest.raises((RuntimeError, ValueError)):
+                network(x)
+            with pytest.raises((RuntimeError, ValueError), match=r"must have at least one row and one column|Kernel size can't be greater"):
+                fused(x)
+    none = torch.zeros(0, 3, 64, 64)
+    assert fused(none).shape == network(none).shape == (0, 1000)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_asked_for_twice(name):
+    plain = mvit3_kernels.create_model(name, features_only=True, out_indices=(2, 2, 4, 0)).eval()
+    fused = mvit3_kernels.fuse(mvit3_kernels.create_model(name, features_only=True, out_indices=(2, 2, 4, 0)).eval())
+    fused.load_state_dict(plain.state_dict())
+    x = images(5, 3, 64, 96)
+    for found, want in zip(fused(x), plain(x), strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_outputs_are_ordinary_tensors():
+    """They can be resized, and their memory freed, like any other."""
+    fused = mvit3_kernels.fuse(mvit3_kernels.create_model("mobilevitv3_xxs", features_only=True).eval())
+    for t in fused(images(1, 3, 512, 512)):
+        assert t.untyped_storage().resizable()
+        t.resize_(2 * t.numel())
+        t.untyped_storage().resize_(0)
+        assert t.untyped_storage().nbytes() == 0
+
+
+@torch.no_grad()
+def test_memory_between_calls_is_released():
+    """Also while other threads call: what a call works in is not idle."""
+    fused, x = mvit3_kernels.fuse(mvit3_kernels.create_model("mobilevitv3_xxs").eval()), images(2, 3, 256, 256)
+    mvit3_kernels.release_memory()
+    want = fused(x)
+    largest = 2 * 256 * 256 * 16 * 4 // 4  # one map of the stem
+    assert mvit3_kernels.release_memory() >= largest
+    first = mvit3_kernels.release_memory()
+    assert torch.equal(fused(x), want)
+    assert mvit3_kernels.release_memory() >= largest  # the memory was taken again
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(5):
+            if not torch.equal(fused(x), want):
+                wrong.append("another result")
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    [worker.start() for worker in workers]
+    while any(worker.is_alive() for worker in workers):
+        mvit3_kernels.release_memory()
+        workers[0].join(0.01)
+    assert not wrong and first >= 0

@@ -215,7 +215,8 @@ def _training_fake(x, *args):
     moments = [x.new_empty(channels, dtype=torch.float32) for channels in (wide, wide, wide, wide, outputs, outputs)]
     on_cpu = x.device.type == "cpu" and not dispatch.INTERPRETED
     inputs = 0 if store and on_cpu else x.shape[-1]
-    narrow = (x.new_empty(inputs, dtype=torch.float32), x.new_empty(inputs, inputs, dtype=torch.float32))
+    covariance = x.new_empty(inputs, inputs, dtype=torch.float64 if on_cpu else torch.float32)
+    narrow = (x.new_empty(inputs, dtype=torch.float32), covariance)
     return y, *moments, _empty_map(x, 1, wide) if store else x.new_empty(0), z, p, *narrow
 
 
