@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import mvit3_kernels
@@ -32,7 +32,6 @@ class Contract:
     draws: dict[str, int] = {}  # of a case's arguments, in the test of precision, where one is not enough: their errors are pooled
     roundings = 16  # how many relative roundings the reference may err by
     symbolic = True  # whether tracing with symbolic height and width takes seconds; with patches it takes a minute
-    twice: str | None = None  # the case for second derivatives, the first one if None
     autocast_dtype = torch.bfloat16
     bad_case: Arguments = {}  # options that make every argument present
     bad: tuple[Bad, ...] = ()
@@ -86,9 +85,97 @@ class Contract:
         leaves, spec = tree_flatten(self.make(case))
         assert gradcheck(lambda *leaves: tensors(self.op(**tree_unflatten(leaves, spec))), leaves, fast_mode=True)
 
-    def test_second_derivative(self):
-        leaves, spec = tree_flatten(self.make(self.twice or self.first))
-        assert gradgradcheck(lambda *leaves: tensors(self.op(**tree_unflatten(leaves, spec)))[0], leaves, fast_mode=True)
+    def test_second_derivative(self, case):
+        """By what a kernel's refusal advises; the gradient's own tangents, which a product with the Hessian needs, are checked too."""
+        function, leaves = self.of_leaves(self.make(case))
+        with mvit3_kernels.backend("reference"):
+            assert gradgradcheck(lambda *leaves: function(*leaves)[0], leaves, fast_mode=True, check_fwd_over_rev=True)
+
+    def of_leaves(self, arguments: Arguments) -> tuple[Callable, list[Tensor]]:
+        """The op as a function of those tensors alone that are differentiated, and these."""
+        leaves, spec = tree_flatten(arguments)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+        def function(*given: Tensor) -> list[Tensor]:
+            filled = dict(zip(places, given, strict=True))
+            return tensors(self.op(**tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], spec)))
+
+        return function, [leaves[i] for i in places]
+
+    @pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=str)
+    def test_transforms(self, case, precision):
+        """torch.func's gradient, product with a tangent and map over samples, and forward-mode AD alone, against float64's gradients."""
+        given = self.cast(self.make(case), precision, precision)
+        function, leaves = self.of_leaves(given)
+        plain = [leaf.detach() for leaf in leaves]
+        truth, exact = self.of_leaves(self.cast(given, torch.float64, torch.float64))
+        y = truth(*exact)[0]
+        draw, tolerance = Draw(2), self.roundings * torch.finfo(precision).eps
+        cotangent, tangents = draw(*y.shape), [draw(*leaf.shape).to(precision) for leaf in leaves]
+        want = torch.autograd.grad(y, exact, cotangent)
+        products = torch.cat([(t.double() * g).flatten() for t, g in zip(tangents, want, strict=True)])
+
+        def scalar(*leaves: Tensor) -> Tensor:
+            return (function(*leaves)[0] * cotangent.to(precision)).sum()
+
+        def close(got: Tensor, want: Tensor) -> bool:
+            return bool((got.double() - want).square().mean().sqrt() <= tolerance * want.square().mean().sqrt().clamp(min=1))
+
+        for got in (
+            torch.func.grad(scalar, tuple(range(len(plain))))(*plain),
+            torch.func.vjp(lambda *leaves: function(*leaves)[0], *plain)[1](cotangent.to(precision)),
+        ):
+            assert all(close(a, b) for a, b in zip(got, want, strict=True))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(scalar(*map(forward_ad.make_dual, plain, tangents))).tangent
+        for got in (torch.func.jvp(scalar, tuple(plain), tuple(tangents))[1], dual):
+            assert abs(got.double() - products.sum()) <= tolerance * products.abs().sum().clamp(min=1)
+
+    def test_map_over_calls(self, case):
+        """torch.func.vmap over maps of several calls, and over their gradients."""
+        first, second = (self.make(case, grad=False, seed=seed) for seed in (0, 1))
+        second = {name: second[name] if name in self.maps else value for name, value in first.items()}
+        present = [name for name in self.maps if first.get(name) is not None]
+        stacked = [torch.stack((first[name], second[name])) for name in present]
+
+        def scalar(*maps: Tensor) -> Tensor:
+            return tensors(self.op(**{**first, **dict(zip(present, maps, strict=True))}))[0].square().sum()
+
+        for function in (scalar, torch.func.grad(scalar, tuple(range(len(present))))):
+            got = tensors(torch.func.vmap(function)(*stacked))
+            for i, arguments in enumerate((first, second)):
+                want = tensors(function(*(arguments[name] for name in present)))
+                torch.testing.assert_close([t[i] for t in got], want, rtol=1e-9, atol=1e-9)
+
+    def test_forced_backend_under_a_transform(self):
+        arguments = self.cast(self.make(self.first), torch.float32, torch.float32)
+        function, leaves = self.of_leaves(arguments)
+        plain = tuple(leaf.detach() for leaf in leaves)
+        for backend in BACKENDS[1:]:
+            with mvit3_kernels.backend(backend):
+                with pytest.raises(
+                    mvit3_kernels.BackendError, match=f"{self.name} cannot run on backend '{backend}': a transform of torch"
+                ):
+                    torch.func.jvp(lambda *leaves: function(*leaves)[0], plain, plain)
+                with pytest.raises(mvit3_kernels.BackendError, match="forward-mode AD"), forward_ad.dual_level():
+                    function(*map(forward_ad.make_dual, plain, plain))
+
+    def test_compiled_transform(self):
+        """dynamo traces a transform inside of what it compiles; the op follows it there."""
+        function, leaves = self.of_leaves(self.cast(self.make(self.first), torch.float32, torch.float32))
+        plain = [leaf.detach() for leaf in leaves]
+
+        def scalar(*leaves: Tensor) -> Tensor:
+            return function(*leaves)[0].square().sum()
+
+        transforms = (
+            torch.func.grad(scalar, tuple(range(len(plain)))),
+            lambda *leaves: torch.func.jvp(scalar, leaves, leaves)[1],
+        )
+        for transform in transforms:
+            torch._dynamo.reset()
+            compiled = torch.compile(transform, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(*plain), transform(*plain), rtol=1e-4, atol=1e-4)
 
     def test_registration(self, case):
         op = getattr(torch.ops.mvit3, self.name).default
@@ -122,12 +209,15 @@ class Contract:
     def test_export_is_aten(self, case):
         arguments = self.cast(self.make(case, grad=False), torch.float32, torch.float32)
         inputs = tuple(t for name, t in named(arguments).items() if name in self.maps)
-        program = torch.export.export(Call(self.op, self.maps, arguments), inputs)
+        batch = tuple({0: torch.export.Dim("batch")} for _ in inputs)
+        program = torch.export.export(Call(self.op, self.maps, arguments), inputs, dynamic_shapes=(batch,))
         calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-        assert {getattr(target, "namespace", "builtin") for target in calls} <= {"aten", "builtin"}
-        with mvit3_kernels.backend("reference"):
-            want = self.op(**arguments)
-        torch.testing.assert_close(tensors(program.module()(*inputs)), tensors(want))
+        assert {getattr(target, "namespace", "builtin") for target in calls} <= {"aten", "builtin", "_operator"}
+        for given in (inputs, tuple(torch.cat((t, t[:1], t)) for t in inputs)):
+            mapped_to = dict(zip((name for name in self.maps if arguments.get(name) is not None), given, strict=True))
+            with mvit3_kernels.backend("reference"):
+                want = self.op(**{**arguments, **mapped_to})
+            torch.testing.assert_close(tensors(program.module()(*given)), tensors(want))
 
     @pytest.mark.parametrize("layout", ["nchw", "sliced"])
     def test_strides(self, case, layout):

@@ -26,7 +26,6 @@ class TestGlobalRepresentation(DropoutContract):
     }
     symbolic = False
     roundings = 64
-    twice = "separable"
     dropouts = ("attention_dropout", "hidden_dropout", "output_dropout")
     test_mean_and_probability = None  # later layers and the final norm see the masks, so that none is linear
     bad_case = {"num_heads": 2, "dropouts": (0.5, 0.5, 0.5)}

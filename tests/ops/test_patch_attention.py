@@ -24,7 +24,6 @@ class TestPatchAttention(DropoutContract):
         "one-channel": {"num_heads": 1, "head_dim": 1},
     }
     symbolic = False
-    twice = "dropout"  # PyTorch differentiates its fused attention once
     dropouts = ("dropout",)
     bad_case = {"dropout": 0.5}
     bad = (
