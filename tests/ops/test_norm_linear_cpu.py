@@ -69,9 +69,9 @@ class TestNormLinearCpu(CpuKernel):
 
     def test_the_kernel_checks_what_it_is_given(self):
         x, norm, projection = in_float32(self.make((2, 4, 6, 5, 7))).values()
-        with pytest.raises(RuntimeError, match="weight must have 7 x 5 elements"):
+        with pytest.raises(RuntimeError, match="weight must have 7 outputs of 5 values, got shape"):
             torch.ops.mvit3.norm_linear_forward(x, *norm, projection.weight[:, :-1], projection.bias)
-        with pytest.raises(RuntimeError, match=r"norm\.weight must have shape \(5,\)"):
+        with pytest.raises(RuntimeError, match=r"norm_weight must have shape \(5,\)"):
             torch.ops.mvit3.norm_linear_forward(x, norm.weight[:-1], norm.bias, 1e-5, False, *projection)
 
 

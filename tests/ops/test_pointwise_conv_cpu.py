@@ -103,11 +103,11 @@ class TestPointwiseConvCpu(CpuKernel):
     def test_the_kernel_checks_what_it_is_given(self):
         x, conv, norm, *_ = in_float32(self.make((2, 4, 6, 5, 7), "frozen")).values()
         fixed = (norm.weight, norm.bias, norm.running_mean, norm.running_var, 1e-5, 0)
-        with pytest.raises(RuntimeError, match="weight must have 7 x 5 elements"):
+        with pytest.raises(RuntimeError, match="weight must have 7 outputs of 5 values, got shape"):
             torch.ops.mvit3.pointwise_conv_inference(x, None, conv.weight[:, :-1], None, *fixed, None)
-        with pytest.raises(RuntimeError, match="residual must have the shape"):
+        with pytest.raises(RuntimeError, match=r"residual must have shape \(2, 4, 6, 7\), got"):
             torch.ops.mvit3.pointwise_conv_inference(x, None, *conv, *fixed, x)
-        with pytest.raises(RuntimeError, match="b must be a feature map of the size of a"):
+        with pytest.raises(RuntimeError, match=r"b must have shape \(2, 4, 6, 2\), got \(1, 4, 6, 2\)"):
             torch.ops.mvit3.pointwise_conv_inference(x[..., :3], x[:1, ..., :2], *conv, *fixed, None)
 
 

@@ -108,11 +108,11 @@ class TestSeparableAttentionCpu(CpuKernel):
     def test_the_kernel_checks_what_it_is_given(self):
         x, norm, qkv, out_proj, *_ = in_float32(self.make((2, 4, 6, 5, (2, 2)))).values()
         op = torch.ops.mvit3.separable_attention_inference
-        with pytest.raises(RuntimeError, match="patch_size must divide the map"):
+        with pytest.raises(RuntimeError, match=r"must be a multiple of \(patch_height, patch_width\), got \(3, 2\)"):
             op(x, *norm, *qkv, *out_proj, 3, 2)
         with pytest.raises(RuntimeError, match=r"1 \+ 2D rows"):
             op(x, *norm, qkv.weight[:-1], qkv.bias, *out_proj, 2, 2)
-        with pytest.raises(RuntimeError, match=r"out_proj\.weight must have 5 x 5 elements"):
+        with pytest.raises(RuntimeError, match=r"out_weight must have 5 outputs of 5 values, got shape"):
             op(x, *norm, *qkv, out_proj.weight[:-1], out_proj.bias, 2, 2)
 
 
