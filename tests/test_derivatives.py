@@ -81,10 +81,11 @@ def test_tangent_of_the_images(name):
     step = 1e-5
     want = (model(x + step * direction) - model(x - step * direction)) / (2 * step)
     model, x, direction = model.float(), x.float(), direction.float()
-    with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
-    for got in (jvp(model, (x,), (direction,))[1], dual, torch.func.linearize(model, x)[1](direction)):
-        assert torch.allclose(got.double(), want, rtol=0, atol=1e-4 * want.abs().max())
+    for candidate in (model, mvit3_kernels.fuse(model)):
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(candidate(forward_ad.make_dual(x, direction))).tangent
+        for got in (jvp(candidate, (x,), (direction,))[1], dual, torch.func.linearize(candidate, x)[1](direction)):
+            assert torch.allclose(got.double(), want, rtol=0, atol=1e-4 * want.abs().max())
 
 
 @pytest.mark.parametrize("statistics", ["eval", "train"])

@@ -183,6 +183,7 @@ def test_memory_between_calls_is_released():
     assert mvit3_kernels.release_memory() >= largest  # the memory was taken again
     wrong: list[str] = []
 
+    @torch.no_grad()  # a thread has a mode of its own
     def work() -> None:
         for _ in range(5):
             if not torch.equal(fused(x), want):
