@@ -3,116 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-import mvit3_kernels
-
-from . import checkpoint, recipes
-from .backends import served
-from .config import TrainConfig, check_names, check_output, section_options
-from .data import DataError, DecodeError, loaders
-from .demo import demo
-from .distributed import world
-from .engine import Trainer, TrainingError, prepare, start
-from .inference import Network, evaluate_checkpoint, predict
-from .logs import write
-from .options import UsageError, nearest
-from .report import Reporter, percent, summary, summary_text, table, write_html
+# Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
+from . import recipes
+from .config import TrainConfig, check_names, section_options
+from .options import Failure, UsageError, nearest
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is, and the options that it has beside those of training."""
+    """What a command is, and the options that it has beside those of training; commands.py has the function of its name."""
 
-    run: Callable[[TrainConfig, argparse.Namespace], None]
     help: str
     sections: tuple[str, ...]  # of the options of training that its --help lists; all are taken, so that every recipe is
     recipe: str = ""  # where it begins
     checkpoint: bool = False
     extra: dict[str, dict[str, object]] = field(default_factory=dict)
-
-
-def _train(config: TrainConfig, args: argparse.Namespace) -> None:
-    check_output(config.run.output)
-    began = time.perf_counter()
-    with world(prepare(config.run)) as here:
-        images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
-        reporter = Reporter(args.quiet or not here.first)
-        for note in images.notes:
-            reporter.say(note)
-        trainer = start(config, images, here, reporter)
-        backend = _backend(trainer) if here.first else ""
-        try:
-            if here.first:
-                reporter.begin(trainer)
-            finished = trainer.fit()
-        finally:
-            reporter.close()
-        if here.first:
-            _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
-
-
-def _backend(trainer: Trainer) -> str:
-    run, side = trainer.config.run, trainer.config.sampler.size
-    return served(trainer.model, torch.zeros(2, 3, side, side, device=trainer.device), run)
-
-
-def _conclude(trainer: Trainer, result: dict[str, object], as_json: bool) -> None:
-    if result["history"]:
-        write(trainer.folder / "report.json", json.dumps(result, indent=1) + "\n")
-        write_html(trainer.folder / "report.html", result, trainer.progress.confusion, list(trainer.loaders.class_names))
-    print(json.dumps(result, indent=1) if as_json else summary_text(result))
-
-
-def _evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
-    with world(prepare(config.run)) as here:
-        result = evaluate_checkpoint(Path(args.checkpoint), config, args.weights, here, lambda text: print(text, file=sys.stderr))
-    if not here.first:
-        return
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    recorded = result["recorded_accuracy"]
-    cells = [result["checkpoint"], result["weights"], percent(result["accuracy"]), percent(result["accuracy5"])]
-    cells += [f"{result['correct']}/{result['total']}", f"{result['val_loss']:.4f}", percent(recorded)]
-    print(table([["checkpoint", "weights", "accuracy", "top 5", "correct", "val loss", "recorded"], cells]))
-    if not args.quiet:
-        print(f"{result['model']} on {result['data']}, {result['ops']} ops served by {result['backend']}")
-        if recorded is not None:
-            print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")
-
-
-def _predict(config: TrainConfig, args: argparse.Namespace) -> None:
-    network = Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run))
-    found = predict(network, [Path(name) for name in args.images], args.top)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        rows = [["image", "", "class", "probability"]]
-        for image in found:
-            if "error" in image:
-                rows.append([image["image"], "", image["error"], ""])
-            for place, guess in enumerate(image.get("classes", ()), 1):
-                rows.append([image["image"] if place == 1 else "", str(place), guess["name"], percent(guess["probability"])])
-        print(table(rows))
-    if all("error" in image for image in found):
-        raise DataError("no image could be read")
-
-
-def _demo(config: TrainConfig, args: argparse.Namespace) -> None:
-    check_output(config.run.output)
-    demo(config, args.quiet, args.json)
 
 
 WEIGHTS = {
@@ -124,14 +40,14 @@ TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "ema", "run")
 COMMANDS = {
-    "train": Command(_train, "train a network: one process, or several under torchrun", EVERYTHING),
+    "train": Command("train a network: one process, or several under torchrun", EVERYTHING),
     "evaluate": Command(
-        _evaluate, "accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}
+        "accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}
     ),
     "predict": Command(
-        _predict, "classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}
+        "classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}
     ),
-    "demo": Command(_demo, "train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, "digits"),
+    "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, "digits"),
 }
 
 
@@ -243,10 +159,14 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
 
 
 def _checkpoint_config(path: Path) -> dict[str, dict[str, object]]:
+    from . import checkpoint  # loads PyTorch
+
     try:
         return checkpoint.load(path)["config"]
     except checkpoint.Foreign as error:
-        raise checkpoint.Foreign(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
+        raise Failure(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
+    except checkpoint.CheckpointError as error:
+        raise Failure(str(error)) from None
 
 
 def _refuse(program: str, message: str) -> NoReturn:
@@ -270,6 +190,12 @@ def _choose(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     return arguments[0], arguments[1:]
 
 
+def _loading(args: argparse.Namespace) -> None:
+    """A line for the seconds in which nothing else is to be seen."""
+    if not args.quiet and os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
     name, arguments = _choose(sys.argv[1:] if argv is None else argv)
@@ -279,10 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
             return 0
-        COMMANDS[name].run(config, args)
+        _loading(args)
+        from . import commands  # loads PyTorch and all that stands on it
+
+        commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))
-    except (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, TrainingError, DataError, DecodeError, OSError) as error:
+    except (Failure, OSError) as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

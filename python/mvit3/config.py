@@ -12,12 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
-import torch
-from timm.optim import list_optimizers
-
-from mvit3_kernels import list_models
-
 from .data.config import AugmentConfig, DataConfig, SamplerConfig
+from .names import NETWORKS, OPTIMIZERS
 from .options import Option, Section, UsageError, nearest
 
 
@@ -34,9 +30,17 @@ def _check_device(option: str, name: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         close = nearest(name, ("auto", "cpu", "cuda"))
         raise UsageError(f"{option} must be auto, cpu, cuda or cuda:N; got {name!r}, the nearest is {close!r}")
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        present = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise UsageError(f"{option} {name} does not exist here; there is {present}")
+    if name.startswith("cuda"):
+        count = _gpus()
+        if int(name[5:] or 0) >= count:
+            present = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+            raise UsageError(f"{option} {name} does not exist here; there is {present}")
+
+
+def _gpus() -> int:
+    import torch  # takes a second, which only those wait who name a GPU
+
+    return torch.cuda.device_count()
 
 
 AMP = ("none", "bf16", "fp16")
@@ -46,7 +50,7 @@ AMP = ("none", "bf16", "fp16")
 class ModelConfig(Section):
     """The network."""
 
-    name: Annotated[str, Option("network", list_models())] = "mobilevitv3_s"
+    name: Annotated[str, Option("network", NETWORKS)] = "mobilevitv3_s"
     num_classes: Annotated[int | None, Option("outputs of the classifier; null: as many classes as the data has", minimum=1)] = None
     drop_rate: Annotated[float | None, Option("dropout before the classifier; null: as published", minimum=0, below=1)] = None
     proj_drop_rate: Annotated[float | None, Option("dropout behind attention and feed-forward; null: as published", minimum=0, below=1)] = (
@@ -62,7 +66,7 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """The update of the weights."""
 
-    name: Annotated[str, Option("optimiser, as timm names it", list_optimizers())] = "adamw"
+    name: Annotated[str, Option("optimiser, as timm names it", OPTIMIZERS)] = "adamw"
     lr: Annotated[float, Option("peak of the learning rate, for the batch that lr_batch names", minimum=0, below=100)] = 2e-3
     lr_rule: Annotated[str, Option("how lr, warmup_lr and min_lr grow with effective batch / lr_batch", ("constant", "linear", "sqrt"))] = (
         "constant"
@@ -153,7 +157,8 @@ class RunConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_device("run.device", self.device)
-        on_gpu = self.device.startswith("cuda") or (self.device == "auto" and torch.cuda.is_available())
+        needs_gpu = self.sync_bn or self.cuda_graph
+        on_gpu = needs_gpu and (self.device.startswith("cuda") or (self.device == "auto" and _gpus() > 0))
         if self.sync_bn and not on_gpu:
             raise UsageError("run.sync_bn needs a GPU: PyTorch has no synchronised batch norm on the CPU")
         if self.cuda_graph and not on_gpu:
