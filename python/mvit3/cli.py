@@ -24,11 +24,14 @@ from .config import TrainConfig, check_names, check_output, section_options
 from .data import DataError, DecodeError, loaders
 from .demo import demo
 from .distributed import world
-from .engine import Trainer, TrainingError, prepare, start
+from .errors import TrainingError
 from .inference import Network, evaluate_checkpoint, predict
 from .logs import write
 from .options import UsageError, nearest
 from .report import Reporter, percent, summary, summary_text, table, write_html
+from .runtime import prepare
+from .session import start
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
