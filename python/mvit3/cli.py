@@ -17,7 +17,8 @@ from jsonargparse import ArgumentParser
 # Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
 from . import recipes
 from .config import TrainConfig, check_names, section_options
-from .options import Failure, UsageError, nearest
+from .errors import Failure
+from .options import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,8 @@ IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "ema", "run")
 COMMANDS = {
     "train": Command("train a network: one process, or several under torchrun", EVERYTHING),
-    "evaluate": Command(
-        "accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}
-    ),
-    "predict": Command(
-        "classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}
-    ),
+    "evaluate": Command("accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}),
+    "predict": Command("classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}),
     "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, "digits"),
 }
 
@@ -192,7 +189,7 @@ def _choose(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 def _loading(args: argparse.Namespace) -> None:
     """A line for the seconds in which nothing else is to be seen."""
-    if not args.quiet and os.environ.get("RANK", "0") == "0":
+    if "torch" not in sys.modules and not args.quiet and os.environ.get("RANK", "0") == "0":
         print("loading PyTorch", file=sys.stderr, flush=True)
 
 

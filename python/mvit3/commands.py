@@ -18,14 +18,16 @@ from .config import TrainConfig, check_output
 from .data import DataError, DecodeError, loaders
 from .demo import demo
 from .distributed import world
-from .engine import Trainer, TrainingError, prepare, start
+from .errors import Failure
 from .inference import Network, evaluate_checkpoint
 from .inference import predict as predict_images
 from .logs import write
-from .options import Failure
 from .report import Reporter, percent, summary, summary_text, table, write_html
+from .runtime import prepare
+from .session import start
+from .trainer import Trainer
 
-EXPECTED = (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, TrainingError, DataError, DecodeError)
+EXPECTED = (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, DataError, DecodeError)
 
 
 def run(name: str, config: TrainConfig, args: argparse.Namespace) -> None:

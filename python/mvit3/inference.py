@@ -17,8 +17,10 @@ from .backends import served
 from .config import TrainConfig
 from .data import DataError, DecodeError, evaluation_transform, validation
 from .distributed import World
-from .engine import autocast, build_model, evaluate, use_ops
+from .evaluation import evaluate
+from .network import build_model
 from .options import UsageError
+from .runtime import autocast, use_ops
 
 PREDICT_BATCH = 32
 

@@ -11,10 +11,6 @@ class UsageError(ValueError):
     """An option that does not exist, or a value that it cannot have; the message names what is valid."""
 
 
-class Failure(RuntimeError):
-    """A command cannot go on; the message is all that the user sees."""
-
-
 def nearest(value: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like `value`."""
     return difflib.get_close_matches(value, list(valid), 1, 0.0)[0]

@@ -12,10 +12,12 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, logs
-from .engine import Listener, Trainer
+from .progress import Listener
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported for a plot only, it takes a second
+
+    from .trainer import Trainer
 
 STYLE = {
     "font.size": 10,

@@ -12,13 +12,17 @@ from PIL import Image
 from torch import nn
 
 import mvit3_kernels
-from mvit3 import checkpoint, engine
+from mvit3 import checkpoint
 from mvit3.cli import main
 from mvit3.config import LossConfig, OptimizerConfig
 from mvit3.data import evaluation_transform, loaders
 from mvit3.distributed import World
-from mvit3.engine import Criterion, Trainer, build_optimizer, usable_cores
+from mvit3.errors import Stopped
+from mvit3.loss import Criterion
+from mvit3.optimizer import build_optimizer
 from mvit3.options import UsageError
+from mvit3.runtime import usable_cores
+from mvit3.trainer import Trainer
 
 from ..replay import FakeRecorder
 from .conftest import process, small_arguments, small_config
@@ -171,7 +175,7 @@ def test_step_against_plain_pytorch():
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     assert norm > 0.3
     expected = {name: p - 0.5 * p.grad * (0.3 / norm) for name, p in model.named_parameters()}
-    with pytest.raises(engine.Stopped):
+    with pytest.raises(Stopped):
         ours.train_epoch()
     assert ours.last_loss == pytest.approx(float(loss), rel=1e-5)
     for name, p in ours.model.named_parameters():
@@ -184,7 +188,7 @@ def test_fused_agrees_with_reference():
     for ops in ("reference", "fused"):
         one, seen = trainer(run={"ops": ops, "log_steps": 1, "max_steps": 3}), []
         one.listener.on_loss = lambda trainer, loss, lr, seen=seen: seen.append(loss)
-        with pytest.raises(engine.Stopped):
+        with pytest.raises(Stopped):
             one.train_epoch()
         losses[ops] = seen
     assert losses["fused"][0] == pytest.approx(losses["reference"][0], rel=1e-5)
@@ -220,7 +224,7 @@ def test_seed_decides_everything():
     def losses(seed):
         one, seen = trainer(run={"seed": seed, "log_steps": 1, "max_steps": 2}, loss={"mixup_alpha": 0.2, "cutmix_alpha": 1.0}), []
         one.listener.on_loss = lambda trainer, loss, lr: seen.append(loss)
-        with pytest.raises(engine.Stopped):
+        with pytest.raises(Stopped):
             one.train_epoch()
         return seen
 

@@ -1,0 +1,28 @@
+"""The network of a configuration."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import mvit3_kernels
+
+from .config import TrainConfig
+
+
+def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
+    """The network of a configuration, with fresh weights or those of `model.pretrained`; the seed decides the fresh ones."""
+    torch.manual_seed(config.run.seed)
+    m = config.model
+    model = mvit3_kernels.create_model(
+        m.name,
+        num_classes,
+        drop_rate=m.drop_rate,
+        proj_drop_rate=m.proj_drop_rate,
+        attn_drop_rate=m.attn_drop_rate,
+        ffn_drop_rate=m.ffn_drop_rate,
+    )
+    if m.pretrained:
+        mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head)
+    layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout)
