@@ -190,7 +190,7 @@ def test_damaged_tags_do_not_make_an_image_unreadable(decoder):
     (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 65500, 65500) + b"\3\1\x22\0\2\x11\1\3\x11\1" + bytes(99), "exceed"),
     (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 0, 65500) + b"\3\1\x22\0\2\x11\1\3\x11\1" + bytes(99), "no pixels"),
     (png(64, 64, bytes(100)), "truncated|broken|not enough"),
-    (encode(kind="GIF")[:200], "truncated"),
+    (encode(kind="GIF")[:1500], "truncated"),
     (encode(kind="TIFF")[:300], "."),
     (encode(kind="WEBP")[:300], "."),
     (encode(kind="BMP")[:300], "truncated"),

@@ -12,6 +12,7 @@ import bz2
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -325,11 +326,11 @@ def _unpacked(file: Path, cache: str) -> tuple[Path, str]:
     return target, trouble.read_text() if trouble.exists() else ""
 
 
-def _copy(stream: BinaryIO, copy: BinaryIO, trouble: Path) -> None:
+def _copy(stream: io.BufferedIOBase, copy: BinaryIO, trouble: Path) -> None:
     """Unpacks as far as it goes; where that is not the end, `trouble` says why."""
     while True:
         try:
-            piece = stream.read(2**20)
+            piece = stream.read1(2**20)
         except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
             trouble.write_text(f"is damaged ({error})")
             return
@@ -368,7 +369,7 @@ def _index(file: Path, label_of: Callable[[str], int], skipped: Skipped) -> _Ind
                 key, kind = os.path.join(folder, name), f".{kind.lower()}"
                 if kind == ".cls":
                     labels[key] = label_of(tar.extractfile(member).read().decode().strip())
-                elif kind.endswith(IMAGE_EXTENSIONS):
+                elif kind in IMAGE_EXTENSIONS:
                     if key in images:
                         skipped.add("second images of a sample", f"{file.name}:{member.name}")
                     else:
@@ -494,6 +495,11 @@ def open_source(config: DataConfig, part: str, class_names: Sequence[str] = ()) 
         from .builtin import open_huggingface, open_torchvision
 
         source = (open_torchvision if config.source == "torchvision" else open_huggingface)(config, part)
+        if class_names and tuple(class_names) != source.class_names:
+            raise DataError(
+                f"the classes of validation, {len(source.class_names)} from {source.class_names[0]!r} on, are not those of training, "
+                f"{len(class_names)} from {class_names[0]!r} on"
+            )
     elif not config.root and not (config.source == "shards" and name):
         raise UsageError(f"data.root must name the folder of the images for data.source {config.source}")
     elif config.source == "folder":
