@@ -121,7 +121,7 @@ class ScheduleConfig(Section):
     min_lr: Annotated[float, Option("learning rate at the end of cosine and poly", minimum=0, below=100)] = 2e-4
     update: Annotated[str, Option("whether the decay moves by the step or by the epoch", ("iteration", "epoch"))] = "epoch"
     cosine_after_warmup: Annotated[bool, Option("the decay begins when the warm-up ends, not in the first step")] = False
-    decay_epochs: Annotated[float, Option("step: epochs between two decays", minimum=1e-3)] = 30
+    decay_epochs: Annotated[float, Option("step: epochs between two decays", minimum=1e-3)] = 30.0
     decay_rate: Annotated[float, Option("step, multistep: factor of each decay", minimum=0, below=1.001)] = 0.1
     decay_milestones: Annotated[tuple[int, ...], Option("multistep: epochs of the decays", minimum=0)] = (30, 60, 90)
     power: Annotated[float, Option("poly: exponent", minimum=0, below=100)] = 0.9
