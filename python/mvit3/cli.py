@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -18,7 +18,8 @@ from jsonargparse import ArgumentParser
 from . import recipes
 from .config import TrainConfig, check_names, section_options
 from .errors import Failure
-from .options import UsageError, nearest
+from .names import TIMM
+from .options import UsageError, form, nearest, nearest_options
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Command:
 
     help: str
     sections: tuple[str, ...]  # of the options of training that its --help lists; all are taken, so that every recipe is
+    parts: tuple[str, ...] = ()  # of the data that it reads
     recipe: str = ""  # where it begins
     checkpoint: bool = False
     extra: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -41,10 +43,21 @@ TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "ema", "run")
 COMMANDS = {
-    "train": Command("train a network: one process, or several under torchrun", EVERYTHING),
-    "evaluate": Command("accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}),
-    "predict": Command("classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}),
-    "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, "digits"),
+    "train": Command("train a network: one process, or several under torchrun", EVERYTHING, ("train", "val")),
+    "evaluate": Command(
+        "accuracy of a checkpoint on the validation images",
+        ("model", "data", "run"),
+        ("val",),
+        checkpoint=True,
+        extra={"--weights": WEIGHTS},
+    ),
+    "predict": Command(
+        "classes of images",
+        ("model", "data", "run"),
+        checkpoint=True,
+        extra={"--weights": WEIGHTS, "--top": TOP, "images": IMAGES},
+    ),
+    "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
 }
 
 
@@ -58,8 +71,10 @@ class _Parser(ArgumentParser):
             exit_on_error=False,
             print_config=None,
             allow_abbrev=False,
+            usage=f"mvit3 {name} {'--checkpoint FILE ' if COMMANDS[name].checkpoint else ''}"
+            f"[--config RECIPE] [--section.key VALUE ...]{' images ...' if 'images' in COMMANDS[name].extra else ''}",
         )
-        command = COMMANDS[name]
+        self.name, command = name, COMMANDS[name]
         if command.checkpoint:
             self.add_argument("--checkpoint", required=True, help="of mvit3 train, or with --config one of another origin")
         for option, settings in command.extra.items():
@@ -77,30 +92,77 @@ class _Parser(ArgumentParser):
             groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
 
     @property
-    def flags(self) -> list[str]:
-        return [flag for action in self._actions for flag in action.option_strings]
+    def flags(self) -> dict[str, argparse.Action]:
+        return {flag: action for action in self._actions for flag in action.option_strings}
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether there are arguments that follow no option."""
+        return any(not action.option_strings for action in self._actions)
 
 
-def _known(parser: _Parser, arguments: Sequence[str]) -> None:
-    """UsageError for an option that does not exist, with the nearest."""
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag not in parser.flags:
-            raise UsageError(f"there is no option {flag!r}; the nearest is {nearest(flag, parser.flags)}")
+def _unknown(flag: str, parser: _Parser) -> UsageError:
+    if (ours := TIMM.get(flag.lstrip("-"))) and f"--{ours}" in parser.flags:
+        return UsageError(f"there is no option {flag!r}; timm's {flag} is --{ours} here")
+    close = nearest_options(flag, [known for known in parser.flags if known.startswith("--")])
+    return UsageError(f"there is no option {flag!r}; the nearest {'is' if len(close) == 1 else 'are'} {' and '.join(close)}")
 
 
-def _expand(arguments: Sequence[str]) -> list[str]:
-    """Each --option and its value apart; --data D becomes --data.root D, or --data.source digits; recipes become files."""
-    expanded = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        expanded += [flag, value] if equals and argument.startswith("--") else [argument]
-    for i, flag in enumerate(expanded[:-1]):
+def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[object, object]]) -> UsageError:
+    """For words that follow no option; `given`: the options before them, with their values."""
+    flag, _, value = given[-1].partition("=") if given else ("", "", "")
+    kind, default = kinds.get(flag.removeprefix("--"), (None, None))
+    if get_origin(kind) is tuple:
+        return UsageError(f"{flag.removeprefix('--')} must be {form(kind, default)}, got {' '.join((value, *words))!r}")
+    if words[0] in recipes.names() or words[0].endswith((".yaml", ".yml")):
+        return UsageError(f"{words[0]!r} is no option; a recipe is chosen with --config {words[0]}")
+    after = f" after {flag}" if flag else ""
+    return UsageError(f"{words[0]!r}{after} is no option; options begin with --")
+
+
+def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
+    """Options as --option=value, then what follows none; --data D is --data.root=D, or --data.source=digits; recipes become files.
+
+    UsageError for an option that does not exist, and for a word too many.
+    """
+    flags, queue, options, rest = parser.flags, list(arguments), [], []
+    while queue:
+        word = queue.pop(0)
+        if word == "--":
+            rest += queue
+            break
+        if not re.match(r"--|-[A-Za-z]", word):
+            rest.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if flag not in flags and flag != "--data":
+            raise _unknown(flag, parser)
+        if flag in flags and flags[flag].nargs == 0:
+            if equals:
+                raise UsageError(f"{flag} takes no value, got {value!r}")
+            options.append(flag)
+            continue
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                options.append(flag)  # without its value, which the parser refuses
+                continue
+            value = queue.pop(0)
+        while value.count("[") > value.count("]") and queue and not queue[0].startswith("--"):
+            value += f" {queue.pop(0)}"  # [160, 192] with a space
         if flag == "--data":
-            expanded[i] = "--data.source" if expanded[i + 1] == "digits" else "--data.root"
+            flag = "--data.source" if value == "digits" else "--data.root"
         elif flag == "--config":
-            expanded[i + 1] = _recipe(expanded[i + 1])
-    return expanded
+            value = _recipe(value)
+        options.append(f"{flag}={value}")
+    if rest and not parser.takes_files:
+        raise _stray(rest, options, _kinds(parser))
+    return [*options, *rest]
+
+
+def _kinds(parser: _Parser) -> dict[str, tuple[object, object]]:
+    """Type and default of every option of training, and of the command's own, by name without dashes."""
+    kinds = {f"{section}.{key}": (kind, default) for section, key, kind, default, _ in section_options()}
+    return kinds | {name.lstrip("-"): (settings.get("type", str), None) for name, settings in COMMANDS[parser.name].extra.items()}
 
 
 def _recipe(name: str) -> str:
@@ -119,26 +181,38 @@ def _recipe(name: str) -> str:
     return str(path)
 
 
-def _one_line(error: Exception) -> str:
-    """jsonargparse's error about a value in the words of the others."""
-    text = " ".join(str(error).split())
-    if (key := re.search(r'Parser key "([\w.]+)"', text)) and (value := re.search(r"(?:Given value|Got value): (.*)$", text)):
-        kinds = {f"{section}.{name}": kind for section, name, kind, *_ in section_options()}
-        kind = kinds.get(key[1])
-        return f"{key[1]} must be {getattr(kind, '__name__', None) if isinstance(kind, type) else kind}, got {value[1]!r}"
+def _one_line(error: Exception, parser: _Parser) -> str:
+    """The parser's error in the words of the others."""
+    text, kinds = " ".join(str(error).split()), _kinds(parser)
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    value = re.search(r"(?:Given value|Got value):(?: (.*))?$", text)
+    if key and value:
+        name = key[1] if "." in key[1] else f"--{key[1]}"
+        return f"{name} must be {form(*kinds.get(key[1], (str, None)))}, got {value[1] or ''!r}"
+    if choice := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", text):
+        return f"{choice[1]} must be one of {choice[3].replace(chr(39), '')}; got {choice[2]}"
+    if missing := re.fullmatch(r"argument (\S+): expected one argument", text):
+        name = missing[1].lstrip("-")
+        return f"{missing[1]}: expected one argument{f', {form(*kinds[name])}' if name in kinds else ''}"
+    if needed := re.search(r"arguments are required: (.*)$", text):
+        names = [f"--{name}" if f"--{name}" in parser.flags else name for name in needed[1].split(", ")]
+        return f"{' and '.join(names)} must be given"
     return text
 
 
 def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
     command, parser = COMMANDS[name], _Parser(name)
-    arguments = _expand(arguments)
-    _known(parser, arguments)
+    arguments = _arrange(parser, arguments)
     if command.recipe:
-        arguments = ["--config", _recipe(command.recipe), *arguments]
+        arguments = [f"--config={_recipe(command.recipe)}", *arguments]
     try:
         args = parser.parse_args(arguments)
-        if command.checkpoint and "--config" not in arguments:
+        if command.checkpoint and not Path(args.checkpoint).is_file():
+            raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
+        if command.checkpoint and not any(word.startswith("--config=") for word in arguments):
+            _check_values(args)  # reading a checkpoint takes seconds
+            _loading(args)
             base = _checkpoint_config(Path(args.checkpoint))
             kept = {"amp", "ops", "channels_last"}
             parser.set_defaults({
@@ -149,10 +223,15 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
             })  # fmt: skip
             args = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        raise UsageError(_one_line(error)) from None
+        raise UsageError(_one_line(error, parser)) from None
     values = args.as_dict()
     config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for section, key, _, _, option in section_options():
+        option.check(f"{section}.{key}", args[f"{section}.{key}"])
 
 
 def _checkpoint_config(path: Path) -> dict[str, dict[str, object]]:
@@ -164,6 +243,31 @@ def _checkpoint_config(path: Path) -> dict[str, dict[str, object]]:
         raise Failure(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
     except checkpoint.CheckpointError as error:
         raise Failure(str(error)) from None
+
+
+def _check_folders(config: TrainConfig, parts: Sequence[str]) -> None:
+    """Failure where a folder of images is not there; before PyTorch is loaded."""
+    data = config.data
+    if data.source != "folder" or not parts:
+        return
+    if not data.root:
+        raise UsageError("data.root must name the folder of the images for data.source folder: --data FOLDER")
+    root = Path(data.root)
+    if not root.is_dir():
+        raise Failure(f"--data {root}: {'that is no folder' if root.exists() else 'there is no such folder'}")
+    for part in parts:
+        name = getattr(data, part)
+        if not (root / name).is_dir():
+            there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+            held = f"it has {', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "it has no folders"
+            raise Failure(f"--data {root} has no folder {name!r}, which --data.{part} names; {held}")
+
+
+def _plain(error: Exception) -> str:
+    """The message of an error; of the system's ones what failed and why, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return str(error)
 
 
 def _refuse(program: str, message: str) -> NoReturn:
@@ -202,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
             return 0
+        _check_folders(config, COMMANDS[name].parts)
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 
@@ -209,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _refuse(program, str(error))
     except (Failure, OSError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -82,7 +82,7 @@ class OptimizerConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.betas) != 2:
-            raise UsageError(f"optimizer.betas must be two numbers, got {list(self.betas)}")
+            raise UsageError(f"optimizer.betas must be two numbers, got {list(self.betas)}; write them as [0.9,0.999]")
 
 
 @dataclass(frozen=True, kw_only=True)

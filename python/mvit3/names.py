@@ -19,3 +19,38 @@ sgd sgdc sgdp sgdw
 
 NETWORKS = tuple(_NETWORKS.split())
 OPTIMIZERS = tuple(_TIMM_OPTIMIZERS.split())
+
+# What users of timm will type, where the name here is not a part of theirs
+TIMM = {
+    "data-dir": "data.root",
+    "train-split": "data.train",
+    "val-split": "data.val",
+    "num-classes": "model.num_classes",
+    "initial-checkpoint": "model.pretrained",
+    "drop": "model.drop_rate",
+    "model": "model.name",
+    "b": "data.batch_size",
+    "j": "data.workers",
+    "img-size": "sampler.size",
+    "input-size": "sampler.size",
+    "crop-pct": "data.resize",
+    "opt": "optimizer.name",
+    "opt-eps": "optimizer.eps",
+    "opt-betas": "optimizer.betas",
+    "aa": "augment.policy",
+    "scale": "augment.crop_scale",
+    "ratio": "augment.crop_ratio",
+    "hflip": "augment.flip",
+    "reprob": "augment.erase",
+    "smoothing": "loss.label_smoothing",
+    "mixup": "loss.mixup_alpha",
+    "cutmix": "loss.cutmix_alpha",
+    "mixup-prob": "loss.mix_probability",
+    "mixup-switch-prob": "loss.switch_probability",
+    "model-ema": "ema.enabled",
+    "model-ema-decay": "ema.momentum",
+    "amp-dtype": "run.amp",
+    "torchcompile": "run.compile",
+    "grad-accum-steps": "run.accumulate",
+    "log-interval": "run.log_steps",
+}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvit3 import checkpoint, cli
+from mvit3 import checkpoint, commands
 from mvit3.cli import main
 from mvit3.data import loaders
 
@@ -96,7 +96,7 @@ def poison(monkeypatch):
             made = loaders(*args, **kwargs)
             return dataclasses.replace(made, train=Poisoned(made.train, steps))
 
-        monkeypatch.setattr(cli, "loaders", poisoned)
+        monkeypatch.setattr(commands, "loaders", poisoned)
 
     return apply
 

@@ -14,7 +14,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 
 def _check_range(name: str, values: tuple[float, ...]) -> None:
     if len(values) != 2 or values[0] > values[1]:
-        raise UsageError(f"{name} must be two numbers, the smaller one first, got {list(values)}")
+        raise UsageError(f"{name} must be two numbers, the smaller one first, got {list(values)}; write them as [0.5,1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class DataConfig(Section):
             raise UsageError(f"data.crop must be at most data.resize, {self.resize}, got {self.crop}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
-                raise UsageError(f"data.{name} must be three numbers, got {list(getattr(self, name))}")
+                raise UsageError(f"data.{name} must be three numbers, got {list(getattr(self, name))}; write them as [0.5,0.5,0.5]")
 
 
 @dataclass(frozen=True, kw_only=True)
