@@ -41,6 +41,7 @@ CVNETS_DEFAULTS = {
     "image_augmentation.random_resized_crop.aspect_ratio": [3 / 4, 4 / 3],
     "image_augmentation.random_horizontal_flip.p": 0.5,
     "scheduler.cosine.after_warmup": False,  # the warm-up is not subtracted
+    "ema.warmup": False,
 }
 V1_DEFAULTS = CVNETS_DEFAULTS | {"image_augmentation.resize.size": 288, "image_augmentation.center_crop.size": 256}
 V2_DEFAULTS = CVNETS_DEFAULTS | {
@@ -99,6 +100,7 @@ def cvnets(options):
         ),
         "ema.enabled": o["ema.enable"],
         "ema.momentum": o["ema.momentum"],
+        "ema.warmup": o["ema.warmup"],
         "run.amp": "auto" if o["common.mixed_precision"] else "none",
     }
     if augmentation + "resize.interpolation" in o:
@@ -395,6 +397,7 @@ def mindcv(o):
         "loss.cutmix_alpha": o["cutmix"],
         "loss.mix_probability": 1,
         "ema.enabled": False,
+        "ema.warmup": True,  # as the next, without effect
         "ema.momentum": 5e-4,  # without effect where there is no average
         "run.amp": "auto",
     }
