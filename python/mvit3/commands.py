@@ -21,6 +21,7 @@ from .distributed import world
 from .errors import Failure
 from .inference import Network, evaluate_checkpoint
 from .inference import predict as predict_images
+from .listing import describe
 from .logs import write
 from .report import Reporter, percent, summary, summary_text, table, write_html
 from .runtime import prepare
@@ -33,7 +34,7 @@ EXPECTED = (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, DataError
 def run(name: str, config: TrainConfig, args: argparse.Namespace) -> None:
     """Runs a command; Failure where it cannot do what it was told."""
     try:
-        {"train": train, "evaluate": evaluate, "predict": predict, "demo": compare}[name](config, args)
+        COMMANDS[name](config, args)
     except EXPECTED as error:
         raise Failure(str(error)) from error
 
@@ -56,6 +57,26 @@ def train(config: TrainConfig, args: argparse.Namespace) -> None:
             reporter.close()
         if here.first:
             _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
+
+
+def finetune(config: TrainConfig, args: argparse.Namespace) -> None:
+    if not config.model.pretrained and not args.quiet:
+        print("no --checkpoint is given: the network starts from fresh weights", file=sys.stderr)
+    train(config, args)
+
+
+def models(config: TrainConfig, args: argparse.Namespace) -> None:
+    found = describe(args.names, args.size)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    rows = [["network", "parameters", "GMACs", "input", "recipes"]]
+    for model in found:
+        recipes = ", ".join(model["recipes"])
+        rows.append([model["name"], f"{model['parameters'] / 1e6:.2f} M", f"{model['macs'] / 1e9:.2f}", model["input"], recipes])
+    print(table(rows))
+    if not args.quiet:
+        print(f"\nGMACs: 10^9 multiplications with addition of one {args.size}x{args.size} image, which papers call FLOPs; 1000 classes.")
 
 
 def _backend(trainer: Trainer) -> str:
@@ -108,3 +129,6 @@ def predict(config: TrainConfig, args: argparse.Namespace) -> None:
 def compare(config: TrainConfig, args: argparse.Namespace) -> None:
     check_output(config.run.output)
     demo(config, args.quiet, args.json)
+
+
+COMMANDS = {"train": train, "finetune": finetune, "models": models, "evaluate": evaluate, "predict": predict, "demo": compare}
