@@ -144,8 +144,11 @@ def test_digits_to_five_classes(capsys, tmp_path):
 def test_models(capsys):
     """Every network, with the parameters and multiplications of the published one."""
     manifest = {
-        "mobilevit_xxs": (1_272_024, 407_364_096), "mobilevitv3_050": (1_429_985, 479_799_296), "mobilevitv3_s": (5_763_912, 1_832_711_680), "mobilevitv3_xxs_fast": (1_145_288, 300_705_792),
-    }  # fmt: skip
+        "mobilevit_xxs": (1_272_024, 407_364_096),
+        "mobilevitv3_050": (1_429_985, 479_799_296),
+        "mobilevitv3_s": (5_763_912, 1_832_711_680),
+        "mobilevitv3_xxs_fast": (1_145_288, 300_705_792),
+    }
     found = {model["name"]: model for model in describe(list(manifest), 256)}
     assert {name: (model["parameters"], model["macs"]) for name, model in found.items()} == manifest
     assert found["mobilevitv3_s"]["flops"] == 2 * 1_832_711_680 and found["mobilevitv3_s"]["recipes"] == ["mobilevitv3_s"]
