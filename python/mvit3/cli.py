@@ -75,15 +75,17 @@ class _Parser(ArgumentParser):
     """Errors of an option's type come as exceptions; `main` makes one line of them."""
 
     def __init__(self, name: str) -> None:
+        own = COMMANDS[name]
+        short = ". --data D is short for --data.root D, --data digits for --data.source digits, --amp for --run.amp auto."
+        words = ["--checkpoint FILE"] * own.checkpoint + ["[--config RECIPE] [--section.key VALUE ...]"] * bool(own.sections)
+        words += [f"{word} ..." for word in ("images", "[names]") if word.strip("[]") in own.extra]
         super().__init__(
             prog=f"mvit3 {name}",
-            description=f"{COMMANDS[name].help}. --data D is short for --data.root D, --data digits for --data.source digits, --amp "
-            "for --run.amp auto.",
+            description=own.help + (short if own.sections else "."),
             exit_on_error=False,
             print_config=None,
             allow_abbrev=False,
-            usage=f"mvit3 {name} {'--checkpoint FILE ' if COMMANDS[name].checkpoint else ''}[--config RECIPE] [--section.key VALUE ...]"
-            + next((f" {word} ..." for word in ("images", "[names]") if word.strip("[]") in COMMANDS[name].extra), ""),
+            usage=" ".join((f"mvit3 {name}", *words)),
         )
         self.name, command = name, COMMANDS[name]
         if command.checkpoint:
