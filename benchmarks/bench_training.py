@@ -31,7 +31,8 @@ from mvit3 import recipes
 from mvit3.config import TrainConfig
 from mvit3.data import loaders
 from mvit3.distributed import World
-from mvit3.engine import Trainer, autocast, prepare, use_ops
+from mvit3.runtime import autocast, prepare, use_ops
+from mvit3.trainer import Trainer
 
 TURNS = 5
 # Options of `run` that make a candidate.

@@ -12,7 +12,7 @@ from mvit3_kernels import _native
 from mvit3_kernels.ops.dispatch import forced_backend
 
 from .config import RunConfig
-from .engine import autocast, use_ops
+from .runtime import autocast, use_ops
 
 
 class _Calls(TorchDispatchMode):

@@ -1,137 +1,73 @@
-"""The command line: `mvit3 train`, `evaluate`, `predict` and `demo`."""
+"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `models` and `demo`."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_origin
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-import mvit3_kernels
-
-from . import checkpoint, recipes
-from .backends import served
-from .config import TrainConfig, check_names, check_output, section_options
-from .data import DataError, DecodeError, loaders
-from .demo import demo
-from .distributed import world
-from .engine import Trainer, TrainingError, prepare, start
-from .inference import Network, evaluate_checkpoint, predict
-from .logs import write
-from .options import UsageError, nearest
-from .report import Reporter, percent, summary, summary_text, table, write_html
+# Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
+from . import recipes
+from .config import AMP, TrainConfig, check_names, section_options
+from .errors import Failure
+from .names import TIMM
+from .options import UsageError, form, nearest, nearest_options
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is, and the options that it has beside those of training."""
+    """What a command is, and the options that it has beside those of training; commands.py has the function of its name."""
 
-    run: Callable[[TrainConfig, argparse.Namespace], None]
     help: str
     sections: tuple[str, ...]  # of the options of training that its --help lists; all are taken, so that every recipe is
+    parts: tuple[str, ...] = ()  # of the data that it reads
     recipe: str = ""  # where it begins
     checkpoint: bool = False
     extra: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
-def _train(config: TrainConfig, args: argparse.Namespace) -> None:
-    check_output(config.run.output)
-    began = time.perf_counter()
-    with world(prepare(config.run)) as here:
-        images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
-        reporter = Reporter(args.quiet or not here.first)
-        for note in images.notes:
-            reporter.say(note)
-        trainer = start(config, images, here, reporter)
-        backend = _backend(trainer) if here.first else ""
-        try:
-            if here.first:
-                reporter.begin(trainer)
-            finished = trainer.fit()
-        finally:
-            reporter.close()
-        if here.first:
-            _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
-
-
-def _backend(trainer: Trainer) -> str:
-    run, side = trainer.config.run, trainer.config.sampler.size
-    return served(trainer.model, torch.zeros(2, 3, side, side, device=trainer.device), run)
-
-
-def _conclude(trainer: Trainer, result: dict[str, object], as_json: bool) -> None:
-    if result["history"]:
-        write(trainer.folder / "report.json", json.dumps(result, indent=1) + "\n")
-        write_html(trainer.folder / "report.html", result, trainer.progress.confusion, list(trainer.loaders.class_names))
-    print(json.dumps(result, indent=1) if as_json else summary_text(result))
-
-
-def _evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
-    with world(prepare(config.run)) as here:
-        result = evaluate_checkpoint(Path(args.checkpoint), config, args.weights, here, lambda text: print(text, file=sys.stderr))
-    if not here.first:
-        return
-    if args.json:
-        print(json.dumps(result, indent=1))
-        return
-    recorded = result["recorded_accuracy"]
-    cells = [result["checkpoint"], result["weights"], percent(result["accuracy"]), percent(result["accuracy5"])]
-    cells += [f"{result['correct']}/{result['total']}", f"{result['val_loss']:.4f}", percent(recorded)]
-    print(table([["checkpoint", "weights", "accuracy", "top 5", "correct", "val loss", "recorded"], cells]))
-    if not args.quiet:
-        print(f"{result['model']} on {result['data']}, {result['ops']} ops served by {result['backend']}")
-        if recorded is not None:
-            print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")
-
-
-def _predict(config: TrainConfig, args: argparse.Namespace) -> None:
-    network = Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run))
-    found = predict(network, [Path(name) for name in args.images], args.top)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        rows = [["image", "", "class", "probability"]]
-        for image in found:
-            if "error" in image:
-                rows.append([image["image"], "", image["error"], ""])
-            for place, guess in enumerate(image.get("classes", ()), 1):
-                rows.append([image["image"] if place == 1 else "", str(place), guess["name"], percent(guess["probability"])])
-        print(table(rows))
-    if all("error" in image for image in found):
-        raise DataError("no image could be read")
-
-
-def _demo(config: TrainConfig, args: argparse.Namespace) -> None:
-    check_output(config.run.output)
-    demo(config, args.quiet, args.json)
-
-
 WEIGHTS = {
     "default": "auto",
     "choices": ["auto", "ema", "raw"],
-    "help": "the average or the trained ones; auto: the average where there is one",
+    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names",
 }
 TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
-EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "ema", "run")
+START = {"default": "", "help": "where it starts: of mvit3 train, which tells network, pixels and augmentation, or with --config another"}
+SIZE = {"type": int, "default": 256, "help": "side of the image for which multiplications are counted, pixels"}
+NAMES = {"nargs": "*", "default": [], "help": "names or patterns such as 'mobilevitv3*'; all networks without"}
+EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "distill", "ema", "run")
 COMMANDS = {
-    "train": Command(_train, "train a network: one process, or several under torchrun", EVERYTHING),
+    "train": Command("train a network: one process, or several under torchrun", EVERYTHING, ("train", "val")),
+    "finetune": Command(
+        "train a network on other, few images, from the weights of a checkpoint",
+        EVERYTHING,
+        ("train", "val"),
+        extra={"--checkpoint": START},
+    ),
     "evaluate": Command(
-        _evaluate, "accuracy of a checkpoint on the validation images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS}
+        "accuracy of a checkpoint on the validation images",
+        ("model", "data", "run"),
+        ("val",),
+        checkpoint=True,
+        extra={"--weights": WEIGHTS},
     ),
     "predict": Command(
-        _predict, "classes of images", ("model", "data", "run"), "", True, {"--weights": WEIGHTS, "--top": TOP, "images": IMAGES}
+        "classes of images",
+        ("model", "data", "run"),
+        checkpoint=True,
+        extra={"--weights": WEIGHTS, "--top": TOP, "images": IMAGES},
     ),
-    "demo": Command(_demo, "train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, "digits"),
+    "models": Command("networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}),
+    "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
 }
 
 
@@ -139,14 +75,19 @@ class _Parser(ArgumentParser):
     """Errors of an option's type come as exceptions; `main` makes one line of them."""
 
     def __init__(self, name: str) -> None:
+        own = COMMANDS[name]
+        short = ". --data D is short for --data.root D, --data digits for --data.source digits, --amp for --run.amp auto."
+        words = ["--checkpoint FILE"] * own.checkpoint + ["[--config RECIPE] [--section.key VALUE ...]"] * bool(own.sections)
+        words += [f"{word} ..." for word in ("images", "[names]") if word.strip("[]") in own.extra]
         super().__init__(
             prog=f"mvit3 {name}",
-            description=f"{COMMANDS[name].help}. --data D is short for --data.root D, --data digits for --data.source digits.",
+            description=own.help + (short if own.sections else "."),
             exit_on_error=False,
             print_config=None,
             allow_abbrev=False,
+            usage=" ".join((f"mvit3 {name}", *words)),
         )
-        command = COMMANDS[name]
+        self.name, command = name, COMMANDS[name]
         if command.checkpoint:
             self.add_argument("--checkpoint", required=True, help="of mvit3 train, or with --config one of another origin")
         for option, settings in command.extra.items():
@@ -164,30 +105,82 @@ class _Parser(ArgumentParser):
             groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
 
     @property
-    def flags(self) -> list[str]:
-        return [flag for action in self._actions for flag in action.option_strings]
+    def flags(self) -> dict[str, argparse.Action]:
+        return {flag: action for action in self._actions for flag in action.option_strings}
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether there are arguments that follow no option."""
+        return any(not action.option_strings for action in self._actions)
 
 
-def _known(parser: _Parser, arguments: Sequence[str]) -> None:
-    """UsageError for an option that does not exist, with the nearest."""
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag not in parser.flags:
-            raise UsageError(f"there is no option {flag!r}; the nearest is {nearest(flag, parser.flags)}")
+def _unknown(flag: str, parser: _Parser) -> UsageError:
+    if (ours := TIMM.get(flag.lstrip("-"))) and f"--{ours}" in parser.flags:
+        return UsageError(f"there is no option {flag!r}; timm's {flag} is --{ours} here")
+    close = nearest_options(flag, [known for known in parser.flags if known.startswith("--")])
+    return UsageError(f"there is no option {flag!r}; the nearest {'is' if len(close) == 1 else 'are'} {' and '.join(close)}")
 
 
-def _expand(arguments: Sequence[str]) -> list[str]:
-    """Each --option and its value apart; --data D becomes --data.root D, or --data.source digits; recipes become files."""
-    expanded = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        expanded += [flag, value] if equals and argument.startswith("--") else [argument]
-    for i, flag in enumerate(expanded[:-1]):
+def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[object, object]]) -> UsageError:
+    """For words that follow no option; `given`: the options before them, with their values."""
+    flag, _, value = given[-1].partition("=") if given else ("", "", "")
+    kind, default = kinds.get(flag.removeprefix("--"), (None, None))
+    if get_origin(kind) is tuple:
+        return UsageError(f"{flag.removeprefix('--')} must be {form(kind, default)}, got {' '.join((value, *words))!r}")
+    if words[0] in recipes.names() or words[0].endswith((".yaml", ".yml")):
+        return UsageError(f"{words[0]!r} is no option; a recipe is chosen with --config {words[0]}")
+    after = f" after {flag}" if flag else ""
+    return UsageError(f"{words[0]!r}{after} is no option; options begin with --")
+
+
+def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
+    """Options as --option=value, then what follows none; --data D is --data.root=D, or --data.source=digits; recipes become files.
+
+    UsageError for an option that does not exist, and for a word too many.
+    """
+    flags, queue, options, rest = parser.flags, list(arguments), [], []
+    while queue:
+        word = queue.pop(0)
+        if word == "--":
+            rest += queue
+            break
+        if not re.match(r"--|-[A-Za-z]", word):
+            rest.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if flag == "--amp" and not equals and (not queue or queue[0] not in AMP):
+            options.append("--run.amp=auto")
+            continue
+        if flag not in flags and flag not in ("--data", "--amp"):
+            raise _unknown(flag, parser)
+        if flag in flags and flags[flag].nargs == 0:
+            if equals:
+                raise UsageError(f"{flag} takes no value, got {value!r}")
+            options.append(flag)
+            continue
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                options.append(flag)  # without its value, which the parser refuses
+                continue
+            value = queue.pop(0)
+        while value.count("[") > value.count("]") and queue and not queue[0].startswith("--"):
+            value += f" {queue.pop(0)}"  # [160, 192] with a space
         if flag == "--data":
-            expanded[i] = "--data.source" if expanded[i + 1] == "digits" else "--data.root"
+            flag = "--data.source" if value == "digits" else "--data.root"
+        elif flag == "--amp":
+            flag = "--run.amp"
         elif flag == "--config":
-            expanded[i + 1] = _recipe(expanded[i + 1])
-    return expanded
+            value = _recipe(value)
+        options.append(f"{flag}={value}")
+    if rest and not parser.takes_files:
+        raise _stray(rest, options, _kinds(parser))
+    return [*options, *rest]
+
+
+def _kinds(parser: _Parser) -> dict[str, tuple[object, object]]:
+    """Type and default of every option of training, and of the command's own, by name without dashes."""
+    kinds = {f"{section}.{key}": (kind, default) for section, key, kind, default, _ in section_options()}
+    return kinds | {name.lstrip("-"): (settings.get("type", str), None) for name, settings in COMMANDS[parser.name].extra.items()}
 
 
 def _recipe(name: str) -> str:
@@ -206,26 +199,42 @@ def _recipe(name: str) -> str:
     return str(path)
 
 
-def _one_line(error: Exception) -> str:
-    """jsonargparse's error about a value in the words of the others."""
-    text = " ".join(str(error).split())
-    if (key := re.search(r'Parser key "([\w.]+)"', text)) and (value := re.search(r"(?:Given value|Got value): (.*)$", text)):
-        kinds = {f"{section}.{name}": kind for section, name, kind, *_ in section_options()}
-        kind = kinds.get(key[1])
-        return f"{key[1]} must be {getattr(kind, '__name__', None) if isinstance(kind, type) else kind}, got {value[1]!r}"
+def _one_line(error: Exception, parser: _Parser) -> str:
+    """The parser's error in the words of the others."""
+    text, kinds = " ".join(str(error).split()), _kinds(parser)
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    value = re.search(r"(?:Given value|Got value):(?: (.*))?$", text)
+    if key and value:
+        name = key[1] if "." in key[1] else f"--{key[1]}"
+        return f"{name} must be {form(*kinds.get(key[1], (str, None)))}, got {value[1] or ''!r}"
+    if choice := re.fullmatch(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", text):
+        return f"{choice[1]} must be one of {choice[3].replace(chr(39), '')}; got {choice[2]}"
+    if missing := re.fullmatch(r"argument (\S+): expected one argument", text):
+        name = missing[1].lstrip("-")
+        return f"{missing[1]}: expected one argument{f', {form(*kinds[name])}' if name in kinds else ''}"
+    if needed := re.search(r"arguments are required: (.*)$", text):
+        names = [f"--{name}" if f"--{name}" in parser.flags else name for name in needed[1].split(", ")]
+        return f"{' and '.join(names)} must be given"
     return text
 
 
 def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
     command, parser = COMMANDS[name], _Parser(name)
-    arguments = _expand(arguments)
-    _known(parser, arguments)
+    arguments = _arrange(parser, arguments)
     if command.recipe:
-        arguments = ["--config", _recipe(command.recipe), *arguments]
+        arguments = [f"--config={_recipe(command.recipe)}", *arguments]
     try:
         args = parser.parse_args(arguments)
-        if command.checkpoint and "--config" not in arguments:
+        if name == "finetune":
+            _check_values(args)
+            arguments = _finetune_defaults(parser, arguments, args)
+            args = parser.parse_args(arguments)
+        if command.checkpoint and not Path(args.checkpoint).is_file():
+            raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
+        if command.checkpoint and not any(word.startswith("--config=") for word in arguments):
+            _check_values(args)  # reading a checkpoint takes seconds
+            _loading(args)
             base = _checkpoint_config(Path(args.checkpoint))
             kept = {"amp", "ops", "channels_last"}
             parser.set_defaults({
@@ -236,17 +245,100 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
             })  # fmt: skip
             args = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        raise UsageError(_one_line(error)) from None
+        raise UsageError(_one_line(error, parser)) from None
     values = args.as_dict()
     config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
 
 
-def _checkpoint_config(path: Path) -> dict[str, dict[str, object]]:
+# What fine-tuning takes from a checkpoint: the network, and images as it knows them.
+TAKEN = {
+    "model": ("name", "drop_rate", "proj_drop_rate", "attn_drop_rate", "ffn_drop_rate", "drop_path_rate"),
+    "data": ("resize", "crop", "interpolation", "antialias", "exif_orientation", "colors", "mean", "std"),
+    "augment": (),  # all of it
+    "sampler": ("size",),
+    "run": ("ops", "channels_last"),
+}
+
+
+def _finetune_defaults(parser: _Parser, arguments: list[str], args: argparse.Namespace) -> list[str]:
+    """Sets the defaults of `mvit3 finetune`; returns the arguments that are left to lie over them.
+
+    Lowest is a recipe that was given by its name (network and images), then the recipe `finetune`, then what the checkpoint tells; files
+    and options of the user win.
+    """
+    named = [word for word in arguments if word.startswith("--config=") and recipes.is_recipe(Path(word.partition("=")[2]))]
+    layers = [yaml.safe_load(Path(word.partition("=")[2]).read_text()) for word in named]
+    layers = [{section: layer[section] for section in ("model", "data", "augment", "sampler") if section in layer} for layer in layers]
+    for layer in layers:
+        layer.get("sampler", {}).pop("sizes", None)
+    layers.append(yaml.safe_load(recipes.path("finetune").read_text()))
+    if layers[:-1]:
+        for section in ("model", "data", "augment"):  # are the named recipe's
+            layers[-1][section] = {key: value for key, value in layers[-1].get(section, {}).items() if key in ("drop_head", "batch_size")}
+    if args.checkpoint:
+        if not Path(args.checkpoint).is_file():
+            raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
+        _loading(args)
+        content = _checkpoint_config(Path(args.checkpoint), optional=bool(named))
+        taken = {
+            section: {key: value for key, value in content[section].items() if not keys or key in keys}
+            for section, keys in TAKEN.items()
+            if section in content
+        }
+        layers += [taken, {"model": {"pretrained": args.checkpoint}}]
+    parser.set_defaults({
+        f"{section}.{key}": value
+        for layer in layers
+        for section, values in layer.items()
+        for key, value in values.items()
+        if f"--{section}.{key}" in parser.flags
+    })  # fmt: skip
+    return [word for word in arguments if word not in named]
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    for section, key, _, _, option in section_options():
+        option.check(f"{section}.{key}", args[f"{section}.{key}"])
+
+
+def _checkpoint_config(path: Path, optional: bool = False) -> dict[str, dict[str, object]]:
+    """The configuration that a checkpoint was made with; `optional`: nothing where it is of another origin."""
+    from . import checkpoint  # loads PyTorch
+
     try:
         return checkpoint.load(path)["config"]
     except checkpoint.Foreign as error:
-        raise checkpoint.Foreign(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
+        if optional:
+            return {}
+        raise Failure(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
+    except checkpoint.CheckpointError as error:
+        raise Failure(str(error)) from None
+
+
+def _check_folders(config: TrainConfig, parts: Sequence[str]) -> None:
+    """Failure where a folder of images is not there; before PyTorch is loaded."""
+    data = config.data
+    if data.source != "folder" or not parts:
+        return
+    if not data.root:
+        raise UsageError("data.root must name the folder of the images for data.source folder: --data FOLDER")
+    root = Path(data.root)
+    if not root.is_dir():
+        raise Failure(f"--data {root}: {'that is no folder' if root.exists() else 'there is no such folder'}")
+    for part in parts:
+        name = getattr(data, part)
+        if not (root / name).is_dir():
+            there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+            held = f"it has {', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "it has no folders"
+            raise Failure(f"--data {root} has no folder {name!r}, which --data.{part} names; {held}")
+
+
+def _plain(error: Exception) -> str:
+    """The message of an error; of the system's ones what failed and why, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    return str(error)
 
 
 def _refuse(program: str, message: str) -> NoReturn:
@@ -270,6 +362,12 @@ def _choose(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     return arguments[0], arguments[1:]
 
 
+def _loading(args: argparse.Namespace) -> None:
+    """A line for the seconds in which nothing else is to be seen."""
+    if "torch" not in sys.modules and not args.quiet and os.environ.get("RANK", "0") == "0":
+        print("loading PyTorch", file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
     name, arguments = _choose(sys.argv[1:] if argv is None else argv)
@@ -279,11 +377,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.print_config:
             print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
             return 0
-        COMMANDS[name].run(config, args)
+        _check_folders(config, COMMANDS[name].parts)
+        _loading(args)
+        from . import commands  # loads PyTorch and all that stands on it
+
+        commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))
-    except (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, TrainingError, DataError, DecodeError, OSError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+    except (Failure, OSError) as error:
+        print(f"{program}: error: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

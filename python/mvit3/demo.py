@@ -16,9 +16,11 @@ from .checkpoint import LAST
 from .config import TrainConfig
 from .data import loaders
 from .distributed import World
-from .engine import Listener, Trainer, prepare
 from .logs import write
+from .progress import Listener
 from .report import STYLE, Bar, table
+from .runtime import prepare
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # imported for a plot only, it takes a second

@@ -4,7 +4,9 @@ import difflib
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
+
+SHOWN = 25  # valid names that a message lists; of more it gives the nearest
 
 
 class UsageError(ValueError):
@@ -14,6 +16,33 @@ class UsageError(ValueError):
 def nearest(value: str, valid: Iterable[str]) -> str:
     """The valid name that looks most like `value`."""
     return difflib.get_close_matches(value, list(valid), 1, 0.0)[0]
+
+
+def nearest_options(flag: str, flags: Iterable[str]) -> list[str]:
+    """The options whose last part looks most like that of `flag`: --momentum means --optimizer.momentum or --ema.momentum."""
+
+    def alike(one: str, other: str) -> float:
+        return round(difflib.SequenceMatcher(None, one, other).ratio(), 2)
+
+    wanted = flag.lstrip("-").replace("-", "_").lower()
+    scores = {}
+    for known in flags:
+        name = known.lstrip("-")
+        scores[known] = alike(wanted.rpartition(".")[2], name.rpartition(".")[2]), alike(wanted, name) if "." in wanted else 0.0
+    return [known for known, score in scores.items() if score == max(scores.values())]
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def form(kind: object, default: object = None) -> str:
+    """What a value of this type looks like, in plain words; a list with an example."""
+    if get_origin(kind) is tuple:
+        numbers, example = {int: ("whole numbers", "160,192"), float: ("numbers", "0.5,1")}.get(get_args(kind)[0], ("names", "a,b"))
+        return f"a list of {numbers} such as [{','.join(map(str, default)) if default and isinstance(default, tuple) else example}]"
+    if get_args(kind):
+        return " or ".join(form(one) for one in get_args(kind))
+    return WORDS.get(kind, "text")
 
 
 @dataclass(frozen=True)
@@ -33,7 +62,8 @@ class Option:
         elif self.choices:
             if value not in self.choices:
                 close = nearest(str(value), self.choices)
-                raise UsageError(f"{name} must be one of {', '.join(self.choices)}; got {value!r}, the nearest is {close!r}")
+                valid = f"one of {', '.join(self.choices)}" if len(self.choices) <= SHOWN else f"one of {len(self.choices)} names"
+                raise UsageError(f"{name} must be {valid}; got {value!r}, the nearest is {close!r}")
         elif isinstance(value, (int, float)) and not self.minimum <= value < self.below:  # NaN fails too
             limit = f"and below {self.below}" if self.below < math.inf else "and finite"
             raise UsageError(f"{name} must be at least {self.minimum} {limit}, got {value}")

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from mvit3 import engine
+from mvit3 import runtime
 from mvit3.config import TrainConfig
 
 # A network in training on 64 digits at 32x32: four steps of 16 images in each of two epochs.
@@ -24,7 +24,7 @@ SMALL = {
 def _keep_process(monkeypatch):
     """Commands run inside a test use the threads that the test process has (workers of pytest-xdist share the cores), and leave nothing."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(engine, "usable_cores", lambda: threads)
+    monkeypatch.setattr(runtime, "usable_cores", lambda: threads)
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -29,15 +29,15 @@ from .conftest import small_arguments
     (["--run.device", "cuda:"], "run.device must be auto, cpu, cuda or cuda:N"),
     (["--run.device", "cuda:99"], "run.device cuda:99 does not exist here; there is cpu"),
     (["--schedule.epochs", "0"], "schedule.epochs must be at least 1"),
-    (["--schedule.epochs", "2.5"], "schedule.epochs must be int, got '2.5'"),
+    (["--schedule.epochs", "2.5"], "schedule.epochs must be a whole number, got '2.5'"),
     (["--schedule.warmup_epochs=1", "--schedule.warmup_iterations=1"], "exclude each other"),
     (["--optimizer.lr", ".nan"], "optimizer.lr must be at least 0 and below 100"),
     (["--optimizer.lr"], "--optimizer.lr: expected one argument"),
     (["--optimizer.betas=[0.9]"], "optimizer.betas must be two numbers, got [0.9]"),
     (["--loss.label_smoothing", "1"], "loss.label_smoothing must be at least 0 and below 1"),
     (["--run.seed", "-1"], "run.seed must be at least 0"),
-    (["--run.amp", "int8"], "run.amp must be one of none, bf16, fp16"),
-    (["--sampler.sizes", "[160,x]"], "sampler.sizes must be tuple[int, ...], got 'x'"),
+    (["--run.amp", "int8"], "run.amp must be one of none, bf16, fp16, auto"),
+    (["--sampler.sizes", "[160,x]"], "sampler.sizes must be a list of whole numbers such as [160,192], got 'x'"),
     (["--config", "mobilevit3_s"], "there is no recipe 'mobilevit3_s', the nearest is 'mobilevitv3_s'"),
     (["--config", "nothing.yaml"], "--config nothing.yaml cannot be read: No such file or directory"),
     (["--config", "digits", "--data.batch_size", "5000"], "data.batch_size must be at most the number of training images, 1437"),
@@ -66,7 +66,7 @@ def test_options_that_need_a_gpu(option):
     ("optimiser: {lr: 1}", "there is no section 'optimiser'; the nearest is 'optimizer'"),
     ("optimizer: 3", "optimizer must map options to values, got 3"),
     ("- 1", "a configuration maps sections"),
-    ("optimizer: {lr: fast}", "optimizer.lr must be float, got 'fast'"),
+    ("optimizer: {lr: fast}", "optimizer.lr must be a number, got 'fast'"),
     ("optimizer: {lr: -1}", "optimizer.lr must be at least 0"),
     ("optimizer: {", "is not YAML"),
 ])  # fmt: skip
@@ -111,7 +111,7 @@ def test_output_that_cannot_be_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "a command is needed: train, evaluate, predict, demo"),
+    ([], "a command is needed: train, finetune, evaluate, predict, models, demo"),
     (["trian"], "the nearest is train"),
     (["evaluate"], "checkpoint"),
     (["predict", "--checkpoint", "x"], "images"),

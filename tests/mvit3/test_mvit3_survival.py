@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvit3 import checkpoint, cli
+from mvit3 import checkpoint, commands
 from mvit3.cli import main
 from mvit3.data import loaders
 
@@ -96,7 +96,7 @@ def poison(monkeypatch):
             made = loaders(*args, **kwargs)
             return dataclasses.replace(made, train=Poisoned(made.train, steps))
 
-        monkeypatch.setattr(cli, "loaders", poisoned)
+        monkeypatch.setattr(commands, "loaders", poisoned)
 
     return apply
 
@@ -141,9 +141,9 @@ def test_lasting_nan_stops_the_run(tmp_path, capsys, poison):
 
 def test_stopped_while_evaluating(tmp_path, monkeypatch):
     """The epoch's steps are not done again: what is missing is its evaluation."""
-    from mvit3 import engine
+    from mvit3 import trainer
 
-    original, calls = engine.evaluate, []
+    original, calls = trainer.evaluate, []
 
     def interrupted(*args):
         calls.append(len(calls))
@@ -151,7 +151,7 @@ def test_stopped_while_evaluating(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(engine, "evaluate", interrupted)
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
     assert main(small_arguments(tmp_path, "--quiet")) == 0
     progress = checkpoint.load(tmp_path / "last.pt")["progress"]
     assert (progress["epoch"], progress["batch"], progress["step"], progress["history"]) == (0, 4, 4, [])

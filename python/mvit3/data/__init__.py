@@ -1,26 +1,33 @@
 """Images and labels for training, evaluation and prediction."""
 
-from .config import AugmentConfig, DataConfig, SamplerConfig
-from .decode import DecodeError
-from .digits import Dataset, Split, load_digits
-from .loader import EvaluationLoader, Loaders, TrainLoader, loaders, validation
-from .sources import DataError
-from .transforms import EvaluationTransform, evaluation_transform
+from importlib import import_module
 
-__all__ = [
-    "AugmentConfig",
-    "DataConfig",
-    "DataError",
-    "Dataset",
-    "DecodeError",
-    "EvaluationLoader",
-    "EvaluationTransform",
-    "Loaders",
-    "SamplerConfig",
-    "Split",
-    "TrainLoader",
-    "evaluation_transform",
-    "load_digits",
-    "loaders",
-    "validation",
-]
+# Name and module; each is loaded at its first use, because the options of the command line need `config` alone.
+_HOMES = {
+    "AugmentConfig": "config",
+    "DataConfig": "config",
+    "DataError": "sources",
+    "Dataset": "digits",
+    "DecodeError": "decode",
+    "EvaluationLoader": "loader",
+    "EvaluationTransform": "transforms",
+    "Loaders": "loader",
+    "SamplerConfig": "config",
+    "Split": "digits",
+    "TrainLoader": "loader",
+    "evaluation_transform": "transforms",
+    "load_digits": "digits",
+    "loaders": "loader",
+    "validation": "loader",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

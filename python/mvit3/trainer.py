@@ -1,4 +1,4 @@
-"""Training and evaluation; thin, so that the time of a step is the time of the network.
+"""Training; thin, so that the time of a step is the time of the network.
 
 A checkpoint holds no state of a generator and none of the schedule: each step seeds its random numbers from (seed, step, process), the
 learning rate is a function of the step, a batch one of (seed, epoch, number). So a run that goes on is the run that was not interrupted.
@@ -8,253 +8,39 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
-from timm.optim import create_optimizer_v2, get_optimizer_info
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 import mvit3_kernels
 
 from . import checkpoint
-from .config import LossConfig, OptimizerConfig, RunConfig, TrainConfig
+from .checkpoint import AVERAGE, TRAINED
+from .config import TrainConfig
 from .data import Loaders
+from .distill import open_teacher
 from .distributed import World
-from .ema import Ema
+from .ema import INITIAL_SHARE, Ema
+from .errors import Stopped, TrainingError
+from .evaluation import Evaluation, evaluate
+from .loss import Criterion
+from .network import build_model, train_mode
+from .optimizer import build_optimizer
 from .options import UsageError
+from .progress import Listener, Progress
+from .runtime import autocast, precision, use_ops
 from .schedule import Schedule, rate_factor
+from .signals import StopSignals
 
-CONFUSION = 50  # classes up to which a confusion matrix is made
+PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on."""
-
-
-def usable_cores() -> int:
-    """Physical cores that this process may run on; two hyper-threads of a core share its vector units and count once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    cpus = os.sched_getaffinity(0)
-    try:
-        cores = {Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in cpus}
-    except OSError:
-        cores = cpus
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        limit = math.ceil(int(quota) / int(period)) if quota != "max" else len(cores)
-    except (OSError, ValueError):
-        limit = len(cores)
-    return max(1, min(len(cores), limit))
-
-
-def prepare(config: RunConfig) -> torch.device:
-    """Sets the number of CPU threads and the kind of arithmetic, and resolves the device."""
-    torch.set_num_threads(config.threads or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def use_ops(ops: str) -> AbstractContextManager:
-    """Inside it every op is plain PyTorch ("reference"), or the best kernel that can take the call ("fused")."""
-    return mvit3_kernels.backend("reference") if ops == "reference" else nullcontext()
-
-
-def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager:
-    """The precision of forward passes."""
-    if config.amp == "none":
-        return nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.amp])
-
-
-def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
-    """The network of a configuration, with fresh weights or those of `model.pretrained`; the seed decides the fresh ones."""
-    torch.manual_seed(config.run.seed)
-    m = config.model
-    model = mvit3_kernels.create_model(
-        m.name,
-        num_classes,
-        drop_rate=m.drop_rate,
-        proj_drop_rate=m.proj_drop_rate,
-        attn_drop_rate=m.attn_drop_rate,
-        ffn_drop_rate=m.ffn_drop_rate,
-    )
-    if m.pretrained:
-        mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head)
-    layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-    return model.to(device, memory_format=layout)
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig, factor: float = 1.0) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, in one fused call where PyTorch has one; learning rates are multiplied by `factor`."""
-    info = get_optimizer_info(config.name)
-    options: dict[str, object] = {}
-    if info.has_betas and info.num_betas == 2:
-        options["betas"] = config.betas
-    if info.has_eps:
-        options["eps"] = config.eps
-    if isinstance(info.opt_class, type) and issubclass(info.opt_class, (torch.optim.Adam, torch.optim.SGD)):
-        options["fused"] = True
-    return create_optimizer_v2(
-        model,
-        config.name,
-        lr=factor * config.lr,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        filter_bias_and_bn=config.no_decay_1d,
-        **options,
-    )
-
-
-class Criterion:
-    """Mixes the images of a batch where the recipe does, makes targets of labels, and is the loss of both."""
-
-    def __init__(self, config: LossConfig, num_classes: int) -> None:
-        self.config, self.num_classes = config, num_classes
-        self.mixup = None
-        if config.mixup_alpha or config.cutmix_alpha:
-            self.mixup = Mixup(
-                config.mixup_alpha,
-                config.cutmix_alpha,
-                prob=config.mix_probability,
-                switch_prob=config.switch_probability,
-                label_smoothing=config.label_smoothing,
-                num_classes=num_classes,
-            )
-
-    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images and targets: labels (N,), or (N, classes) where images are mixed. timm mixes an even number; an odd one out stays."""
-        if self.mixup is None:
-            return images, labels
-        even = len(images) // 2 * 2
-        _, targets = self.mixup(images[:even], labels[:even])  # in place
-        if even < len(images):
-            rest = mixup_target(labels[even:], self.num_classes, 1.0, self.config.label_smoothing)
-            targets = torch.cat((targets, rest))
-        return images, targets
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        # Mixed targets are smoothed already.
-        smoothing = 0.0 if self.mixup else self.config.label_smoothing
-        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """`correct` hits of `total` images at first guess, and within the first five; mean cross-entropy; (true, predicted) counts."""
-
-    correct: int
-    correct5: int
-    total: int
-    loss: float
-    confusion: list[list[int]] | None = None
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def accuracy5(self) -> float:
-        return self.correct5 / self.total
-
-
-class Stopped(Exception):
-    """A signal asked for the end."""
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    config: RunConfig,
-    num_classes: int,
-    device: torch.device,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Evaluation:
-    """Evaluates a network on the batches of all processes; Stopped as soon as `stopped` says so."""
-    model.eval()
-    settings = {"num_classes": num_classes, "validate_args": False}
-    metrics = MetricCollection({
-        "top1": MulticlassAccuracy(average="micro", **settings),
-        "top5": MulticlassAccuracy(average="micro", top_k=min(5, num_classes), **settings),
-    }).to(device)  # fmt: skip
-    loss, images_seen = MeanMetric().to(device), SumMetric().to(device)
-    confusion = MulticlassConfusionMatrix(**settings).to(device) if num_classes <= CONFUSION else None
-    with use_ops(config.ops), autocast(config, device):
-        for images, labels in batches:
-            if stopped():
-                raise Stopped
-            logits = model(images if config.channels_last else images.contiguous()).float()
-            metrics.update(logits, labels)
-            loss.update(F.cross_entropy(logits, labels, reduction="none"))
-            images_seen.update(len(labels))
-            if confusion is not None:
-                confusion.update(logits, labels)
-    found = metrics.compute()  # over all processes
-    total = round(float(images_seen.compute()))
-    if not total:
-        raise TrainingError("there is no validation image that can be read")
-    return Evaluation(
-        round(float(found["top1"]) * total),
-        round(float(found["top5"]) * total),
-        total,
-        float(loss.compute()),
-        None if confusion is None else confusion.compute().tolist(),
-    )
-
-
-@dataclass
-class Progress:
-    """Where a run is. `batch`: batches of this epoch that are done; `history`: a row for each epoch that was evaluated."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    skipped: int = 0
-    unreadable: int = 0
-    loss_sum: float = 0.0  # of the epoch so far, over its `steps` steps that counted
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-    history: list[dict[str, object]] = field(default_factory=list)
-    confusion: list[list[int]] | None = None
-
-
-class Listener:
-    """What a run tells, in the first process only: this one listens to nothing."""
-
-    def say(self, text: str) -> None:
-        """A line that a person should read."""
-
-    def on_step(self, trainer: Trainer, images: int, seconds: float) -> None:
-        """After each step: its images over all processes, and its time, waiting for data included."""
-
-    def on_loss(self, trainer: Trainer, loss: float, lr: float) -> None:
-        """Every `run.log_steps` steps: mean loss since the last look, and the learning rate."""
-
-    def on_epoch(self, trainer: Trainer) -> None:
-        """After each epoch, when its row is in the history and its checkpoint on disk."""
 
 
 class Trainer:
@@ -263,6 +49,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> None:
         self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
         self.listener = listener if listener and world.first else Listener()
+        loaders.train.say = loaders.val.say = self.listener.say
         run = config.run
         self.num_classes = config.model.num_classes or loaders.num_classes
         if self.num_classes < loaders.num_classes:
@@ -272,17 +59,21 @@ class Trainer:
             raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
         self.effective_batch = config.data.batch_size * world.size * run.accumulate
-        self.folder, self.progress, self.stop = Path(run.output), Progress(), False
+        self.folder, self.progress, self.signals = Path(run.output), Progress(), StopSignals()
 
         self.model = build_model(config, self.num_classes, self.device)
-        self.ema = Ema(self.model, config.ema.momentum) if config.ema.enabled else None
+        self.ema = Ema(self.model, config.ema.momentum, config.ema.warmup) if config.ema.enabled else None
         if run.sync_bn and world.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.factor = rate_factor(config.optimizer, self.effective_batch)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
         self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
-        self.criterion = Criterion(config.loss, self.num_classes)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp == "fp16")
+        if self.schedule.note:
+            self.listener.say(self.schedule.note)
+        labels, names = loaders.train.source.labels, loaders.class_names
+        teacher = open_teacher(config, self.num_classes, names, self.device)
+        self.criterion = Criterion(config.loss, self.num_classes, labels, self.device, config.distill, teacher)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision(run, self.device) is torch.float16)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
         self._counts = torch.zeros(4, device=self.device)
@@ -303,12 +94,11 @@ class Trainer:
             self.network = _distributed(self.model)
         self._graph = None
         if run.cuda_graph:
-            dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
             self._graph = mvit3_kernels.cuda_graph_step(
                 self.network,
                 self.criterion,
                 self.optimizer,
-                autocast=dtype,
+                autocast=precision(run, self.device),
                 scaler=self.scaler if self.scaler.is_enabled() else None,
                 max_norm=self.config.optimizer.clip_grad or None,
                 warmup=3 if self.world.size == 1 else 11,
@@ -321,7 +111,7 @@ class Trainer:
             TrainingError: the loss stays without a finite value.
             DataError, OSError: images cannot be read, or a checkpoint cannot be written; the last good one is kept.
         """
-        with self._signals():
+        with self.signals:
             try:
                 while self.progress.epoch < self.config.schedule.epochs:
                     self.train_epoch()
@@ -336,7 +126,8 @@ class Trainer:
         if not hasattr(self, "network"):
             self._wrap()
         p, run = self.progress, self.config.run
-        self.model.train()
+        train_mode(self.model, self.config.model)
+        self.criterion.begin_epoch(p.epoch)
         wait_before = p.wait_seconds
         batches = self.loaders.train.epoch(p.epoch, p.batch)
         with use_ops(run.ops):
@@ -458,40 +249,49 @@ class Trainer:
 
     def evaluate_epoch(self) -> None:
         """Ends an epoch whose steps are done: evaluates, adds a row to the history, saves."""
-        p, config, lr = self.progress, self.config, float(self.optimizer.param_groups[0]["lr"])
+        p, config, lr = self.progress, self.config, self.schedule.rate
         end = p.epoch + 1 == config.schedule.epochs
         evaluations: dict[str, Evaluation] = {}
         if end or (p.epoch + 1) % config.run.eval_epochs == 0:
-            for name, model in (("", self.model), ("ema_", self.ema and self.ema.module)):
+            for weights, model in ((TRAINED, self.model), (AVERAGE, self.ema and self.ema.module)):
                 if model is not None:
                     self.world.sync_buffers(model)
-                    evaluations[name] = self.evaluate(model)
+                    evaluations[weights] = self.evaluate(model)
+        judged = _better(evaluations)
         row: dict[str, object] = {
             "epoch": p.epoch + 1,
             "step": p.step,
             "lr": lr,
             "train_loss": p.loss_sum / p.steps if p.steps else None,
-            **{f"{name}{key}": None for name in ("", "ema_") for key in ("accuracy", "accuracy5", "val_loss", "correct")},
+            **{f"{prefix}{key}": None for prefix in PREFIXES.values() for key in ("accuracy", "accuracy5", "val_loss", "correct")},
             "total": None,
+            "weights": judged,
+            "ema_initial_share": self.ema and self.ema.initial_share(p.step),
             "images_per_second": p.images / p.seconds if p.seconds else None,
             "data_wait": p.wait_seconds / p.seconds if p.seconds else None,
             "seconds": p.seconds,
             "skipped_steps": p.skipped,
             "unreadable_images": p.unreadable,
         }
-        for name, found in evaluations.items():
-            row |= {f"{name}accuracy": found.accuracy, f"{name}accuracy5": found.accuracy5, f"{name}val_loss": found.loss}
-            row |= {f"{name}correct": found.correct, "total": found.total}
+        for weights, found in evaluations.items():
+            prefix = PREFIXES[weights]
+            row |= {f"{prefix}accuracy": found.accuracy, f"{prefix}accuracy5": found.accuracy5, f"{prefix}val_loss": found.loss}
+            row |= {f"{prefix}correct": found.correct, "total": found.total}
+            if found.not_finite:
+                self.listener.say(
+                    f"epoch {p.epoch + 1}: the {weights} weights give no finite output for {found.not_finite} of {found.total} "
+                    "validation images; they are counted as misses, and these weights are not kept as the best"
+                )
         p.history.append(row)
         p.epoch, p.batch = p.epoch + 1, 0
         p.loss_sum, p.steps, p.images, p.seconds, p.wait_seconds = 0.0, 0, 0, 0.0, 0.0
         also = []
         if evaluations:
-            judged = evaluations.get("ema_", evaluations[""])  # what `mvit3 evaluate` takes
-            p.confusion = judged.confusion
-            if judged.accuracy > p.best:
-                p.best, p.best_epoch = judged.accuracy, p.epoch
-                also.append(checkpoint.BEST)
+            p.weights = judged or p.weights
+            p.confusion = evaluations[judged or TRAINED].confusion
+        if judged and evaluations[judged].accuracy > p.best:
+            p.best, p.best_epoch, p.best_weights = evaluations[judged].accuracy, p.epoch, p.weights
+            also.append(checkpoint.BEST)
         if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
             also.append(f"epoch_{p.epoch:04}.pt")
         self.save(also)
@@ -499,40 +299,29 @@ class Trainer:
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """On the validation part. A single process stops at once where a signal asks for it; several finish."""
-        stopped = (lambda: self.stop) if self.world.size == 1 else (lambda: False)
+        stopped = (lambda: self.signals.asked) if self.world.size == 1 else (lambda: False)
         return evaluate(model, iter(self.loaders.val), self.config.run, self.num_classes, self.device, stopped)
 
     def _must_stop(self, step: int) -> bool:
         if self.device.type == "cuda" and step % STOP_STEPS and self.world.size > 1:
             return False
-        return self.world.any(self.stop)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT set `stop`; a second SIGINT interrupts at once."""
-
-        def handle(number: int, frame: object) -> None:
-            if self.stop and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop = True
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return self.world.any(self.signals.asked)
 
     # Checkpoints
+
+    @property
+    def weights(self) -> str:
+        """The weights that a checkpoint made now is used with. Before the first evaluation it is the average where that has forgotten the
+        initial weights."""
+        fresh = self.ema is None or self.ema.initial_share(self.progress.step) > INITIAL_SHARE
+        return self.progress.weights or (TRAINED if fresh else AVERAGE)
 
     def content(self) -> dict[str, object]:
         """The run as it stands, as plain values and tensors."""
         return {
             "state_dict": self.model.state_dict(),
             "ema_state_dict": self.ema.module.state_dict() if self.ema else {},
+            "weights": self.weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
@@ -558,18 +347,8 @@ class Trainer:
                 error.errno, message + (f"; the last good one is kept: {kept}" if kept.exists() else ""), str(self.folder)
             ) from None
 
-    def load(self, content: dict[str, object], strict: bool = True) -> None:
-        """Goes on where a checkpoint was made.
-
-        Raises:
-            UsageError: with `strict`, where options that decide the result are others than the checkpoint's.
-            CheckpointError: it belongs to another network.
-        """
-        if strict and (changes := self._changes(content)):
-            raise UsageError(
-                f"the checkpoint in {self.folder} was made with other options: {'; '.join(changes)}. "
-                "Take another run.output, or --run.resume never, or name the checkpoint in --run.resume to go on with the new ones"
-            )
+    def load(self, content: dict[str, object]) -> None:
+        """Goes on where a checkpoint was made. CheckpointError where it belongs to another network."""
         try:
             self.model.load_state_dict(content["state_dict"])
             if self.ema is not None:
@@ -585,26 +364,17 @@ class Trainer:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
+        if self.ema is not None:
+            self.ema.steps = self.progress.step
+        for row in self.progress.history:  # of a version that did not have these columns
+            row |= {"weights": row.get("weights"), "ema_initial_share": row.get("ema_initial_share")}
         torch._foreach_copy_(self._healthy, self._statistics)
 
-    def _changes(self, content: dict[str, object]) -> list[str]:
-        """Options that decide the result, and differ from those of a checkpoint."""
-        then, now = content["config"], self.config.to_dict()
-        free = {  # of what is computed, or replaced by the batch of all processes
-            "data": {"root", "train", "val", "cache", "workers", "prefetch", "batch_size", "eval_batch_size", "max_corrupt", "limit_val"},
-            "run": {"output", "device", "threads", "resume", "max_steps", "save_epochs", "save_steps", "eval_epochs", "log_steps"}
-            | {"tensorboard", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
-        }
-        changes = [
-            f"{section}.{key} was {then[section][key]}, is {value}"
-            for section, values in now.items()
-            for key, value in values.items()
-            if key not in free.get(section, ()) and then.get(section, {}).get(key, value) != value
-        ]
-        batch = then["data"]["batch_size"] * content["world_size"]
-        if batch != self.config.data.batch_size * self.world.size:
-            changes.append(f"images per batch over all processes were {batch}, are {self.config.data.batch_size * self.world.size}")
-        return changes
+
+def _better(evaluations: dict[str, Evaluation]) -> str | None:
+    """The weights by which an epoch is judged; None where those of neither give finite outputs throughout."""
+    sound = [weights for weights, found in evaluations.items() if not found.not_finite]
+    return max(sound, key=lambda weights: (evaluations[weights].correct, -evaluations[weights].loss), default=None)
 
 
 def _distributed(model: nn.Module) -> nn.Module:
@@ -619,22 +389,3 @@ def _distributed(model: nn.Module) -> nn.Module:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def start(config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> Trainer:
-    """A trainer, fresh or where the checkpoint that `run.resume` means has left it."""
-    trainer = Trainer(config, loaders, world, listener)
-    resume, content, error = config.run.resume, None, None
-    if world.first and resume != "never":  # only this process needs to see the folder
-        try:
-            content = checkpoint.latest(trainer.folder, trainer.listener.say) if resume == "auto" else checkpoint.load(Path(resume))
-        except checkpoint.CheckpointError as found:
-            error = found
-    content, error = world.from_first((content, error))
-    if error is not None:
-        raise error
-    if content is not None:
-        trainer.load(content, strict=resume == "auto")
-        p = trainer.progress
-        trainer.listener.say(f"going on at epoch {p.epoch + 1}, step {p.step} of {trainer.total_steps}")
-    return trainer

@@ -1,0 +1,89 @@
+"""Accuracy of a network on validation images, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from .config import RunConfig
+from .errors import Stopped, TrainingError
+from .runtime import autocast, use_ops
+
+CONFUSION = 50  # classes up to which a confusion matrix is made
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`correct` hits of `total` images at first guess, and within the first five; mean cross-entropy; (true, predicted) counts.
+
+    `not_finite` images have a logit that is NaN or infinite: they are misses, and neither the loss nor the counts have them.
+    """
+
+    correct: int
+    correct5: int
+    total: int
+    loss: float | None
+    confusion: list[list[int]] | None = None
+    not_finite: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def accuracy5(self) -> float:
+        return self.correct5 / self.total
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    config: RunConfig,
+    num_classes: int,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluates a network on the batches of all processes; Stopped as soon as `stopped` says so."""
+    model.eval()
+    settings = {"num_classes": num_classes, "validate_args": False}
+    metrics = MetricCollection({
+        "top1": MulticlassAccuracy(average="micro", **settings),
+        "top5": MulticlassAccuracy(average="micro", top_k=min(5, num_classes), **settings),
+    }).to(device)  # fmt: skip
+    loss, images_seen, not_finite = MeanMetric().to(device), SumMetric().to(device), SumMetric().to(device)
+    confusion = MulticlassConfusionMatrix(**settings).to(device) if num_classes <= CONFUSION else None
+    with use_ops(config.ops), autocast(config, device):
+        for images, labels in batches:
+            if stopped():
+                raise Stopped
+            logits = model(images if config.channels_last else images.contiguous()).float()
+            images_seen.update(len(labels))
+            finite = logits.isfinite().all(1)
+            not_finite.update((~finite).sum())
+            if not finite.all():  # the largest of them would be a NaN, and that a guess
+                logits, labels = logits[finite], labels[finite]
+                if not len(labels):
+                    continue
+            metrics.update(logits, labels)
+            loss.update(F.cross_entropy(logits, labels, reduction="none"))
+            if confusion is not None:
+                confusion.update(logits, labels)
+    total, failed = (round(float(count.compute())) for count in (images_seen, not_finite))  # over all processes, as all that follows
+    if not total:
+        raise TrainingError("there is no validation image that can be read")
+    found, judged = metrics.compute(), total - failed
+    return Evaluation(
+        round(float(found["top1"]) * judged),
+        round(float(found["top5"]) * judged),
+        total,
+        float(loss.compute()) if judged else None,
+        None if confusion is None else confusion.compute().tolist(),
+        failed,
+    )

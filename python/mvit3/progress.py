@@ -1,0 +1,47 @@
+"""Where a run is, and whom it tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+@dataclass
+class Progress:
+    """Where a run is. `batch`: batches of this epoch that are done; `history`: a row for each epoch that was evaluated."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    weights: str = ""  # TRAINED or AVERAGE: the better ones of the last evaluation, by which the run is judged
+    best: float = -1.0
+    best_epoch: int = 0
+    best_weights: str = ""
+    skipped: int = 0
+    unreadable: int = 0
+    loss_sum: float = 0.0  # of the epoch so far, over its `steps` steps that counted
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    history: list[dict[str, object]] = field(default_factory=list)
+    confusion: list[list[int]] | None = None
+
+
+class Listener:
+    """What a run tells, in the first process only: this one listens to nothing."""
+
+    def say(self, text: str) -> None:
+        """A line that a person should read."""
+
+    def on_step(self, trainer: Trainer, images: int, seconds: float) -> None:
+        """After each step: its images over all processes, and its time, waiting for data included."""
+
+    def on_loss(self, trainer: Trainer, loss: float, lr: float) -> None:
+        """Every `run.log_steps` steps: mean loss since the last look, and the learning rate."""
+
+    def on_epoch(self, trainer: Trainer) -> None:
+        """After each epoch, when its row is in the history and its checkpoint on disk."""
