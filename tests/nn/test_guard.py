@@ -128,7 +128,7 @@ def test_a_hook_on_every_module_is_called(name, training):
         called = set()
         hooks = [m.register_forward_hook(lambda m, *_, key=key, called=called: called.add(key)) for key, m in model.named_modules()]
         with torch.no_grad():
-            model(images(2, 3, 64, 64))
+            model(images(2, 3, 32, 32))
         assert called == {key for key, _ in model.named_modules()}
         [hook.remove() for hook in hooks]
 
