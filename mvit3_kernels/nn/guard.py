@@ -40,7 +40,8 @@ def known(kind: type[nn.Module]) -> type[nn.Module]:
 for _kind in (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Linear, nn.Dropout, nn.SiLU, nn.Identity, nn.Sequential):
     known(_kind)
 
-# Modules, dictionaries, empty dictionaries and methods, each as `unchanged_python` reads it, and the dictionaries' versions.
+# Modules and tensors with their classes, dictionaries with their contents, empty dictionaries, methods, each as `unchanged_python` reads
+# it, and the dictionaries' versions.
 Snapshot = tuple[tuple, tuple, tuple, tuple, bytes]
 
 
@@ -53,6 +54,9 @@ def take_snapshot(root: nn.Module) -> Snapshot:
         dicts += (own, module._modules, module._parameters, module._buffers)
         if module is not root:  # those of the root run when it is called
             hooks += (own[name] for name in HOOKS)
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None:  # torch.utils.swap_tensors gives a tensor another class
+                modules += (t, type(t))
     dicts += (group for group in hooks if group)
     contents = ((group, tuple(itertools.chain.from_iterable(group.items()))) for group in dicts)
     kinds = {type(module) for module in root.modules()} & FORWARDS.keys()

@@ -120,6 +120,7 @@ class Fused:
         self._guard = Guard()
         self._program: Program | None = None
         self._weights: Weights | None = None
+        self._out_indices: tuple[int, ...] | None = None
         self._told: set[str] = set()
 
     def why_not(self, network: MobileViT, x: Tensor) -> str | None:
@@ -127,7 +128,8 @@ class Fused:
         reason = _call_why_not(x) or _native.why_not()
         if reason is not None:
             return reason
-        if self._weights is not None and self._weights.changed():
+        indices = network.feature_info.out_indices  # of an object that the guard does not look into
+        if indices != self._out_indices or (self._weights is not None and self._weights.changed()):
             self._guard.answer = None
         reason = self._guard.ask(network, self._pack)
         if reason is None and torch.is_grad_enabled() and self._weights.require_grad():
@@ -136,6 +138,7 @@ class Fused:
 
     def _pack(self, network: MobileViT) -> str | None:
         self._program = self._weights = None
+        self._out_indices = network.feature_info.out_indices
         reason = replaced_method(network) or tampered_below(network)
         if reason is not None:
             return reason
@@ -189,6 +192,7 @@ class Weights:
         self._tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
         self._counted = [t for t in self._tensors if not t.is_inference()]  # tensors made in inference mode count no versions
         self._versions = [t._version for t in self._counted]
+        self._addresses = [t.data_ptr() for t in self._tensors]
         self._steps = _optimizer_steps
         self._number = torch.ops.mvit3.weights_new(self._tensors)
 
@@ -199,7 +203,12 @@ class Weights:
     def changed(self) -> bool:
         """Whether a weight has been written or moved since this was made, as far as `fuse` promises to notice."""
         stepped, self._steps = self._steps != _optimizer_steps, _optimizer_steps
-        return [t._version for t in self._counted] != self._versions or torch.ops.mvit3.weights_changed(self._number, stepped)
+        if [t._version for t in self._counted] != self._versions:
+            return True
+        # Asked here too, because torch.utils.swap_tensors gives a tensor of Python another one of C++.
+        if [t.data_ptr() for t in self._tensors] != self._addresses:
+            return True
+        return torch.ops.mvit3.weights_changed(self._number, stepped)
 
     def require_grad(self) -> bool:
         return any(t.requires_grad for t in self._tensors)
