@@ -1,8 +1,9 @@
 // Whether the tensors that a program was packed from are still what they were, whoever wrote them: PyTorch's count of versions knows nothing
 // of fused optimisers, of `p.data`, of numpy, or of tensors made in inference mode.
 //
-// The memory of each tensor is cut into slices, and each slice has a sum. A call compares the next slice of every tensor and its address:
-// a tensor that has been rewritten or moved is noticed at once, a single element after at most kSlices calls, for 1/kSlices of the memory.
+// The memory of each tensor is cut into slices, and each slice has a sum. A call compares the next slice of every tensor: one that has been
+// rewritten is noticed at once, a single element after at most kSlices calls, for 1/kSlices of the memory. The caller keeps the memory
+// alive and knows that the tensors still lie there: a tensor that is held here could not be given another content by swap_tensors.
 
 #include <atomic>
 #include <cstring>
@@ -40,12 +41,12 @@ uint64_t sum_of(const char* data, int64_t bytes) {
 
 class Watched {
  public:
-  explicit Watched(const Tensor& tensor) : tensor_(tensor), data_(address()), bytes_(extent()), slices_(slice_count()) {
+  explicit Watched(const Tensor& tensor)
+      : data_(static_cast<const char*>(tensor.data_ptr())), bytes_(extent(tensor)), slices_(std::min(kSlices, (bytes_ + kLine - 1) / kLine)) {
     for (int64_t i = 0; i < slices_; ++i) sums_.push_back(sum(i));
   }
-  // Of the slice that call number `call` looks at or, with `all`, of every one.
+  // The slice that call number `call` looks at or, with `all`, any.
   bool changed(int64_t call, bool all) const {
-    if (address() != data_ || extent() != bytes_) return true;
     if (slices_ == 0) return false;
     if (!all) return sum(call % slices_) != sums_[call % slices_];
     for (int64_t i = 0; i < slices_; ++i)
@@ -54,20 +55,17 @@ class Watched {
   }
 
  private:
-  const char* address() const { return static_cast<const char*>(tensor_.data_ptr()); }
-  int64_t slice_count() const { return std::min(kSlices, (bytes_ + kLine - 1) / kLine); }
   int64_t begin(int64_t slice) const { return slice == slices_ ? bytes_ : bytes_ * slice / slices_ / kLine * kLine; }
   uint64_t sum(int64_t slice) const { return sum_of(data_ + begin(slice), begin(slice + 1) - begin(slice)); }
 
   // Bytes from the first element to the last one; 0 where the tensor has none, and where they are not on the CPU.
-  int64_t extent() const {
-    if (tensor_.numel() == 0 || !tensor_.is_cpu()) return 0;
+  static int64_t extent(const Tensor& tensor) {
+    if (tensor.numel() == 0 || !tensor.is_cpu()) return 0;
     int64_t elements = 1;
-    for (int64_t i = 0; i < tensor_.dim(); ++i) elements += (tensor_.size(i) - 1) * tensor_.stride(i);
-    return elements * int64_t(tensor_.element_size());
+    for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
+    return elements * int64_t(tensor.element_size());
   }
 
-  Tensor tensor_;  // the same tensor, not its memory: assigning to .data is seen
   const char* data_;
   int64_t bytes_, slices_;
   std::vector<uint64_t> sums_;

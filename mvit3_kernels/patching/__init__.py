@@ -193,6 +193,7 @@ class Weights:
         self._counted = [t for t in self._tensors if not t.is_inference()]  # tensors made in inference mode count no versions
         self._versions = [t._version for t in self._counted]
         self._addresses = [t.data_ptr() for t in self._tensors]
+        self._memory = [t.untyped_storage() for t in self._tensors]  # stays where it is for as long as it is watched
         self._steps = _optimizer_steps
         self._number = torch.ops.mvit3.weights_new(self._tensors)
 
@@ -205,7 +206,6 @@ class Weights:
         stepped, self._steps = self._steps != _optimizer_steps, _optimizer_steps
         if [t._version for t in self._counted] != self._versions:
             return True
-        # Asked here too, because torch.utils.swap_tensors gives a tensor of Python another one of C++.
         if [t.data_ptr() for t in self._tensors] != self._addresses:
             return True
         return torch.ops.mvit3.weights_changed(self._number, stepped)
