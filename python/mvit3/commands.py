@@ -20,9 +20,10 @@ from .demo import demo
 from .distributed import world
 from .errors import Failure
 from .inference import Network, evaluate_checkpoint
-from .inference import predict as predict_images
 from .logs import write
-from .report import Reporter, percent, summary, summary_text, table, write_html
+from .prediction import CsvWriter, JsonWriter, TextWriter, find_images
+from .prediction import predict as predict_images
+from .report import Bar, Reporter, percent, summary, summary_text, table, write_html
 from .runtime import prepare
 from .session import start
 from .trainer import Trainer
@@ -90,19 +91,24 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
 
 def predict(config: TrainConfig, args: argparse.Namespace) -> None:
     network = Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run))
-    found = predict_images(network, [Path(name) for name in args.images], args.top)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        rows = [["image", "", "class", "probability"]]
-        for image in found:
-            if "error" in image:
-                rows.append([image["image"], "", image["error"], ""])
-            for place, guess in enumerate(image.get("classes", ()), 1):
-                rows.append([image["image"] if place == 1 else "", str(place), guess["name"], percent(guess["probability"])])
-        print(table(rows))
-    if all("error" in image for image in found):
-        raise DataError("no image could be read")
+    images, bar = find_images([Path(name) for name in args.images]), Bar(args.quiet, "images")
+    writer = JsonWriter(bar.result) if args.json else CsvWriter(bar.result) if args.csv else TextWriter(bar.result, images, network.class_names)
+    failed = named = 0
+    bar.begin(len(images))
+    writer.begin()
+    try:
+        for image, row in zip(images, predict_images(network, images, args.top), strict=True):
+            writer.add(row)
+            failed, named = failed + ("error" in row), named + ("error" in row and image.named)
+            bar.update(str(image.path.name))
+    finally:
+        writer.end()
+        bar.close()
+    count = f"{failed} of {len(images)} images could not be read"
+    if named or failed == len(images):
+        raise Failure(count)
+    if failed and not args.quiet:
+        print(count, file=sys.stderr)
 
 
 def compare(config: TrainConfig, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in use: `mvit3 evaluate` and `mvit3 predict`."""
+"""A checkpoint in use."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import mvit3_kernels
 
 from . import checkpoint
 from .backends import served
 from .config import TrainConfig
-from .data import DataError, DecodeError, evaluation_transform, validation
+from .data import validation
 from .distributed import World
 from .evaluation import evaluate
 from .network import build_model
 from .options import UsageError
-from .runtime import autocast, use_ops
-
-PREDICT_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -106,50 +102,3 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
         "recorded_accuracy": network.recorded,
         "reproduced": None if network.recorded is None else found.accuracy == network.recorded,
     }
-
-
-def list_images(paths: list[Path]) -> list[Path]:
-    """Files as given, folders by the images in them. DataError where there is nothing."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-            if not inside:
-                raise DataError(f"{path} holds no image ({', '.join(IMG_EXTENSIONS)})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: there is no such file")
-    return found
-
-
-@torch.inference_mode()
-def predict(network: Network, paths: list[Path], top: int) -> list[dict[str, object]]:
-    """For each image its most probable classes, or why it cannot be read."""
-    if not top >= 1:
-        raise UsageError(f"--top must be at least 1, got {top}")
-    transform, run, found = evaluation_transform(network.config), network.config.run, []
-    device = next(network.model.parameters()).device
-    files = list_images(paths)
-    for begin in range(0, len(files), PREDICT_BATCH):
-        images, rows = [], []
-        for path in files[begin : begin + PREDICT_BATCH]:
-            rows.append({"image": str(path)})
-            try:
-                images.append(transform(path))
-            except (DecodeError, OSError) as error:
-                rows[-1]["error"] = f"cannot be read: {error}"
-        found += rows
-        if not images:
-            continue
-        batch = torch.stack(images).to(device)
-        batch = batch.contiguous(memory_format=torch.channels_last) if run.channels_last else batch
-        with use_ops(run.ops), autocast(run, device):
-            probabilities = network.model(batch).float().softmax(1)
-        values, classes = probabilities.topk(min(top, network.num_classes))
-        readable = (row for row in rows if "error" not in row)
-        for row, p, c in zip(readable, values.tolist(), classes.tolist(), strict=True):
-            names = [network.class_names[i] if i < len(network.class_names) else str(i) for i in c]
-            row["classes"] = [{"name": n, "index": i, "probability": v} for n, i, v in zip(names, c, p, strict=True)]
-    return found

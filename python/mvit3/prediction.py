@@ -1,0 +1,146 @@
+"""`mvit3 predict`: classes of images, each told as soon as it is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .data import DecodeError, evaluation_transform
+from .inference import Network
+from .report import percent
+from .runtime import autocast, use_ops
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Image:
+    """A file to be read, or why it is none. `named`: it was given by its own name, not found in a folder."""
+
+    path: Path
+    named: bool
+    error: str = ""
+
+
+def find_images(paths: Sequence[Path]) -> list[Image]:
+    """Files as given, folders by the images in them, hidden ones left out."""
+    found: list[Image] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not _hidden(p.relative_to(path)))
+            found += [Image(p, False) for p in inside] or [Image(path, True, f"holds no image ({', '.join(IMG_EXTENSIONS)})")]
+        else:
+            found.append(Image(path, True, "" if path.exists() else "there is no such file"))
+    return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+@torch.inference_mode()
+def predict(network: Network, images: Sequence[Image], top: int) -> Iterator[dict[str, object]]:
+    """For each image in turn its most probable classes, or why it cannot be read."""
+    transform, run = evaluation_transform(network.config), network.config.run
+    device = next(network.model.parameters()).device
+    for begin in range(0, len(images), BATCH):
+        pixels, rows = [], []
+        for image in images[begin : begin + BATCH]:
+            rows.append({"image": str(image.path)})
+            try:
+                if image.error:
+                    rows[-1]["error"] = image.error
+                else:
+                    pixels.append(transform(image.path))
+            except (DecodeError, OSError) as error:
+                rows[-1]["error"] = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        if pixels:
+            batch = torch.stack(pixels).to(device)
+            batch = batch.contiguous(memory_format=torch.channels_last) if run.channels_last else batch
+            with use_ops(run.ops), autocast(run, device):
+                probabilities = network.model(batch).float().softmax(1)
+            values, classes = probabilities.topk(min(top, network.num_classes))
+            readable = (row for row in rows if "error" not in row)
+            for row, p, c in zip(readable, values.tolist(), classes.tolist(), strict=True):
+                names = [network.class_names[i] if i < len(network.class_names) else str(i) for i in c]
+                row["classes"] = [{"name": n, "index": i, "probability": v} for n, i, v in zip(names, c, p, strict=True)]
+        yield from rows
+
+
+class TextWriter:
+    """A table; its widths are known before its rows."""
+
+    def __init__(self, write: Callable[[str], None], images: Sequence[Image], class_names: Sequence[str]) -> None:
+        self.write = write
+        self.widths = max(len(str(image.path)) for image in images), max(map(len, (*class_names, "class")))
+
+    def begin(self) -> None:
+        self._line("image", " ", "class", "probability")
+        self.write("-" * (sum(self.widths) + 18))
+
+    def add(self, row: dict[str, object]) -> None:
+        if "error" in row:
+            self._line(row["image"], " ", row["error"], "")
+        for place, guess in enumerate(row.get("classes", ()), 1):
+            self._line(row["image"] if place == 1 else "", str(place), guess["name"], percent(guess["probability"]))
+
+    def end(self) -> None:
+        pass
+
+    def _line(self, image: str, place: str, name: str, probability: str) -> None:
+        self.write(f"{image:{self.widths[0]}}  {place}  {name:{self.widths[1]}}  {probability:>11}".rstrip())
+
+
+class JsonWriter:
+    """A list with an object for each image, closed whatever happens."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write, self.first = write, True
+
+    def begin(self) -> None:
+        self.write("[")
+
+    def add(self, row: dict[str, object]) -> None:
+        text = json.dumps(row)
+        self.write(text if self.first else f",{text}")
+        self.first = False
+
+    def end(self) -> None:
+        self.write("]")
+
+
+class CsvWriter:
+    """A row for each class of each image, and one with the reason for an image that cannot be read."""
+
+    COLUMNS = ("image", "place", "class", "index", "probability", "error")
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.rows = csv.writer(self, lineterminator="")
+        self.lines = write
+
+    def write(self, line: str) -> None:  # for csv.writer
+        self.lines(line)
+
+    def begin(self) -> None:
+        self.rows.writerow(self.COLUMNS)
+
+    def add(self, row: dict[str, object]) -> None:
+        if "error" in row:
+            self.rows.writerow([row["image"], "", "", "", "", row["error"]])
+        for place, guess in enumerate(row.get("classes", ()), 1):
+            self.rows.writerow([row["image"], place, guess["name"], guess["index"], guess["probability"], ""])
+
+    def end(self) -> None:
+        pass
+
+
+def flushed(text: str) -> None:
+    """A line on stdout at once, for whoever reads along."""
+    print(text, file=sys.stdout, flush=True)
