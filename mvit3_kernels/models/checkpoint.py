@@ -73,8 +73,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, drop_head
         model: a network of `create_model`, or any module with published names; may be compiled or wrapped in data parallelism.
         path: the file.
         drop_head: keep the model's fresh classifier, for another number of classes (and its conv_1x1_exp where the file has none).
-        ema: of a training checkpoint, True takes the averaged weights, False the raw ones, None the averaged where there are any (the
-            published accuracies are theirs).
+        ema: of a training checkpoint, True takes the averaged weights, False the raw ones, None those that a checkpoint of `mvit3 train`
+            names as the better ones, else the averaged where there are any (the published accuracies are theirs).
 
     Returns:
         What was loaded, dropped and kept.
@@ -197,6 +197,8 @@ def _select(path: str, content: object, ema: bool | None) -> tuple[str | None, M
         return None, content
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    if ema is None and content.get("weights") in ("average", "trained"):
+        ema = content["weights"] == "average"
     for name in {None: _EMA_ENTRIES + _ENTRIES, True: _EMA_ENTRIES, False: _ENTRIES}[ema]:
         value = content.get(name)
         if _is_state_dict(value):

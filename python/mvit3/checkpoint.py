@@ -18,6 +18,10 @@ LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 FORMAT = {"state_dict": dict, "ema_state_dict": dict, "config": dict, "num_classes": int, "class_names": list, "progress": dict}
 
 
+TRAINED, AVERAGE = "trained", "average"  # weights
+ENTRIES = {TRAINED: "state_dict", AVERAGE: "ema_state_dict"}
+
+
 class CheckpointError(RuntimeError):
     """A file that is missing, damaged or no checkpoint of this application."""
 
@@ -123,6 +127,24 @@ def load(path: Path) -> dict[str, object]:
     if wrong:
         raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")
     return content
+
+
+def read(path: Path) -> dict[str, object] | None:
+    """The content of a checkpoint of this application; None for one of another origin."""
+    try:
+        return load(path)
+    except Foreign:
+        return None
+
+
+def better_weights(content: dict[str, object]) -> str:
+    """Which weights of a checkpoint are used: the better ones of its last evaluation, which the file names."""
+    if not content["ema_state_dict"]:
+        return TRAINED
+    if named := content.get("weights"):
+        return named
+    rows = [row for row in content["progress"]["history"] if row["accuracy"] is not None]  # of a file that does not
+    return TRAINED if rows and rows[-1]["accuracy"] > rows[-1]["ema_accuracy"] else AVERAGE
 
 
 def latest(folder: Path, say: Callable[[str], None]) -> dict[str, object] | None:

@@ -37,7 +37,7 @@ class Command:
 WEIGHTS = {
     "default": "auto",
     "choices": ["auto", "ema", "raw"],
-    "help": "the average or the trained ones; auto: the average where there is one",
+    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names",
 }
 TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}

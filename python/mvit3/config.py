@@ -123,10 +123,15 @@ class LossConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig(Section):
-    """Moving average of the whole state of the network: after each step, average = (1 - momentum) * average + momentum * network."""
+    """Moving average of the whole state of the network: after each step, average = (1 - m) * average + m * network.
+
+    m is momentum. With warmup it is (1 + i)^(-2/3) in step i where that is more, timm's warm-up: a short training is not averaged with the
+    weights that it began with. The publications average without one.
+    """
 
     enabled: Annotated[bool, Option("keep the average, evaluate it and save it")] = True
     momentum: Annotated[float, Option("share of the network in each update", minimum=0, below=1.001)] = 5e-4
+    warmup: Annotated[bool, Option("the share begins at 1, as in timm, so that the initial weights are forgotten")] = True
 
 
 @dataclass(frozen=True, kw_only=True)

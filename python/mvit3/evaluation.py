@@ -20,13 +20,17 @@ CONFUSION = 50  # classes up to which a confusion matrix is made
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`correct` hits of `total` images at first guess, and within the first five; mean cross-entropy; (true, predicted) counts."""
+    """`correct` hits of `total` images at first guess, and within the first five; mean cross-entropy; (true, predicted) counts.
+
+    `not_finite` images have a logit that is NaN or infinite: they are misses, and neither the loss nor the counts have them.
+    """
 
     correct: int
     correct5: int
     total: int
-    loss: float
+    loss: float | None
     confusion: list[list[int]] | None = None
+    not_finite: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -53,26 +57,33 @@ def evaluate(
         "top1": MulticlassAccuracy(average="micro", **settings),
         "top5": MulticlassAccuracy(average="micro", top_k=min(5, num_classes), **settings),
     }).to(device)  # fmt: skip
-    loss, images_seen = MeanMetric().to(device), SumMetric().to(device)
+    loss, images_seen, not_finite = MeanMetric().to(device), SumMetric().to(device), SumMetric().to(device)
     confusion = MulticlassConfusionMatrix(**settings).to(device) if num_classes <= CONFUSION else None
     with use_ops(config.ops), autocast(config, device):
         for images, labels in batches:
             if stopped():
                 raise Stopped
             logits = model(images if config.channels_last else images.contiguous()).float()
+            images_seen.update(len(labels))
+            finite = logits.isfinite().all(1)
+            not_finite.update((~finite).sum())
+            if not finite.all():  # the largest of them would be a NaN, and that a guess
+                logits, labels = logits[finite], labels[finite]
+                if not len(labels):
+                    continue
             metrics.update(logits, labels)
             loss.update(F.cross_entropy(logits, labels, reduction="none"))
-            images_seen.update(len(labels))
             if confusion is not None:
                 confusion.update(logits, labels)
-    found = metrics.compute()  # over all processes
-    total = round(float(images_seen.compute()))
+    total, failed = (round(float(count.compute())) for count in (images_seen, not_finite))  # over all processes, as all that follows
     if not total:
         raise TrainingError("there is no validation image that can be read")
+    found, judged = metrics.compute(), total - failed
     return Evaluation(
-        round(float(found["top1"]) * total),
-        round(float(found["top5"]) * total),
+        round(float(found["top1"]) * judged),
+        round(float(found["top5"]) * judged),
         total,
-        float(loss.compute()),
+        float(loss.compute()) if judged else None,
         None if confusion is None else confusion.compute().tolist(),
+        failed,
     )

@@ -39,7 +39,7 @@ class Network:
         Raises:
             CheckpointError: it cannot be read, or does not fit the configuration's network.
         """
-        content = read(path)
+        content = checkpoint.read(path)
         if content is None:
             classes = config.model.num_classes or num_classes
             model = _fresh(config, classes, device)
@@ -47,25 +47,18 @@ class Network:
             return Network(model.eval(), config, classes, (), report.entry or "as in the file", None)
         if weights == "ema" and not content["ema_state_dict"]:
             raise UsageError(f"--weights ema: {path} holds no average, its training kept none")
-        average = bool(content["ema_state_dict"]) and weights != "raw"
+        chosen = {"auto": checkpoint.better_weights(content), "ema": checkpoint.AVERAGE, "raw": checkpoint.TRAINED}[weights]
+        average = chosen == checkpoint.AVERAGE
         model = _fresh(config, content["num_classes"], device)
         try:
-            model.load_state_dict(content["ema_state_dict" if average else "state_dict"])
+            model.load_state_dict(content[checkpoint.ENTRIES[chosen]])
         except RuntimeError as error:
             raise checkpoint.CheckpointError(f"{path} does not fit {config.model.name}: {' '.join(str(error).split())[:300]}") from None
         progress = content["progress"]
         row = progress["history"][-1] if progress["history"] and not progress["batch"] else {}
         recorded = row.get("ema_accuracy" if average else "accuracy")
         classes, names = content["num_classes"], tuple(content["class_names"])
-        return Network(model.eval(), config, classes, names, "average" if average else "trained", recorded)
-
-
-def read(path: Path) -> dict[str, object] | None:
-    """The content of a checkpoint of this application; None for one of another origin."""
-    try:
-        return checkpoint.load(path)
-    except checkpoint.Foreign:
-        return None
+        return Network(model.eval(), config, classes, names, chosen, recorded)
 
 
 def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
@@ -74,7 +67,7 @@ def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Mo
 
 def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, say: Callable[[str], None]) -> dict[str, object]:
     """Accuracy on the validation images of a configuration, as plain values."""
-    names = (read(path) or {}).get("class_names", ())
+    names = (checkpoint.read(path) or {}).get("class_names", ())
     batches = validation(config, names, rank=world.rank, world_size=world.size, device=world.device)
     present, data = len(batches.source.class_names), config.data.root or config.data.source
     network = Network.open(path, config, weights, world.device, present)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 import mvit3_kernels
 
+from . import checkpoint
 from .config import TrainConfig
 
 
@@ -23,6 +26,12 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
         ffn_drop_rate=m.ffn_drop_rate,
     )
     if m.pretrained:
-        mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head)
+        mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head, ema=_average(Path(m.pretrained)))
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
+
+
+def _average(path: Path) -> bool | None:
+    """Whether the averaged weights of a file are its better ones; None where it does not tell."""
+    content = checkpoint.read(path)
+    return None if content is None else checkpoint.better_weights(content) == checkpoint.AVERAGE

@@ -16,8 +16,10 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    weights: str = ""  # TRAINED or AVERAGE: the better ones of the last evaluation, by which the run is judged
     best: float = -1.0
     best_epoch: int = 0
+    best_weights: str = ""
     skipped: int = 0
     unreadable: int = 0
     loss_sum: float = 0.0  # of the epoch so far, over its `steps` steps that counted

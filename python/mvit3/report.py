@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from . import checkpoint, logs
+from .ema import INITIAL_SHARE
 from .progress import Listener
 
 if TYPE_CHECKING:
@@ -114,10 +115,12 @@ class Reporter(Listener):
         row = trainer.progress.history[-1]
         logs.write_csv(trainer.folder / "history.csv", trainer.progress.history)
         if self.board:
-            self.board.add(row["step"], **{key: value for key, value in row.items() if key not in ("epoch", "step", "lr")})
+            self.board.add(row["step"], **{key: value for key, value in row.items() if key not in ("epoch", "step", "lr", "weights")})
         parts = [f"epoch {row['epoch']:3}/{trainer.config.schedule.epochs}", f"loss {number(row['train_loss'], 3)}"]
         if row["accuracy"] is not None:
             parts.append(f"accuracy {percent(row['accuracy'])}" + (f" (average {percent(row['ema_accuracy'])})" if trainer.ema else ""))
+        if trainer.ema and (row["ema_initial_share"] or 0) > INITIAL_SHARE:
+            parts.append(f"{percent(row['ema_initial_share'])} of the average are initial weights")
         if row["images_per_second"]:
             parts.append(f"{rate(row['images_per_second'])} img/s, {row['data_wait']:.0%} waiting for data")
         if row["skipped_steps"]:
@@ -155,8 +158,11 @@ def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> d
         "ops": config.run.ops,
         "backend": backend,
         "seconds": seconds,
-        "accuracy": last.get("ema_accuracy" if trainer.ema else "accuracy"),
+        "accuracy": last.get("ema_accuracy" if p.weights == checkpoint.AVERAGE else "accuracy"),
+        "weights": p.weights or None,
+        "ema_initial_share": last.get("ema_initial_share"),
         "best_accuracy": p.best if p.best_epoch else None,
+        "best_weights": p.best_weights or None,
         "best_epoch": p.best_epoch or None,
         "skipped_steps": p.skipped,
         "unreadable": trainer.loaders.train.unreadable | trainer.loaders.val.unreadable,
@@ -174,7 +180,8 @@ def _rows(result: dict[str, object]) -> list[list[str]]:
         if last[f"{prefix}accuracy"] is not None:
             values = (last[f"{prefix}{key}"] for key in ("accuracy", "accuracy5", "val_loss"))
             accuracy, accuracy5, loss = values
-            rows.append([name, percent(accuracy), percent(accuracy5), number(loss)])
+            used = " (used)" if name == result["weights"] else ""
+            rows.append([name + used, percent(accuracy), percent(accuracy5), number(loss)])
     return rows
 
 
@@ -192,7 +199,11 @@ def _facts(result: dict[str, object]) -> list[str]:
             f"{rate(last['images_per_second'])} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)"
         )
     if result["best_epoch"]:
-        facts.append(f"best accuracy {percent(result['best_accuracy'])} after epoch {result['best_epoch']}")
+        facts.append(
+            f"best accuracy {percent(result['best_accuracy'])} after epoch {result['best_epoch']}, {result['best_weights']} weights"
+        )
+    if (result["ema_initial_share"] or 0) > INITIAL_SHARE:
+        facts.append(f"{percent(result['ema_initial_share'])} of the averaged weights are still the initial ones")
     if result["skipped_steps"]:
         facts.append(f"{result['skipped_steps']} steps skipped, whose gradient was not finite")
     facts += [f"unreadable: {name}: {reason}" for name, reason in result["unreadable"].items()]

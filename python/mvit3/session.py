@@ -8,6 +8,7 @@ from . import checkpoint
 from .config import TrainConfig
 from .data import Loaders
 from .distributed import World
+from .ema import INITIAL_SHARE
 from .options import UsageError
 from .progress import Listener
 from .trainer import Trainer
@@ -25,6 +26,11 @@ def start(config: TrainConfig, loaders: Loaders, world: World, listener: Listene
     content, error = world.from_first((content, error))
     if error is not None:
         raise error
+    if trainer.ema is not None and (share := trainer.ema.initial_share(trainer.total_steps)) > INITIAL_SHARE:
+        trainer.listener.say(
+            f"ema.momentum {config.ema.momentum:g} is small for {trainer.total_steps} steps: at their end {share:.0%} of the average are "
+            "still initial weights; --ema.warmup true forgets them at once"
+        )
     if content is not None:
         if resume == "auto" and (differences := changes(trainer, content)):
             raise UsageError(

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 import mvit3_kernels
 
 from . import checkpoint
+from .checkpoint import AVERAGE, TRAINED
 from .config import TrainConfig
 from .data import Loaders
 from .distributed import World
-from .ema import Ema
+from .ema import INITIAL_SHARE, Ema
 from .errors import Stopped, TrainingError
 from .evaluation import Evaluation, evaluate
 from .loss import Criterion
@@ -37,6 +38,7 @@ from .runtime import autocast, use_ops
 from .schedule import Schedule, rate_factor
 from .signals import StopSignals
 
+PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
@@ -58,7 +60,7 @@ class Trainer:
         self.folder, self.progress, self.signals = Path(run.output), Progress(), StopSignals()
 
         self.model = build_model(config, self.num_classes, self.device)
-        self.ema = Ema(self.model, config.ema.momentum) if config.ema.enabled else None
+        self.ema = Ema(self.model, config.ema.momentum, config.ema.warmup) if config.ema.enabled else None
         if run.sync_bn and world.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.factor = rate_factor(config.optimizer, self.effective_batch)
@@ -245,36 +247,45 @@ class Trainer:
         end = p.epoch + 1 == config.schedule.epochs
         evaluations: dict[str, Evaluation] = {}
         if end or (p.epoch + 1) % config.run.eval_epochs == 0:
-            for name, model in (("", self.model), ("ema_", self.ema and self.ema.module)):
+            for weights, model in ((TRAINED, self.model), (AVERAGE, self.ema and self.ema.module)):
                 if model is not None:
                     self.world.sync_buffers(model)
-                    evaluations[name] = self.evaluate(model)
+                    evaluations[weights] = self.evaluate(model)
+        judged = _better(evaluations)
         row: dict[str, object] = {
             "epoch": p.epoch + 1,
             "step": p.step,
             "lr": lr,
             "train_loss": p.loss_sum / p.steps if p.steps else None,
-            **{f"{name}{key}": None for name in ("", "ema_") for key in ("accuracy", "accuracy5", "val_loss", "correct")},
+            **{f"{prefix}{key}": None for prefix in PREFIXES.values() for key in ("accuracy", "accuracy5", "val_loss", "correct")},
             "total": None,
+            "weights": judged,
+            "ema_initial_share": self.ema and self.ema.initial_share(p.step),
             "images_per_second": p.images / p.seconds if p.seconds else None,
             "data_wait": p.wait_seconds / p.seconds if p.seconds else None,
             "seconds": p.seconds,
             "skipped_steps": p.skipped,
             "unreadable_images": p.unreadable,
         }
-        for name, found in evaluations.items():
-            row |= {f"{name}accuracy": found.accuracy, f"{name}accuracy5": found.accuracy5, f"{name}val_loss": found.loss}
-            row |= {f"{name}correct": found.correct, "total": found.total}
+        for weights, found in evaluations.items():
+            prefix = PREFIXES[weights]
+            row |= {f"{prefix}accuracy": found.accuracy, f"{prefix}accuracy5": found.accuracy5, f"{prefix}val_loss": found.loss}
+            row |= {f"{prefix}correct": found.correct, "total": found.total}
+            if found.not_finite:
+                self.listener.say(
+                    f"epoch {p.epoch + 1}: the {weights} weights give no finite output for {found.not_finite} of {found.total} "
+                    "validation images; they are counted as misses, and these weights are not kept as the best"
+                )
         p.history.append(row)
         p.epoch, p.batch = p.epoch + 1, 0
         p.loss_sum, p.steps, p.images, p.seconds, p.wait_seconds = 0.0, 0, 0, 0.0, 0.0
         also = []
         if evaluations:
-            judged = evaluations.get("ema_", evaluations[""])  # what `mvit3 evaluate` takes
-            p.confusion = judged.confusion
-            if judged.accuracy > p.best:
-                p.best, p.best_epoch = judged.accuracy, p.epoch
-                also.append(checkpoint.BEST)
+            p.weights = judged or p.weights
+            p.confusion = evaluations[judged or TRAINED].confusion
+        if judged and evaluations[judged].accuracy > p.best:
+            p.best, p.best_epoch, p.best_weights = evaluations[judged].accuracy, p.epoch, p.weights
+            also.append(checkpoint.BEST)
         if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
             also.append(f"epoch_{p.epoch:04}.pt")
         self.save(also)
@@ -292,11 +303,19 @@ class Trainer:
 
     # Checkpoints
 
+    @property
+    def weights(self) -> str:
+        """The weights that a checkpoint made now is used with. Before the first evaluation it is the average where that has forgotten the
+        initial weights."""
+        fresh = self.ema is None or self.ema.initial_share(self.progress.step) > INITIAL_SHARE
+        return self.progress.weights or (TRAINED if fresh else AVERAGE)
+
     def content(self) -> dict[str, object]:
         """The run as it stands, as plain values and tensors."""
         return {
             "state_dict": self.model.state_dict(),
             "ema_state_dict": self.ema.module.state_dict() if self.ema else {},
+            "weights": self.weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": asdict(self.progress),
@@ -339,7 +358,17 @@ class Trainer:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
+        if self.ema is not None:
+            self.ema.steps = self.progress.step
+        for row in self.progress.history:  # of a version that did not have these columns
+            row |= {"weights": row.get("weights"), "ema_initial_share": row.get("ema_initial_share")}
         torch._foreach_copy_(self._healthy, self._statistics)
+
+
+def _better(evaluations: dict[str, Evaluation]) -> str | None:
+    """The weights by which an epoch is judged; None where those of neither give finite outputs throughout."""
+    sound = [weights for weights, found in evaluations.items() if not found.not_finite]
+    return max(sound, key=lambda weights: (evaluations[weights].correct, -evaluations[weights].loss), default=None)
 
 
 def _distributed(model: nn.Module) -> nn.Module:
