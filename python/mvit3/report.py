@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
-
-from . import checkpoint, logs
+from . import checkpoint
 from .ema import INITIAL_SHARE
-from .progress import Listener
+from .screen import number, percent, rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # imported for a plot only, it takes a second
@@ -29,110 +26,6 @@ STYLE = {
     "grid.alpha": 0.25,
 }
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by everyone, and in print
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows of cells under a header row; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def rate(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
-
-
-class Bar:
-    """A progress bar on stderr with lines above it; silent when `quiet`."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.bar = quiet, None
-
-    def begin(self, total: int, done: int = 0) -> None:
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            disable=self.quiet,
-            bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}  {desc}",
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
-
-    def update(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.set_description_str(text, refresh=False)
-            self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Reporter(Listener):
-    """Shows a run as it goes, and keeps its records: history.csv, TensorBoard events."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.bar, self.board, self.loss, self.rate, self.lr = Bar(quiet), None, float("nan"), 0.0, 0.0
-
-    def begin(self, trainer: Trainer) -> None:
-        config, world = trainer.config, trainer.world
-        parts = f"{config.data.batch_size} images x {world.size} process{'es' if world.size > 1 else ''} x {config.run.accumulate} batches"
-        rule = config.optimizer.lr_rule
-        rule = "" if rule == "constant" else f" ({config.optimizer.lr:g} for {config.optimizer.lr_batch}, {rule})"
-        self.say(f"{parts} = {trainer.effective_batch} images per step; learning rate {trainer.factor * config.optimizer.lr:g}{rule}")
-        if config.run.tensorboard:
-            self.board = logs.TensorBoard(trainer.folder / "tensorboard", trainer.progress.step)
-        self.bar.begin(trainer.total_steps, trainer.progress.step)
-
-    def say(self, text: str) -> None:
-        self.bar.line(text)
-
-    def on_step(self, trainer: Trainer, images: int, seconds: float) -> None:
-        p = trainer.progress
-        self.rate = images / seconds if not self.rate else 0.9 * self.rate + 0.1 * images / seconds
-        self.bar.update(
-            f"epoch {p.epoch + 1}/{trainer.config.schedule.epochs}  {rate(self.rate)} img/s  lr {self.lr:.1e}  loss {self.loss:.3f}  "
-            f"waiting for data {p.wait_seconds / p.seconds:.0%}"
-        )
-
-    def on_loss(self, trainer: Trainer, loss: float, lr: float) -> None:
-        self.loss, self.lr = loss, lr
-        if self.board:
-            self.board.add(trainer.progress.step, loss=loss, lr=lr)
-
-    def on_epoch(self, trainer: Trainer) -> None:
-        row = trainer.progress.history[-1]
-        logs.write_csv(trainer.folder / "history.csv", trainer.progress.history)
-        if self.board:
-            self.board.add(row["step"], **{key: value for key, value in row.items() if key not in ("epoch", "step", "lr", "weights")})
-        parts = [f"epoch {row['epoch']:3}/{trainer.config.schedule.epochs}", f"loss {number(row['train_loss'], 3)}"]
-        if row["accuracy"] is not None:
-            parts.append(f"accuracy {percent(row['accuracy'])}" + (f" (average {percent(row['ema_accuracy'])})" if trainer.ema else ""))
-        if trainer.ema and (row["ema_initial_share"] or 0) > INITIAL_SHARE:
-            parts.append(f"{percent(row['ema_initial_share'])} of the average are initial weights")
-        if row["images_per_second"]:
-            parts.append(f"{rate(row['images_per_second'])} img/s, {row['data_wait']:.0%} waiting for data")
-        if row["skipped_steps"]:
-            parts.append(f"{row['skipped_steps']} steps skipped")
-        if row["unreadable_images"]:
-            parts.append(f"{row['unreadable_images']} images unreadable")
-        self.say("  ".join(parts))
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.board:
-            self.board.close()
 
 
 def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> dict[str, object]:

@@ -47,7 +47,7 @@ def start(config: TrainConfig, loaders: Loaders, world: World, listener: Listene
 FREE = {
     "data": {"root", "train", "val", "cache", "workers", "prefetch", "batch_size", "eval_batch_size", "max_corrupt", "limit_val"},
     "run": {"output", "device", "threads", "resume", "max_steps", "save_epochs", "save_steps", "eval_epochs", "log_steps"}
-    | {"tensorboard", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
+    | {"tensorboard", "wandb", "keep_best", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
 }
 
 
