@@ -41,7 +41,7 @@ WEIGHTS = {
 }
 TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
-EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "ema", "run")
+EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "distill", "ema", "run")
 COMMANDS = {
     "train": Command("train a network: one process, or several under torchrun", EVERYTHING, ("train", "val")),
     "evaluate": Command(

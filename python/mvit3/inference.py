@@ -73,6 +73,8 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
     network = Network.open(path, config, weights, world.device, present)
     if present > network.num_classes:
         raise checkpoint.CheckpointError(f"{path} has {network.num_classes} classes, the data in {data} has {present}")
+    if world.first:
+        batches.say = say
     found = evaluate(network.model, iter(batches), config.run, network.num_classes, world.device)
     if world.first:
         for text in (*batches.source.notes, *(f"unreadable: {name}: {reason}" for name, reason in batches.unreadable.items())):

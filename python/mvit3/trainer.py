@@ -25,17 +25,18 @@ from . import checkpoint
 from .checkpoint import AVERAGE, TRAINED
 from .config import TrainConfig
 from .data import Loaders
+from .distill import open_teacher
 from .distributed import World
 from .ema import INITIAL_SHARE, Ema
 from .errors import Stopped, TrainingError
 from .evaluation import Evaluation, evaluate
 from .gallery import Gallery
 from .loss import Criterion
-from .network import build_model
+from .network import build_model, train_mode
 from .optimizer import build_optimizer
 from .options import UsageError
 from .progress import Listener, Progress
-from .runtime import autocast, use_ops
+from .runtime import autocast, precision, use_ops
 from .schedule import Schedule, rate_factor
 from .signals import StopSignals
 
@@ -49,6 +50,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> None:
         self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
         self.listener = listener if listener and world.first else Listener()
+        loaders.train.say = loaders.val.say = self.listener.say
         run = config.run
         self.num_classes = config.model.num_classes or loaders.num_classes
         if self.num_classes < loaders.num_classes:
@@ -67,8 +69,12 @@ class Trainer:
         self.factor = rate_factor(config.optimizer, self.effective_batch)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
         self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
-        self.criterion = Criterion(config.loss, self.num_classes)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp == "fp16")
+        if self.schedule.note:
+            self.listener.say(self.schedule.note)
+        labels, names = loaders.train.source.labels, loaders.class_names
+        teacher = open_teacher(config, self.num_classes, names, self.device)
+        self.criterion = Criterion(config.loss, self.num_classes, labels, self.device, config.distill, teacher)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision(run, self.device) is torch.float16)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
         self._counts = torch.zeros(4, device=self.device)
@@ -91,12 +97,11 @@ class Trainer:
             self.network = _distributed(self.model)
         self._graph = None
         if run.cuda_graph:
-            dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
             self._graph = mvit3_kernels.cuda_graph_step(
                 self.network,
                 self.criterion,
                 self.optimizer,
-                autocast=dtype,
+                autocast=precision(run, self.device),
                 scaler=self.scaler if self.scaler.is_enabled() else None,
                 max_norm=self.config.optimizer.clip_grad or None,
                 warmup=3 if self.world.size == 1 else 11,
@@ -124,7 +129,8 @@ class Trainer:
         if not hasattr(self, "network"):
             self._wrap()
         p, run = self.progress, self.config.run
-        self.model.train()
+        train_mode(self.model, self.config.model)
+        self.criterion.begin_epoch(p.epoch)
         wait_before = p.wait_seconds
         self._recorded = p.loss_sum, p.steps
         batches = self.loaders.train.epoch(p.epoch, p.batch)
@@ -253,7 +259,7 @@ class Trainer:
 
     def evaluate_epoch(self) -> None:
         """Ends an epoch whose steps are done: evaluates, adds a row to the history, saves."""
-        p, config, lr = self.progress, self.config, float(self.optimizer.param_groups[0]["lr"])
+        p, config, lr = self.progress, self.config, self.schedule.rate
         end = p.epoch + 1 == config.schedule.epochs
         evaluations: dict[str, Evaluation] = {}
         if end or (p.epoch + 1) % config.run.eval_epochs == 0:
