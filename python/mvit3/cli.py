@@ -20,6 +20,8 @@ from .config import TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
 from .options import UsageError, form, nearest, nearest_options
+from .signals import INTERRUPTED
+from .streams import BROKEN_PIPE, guarded, stdout_is_lost
 
 
 @dataclass(frozen=True)
@@ -298,8 +300,24 @@ def _loading(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
-    name, arguments = _choose(sys.argv[1:] if argv is None else argv)
+    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where nobody reads what it
+    prints."""
+    with guarded() as stderr:
+        try:
+            status = _main(sys.argv[1:] if argv is None else argv)
+        except BrokenPipeError:
+            if not stdout_is_lost():
+                raise
+            return BROKEN_PIPE
+        except SystemExit:  # of --help
+            if not stdout_is_lost():
+                raise
+            return BROKEN_PIPE
+        return BROKEN_PIPE if stdout_is_lost() or stderr.lost else status
+
+
+def _main(argv: Sequence[str]) -> int:
+    name, arguments = _choose(argv)
     program = f"mvit3 {name}"
     try:
         config, args = _parse(name, arguments)
@@ -310,13 +328,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 
-        commands.run(name, config, args)
+        return commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))
+    except BrokenPipeError:
+        raise
     except (Failure, OSError) as error:
         print(f"{program}: error: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
