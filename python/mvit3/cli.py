@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from .config import TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
 from .options import UsageError, form, nearest, nearest_options
+from .signals import INTERRUPTED
+from .streams import BROKEN_PIPE, guarded, stdout_is_lost
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ WEIGHTS = {
     "choices": ["auto", "ema", "raw"],
     "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names",
 }
+CSV = {"action": "store_true", "help": "the result as CSV on stdout, a row for each class"}
+PER_CLASS = {"action": "store_true", "help": "a table of all classes with their accuracy"}
 TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "distill", "ema", "run")
@@ -49,13 +54,13 @@ COMMANDS = {
         ("model", "data", "run"),
         ("val",),
         checkpoint=True,
-        extra={"--weights": WEIGHTS},
+        extra={"--weights": WEIGHTS, "--per_class": PER_CLASS, "--csv": CSV},
     ),
     "predict": Command(
         "classes of images",
         ("model", "data", "run"),
         checkpoint=True,
-        extra={"--weights": WEIGHTS, "--top": TOP, "images": IMAGES},
+        extra={"--weights": WEIGHTS, "--top": TOP, "--csv": CSV, "images": IMAGES},
     ),
     "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
 }
@@ -224,6 +229,10 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
             args = parser.parse_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(_one_line(error, parser)) from None
+    if args.json and getattr(args, "csv", False):
+        raise UsageError("--json and --csv exclude each other")
+    if getattr(args, "top", 1) < 1:
+        raise UsageError(f"--top must be at least 1, got {args.top}")
     values = args.as_dict()
     config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
@@ -298,8 +307,24 @@ def _loading(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
-    name, arguments = _choose(sys.argv[1:] if argv is None else argv)
+    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where nobody reads what it
+    prints."""
+    with guarded() as stderr:
+        try:
+            status = _main(sys.argv[1:] if argv is None else argv)
+        except BrokenPipeError:
+            if not stdout_is_lost():
+                raise
+            return BROKEN_PIPE
+        except SystemExit:  # of --help
+            if not stdout_is_lost():
+                raise
+            return BROKEN_PIPE
+        return BROKEN_PIPE if stdout_is_lost() or stderr.lost else status
+
+
+def _main(argv: Sequence[str]) -> int:
+    name, arguments = _choose(argv)
     program = f"mvit3 {name}"
     try:
         config, args = _parse(name, arguments)
@@ -310,13 +335,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 
-        commands.run(name, config, args)
+        args.command = shlex.join(["mvit3", *argv])
+        return commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))
+    except BrokenPipeError:
+        raise
     except (Failure, OSError) as error:
         print(f"{program}: error: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED

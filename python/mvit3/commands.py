@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,37 +18,54 @@ from .backends import served
 from .config import TrainConfig, check_output
 from .data import DataError, DecodeError, loaders
 from .demo import demo
-from .distributed import world
+from .distributed import World, world
 from .errors import Failure
 from .inference import Network, evaluate_checkpoint
+from .lock import alone
 from .logs import write
-from .prediction import CsvWriter, JsonWriter, TextWriter, find_images
+from .prediction import find_images, with_names, writer_for
 from .prediction import predict as predict_images
-from .report import Bar, Reporter, percent, summary, summary_text, table, write_html
-from .runtime import prepare
+from .report import class_csv, class_rows, summary, summary_text, write_html
+from .reporter import Reporter
+from .runtime import is_out_of_memory, prepare
+from .screen import Bar, count, number, percent, table
 from .session import start
+from .signals import INTERRUPTED
 from .trainer import Trainer
 
 EXPECTED = (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, DataError, DecodeError)
 
 
-def run(name: str, config: TrainConfig, args: argparse.Namespace) -> None:
-    """Runs a command; Failure where it cannot do what it was told."""
+def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
+    """Runs a command; its exit status, or Failure where it cannot do what it was told."""
     try:
-        {"train": train, "evaluate": evaluate, "predict": predict, "demo": compare}[name](config, args)
+        return {"train": train, "evaluate": evaluate, "predict": predict, "demo": compare}[name](config, args) or 0
     except EXPECTED as error:
         raise Failure(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kind = "data.batch_size (run.accumulate makes up for it)" if name in ("train", "demo") else "data.eval_batch_size"
+        detail = str(error).splitlines()[0] if str(error) else "no more memory is to be had"
+        raise Failure(f"out of memory: {detail}; a smaller {kind}, smaller images or run.amp bf16 need less") from error
 
 
-def train(config: TrainConfig, args: argparse.Namespace) -> None:
+def train(config: TrainConfig, args: argparse.Namespace) -> int:
     check_output(config.run.output)
-    began = time.perf_counter()
-    with world(prepare(config.run)) as here:
-        images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
+    with ExitStack() as held:
+        here = held.enter_context(world(prepare(config.run)))
         reporter = Reporter(args.quiet or not here.first)
+        reporter.say(f"looking for images in {config.data.root or config.data.source}")
+        images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
         for note in images.notes:
             reporter.say(note)
+        reporter.say(
+            f"{len(images.train.source.labels)} training and {len(images.val.source.labels)} validation images of "
+            f"{count(images.num_classes, 'class')}; building {config.model.name}"
+        )
+        held.enter_context(alone(Path(config.run.output), here))
         trainer = start(config, images, here, reporter)
+        before = trainer.progress.step, trainer.progress.epoch
         backend = _backend(trainer) if here.first else ""
         try:
             if here.first:
@@ -56,7 +74,9 @@ def train(config: TrainConfig, args: argparse.Namespace) -> None:
         finally:
             reporter.close()
         if here.first:
-            _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
+            complete = finished and (trainer.progress.step, trainer.progress.epoch) == before
+            _conclude(trainer, summary(trainer, backend, finished, complete, args.command), args.json)
+        return INTERRUPTED if trainer.signals.number == signal.SIGINT else 0
 
 
 def _backend(trainer: Trainer) -> str:
@@ -65,34 +85,50 @@ def _backend(trainer: Trainer) -> str:
 
 
 def _conclude(trainer: Trainer, result: dict[str, object], as_json: bool) -> None:
-    if result["history"]:
+    page = trainer.folder / "report.html"
+    if result["history"] and not (result["already_complete"] and page.exists()):  # else the report of the training is kept
         write(trainer.folder / "report.json", json.dumps(result, indent=1) + "\n")
-        write_html(trainer.folder / "report.html", result, trainer.progress.confusion, list(trainer.loaders.class_names))
+        write_html(page, result, trainer.progress)
     print(json.dumps(result, indent=1) if as_json else summary_text(result))
 
 
 def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
     with world(prepare(config.run)) as here:
-        result = evaluate_checkpoint(Path(args.checkpoint), config, args.weights, here, lambda text: print(text, file=sys.stderr))
+        bar = Bar(args.quiet or not here.first)
+        result = evaluate_checkpoint(Path(args.checkpoint), config, args.weights, here, bar)
     if not here.first:
         return
     if args.json:
         print(json.dumps(result, indent=1))
         return
+    if args.csv:
+        print(class_csv(result), end="")
+        return
     recorded = result["recorded_accuracy"]
     cells = [result["checkpoint"], result["weights"], percent(result["accuracy"]), percent(result["accuracy5"])]
-    cells += [f"{result['correct']}/{result['total']}", f"{result['val_loss']:.4f}", percent(recorded)]
+    cells += [f"{result['correct']}/{result['total']}", number(result["val_loss"]), percent(recorded)]
     print(table([["checkpoint", "weights", "accuracy", "top 5", "correct", "val loss", "recorded"], cells]))
+    if args.per_class:
+        print("", table(class_rows(result["classes"])), "", sep="\n")
     if not args.quiet:
-        print(f"{result['model']} on {result['data']}, {result['ops']} ops served by {result['backend']}")
+        skipped = f", {count(len(result['unreadable']), 'image')} skipped as unreadable" if result["unreadable"] else ""
+        print(
+            f"{result['weights']} weights of {result['checkpoint']}, {result['model']}, on {count(result['total'], 'validation image')} "
+            f"of {result['data']}{skipped}"
+        )
+        print(f"{result['ops']} ops served by {result['backend']}")
+        worst = sorted((c for c in result["classes"] if c["images"]), key=lambda c: c["accuracy"])[:3]
+        if not args.per_class and len(result["classes"]) > 1:
+            named = ", ".join(f"{c['name']} {percent(c['accuracy'])}" for c in worst)
+            print(f"lowest by class: {named} (--per_class shows all)")
         if recorded is not None:
             print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")
 
 
 def predict(config: TrainConfig, args: argparse.Namespace) -> None:
-    network = Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run))
-    images, bar = find_images([Path(name) for name in args.images]), Bar(args.quiet, "images")
-    writer = JsonWriter(bar.result) if args.json else CsvWriter(bar.result) if args.csv else TextWriter(bar.result, images, network.class_names)
+    network = with_names(Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run)))
+    images, bar = find_images([Path(name) for name in args.images]), Bar(args.quiet)
+    writer = writer_for("json" if args.json else "csv" if args.csv else "text", bar.result, images, network.class_names)
     failed = named = 0
     bar.begin(len(images))
     writer.begin()
@@ -100,17 +136,18 @@ def predict(config: TrainConfig, args: argparse.Namespace) -> None:
         for image, row in zip(images, predict_images(network, images, args.top), strict=True):
             writer.add(row)
             failed, named = failed + ("error" in row), named + ("error" in row and image.named)
-            bar.update(str(image.path.name))
+            bar.update(image.path.name)
     finally:
         writer.end()
         bar.close()
-    count = f"{failed} of {len(images)} images could not be read"
+    told = f"{failed} of {count(len(images), 'image')} could not be read"
     if named or failed == len(images):
-        raise Failure(count)
+        raise Failure(told)
     if failed and not args.quiet:
-        print(count, file=sys.stderr)
+        print(told, file=sys.stderr)
 
 
 def compare(config: TrainConfig, args: argparse.Namespace) -> None:
     check_output(config.run.output)
-    demo(config, args.quiet, args.json)
+    with alone(Path(config.run.output), World(torch.device("cpu"))):
+        demo(config, args.quiet, args.json)

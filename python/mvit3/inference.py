@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Mo
     return build_model(replace(config, model=replace(config.model, pretrained="")), num_classes, device)
 
 
-def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, say: Callable[[str], None]) -> dict[str, object]:
+def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, bar: Bar) -> dict[str, object]:
     """Accuracy on the validation images of a configuration, as plain values."""
     names = (checkpoint.read(path) or {}).get("class_names", ())
     batches = validation(config, names, rank=world.rank, world_size=world.size, device=world.device)
@@ -73,12 +72,13 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
     network = Network.open(path, config, weights, world.device, present)
     if present > network.num_classes:
         raise checkpoint.CheckpointError(f"{path} has {network.num_classes} classes, the data in {data} has {present}")
-    if world.first:
-        batches.say = say
-    found = evaluate(network.model, iter(batches), config.run, network.num_classes, world.device)
-    if world.first:
-        for text in (*batches.source.notes, *(f"unreadable: {name}: {reason}" for name, reason in batches.unreadable.items())):
-            say(text)
+    batches.say = bar.line
+    for note in batches.source.notes:
+        bar.line(note)
+    watched = bar.over(batches, len(batches), "batches evaluated")
+    found = evaluate(network.model, watched, config.run, network.num_classes, world.device)
+    for name, reason in batches.unreadable.items():
+        bar.line(f"unreadable: {name}: {reason}")
     side = config.data.crop
     return {
         "checkpoint": str(path),
@@ -93,6 +93,7 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
         "correct": found.correct,
         "total": found.total,
         "val_loss": found.loss,
+        "classes": class_results(found.class_correct, found.class_total, network.class_names or batches.source.class_names),
         "unreadable": batches.unreadable,
         "recorded_accuracy": network.recorded,
         "reproduced": None if network.recorded is None else found.accuracy == network.recorded,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .data import DecodeError, evaluation_transform
+from .data import DataError, DecodeError, evaluation_transform
+from .data.sources import read_class_names, side_file
 from .inference import Network
-from .report import percent
 from .runtime import autocast, use_ops
+from .screen import percent
 
 BATCH = 32
 
@@ -43,6 +43,20 @@ def find_images(paths: Sequence[Path]) -> list[Image]:
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+def with_names(network: Network) -> Network:
+    """The network with the class names of the side file of its shards, where its checkpoint has only numbers."""
+    data, numbers = network.config.data, tuple(map(str, range(network.num_classes)))
+    if network.class_names not in ((), numbers) or not (data.class_map or (data.source == "shards" and data.root)):
+        return network
+    side = side_file(data.class_map, data.root, ())
+    if side is None:
+        return network
+    names = read_class_names(side)
+    if len(names) != network.num_classes:
+        raise DataError(f"{side} names {len(names)} classes, the network has {network.num_classes}")
+    return replace(network, class_names=names)
 
 
 @torch.inference_mode()
@@ -141,6 +155,10 @@ class CsvWriter:
         pass
 
 
-def flushed(text: str) -> None:
-    """A line on stdout at once, for whoever reads along."""
-    print(text, file=sys.stdout, flush=True)
+def writer_for(
+    kind: str, write: Callable[[str], None], images: Sequence[Image], class_names: Sequence[str]
+) -> TextWriter | JsonWriter | CsvWriter:
+    """The writer of "text", "json" or "csv", which gives its lines to `write`."""
+    if kind == "text":
+        return TextWriter(write, images, class_names)
+    return JsonWriter(write) if kind == "json" else CsvWriter(write)

@@ -1,19 +1,31 @@
-"""What a person sees of a run: progress, the table, the report."""
+"""The result of a run: as plain values, as text, and as a page that stands alone."""
 
 from __future__ import annotations
 
+import base64
+import csv
 import html
 import io
+import platform
+import re
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from . import checkpoint
+import yaml
+
+import mvit3_kernels
+
+from . import checkpoint, logs
 from .ema import INITIAL_SHARE
-from .screen import number, percent, rate
+from .progress import Progress
+from .screen import count, duration, number, percent, rate, table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # imported for a plot only, it takes a second
+    from matplotlib.axes import Axes  # imported for a plot only, it takes a second
+    from matplotlib.figure import Figure
 
     from .trainer import Trainer
 
@@ -26,21 +38,67 @@ STYLE = {
     "grid.alpha": 0.25,
 }
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by everyone, and in print
+WRITTEN = 12  # classes up to which a confusion matrix has its counts written in, and a width that a telephone shows
+CONFUSIONS = 10  # of the most frequent ones, in a table
+VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
-def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> dict[str, object]:
-    """The result as plain values, for report.json and --json."""
+def class_results(correct: list[int], total: list[int], names: list[str] | tuple[str, ...]) -> list[dict[str, object]]:
+    """Name, images, hits and accuracy (None without images) of each class."""
+    return [
+        {"name": names[i] if i < len(names) else str(i), "images": n, "correct": hits, "accuracy": hits / n if n else None}
+        for i, (hits, n) in enumerate(zip(correct, total, strict=True))
+    ]
+
+
+def class_rows(classes: list[dict[str, object]]) -> list[list[str]]:
+    """Cells of a table of the classes."""
+    return [["class", "images", "correct", "accuracy"]] + [
+        [str(c["name"]), str(c["images"]), str(c["correct"]), percent(c["accuracy"]) or "no images"] for c in classes
+    ]
+
+
+def class_csv(result: dict[str, object]) -> str:
+    """The classes of an evaluation as CSV, and all of them together in the last row."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["class", "images", "correct", "accuracy"])
+    rows.writerows([c["name"], c["images"], c["correct"], "" if c["accuracy"] is None else c["accuracy"]] for c in result["classes"])
+    rows.writerow(["all", result["total"], result["correct"], result["accuracy"]])
+    return text.getvalue()
+
+
+def versions() -> dict[str, str]:
+    """Of what a run computes with."""
+    found = {"mvit3_kernels": mvit3_kernels.__version__, "python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def summary(trainer: Trainer, backend: str, finished: bool, complete: bool, command: str) -> dict[str, object]:
+    """The result as plain values, for report.json and --json. `complete`: it was already, nothing was trained."""
     config, p = trainer.config, trainer.progress
     last = p.history[-1] if p.history else {}
     best = trainer.folder / checkpoint.BEST
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "versions": versions(),
         "model": config.model.name,
         "data": config.data.root or config.data.source,
         "num_classes": trainer.num_classes,
         "train_images": trainer.loaders.images_per_epoch,
         "epochs": p.epoch,
         "steps": p.step,
+        "epochs_planned": config.schedule.epochs,
         "finished": finished,
+        "already_complete": complete,
+        "starts": p.starts - complete,
+        "resumes": config.run.resume == "auto",
         "batch_size": config.data.batch_size,
         "effective_batch": trainer.effective_batch,
         "processes": trainer.world.size,
@@ -50,20 +108,32 @@ def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> d
         "precision": config.run.amp,
         "ops": config.run.ops,
         "backend": backend,
-        "seconds": seconds,
+        "seconds": p.total_seconds if complete else trainer.spent(),
         "accuracy": last.get("ema_accuracy" if p.weights == checkpoint.AVERAGE else "accuracy"),
         "weights": p.weights or None,
         "ema_initial_share": last.get("ema_initial_share"),
         "best_accuracy": p.best if p.best_epoch else None,
         "best_weights": p.best_weights or None,
         "best_epoch": p.best_epoch or None,
+        "classes": class_results(p.class_correct, p.class_total, trainer.loaders.class_names),
         "skipped_steps": p.skipped,
         "unreadable": trainer.loaders.train.unreadable | trainer.loaders.val.unreadable,
         "checkpoint": str(trainer.folder / checkpoint.LAST),
-        "best_checkpoint": str(best) if best.exists() else None,
+        "best_checkpoint": str(best) if p.best_epoch and best.exists() else None,
         "report": str(trainer.folder / "report.html"),
         "history": p.history,
+        "config": config.to_dict(),
     }
+
+
+def headline(result: dict[str, object]) -> str:
+    """Accuracy, of which weights, and whether the run is at its end."""
+    state = "finished" if result["finished"] else f"stopped after {result['epochs']} of {count(result['epochs_planned'], 'epoch')}"
+    if result["already_complete"]:
+        state = "already complete, nothing was trained"
+    if result["accuracy"] is None:
+        return f"not evaluated yet, {state}"
+    return f"{percent(result['accuracy'])} accuracy, {result['weights']} weights, {state}"
 
 
 def _rows(result: dict[str, object]) -> list[list[str]]:
@@ -80,16 +150,17 @@ def _rows(result: dict[str, object]) -> list[list[str]]:
 
 def _facts(result: dict[str, object]) -> list[str]:
     last = result["history"][-1] if result["history"] else {}
-    steps = f"{result['epochs']} epochs, {result['steps']} steps of {result['effective_batch']} images, seed {result['seed']}"
+    done = f"{count(result['epochs'], 'epoch')}, {count(result['steps'], 'step')}"
+    steps = f"{done} of {result['effective_batch']} images, seed {result['seed']}"
     machine = f"{result['device']}, {result['processes']} x {result['threads']} CPU threads, precision {result['precision']}"
     facts = [
         f"{result['model']} on {result['data']}: {result['train_images']} training images, {steps}",
-        f"{machine}, {result['seconds']:.0f} s in all",
+        f"{machine}, {duration(result['seconds'])} in all" + (f" over {result['starts']} starts" if result["starts"] > 1 else ""),
         f"{result['ops']} ops served by {result['backend']}",
     ]
     if last.get("images_per_second"):
         facts.append(
-            f"{rate(last['images_per_second'])} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)"
+            f"{rate(last['images_per_second'])} images per second, {percent(last['data_wait'])} of the time waiting for data (last epoch)"
         )
     if result["best_epoch"]:
         facts.append(
@@ -108,8 +179,10 @@ def summary_text(result: dict[str, object]) -> str:
     lines = _facts(result)
     if result["history"]:
         lines[2:2] = ["", table(_rows(result)), ""]
+    lines.insert(0, headline(result))
     if not result["finished"]:
-        lines.append("stopped before the end; the same command goes on from here")
+        again = "the same command" if result["resumes"] else "the same command with --run.resume auto"
+        lines.append(f"stopped before the end; {again} goes on from here")
     lines += ["", f"checkpoint  {result['checkpoint']}"]
     if result["best_checkpoint"]:
         lines.append(f"best        {result['best_checkpoint']}")
@@ -118,97 +191,213 @@ def summary_text(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def _curves(history: list[dict[str, object]]) -> Figure:
-    """Loss, accuracy, learning rate and speed by the epoch."""
+def _chart(history: list[dict[str, object]], kind: str) -> Figure:
+    """One of loss, accuracy, learning rate and speed by the epoch, as wide as a telephone shows it."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    (loss, accuracy), (lr, speed) = axes
+    figure, axis = plt.subplots(figsize=(4.8, 3.3), layout="constrained")
 
-    def draw(axis, key: str, label: str, color: str, style: str = "-") -> None:
+    def draw(key: str, label: str, color: str, style: str = "-") -> None:
         points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
         if points:
             axis.plot(*zip(*points, strict=True), style, color=color, label=label, marker="o" if len(points) < 3 else "")
 
-    draw(loss, "train_loss", "training, as the recipe mixes and smooths it", ORANGE)
-    draw(loss, "val_loss", "validation", BLUE)
-    draw(loss, "ema_val_loss", "validation, average", BLUE, "--")
-    draw(accuracy, "accuracy", "trained", BLUE)
-    draw(accuracy, "ema_accuracy", "average", BLUE, "--")
-    draw(lr, "lr", "", ORANGE)
-    draw(speed, "images_per_second", "", BLUE)
-    loss.set_title("cross-entropy")
-    accuracy.set_title("validation accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    lr.set_title("learning rate at the end of the epoch")
-    speed.set_title("images per second")
-    speed.set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in (loss, accuracy):
-        axis.legend(frameon=False)
+    if kind == "loss":
+        draw("train_loss", "training", ORANGE)
+        draw("val_loss", "validation", BLUE)
+        draw("ema_val_loss", "validation, average", BLUE, "--")
+        axis.set_ylabel("cross-entropy")
+    elif kind == "accuracy":
+        draw("accuracy", "trained weights", BLUE)
+        draw("ema_accuracy", "average", BLUE, "--")
+        axis.set_ylabel("validation accuracy")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    elif kind == "learning rate":
+        draw("lr", "", ORANGE)
+        axis.set_ylabel("learning rate, end of epoch")
+    else:
+        draw("images_per_second", "", BLUE)
+        axis.set_ylabel("images per second")
+        axis.set_ylim(bottom=0)
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, axis)
     return figure
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Above the axes, where no curve is."""
+    handles, labels = axis.get_legend_handles_labels()
+    if any(labels):
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, handlelength=1.5, columnspacing=1)
 
 
 def _confusion(counts: list[list[int]], names: list[str]) -> Figure:
-    """True classes by row, predicted ones by column."""
+    """True classes by row, predicted ones by column; counts are written where there is room."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
-    size = max(4.0, 0.42 * len(names))
+    written = len(names) <= WRITTEN
+    size = 4.8 if written else 0.32 * len(names) + 2
     figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
     shares = torch.tensor(counts, dtype=torch.float64)
     shares /= shares.sum(1, keepdim=True).clamp_min(1)
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.grid(visible=False)
-    axis.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
-    axis.set_xticklabels(names, rotation=90)
-    axis.set_yticklabels(names)
+    axis.set(xlabel="predicted class", ylabel="true class", xticks=range(len(names)), yticks=range(len(names)))
+    short = [name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    axis.set_xticklabels(short, rotation=90)
+    axis.set_yticklabels(short)
+    if not written:
+        figure.colorbar(image, ax=axis, label="share of the true class", format=PercentFormatter(1), shrink=0.6)
+        return figure
     for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            if count:
-                axis.text(j, i, str(count), ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
+        for j, n in enumerate(row):
+            if n:
+                axis.text(j, i, str(n), ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
     return figure
 
 
-def _svg(draw, *arguments) -> str:
-    """A figure as SVG that can stand inside HTML."""
+def _svg(draw, *arguments: object, label: str) -> str:
+    """A figure as SVG that can stand inside HTML beside others."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.rc_context(STYLE | {"svg.fonttype": "none"}):
+    with plt.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": label}):
         figure = draw(*arguments)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)  # figure_1 and so on are in each of them
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    lines = ("".join(f"<{'td' if i else 'th'}>{html.escape(cell)}</{'td' if i else 'th'}>" for cell in row) for i, row in enumerate(rows))
+def _html_table(rows: list[list[str]], secondary: tuple[int, ...] = ()) -> str:
+    """`secondary`: columns that a narrow screen leaves out."""
+
+    def cell(text: str, row: int, column: int) -> str:
+        tag, kind = ("th", ' scope="col"') if row == 0 else ("td", "")
+        more = ' class="more"' if column in secondary else ""
+        return f"<{tag}{kind}{more}>{html.escape(text)}</{tag}>"
+
+    lines = ("".join(cell(text, i, j) for j, text in enumerate(row)) for i, row in enumerate(rows))
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def write_html(path: Path, result: dict[str, object], confusion: list[list[int]] | None, class_names: list[str]) -> None:
+EPOCHS = {  # column of the history: its head, how it is written, whether a narrow screen shows it
+    "epoch": ("epoch", str, True),
+    "train_loss": ("loss", number, True),
+    "accuracy": ("accuracy", percent, True),
+    "ema_accuracy": ("average", percent, True),
+    "accuracy5": ("top 5", percent, False),
+    "ema_accuracy5": ("top 5, average", percent, False),
+    "val_loss": ("val loss", number, False),
+    "ema_val_loss": ("val loss, average", number, False),
+    "lr": ("learning rate", lambda value: f"{value:.2e}", False),
+    "images_per_second": ("images/s", rate, False),
+    "data_wait": ("waiting for data", percent, False),
+    "skipped_steps": ("skipped", str, False),
+    "unreadable_images": ("unreadable", str, False),
+}
+
+
+def _epochs(history: list[dict[str, object]]) -> str:
+    keys = [key for key in EPOCHS if any(row.get(key) not in (None, 0) for row in history)]
+    rows = [[EPOCHS[key][0] for key in keys]]
+    rows += [["" if row.get(key) is None else EPOCHS[key][1](row[key]) for key in keys] for row in history]
+    return _html_table(rows, tuple(i for i, key in enumerate(keys) if not EPOCHS[key][2]))
+
+
+def _confusions(counts: list[list[int]], names: list[str]) -> list[list[str]]:
+    """The pairs of classes that are taken for each other most often."""
+    pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
+    rows = [[names[i], names[j], str(n), percent(n / sum(counts[i]))] for n, i, j in sorted(pairs, reverse=True)[:CONFUSIONS]]
+    return [["true class", "predicted", "images", "of the class"], *rows] if rows else []
+
+
+def _picture(sample: dict[str, object], names: list[str]) -> str:
+    """A validation image with what it is and what the network takes it for."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(sample["pixels"].numpy()).save(file, "PNG")
+    source = base64.b64encode(file.getvalue()).decode()
+    true, guess = names[sample["label"]], names[sample["guess"]]
+    right = sample["label"] == sample["guess"]
+    said = f"{guess} {percent(sample['probability'])}"
+    text = f"<b>{html.escape(said)}</b><br>" + ("right" if right else f"is {html.escape(true)}")
+    alt = html.escape(f"{true}, predicted {guess}")
+    return f'<figure class="{"right" if right else "wrong"}"><img alt="{alt}" src="data:image/png;base64,{source}">' + (
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+PAGE = """
+*{box-sizing:border-box}
+body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1200px;padding:1rem;color:#222;overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.25;margin:.2em 0}
+h2{font-size:1.15rem;margin:1.8em 0 .5em}
+p{margin:.3em 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1rem}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:.75rem}
+.wide{overflow-x:auto}
+.columns{columns:320px;column-gap:2rem}
+svg{display:block;max-width:100%;height:auto}
+.wide svg{max-width:none}
+svg text{font-family:system-ui,sans-serif!important}
+table{border-collapse:collapse;margin:.5em 0;font-size:.9rem;font-variant-numeric:tabular-nums}
+td,th{padding:.25em .6em;text-align:right;border-bottom:1px solid #ddd;vertical-align:bottom}
+td:first-child,th:first-child{text-align:left;padding-left:0}
+figure{margin:0;font-size:.85rem}
+figure img{width:96px;max-width:100%;border-bottom:4px solid #0072B2;image-rendering:auto}
+figure.wrong img{border-bottom-color:#D55E00}
+pre{white-space:pre-wrap;background:#f5f5f5;padding:.75rem;font-size:.85rem}
+@media(max-width:700px){.more{display:none}}
+"""
+
+
+def write_html(path: Path, result: dict[str, object], progress: Progress) -> None:
     """The report of a run: one file that needs no other."""
-    keys = [key for key in result["history"][0] if any(row[key] is not None for row in result["history"])]
-    epochs = [[key.replace("_", " ") for key in keys]]
-    for row in result["history"]:
-        epochs.append(["" if row[k] is None else f"{row[k]:.5g}" if isinstance(row[k], float) else str(row[k]) for k in keys])
+    names = [str(c["name"]) for c in result["classes"]] or [str(i) for i in range(result["num_classes"])]
+    title = f"{result['model']} on {result['data']}"
     parts = [
-        f"<h1>{html.escape(str(result['model']))} on {html.escape(str(result['data']))}</h1>",
+        f"<p>{html.escape(title)}</p>",
+        f"<h1>{html.escape(headline(result))}</h1>",
+        f'<p><time datetime="{result["date"]}">{result["date"].replace("T", " ")}</time></p>',
+        f"<pre>{html.escape(result['command'])}</pre>",
         *(f"<p>{html.escape(fact)}</p>" for fact in _facts(result)),
         _html_table(_rows(result)),
-        _svg(_curves, result["history"]),
+        '<div class="charts">',
+        *(_svg(_chart, result["history"], kind, label=kind) for kind in ("loss", "accuracy", "learning rate", "speed")),
+        "</div>",
     ]
-    if confusion:
-        parts += ["<h2>Which class is taken for which, last epoch</h2>", _svg(_confusion, confusion, class_names)]
-    parts += ["<h2>Epochs</h2>", _html_table(epochs)]
-    style = (
-        "body{font:15px sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}td,th{padding:.25em .7em;text-align:right;"
-        "border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1em 0}svg{max-width:100%;height:auto}"
+    for kind, text in (("best", "Surest and right"), ("worst", "Most wrong")):
+        samples = [s for s in progress.samples.get(kind, []) if kind == "worst" or s["label"] == s["guess"]]
+        if samples:
+            parts += [f"<h2>{text}</h2>", '<div class="gallery">', *(_picture(s, names) for s in samples), "</div>"]
+    if result["classes"]:
+        parts += ["<h2>Accuracy by class</h2>", f'<div class="columns">{_html_table(class_rows(result["classes"]))}</div>']
+    if progress.confusion:
+        wide = "wide" if len(names) > WRITTEN else "charts"
+        parts += ["<h2>Which class is taken for which</h2>", f'<div class="{wide}">']
+        parts += [_svg(_confusion, progress.confusion, names, label="confusion matrix")]
+        if rows := _confusions(progress.confusion, names):
+            parts += [f"<div>{_html_table(rows)}</div>"]
+        parts += ["</div>"]
+    parts += [
+        "<h2>Epochs</h2>",
+        _epochs(result["history"]),
+        "<h2>Versions</h2>",
+        f"<p>{html.escape(', '.join(f'{name} {version}' for name, version in result['versions'].items()))}</p>",
+        f"<details><summary>Configuration</summary><pre>{html.escape(yaml.safe_dump(result['config'], sort_keys=False))}</pre></details>",
+    ]
+    head = (
+        '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}: {html.escape(headline(result))}</title><style>{PAGE}</style></head>"
     )
-    head = f'<meta charset="utf-8"><title>{html.escape(result["model"])}</title><style>{style}</style>'
-    logs.write(path, f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n')
+    logs.write(path, f'<!doctype html><html lang="en">{head}<body>{"".join(parts)}</body></html>\n')
