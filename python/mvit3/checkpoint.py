@@ -7,6 +7,7 @@ links to the same files where they coincide, so that each state is written once.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -73,6 +74,19 @@ def save(folder: Path, content: dict[str, object], also: Sequence[str] = ()) -> 
         temporary.unlink(missing_ok=True)
     _sync_folder(folder)
     return last
+
+
+def best_of(epoch: int) -> str:
+    """The name of the checkpoint of an epoch that is among the best ones."""
+    return f"best_{epoch:04}.pt"
+
+
+def keep_best(folder: Path, epochs: Sequence[int]) -> None:
+    """Removes those of the best epochs that are no longer among them."""
+    names = {best_of(epoch) for epoch in epochs}
+    for path in folder.glob("best_*.pt"):
+        if re.fullmatch(r"best_\d{4,}\.pt", path.name) and path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 class _Sink:

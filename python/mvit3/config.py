@@ -44,6 +44,13 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a module without a specification
+        return False
+
+
 AMP = ("none", "bf16", "fp16", "auto")
 
 
@@ -230,7 +237,7 @@ class RunConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_device("run.device", self.device)
-        if self.wandb and importlib.util.find_spec("wandb") is None:
+        if self.wandb and not _installed("wandb"):
             raise UsageError(f"run.wandb {self.wandb} needs Weights & Biases, which is not installed: pip install wandb")
         needs_gpu = self.sync_bn or self.cuda_graph
         on_gpu = needs_gpu and (self.device.startswith("cuda") or (self.device == "auto" and _gpus() > 0))

@@ -18,6 +18,8 @@ from .distributed import World
 from .evaluation import evaluate
 from .network import build_model
 from .options import UsageError
+from .report import class_results
+from .screen import Bar
 
 
 @dataclass(frozen=True)

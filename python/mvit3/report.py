@@ -39,6 +39,7 @@ STYLE = {
 }
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by everyone, and in print
 WRITTEN = 12  # classes up to which a confusion matrix has its counts written in, and a width that a telephone shows
+CLASSES_IN_A_TABLE = 25
 CONFUSIONS = 10  # of the most frequent ones, in a table
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -346,18 +347,19 @@ p{margin:.3em 0}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1rem}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:.75rem}
 .wide{overflow-x:auto}
-.columns{columns:320px;column-gap:2rem}
+.tables{display:flex;flex-wrap:wrap;gap:0 2rem;align-items:flex-start}
 svg{display:block;max-width:100%;height:auto}
 .wide svg{max-width:none}
 svg text{font-family:system-ui,sans-serif!important}
 table{border-collapse:collapse;margin:.5em 0;font-size:.9rem;font-variant-numeric:tabular-nums}
 td,th{padding:.25em .6em;text-align:right;border-bottom:1px solid #ddd;vertical-align:bottom}
+th{overflow-wrap:normal}
 td:first-child,th:first-child{text-align:left;padding-left:0}
 figure{margin:0;font-size:.85rem}
 figure img{width:96px;max-width:100%;border-bottom:4px solid #0072B2;image-rendering:auto}
 figure.wrong img{border-bottom-color:#D55E00}
 pre{white-space:pre-wrap;background:#f5f5f5;padding:.75rem;font-size:.85rem}
-@media(max-width:700px){.more{display:none}}
+@media(max-width:700px){.more{display:none}td,th{padding:.25em .35em}}
 """
 
 
@@ -381,7 +383,10 @@ def write_html(path: Path, result: dict[str, object], progress: Progress) -> Non
         if samples:
             parts += [f"<h2>{text}</h2>", '<div class="gallery">', *(_picture(s, names) for s in samples), "</div>"]
     if result["classes"]:
-        parts += ["<h2>Accuracy by class</h2>", f'<div class="columns">{_html_table(class_rows(result["classes"]))}</div>']
+        parts += ["<h2>Accuracy by class</h2>", '<div class="tables">']
+        for begin in range(0, len(names), CLASSES_IN_A_TABLE):
+            parts.append(_html_table(class_rows(result["classes"][begin : begin + CLASSES_IN_A_TABLE])))
+        parts.append("</div>")
     if progress.confusion:
         wide = "wide" if len(names) > WRITTEN else "charts"
         parts += ["<h2>Which class is taken for which</h2>", f'<div class="{wide}">']

@@ -310,8 +310,19 @@ class Trainer:
             also.append(checkpoint.BEST)
         if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
             also.append(f"epoch_{p.epoch:04}.pt")
+        best = self._best_epochs() if config.run.keep_best > 1 else []
+        if evaluations and p.epoch in best:
+            also.append(checkpoint.best_of(p.epoch))
         self.save(also)
+        if best and self.world.first:
+            checkpoint.keep_best(self.folder, best)
         self.listener.on_epoch(self)
+
+    def _best_epochs(self) -> list[int]:
+        """The `run.keep_best` epochs of the highest accuracy, each by its better weights; of equal ones the earlier."""
+        rows = [row for row in self.progress.history if row["weights"]]
+        rows.sort(key=lambda row: (-row[f"{PREFIXES[row['weights']]}accuracy"], row["epoch"]))
+        return [row["epoch"] for row in rows[: self.config.run.keep_best]]
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """On the validation part. A single process stops at once where a signal asks for it; several finish."""
