@@ -55,7 +55,8 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
     with ExitStack() as held:
         here = held.enter_context(world(prepare(config.run)))
         reporter = Reporter(args.quiet or not here.first)
-        reporter.say(f"looking for images in {config.data.root or config.data.source}")
+        if config.data.source != "digits":  # which are at hand
+            reporter.say(f"looking for images in {config.data.root or config.data.name or config.data.train}")
         images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
         for note in images.notes:
             reporter.say(note)
@@ -129,20 +130,22 @@ def predict(config: TrainConfig, args: argparse.Namespace) -> None:
     network = with_names(Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run)))
     images, bar = find_images([Path(name) for name in args.images]), Bar(args.quiet)
     writer = writer_for("json" if args.json else "csv" if args.csv else "text", bar.result, images, network.class_names)
-    failed = named = 0
+    failed, named = 0, []
     bar.begin(len(images))
     writer.begin()
     try:
         for image, row in zip(images, predict_images(network, images, args.top), strict=True):
             writer.add(row)
-            failed, named = failed + ("error" in row), named + ("error" in row and image.named)
+            if "error" in row:
+                failed += 1
+                named += [f"{image.path}: {row['error']}"] if image.named else []
             bar.update(image.path.name)
     finally:
         writer.end()
         bar.close()
     told = f"{failed} of {count(len(images), 'image')} could not be read"
     if named or failed == len(images):
-        raise Failure(told)
+        raise Failure(": ".join([told, *named[:1]]) + (", and more" if len(named) > 1 else ""))
     if failed and not args.quiet:
         print(told, file=sys.stderr)
 
