@@ -43,7 +43,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-AMP = ("none", "bf16", "fp16")
+AMP = ("none", "bf16", "fp16", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,10 @@ class ModelConfig(Section):
     ffn_drop_rate: Annotated[float, Option("dropout inside the feed-forward network", minimum=0, below=1)] = 0.0
     pretrained: Annotated[str, Option("checkpoint whose weights training starts from; empty: fresh weights")] = ""
     drop_head: Annotated[bool, Option("keep the fresh classifier when pretrained is loaded, for other classes")] = False
+    freeze_stages: Annotated[
+        int, Option("stages that stay as they are: the first so many of stem, layer_1 to layer_5, last convolution", minimum=0, below=8)
+    ] = 0
+    freeze_bn: Annotated[bool, Option("batch norms keep their running statistics and their parameters")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,11 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Option("weight decay", minimum=0, below=100)] = 0.01
     no_decay_1d: Annotated[bool, Option("norms and biases do not decay")] = False
     clip_grad: Annotated[float, Option("largest norm of the gradient; 0: not clipped", minimum=0)] = 0.0
+    head_lr_scale: Annotated[float, Option("learning rate of the classifier over that of the rest", minimum=0, below=1e4)] = 1.0
+    layer_decay: Annotated[
+        float,
+        Option("factor of the learning rate from each stage to the one before; 1: all alike", minimum=1e-3, below=1.001),
+    ] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,22 +94,37 @@ class OptimizerConfig(Section):
             raise UsageError(f"optimizer.betas must be two numbers, got {list(self.betas)}; write them as [0.9,0.999]")
 
 
+SCHEDULES = ("cosine", "step", "multistep", "poly", "constant")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Section):
-    """The learning rate: a linear warm-up by the step, then half a cosine.
+    """The learning rate: a linear warm-up by the step, then a decay, half a cosine unless `name` says another.
 
-    In step i of the warm-up's n steps it is warmup_lr + i / n * (lr - warmup_lr). After that it is
-    min_lr + (lr - min_lr) * (1 + cos(pi * t)) / 2, where t runs from 0 to 1 over the training: by the step or by the epoch (`update`), from
-    the first step or from the end of the warm-up on (`cosine_after_warmup`).
+    In step i of the warm-up's n steps it is warmup_lr + i / n * (lr - warmup_lr). After that, where t runs from 0 to 1 over the training,
+    by the step or by the epoch (`update`), from the first step or from the end of the warm-up on (`cosine_after_warmup`), and e is the
+    number of epochs in that time, it is
+
+    - cosine: min_lr + (lr - min_lr) * (1 + cos(pi * t)) / 2
+    - poly: min_lr + (lr - min_lr) * (1 - t) ** power
+    - step: lr * decay_rate ** floor(e / decay_epochs)
+    - multistep: lr * decay_rate ** (how many of decay_milestones are at most e)
+    - constant: lr
     """
 
+    name: Annotated[str, Option("how the learning rate falls after the warm-up", SCHEDULES)] = "cosine"
     epochs: Annotated[int, Option("passes over the training images", minimum=1)] = 300
     warmup_iterations: Annotated[int, Option("steps of the warm-up", minimum=0)] = 3000
     warmup_epochs: Annotated[float, Option("length of the warm-up in epochs, in place of warmup_iterations", minimum=0)] = 0.0
+    shorten_warmup: Annotated[bool, Option("a warm-up as long as the training or longer becomes a tenth of the training")] = False
     warmup_lr: Annotated[float, Option("learning rate of the first step", minimum=0, below=100)] = 2e-4
-    min_lr: Annotated[float, Option("learning rate at the end of the cosine", minimum=0, below=100)] = 2e-4
-    update: Annotated[str, Option("whether the cosine moves by the step or by the epoch", ("iteration", "epoch"))] = "epoch"
-    cosine_after_warmup: Annotated[bool, Option("the cosine begins when the warm-up ends, not in the first step")] = False
+    min_lr: Annotated[float, Option("learning rate at the end of cosine and poly", minimum=0, below=100)] = 2e-4
+    update: Annotated[str, Option("whether the decay moves by the step or by the epoch", ("iteration", "epoch"))] = "epoch"
+    cosine_after_warmup: Annotated[bool, Option("the decay begins when the warm-up ends, not in the first step")] = False
+    decay_epochs: Annotated[float, Option("step: epochs between two decays", minimum=1e-3)] = 30.0
+    decay_rate: Annotated[float, Option("step, multistep: factor of each decay", minimum=0, below=1.001)] = 0.1
+    decay_milestones: Annotated[tuple[int, ...], Option("multistep: epochs of the decays", minimum=0)] = (30, 60, 90)
+    power: Annotated[float, Option("poly: exponent", minimum=0, below=100)] = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,15 +134,56 @@ class ScheduleConfig(Section):
             raise UsageError("schedule.cosine_after_warmup by the epoch needs the warm-up in schedule.warmup_epochs")
 
 
+LOSSES = ("cross_entropy", "bce")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """Cross-entropy and what mixes the images of a batch."""
+    """The loss and what mixes the images of a batch."""
 
+    name: Annotated[str, Option("cross-entropy, or binary cross-entropy of every class by itself", LOSSES)] = "cross_entropy"
     label_smoothing: Annotated[float, Option("share of the target spread over all classes", minimum=0, below=1)] = 0.1
+    bce_target_threshold: Annotated[
+        float | None, Option("bce: targets above it become 1, others 0; null: they stay as they are mixed", minimum=0, below=1)
+    ] = None
+    bce_sum: Annotated[bool, Option("bce: sum over the classes, not their mean")] = False
+    class_weights: Annotated[tuple[float, ...], Option("weight of each class, in their order; none: all weigh 1", minimum=0)] = ()
+    class_balance: Annotated[
+        float, Option("weigh classes by (mean / own number of images) to this power; 0: not, 1: all classes alike", minimum=0, below=1.001)
+    ] = 0.0
     mixup_alpha: Annotated[float, Option("mixup: weights drawn from Beta(alpha, alpha); 0: no mixup", minimum=0)] = 0.0
     cutmix_alpha: Annotated[float, Option("cutmix: areas drawn from Beta(alpha, alpha); 0: no cutmix", minimum=0)] = 0.0
     mix_probability: Annotated[float, Option("of mixing a batch at all", minimum=0, below=1.001)] = 1.0
     switch_probability: Annotated[float, Option("of cutmix instead of mixup where both are on", minimum=0, below=1.001)] = 0.5
+    mixup_off_epoch: Annotated[int, Option("from this epoch on, counted from 0, nothing is mixed; 0: mixed to the end", minimum=0)] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_weights and self.class_balance:
+            raise UsageError("loss.class_weights and loss.class_balance exclude each other")
+        if self.class_weights and not any(self.class_weights):
+            raise UsageError("loss.class_weights must have a weight above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Section):
+    """A teacher whose outputs are learnt beside the labels; it sees the images as the network does, mixed ones too.
+
+    The loss is (1 - weight) * the loss of the labels + weight * that of the teacher: soft, temperature ** 2 times the Kullback-Leibler
+    divergence of the outputs at that temperature (Hinton et al. 2015); hard, the cross-entropy with the teacher's first guess (Touvron et
+    al. 2021).
+    """
+
+    teacher: Annotated[str, Option("checkpoint of mvit3, a network of timm or of this project; empty: no teacher")] = ""
+    checkpoint: Annotated[str, Option("file with the weights of a teacher that is named; empty: those that timm fetches")] = ""
+    kind: Annotated[str, Option("learn the teacher's probabilities, or its first guess", ("soft", "hard"))] = "soft"
+    weight: Annotated[float, Option("of the teacher in the loss; the labels have the rest", minimum=0, below=1.001)] = 0.5
+    temperature: Annotated[float, Option("soft: what logits are divided by", minimum=0.01, below=1000)] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint and not self.teacher:
+            raise UsageError("distill.checkpoint needs the name of the network in distill.teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +209,7 @@ class RunConfig(Section):
     ops: Annotated[str, Option("fused kernels, or plain PyTorch", ("fused", "reference"))] = "fused"
     seed: Annotated[int, Option("of weights, batches, augmentation, mixing, dropout", minimum=0, below=2**31)] = 0
     deterministic: Annotated[bool, Option("only operations whose result is the same each time; slower on a GPU")] = False
-    amp: Annotated[str, Option("precision of autocast; fp16 scales the loss", AMP)] = "none"
+    amp: Annotated[str, Option("precision of autocast; fp16 scales the loss; auto: fp16 on a GPU, bf16 on a CPU", AMP)] = "none"
     channels_last: Annotated[bool, Option("memory layout of images and filters, the one the fused ops work on")] = True
     compile: Annotated[bool, Option("torch.compile the network; the first steps take minutes")] = False
     cuda_graph: Annotated[bool, Option("replay the step as one CUDA graph; needs a GPU and one image size")] = False
@@ -183,6 +248,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)
 

@@ -10,7 +10,9 @@ from torch import nn
 import mvit3_kernels
 
 from . import checkpoint
-from .config import TrainConfig
+from .config import ModelConfig, TrainConfig
+
+STAGES = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp", "classifier")  # from the image on
 
 
 def build_model(config: TrainConfig, num_classes: int, device: torch.device, pretrained: bool = True) -> nn.Module:
@@ -28,6 +30,8 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device, pre
     )
     if m.pretrained and pretrained:
         mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head, ema=_average(Path(m.pretrained)))
+    for module in _frozen(model, m):
+        module.requires_grad_(False)
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
 
@@ -36,3 +40,18 @@ def _average(path: Path) -> bool | None:
     """Whether the averaged weights of a file are its better ones; None where it does not tell."""
     content = checkpoint.read(path)
     return None if content is None else checkpoint.better_weights(content) == checkpoint.AVERAGE
+
+
+def _frozen(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
+    """What a configuration keeps as it is."""
+    found = [getattr(model, stage) for stage in STAGES[: config.freeze_stages]]
+    if config.freeze_bn:
+        found += [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return found
+
+
+def train_mode(model: nn.Module, config: ModelConfig) -> None:
+    """Puts a network in training mode, but for what is frozen: that keeps its statistics and drops nothing."""
+    model.train()
+    for module in _frozen(model, config):
+        module.eval()

@@ -136,7 +136,19 @@ def _is_best(path: Path, p: Progress) -> bool:
 
 # Options that nothing of what is computed depends on; and the batch of a process, which that of all processes replaces.
 FREE = {
-    "data": {"root", "train", "val", "cache", "workers", "prefetch", "batch_size", "eval_batch_size", "max_corrupt", "limit_val"},
+    "data": {
+        "root",
+        "train",
+        "val",
+        "cache",
+        "download",
+        "workers",
+        "prefetch",
+        "batch_size",
+        "eval_batch_size",
+        "max_corrupt",
+        "limit_val",
+    },
     "run": {"output", "device", "threads", "resume", "max_steps", "save_epochs", "save_steps", "eval_epochs", "log_steps"}
     | {"tensorboard", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
 }

@@ -26,20 +26,23 @@ from .checkpoint import AVERAGE, TRAINED
 from .config import TrainConfig
 from .data import Loaders
 from .data.identity import identity
+from .data.sampler import batch_sizes
+from .distill import open_teacher
 from .distributed import World
 from .ema import INITIAL_SHARE, Ema
 from .errors import Stopped, TrainingError
 from .evaluation import Evaluation, evaluate
 from .loss import Criterion
-from .network import build_model
+from .network import build_model, train_mode
 from .optimizer import build_optimizer
 from .options import UsageError
 from .progress import Listener, Progress
-from .runtime import autocast, use_ops
+from .runtime import autocast, precision, use_ops
 from .schedule import Schedule, rate_factor
 from .signals import StopSignals
 
 PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
+STRIDE = 32  # of the last map of every network of the family
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
@@ -51,10 +54,17 @@ class Trainer:
     ) -> None:
         self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
         self.listener = listener if listener and world.first else Listener()
+        loaders.train.say = loaders.val.say = self.listener.say
         run = config.run
         self.num_classes = config.model.num_classes or loaders.num_classes
         if self.num_classes < loaders.num_classes:
             raise UsageError(f"model.num_classes must be at least {loaders.num_classes}, the classes of the data; got {self.num_classes}")
+        if self.num_classes < 2:
+            raise UsageError(
+                f"a classifier needs two classes, {config.data.root or config.data.source} has one, {loaders.class_names[0]!r}; data.root "
+                "must hold the folders of data.train and data.val, and each of these one folder per class"
+            )
+        _check_batch_norm(config, world)
         self.steps_per_epoch = len(loaders.train) // run.accumulate
         if not self.steps_per_epoch:
             raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
@@ -70,8 +80,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
         self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
         self.data_identity = data_identity(config, loaders) if world.first else {}
-        self.criterion = Criterion(config.loss, self.num_classes)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.amp == "fp16")
+        if self.schedule.note:
+            self.listener.say(self.schedule.note)
+        labels, names = loaders.train.source.labels, loaders.class_names
+        teacher = open_teacher(config, self.num_classes, names, self.device)
+        self.criterion = Criterion(config.loss, self.num_classes, labels, self.device, config.distill, teacher)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision(run, self.device) is torch.float16)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
         self._counts = torch.zeros(4, device=self.device)
@@ -92,12 +106,11 @@ class Trainer:
             self.network = _distributed(self.model)
         self._graph = None
         if run.cuda_graph:
-            dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[run.amp]
             self._graph = mvit3_kernels.cuda_graph_step(
                 self.network,
                 self.criterion,
                 self.optimizer,
-                autocast=dtype,
+                autocast=precision(run, self.device),
                 scaler=self.scaler if self.scaler.is_enabled() else None,
                 max_norm=self.config.optimizer.clip_grad or None,
                 warmup=3 if self.world.size == 1 else 11,
@@ -125,7 +138,8 @@ class Trainer:
         if not hasattr(self, "network"):
             self._wrap()
         p, run = self.progress, self.config.run
-        self.model.train()
+        train_mode(self.model, self.config.model)
+        self.criterion.begin_epoch(p.epoch)
         wait_before = p.wait_seconds
         batches = self.loaders.train.epoch(p.epoch, p.batch)
         with use_ops(run.ops):
@@ -247,7 +261,7 @@ class Trainer:
 
     def evaluate_epoch(self) -> None:
         """Ends an epoch whose steps are done: evaluates, adds a row to the history, saves."""
-        p, config, lr = self.progress, self.config, float(self.optimizer.param_groups[0]["lr"])
+        p, config, lr = self.progress, self.config, self.schedule.rate
         end = p.epoch + 1 == config.schedule.epochs
         evaluations: dict[str, Evaluation] = {}
         if end or (p.epoch + 1) % config.run.eval_epochs == 0:
@@ -385,6 +399,17 @@ class Trainer:
             done = min(done * now // then, now)
             p.batch, p.step = done * self.config.run.accumulate, p.epoch * now + done
             self.listener.say(f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}")
+
+
+def _check_batch_norm(config: TrainConfig, world: World) -> None:
+    """UsageError where batch norm would see one value per channel behind the last stride, which has no variance."""
+    for size, images in batch_sizes(config.sampler, config.data.batch_size, world.size).items():
+        mine = images if config.run.sync_bn else images // world.size
+        if mine == 1 and size <= STRIDE:
+            raise UsageError(
+                f"data.batch_size must be at least 2 for images of {size} pixels: the last map of one image is 1x1, and batch norm needs "
+                f"more than one value per channel; or take sampler.size above {STRIDE}"
+            )
 
 
 def data_identity(config: TrainConfig, loaders: Loaders) -> dict[str, object]:

@@ -8,11 +8,6 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-# Options of the published classifiers that concern training: what the recipes are held to.
-RECIPE_OPTIONS = (
-    "optim.", "scheduler.", "sampler.", "ema.", "loss.classification", "image_augmentation.", "dataset.train_batch_size0",
-    "common.grad_clip", "common.mixed_precision", "model.classification.classifier_dropout", "model.classification.mit.",
-)  # fmt: skip
 
 
 def is_classifier(name: str) -> bool:
@@ -20,8 +15,8 @@ def is_classifier(name: str) -> bool:
 
 
 def recipe_options(entry: dict) -> dict[str, object]:
-    """The training options of an entry of the manifest."""
-    return {key: value for key, value in entry["hyper_parameters"].items() if key.startswith(RECIPE_OPTIONS)}
+    """All that the published file of an entry of the manifest sets."""
+    return entry["hyper_parameters"]
 
 
 def main(golden: Path) -> None:

@@ -36,7 +36,7 @@ from .conftest import small_arguments
     (["--optimizer.betas=[0.9]"], "optimizer.betas must be two numbers, got [0.9]"),
     (["--loss.label_smoothing", "1"], "loss.label_smoothing must be at least 0 and below 1"),
     (["--run.seed", "-1"], "run.seed must be at least 0"),
-    (["--run.amp", "int8"], "run.amp must be one of none, bf16, fp16"),
+    (["--run.amp", "int8"], "run.amp must be one of none, bf16, fp16, auto"),
     (["--sampler.sizes", "[160,x]"], "sampler.sizes must be a list of whole numbers such as [160,192], got 'x'"),
     (["--config", "mobilevit3_s"], "there is no recipe 'mobilevit3_s', the nearest is 'mobilevitv3_s'"),
     (["--config", "nothing.yaml"], "--config nothing.yaml cannot be read: No such file or directory"),

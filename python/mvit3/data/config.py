@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..options import Option, Section, UsageError
+from ..options import Option, Section, UsageError, nearest
 
-SOURCES = ("digits", "folder", "shards")
+SOURCES = ("digits", "folder", "shards", "torchvision", "huggingface")
 DECODERS = ("auto", "pil", "simplejpeg", "cv2", "nvjpeg")
 INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+# What timm's policies are made of: a kind, then parts in any order. timm itself leaves out a part that it does not know.
+_NUMBER = r"\d+(?:\.\d+)?"
+_MIX = {"m": r"\d+", "w": r"\d+", "d": r"\d+", "a": _NUMBER, "b": "[01]", "mstd": _NUMBER}
+_RAND = {"m": r"\d+", "n": r"\d+", "p": _NUMBER, "mstd": _NUMBER, "mmax": r"\d+", "inc": "[01]", "t": "weights|3aw?"}
+POLICIES = {
+    "rand": _RAND,
+    "augmix": _MIX,
+    **{name: {"mstd": _NUMBER} for name in ("original", "originalr", "v0", "v0r", "3a")},
+}
+
+
+def _check_policy(text: str) -> None:
+    """UsageError where a policy is none of timm's, or has a part that timm would pass over."""
+    kind, *parts = text.split("-")
+    if kind not in POLICIES:
+        raise UsageError(
+            f"augment.policy must be one of timm's, which begin with {', '.join(POLICIES)}, such as rand-m9-mstd0.5-inc1; got {text!r}, "
+            f"the nearest beginning is {nearest(kind, POLICIES)!r}"
+        )
+    for part in parts:
+        if not any(re.fullmatch(f"{name}(?:{value})", part) for name, value in POLICIES[kind].items()):
+            raise UsageError(
+                f"augment.policy {text!r}: {part!r} is no part of a policy {kind!r}; its parts are {', '.join(POLICIES[kind])}, each with "
+                "its value behind it, such as mstd0.5"
+            )
 
 
 def _check_range(name: str, values: tuple[float, ...]) -> None:
@@ -21,12 +49,19 @@ def _check_range(name: str, values: tuple[float, ...]) -> None:
 class DataConfig(Section):
     """Where images come from, how they are decoded, what the network sees of them."""
 
-    source: Annotated[str, Option("embedded digits, a folder with one folder per class, or tar shards", SOURCES)] = "folder"
+    source: Annotated[str, Option("where images come from: a folder has one folder per class, shards are tar files", SOURCES)] = "folder"
+    name: Annotated[str, Option("data set of torchvision (CIFAR10) or Hugging Face (cifar10, a folder of save_to_disk)")] = ""
     root: Annotated[str, Option("folder that holds the training and the validation part")] = ""
-    train: Annotated[str, Option("training part: a folder in root, or shards like train-{0000..0146}.tar, paths or URLs")] = "train"
+    train: Annotated[
+        str, Option("training part: a folder in root, shards like train-{0000..0146}.tar or train-*.tar (paths or URLs), or a split")
+    ] = "train"
     val: Annotated[str, Option("validation part, likewise")] = "val"
-    cache: Annotated[str, Option("folder for shards that come from a URL; each is fetched once")] = ""
+    download: Annotated[bool, Option("fetch a data set of torchvision that is not in root")] = False
+    cache: Annotated[str, Option("folder for shards that come from a URL or are compressed; each is fetched or unpacked once")] = ""
     num_classes: Annotated[int, Option("classes of shards, which do not name them; 0: one more than the largest label", minimum=0)] = 0
+    class_map: Annotated[
+        str, Option("file with the class names of shards: a line each, or JSON; empty: classes.txt or classes.json beside them, if any")
+    ] = ""
     limit_train: Annotated[int, Option("use only so many training images; 0: all", minimum=0)] = 0
     limit_val: Annotated[int, Option("use only so many validation images; 0: all", minimum=0)] = 0
     batch_size: Annotated[int, Option("images per step and process, at the base size", minimum=1)] = 32
@@ -35,6 +70,7 @@ class DataConfig(Section):
     crop: Annotated[int, Option("validation: side of the centre crop, pixels", minimum=1)] = 256
     interpolation: Annotated[str, Option("of every resizing, in training and in validation", INTERPOLATIONS)] = "bilinear"
     antialias: Annotated[bool, Option("filter before shrinking, as PIL does and OpenCV does not")] = True
+    exif_orientation: Annotated[bool, Option("turn images as their EXIF tag says, as cameras mean it; PIL alone does not")] = True
     colors: Annotated[str, Option("order of the colour channels that the network reads", ("rgb", "bgr"))] = "rgb"
     mean: Annotated[tuple[float, ...], Option("subtracted from pixels in [0, 1], in the order of colors", minimum=0, below=1)] = (0, 0, 0)
     std: Annotated[tuple[float, ...], Option("divides them after that", minimum=1e-3, below=1e3)] = (1, 1, 1)
@@ -78,6 +114,8 @@ class AugmentConfig(Section):
         super().__post_init__()
         for name in ("crop_scale", "crop_ratio", "erase_scale", "erase_ratio"):
             _check_range(f"augment.{name}", getattr(self, name))
+        if self.policy:
+            _check_policy(self.policy)
         if self.policy and self.rand_augment:
             raise UsageError("augment.policy and augment.rand_augment exclude each other")
 
@@ -89,3 +127,6 @@ class SamplerConfig(Section):
     size: Annotated[int, Option("side of training images, pixels; the base size where there are several", minimum=1)] = 256
     sizes: Annotated[tuple[int, ...], Option("sides of multi-scale training, one drawn per batch; none: always size", minimum=1)] = ()
     shrink: Annotated[bool, Option("batches above the base size hold fewer images, below it always more; off: never fewer")] = True
+    aug_repeats: Annotated[
+        int, Option("repeated augmentation: an epoch takes each of its images so many times; an epoch stays as long", minimum=1)
+    ] = 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,6 +15,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..options import UsageError
 from .config import AugmentConfig
+from .decode import MAX_PIXELS, Encoded, jpeg_header, orientation
 from .transforms import Box, TrainTransform
 
 
@@ -31,22 +31,20 @@ class Plan:
     sample: tuple[int, ...]
 
 
-def _baseline(encoded: bytes) -> bool:
-    """Whether a JPEG is baseline or extended, in one or three components: walks its segments up to the frame header."""
-    place = 2
-    while place + 10 < len(encoded) and encoded[place] == 0xFF:
-        marker, length = encoded[place + 1], int.from_bytes(encoded[place + 2 : place + 4], "big")
-        if marker in (0xC0, 0xC1):
-            return encoded[place + 9] in (1, 3)
-        if 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return False
-        place += 2 + length
-    return False
-
-
-def can_decode(encoded: bytes | np.ndarray) -> bool:
-    """Whether an image goes to the GPU: a complete baseline JPEG. What is cut off would come back half grey instead of as an error."""
-    return isinstance(encoded, bytes) and encoded[:2] == b"\xff\xd8" and b"\xff\xd9" in encoded[-64:] and _baseline(encoded)
+def can_decode(encoded: Encoded, turn: bool = True) -> bool:
+    """Whether an image goes to the GPU: a complete baseline JPEG of a size that is allowed, grey or YCbCr. What is cut off would come back
+    half grey instead of as an error. What has to be turned (`turn`: by its EXIF tag) is turned on the CPU."""
+    header = jpeg_header(encoded)
+    return (
+        header is not None
+        and header.baseline
+        and header.bits == 8
+        and header.components in (1, 3)
+        and not header.rgb
+        and not (turn and header.tagged and orientation(encoded) != 1)
+        and 0 < header.height * header.width <= MAX_PIXELS
+        and b"\xff\xd9" in encoded[-64:]
+    )
 
 
 def check(device: torch.device, augment: AugmentConfig) -> None:

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..options import UsageError
 from . import gpu
 from .config import AugmentConfig, DataConfig, SamplerConfig
 from .decode import DecodeError
@@ -26,8 +27,19 @@ from .transforms import EvaluationTransform, TrainTransform, normalise
 
 Batch = tuple[Tensor, Tensor]  # (N, 3, H, W) float32 channels_last, normalised; (N,) int64
 Unreadable = tuple[int, str]  # index and reason
-HostBatch = tuple[Tensor | list, Tensor, list[Unreadable], int]  # images, labels, unreadable ones, places left empty
+
+
+@dataclass(frozen=True)
+class Met:
+    """What was met while an image was loaded: unreadable images, and remarks about readable ones, such as 16-bit pixels."""
+
+    unreadable: list[Unreadable] = field(default_factory=list)
+    remarks: list[tuple[int, str]] = field(default_factory=list)
+
+
+HostBatch = tuple[Tensor | list, Tensor, Met, int]  # images, labels, what was met, places left empty
 REPLACEMENTS = 16  # images tried for one place in a batch, before something else must be wrong
+REMARKS = 20  # different ones that are said of the images of a part
 HOP = 0.618  # from one to the next of them, as a share of all: the golden section leaves a folder that is unreadable as a whole at once
 
 
@@ -40,57 +52,60 @@ class _Sections(Protocol):
 
 
 class _Training(Dataset):
-    """Sample -> (pixels or plan, label, unreadable images met). Another image of the source stands in for an unreadable one, always the
+    """Sample -> (pixels or plan, label, what was met). Another image of the source stands in for an unreadable one, always the
     same, so that batches keep their size; the randomness stays that of the place in the epoch."""
 
     def __init__(self, source: Source, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
         self.source, self.labels, self.seed, self.plans = source, source.labels, seed, data.decoder == "nvjpeg"
         self.transform = TrainTransform(data, augment)
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor | gpu.Plan | None, int, list[Unreadable]]:
+    def __getitem__(self, sample: Sample) -> tuple[Tensor | gpu.Plan | None, int, Met]:
         return self.load(sample, self.plans)
 
-    def load(self, sample: Sample, plans: bool = False) -> tuple[Tensor | gpu.Plan | None, int, list[Unreadable]]:
+    def load(self, sample: Sample, plans: bool = False) -> tuple[Tensor | gpu.Plan | None, int, Met]:
         """`plans`: leaves to the GPU what it can do."""
         index, size, epoch, position = sample
         key = self.seed, epoch, position
-        unreadable: list[Unreadable] = []
+        met, decoder = Met(), self.transform.decoder
         for _ in range(REPLACEMENTS):
             try:
                 encoded = self.source.read(index)
-                if plans and gpu.can_decode(encoded):
-                    box, flip = self.transform.geometry(*self.transform.decoder.size(encoded), key)
-                    return gpu.Plan(encoded, box, flip, size, key, sample), int(self.labels[index]), unreadable
-                return self.transform(encoded, size, key), int(self.labels[index]), unreadable
+                if plans and gpu.can_decode(encoded, decoder.turn):
+                    box, flip = self.transform.geometry(*decoder.size(encoded), key)
+                    return gpu.Plan(encoded, box, flip, size, key, sample), int(self.labels[index]), met
+                pixels = self.transform(encoded, size, key)
+                met.remarks.extend((index, remark) for remark in decoder.take_remarks())
+                return pixels, int(self.labels[index]), met
             except (DecodeError, OSError) as error:
-                unreadable.append((index, str(error)))
+                met.unreadable.append((index, str(error)))
                 index = (index + max(1, round(HOP * len(self.labels)))) % len(self.labels)
-        return None, -1, unreadable
+        return None, -1, met
 
 
 class _Validation(Dataset):
-    """Index -> (pixels or None, label, unreadable images met)."""
+    """Index -> (pixels or None, label, what was met)."""
 
     def __init__(self, source: Source, data: DataConfig) -> None:
         self.source, self.labels, self.transform = source, source.labels, EvaluationTransform(data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, int, list[Unreadable]]:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, Met]:
         try:
-            return self.transform.pixels(self.source.read(index)), int(self.labels[index]), []
+            pixels = self.transform.pixels(self.source.read(index))
         except (DecodeError, OSError) as error:
-            return None, -1, [(index, str(error))]
+            return None, -1, Met([(index, str(error))])
+        return pixels, int(self.labels[index]), Met([], [(index, remark) for remark in self.transform.decoder.take_remarks()])
 
 
 def _collate(samples: list[tuple]) -> HostBatch:
     """Pixels as one tensor (N, H, W, 3) uint8, or a list where some wait for the GPU."""
-    unreadable = [found for *_, met in samples for found in met]
+    met = Met([found for *_, met in samples for found in met.unreadable], [found for *_, met in samples for found in met.remarks])
     usable = [sample for sample in samples if sample[0] is not None]
     images = [image for image, *_ in usable]
     labels = torch.tensor([label for _, label, _ in usable], dtype=torch.int64)
     empty = len(samples) - len(usable)
     if not images or any(isinstance(image, gpu.Plan) for image in images):
-        return images, labels, unreadable, empty
-    return torch.stack([image.permute(1, 2, 0) for image in images]), labels, unreadable, empty
+        return images, labels, met, empty
+    return torch.stack([image.permute(1, 2, 0) for image in images]), labels, met, empty
 
 
 def _start_worker(_: int) -> None:
@@ -129,6 +144,8 @@ class _Loader:
     ) -> None:
         self.part, self.source, self.data, self.device = part, source, data, device
         self.unreadable: dict[str, str] = {}
+        self.remarks: dict[str, str] = {}  # remark about images -> the first of them
+        self.say: Callable[[str], None] = lambda text: None  # is told each remark once
         self.wait_seconds = 0.0
         workers = loading_processes(data, device)
         self._loader = DataLoader(
@@ -166,8 +183,14 @@ class _Loader:
             tensor.record_stream(current)  # its memory is not given away before the step has used it
         return batch
 
-    def _note(self, unreadable: list[Unreadable]) -> None:
-        """Remembers unreadable images; DataError where there are too many."""
+    def _note(self, met: Met) -> None:
+        """Says what is new; remembers unreadable images. DataError where there are too many of them."""
+        for index, remark in met.remarks:
+            if remark not in self.remarks:
+                self.remarks[remark] = self.source.image_name(index)
+                if len(self.remarks) <= REMARKS:
+                    self.say(f"{self.remarks[remark]}: {remark}; this is said once")
+        unreadable = met.unreadable
         for index, reason in unreadable:
             self.unreadable[self.source.image_name(index)] = reason
         total = len(self.source.labels)
@@ -189,7 +212,7 @@ class _Loader:
             atexit.register(_end_workers)  # the last to be registered is the first to be called, before those that wait for workers
         while True:
             try:
-                images, labels, unreadable, empty = next(batches)
+                images, labels, met, empty = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -197,9 +220,9 @@ class _Loader:
                     raise
                 # It was killed, as by a machine that is out of memory.
                 raise DataError(f"a process that loads {self.part} images died: {error}; data.workers 0 does without") from error
-            self._note(unreadable)
+            self._note(met)
             if empty:
-                self._not_filled(unreadable)
+                self._not_filled(met.unreadable)
             if len(labels):
                 yield images, labels
 
@@ -217,8 +240,9 @@ class _Loader:
 class TrainLoader(_Loader):
     """Batches of this process for training.
 
-    `wait_seconds`: time that the caller waited for data in the epoch that runs or ran last. `unreadable`: name and reason of each image
-    that another one stood in for, since the start.
+    `say` is told once of each kind of image that is read in a way that is a choice (`remarks`). `wait_seconds`: time that the caller
+    waited for data in the epoch that runs or ran last. `unreadable`: name and reason of each image that another one stood in for, since the
+    start.
     """
 
     def __init__(self, source: Source, config: _Sections, seed: int, rank: int, world_size: int, device: torch.device) -> None:
@@ -252,10 +276,10 @@ class TrainLoader(_Loader):
         for i, image in enumerate(images):
             pixels = next(done) if isinstance(image, gpu.Plan) else image
             if pixels is None:
-                pixels, labels[i], unreadable = self._dataset.load(image.sample)
-                self._note(unreadable)
+                pixels, labels[i], met = self._dataset.load(image.sample)
+                self._note(met)
                 if pixels is None:
-                    self._not_filled(unreadable)
+                    self._not_filled(met.unreadable)
             images[i] = pixels.to(self.device).permute(1, 2, 0)
         return torch.stack(images), labels
 
@@ -299,6 +323,8 @@ def loaders(config: _Sections, *, rank: int = 0, world_size: int = 1, seed: int 
     if config.data.decoder == "nvjpeg":
         gpu.check(device, config.augment)
     train = open_source(config.data, "train")
+    if config.sampler.aug_repeats > len(train.labels):
+        raise UsageError(f"sampler.aug_repeats must be at most the training images, {len(train.labels)}, got {config.sampler.aug_repeats}")
     val = open_source(config.data, "val", train.class_names)
     loader = TrainLoader(train, config, seed, rank, world_size, device)
     return Loaders(

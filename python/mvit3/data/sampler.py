@@ -35,10 +35,11 @@ def batch_sizes(config: SamplerConfig, batch_size: int, world_size: int) -> dict
 
 
 class _Permutation(Sampler):
-    """(image, position) in the order of an epoch."""
+    """(image, position) in the order of an epoch. With `repeats`, the first of them come so many times in a row, each augmented anew, and
+    the others wait for another epoch (Hoffer et al. 2019, Berman et al. 2019): an epoch stays as long."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
+    def __init__(self, count: int, seed: int, repeats: int) -> None:
+        self.count, self.seed, self.repeats, self.epoch = count, seed, repeats, 0
 
     def __len__(self) -> int:
         return self.count
@@ -49,6 +50,7 @@ class _Permutation(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # 2^20 epochs before two seeds share an order.
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed((self.seed << 20) + self.epoch))
+        order = order.repeat_interleave(self.repeats)[: self.count]
         return ((int(index), position) for position, index in enumerate(order.tolist()))
 
 
@@ -60,7 +62,8 @@ class BatchSampler(Sampler):
         if min(sizes.values()) > count:
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
             raise UsageError(f"data.batch_size must be at most the number of training images, {count}, got {batch_size}{processes}")
-        self.sizes, self.batches = list(sizes), ScheduledBatchSampler(_Permutation(count, seed), list(sizes.values()), seed=seed)
+        order = _Permutation(count, seed, config.aug_repeats)
+        self.sizes, self.batches = list(sizes), ScheduledBatchSampler(order, list(sizes.values()), seed=seed)
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0
 
     def __len__(self) -> int:

@@ -21,7 +21,9 @@ from torchvision.transforms.v2 import functional as F
 
 from ..options import UsageError
 from .config import AugmentConfig, DataConfig
-from .decode import Decoder, reduction
+from .decode import Decoder, Encoded, from_pil, reduction
+
+MAX_RATIO = 8  # of the sides of an image that is resized as a whole
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 Key = tuple[int, ...]  # what the randomness of a sample depends on
@@ -80,7 +82,13 @@ class Resize:
         return self(image[:, top : top + height, left : left + width], size, size)
 
     def shorter(self, image: Tensor, resize: int, size: int) -> Tensor:
-        """The centre of the image, after its shorter side became `resize` pixels."""
+        """The centre of the image, after its shorter side became `resize` pixels. An image of more than MAX_RATIO times its shorter side
+        loses its ends before: they are not in the centre, and a line of pixels would become terabytes."""
+        height, width = image.shape[-2:]
+        longest = MAX_RATIO * min(height, width)
+        if max(height, width) > longest:
+            top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+            image = image[:, top : top + longest, left : left + longest]
         image = self(image, *short_side(*image.shape[-2:], resize))
         top, left, height, width = centre(*image.shape[-2:], size)
         return image[:, top : top + height, left : left + width]
@@ -107,7 +115,7 @@ class TrainTransform:
 
     def __init__(self, data: DataConfig, augment: AugmentConfig) -> None:
         self.data, self.augment = data, augment
-        self.decoder = Decoder("auto" if data.decoder == "nvjpeg" else data.decoder)
+        self.decoder = Decoder("auto" if data.decoder == "nvjpeg" else data.decoder, data.exif_orientation)
         self.resize = Resize(data)
         self._bgr = data.colors == "bgr"
         # An erased part is zero for the network: it gets the pixel, in RGB and to the nearest level, that normalising makes zero.
@@ -174,7 +182,7 @@ class TrainTransform:
             return policy(image)
         return as_tensor(np.array(policy(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))))
 
-    def __call__(self, encoded: bytes | np.ndarray, size: int, key: Key) -> Tensor:
+    def __call__(self, encoded: Encoded, size: int, key: Key) -> Tensor:
         """(3, size, size) uint8, channels_last, from the bytes of an image or from pixels (H, W, 3). DecodeError."""
         height, width = self.decoder.size(encoded)
         box, flip = self.geometry(height, width, key)
@@ -197,15 +205,16 @@ class EvaluationTransform:
     """What validation and prediction do: shorter side to `data.resize`, centre crop of `data.crop`, colours in the network's order.
 
     Calling it with a path, the bytes of an image, a PIL image or pixels (H, W, 3) uint8 gives what the network reads: (3, crop, crop)
-    float32, normalised. DecodeError where that is no image, OSError where it cannot be read.
+    float32, normalised. DecodeError where that is no image, OSError where it cannot be read, ValueError for pixels of another shape or
+    dtype.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self.data = data
-        self.decoder = Decoder("auto" if data.decoder == "nvjpeg" else data.decoder)
+        self.decoder = Decoder("auto" if data.decoder == "nvjpeg" else data.decoder, data.exif_orientation)
         self.resize = Resize(data)
 
-    def pixels(self, encoded: bytes | np.ndarray) -> Tensor:
+    def pixels(self, encoded: Encoded) -> Tensor:
         """(3, crop, crop) uint8, channels_last. DecodeError."""
         reduce = 1
         if self.data.scaled_decoding:
@@ -218,7 +227,9 @@ class EvaluationTransform:
         if isinstance(image, (str, Path)):
             image = Path(image).read_bytes()
         elif isinstance(image, Image.Image):
-            image = np.array(image.convert("RGB"))
+            image, _ = from_pil(image, self.data.exif_orientation)
+        elif isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size):
+            raise ValueError(f"image must be pixels (H, W, 3) of dtype uint8, got {image.shape} of {image.dtype}")
         return normalise(self.pixels(image)[None], self.data)[0]
 
 
