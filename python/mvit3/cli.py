@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, get_origin
@@ -126,11 +126,12 @@ def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[ob
 
 
 def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
-    """Options as --option=value, then what follows none; --data D is --data.root=D, or --data.source=digits; recipes become files.
+    """Files, options as --option=value, then what follows none: the command line wins over files, wherever they stand in it.
+    --data D is --data.root=D, or --data.source=digits; recipes become files.
 
     UsageError for an option that does not exist, and for a word too many.
     """
-    flags, queue, options, rest = parser.flags, list(arguments), [], []
+    flags, queue, files, options, rest = parser.flags, list(arguments), [], [], []
     while queue:
         word = queue.pop(0)
         if word == "--":
@@ -157,11 +158,12 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
         if flag == "--data":
             flag = "--data.source" if value == "digits" else "--data.root"
         elif flag == "--config":
-            value = _recipe(value)
+            files.append(f"{flag}={_recipe(value)}")
+            continue
         options.append(f"{flag}={value}")
     if rest and not parser.takes_files:
         raise _stray(rest, options, _kinds(parser))
-    return [*options, *rest]
+    return [*files, *options, *rest]  # the parser lets the last one win
 
 
 def _kinds(parser: _Parser) -> dict[str, tuple[object, object]]:
@@ -207,7 +209,7 @@ def _one_line(error: Exception, parser: _Parser) -> str:
 
 def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
-    command, parser = COMMANDS[name], _Parser(name)
+    command, parser, base = COMMANDS[name], _Parser(name), {}
     arguments = _arrange(parser, arguments)
     if command.recipe:
         arguments = [f"--config={_recipe(command.recipe)}", *arguments]
@@ -234,8 +236,24 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
     if getattr(args, "top", 1) < 1:
         raise UsageError(f"--top must be at least 1, got {args.top}")
     values = args.as_dict()
-    config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
+    sections = {section: dict(values[section]) for section in EVERYTHING}
+    _take_data(sections["data"], arguments, base)
+    config = TrainConfig.from_dict(sections)
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
+
+
+def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[str, Mapping[str, object]]) -> None:
+    """A folder that the command line names is what is read, though a recipe or a checkpoint has data that need none; and the limit of a
+    training's validation images is no property of other images. `base`: the configuration of a checkpoint."""
+    given = {word.partition("=")[0] for word in arguments}
+    if "--data.root" in given and "--data.source" not in given and data["source"] == "digits":
+        data["source"] = "folder"
+    then = base.get("data", {})
+    other = any(data[key] != then.get(key, data[key]) for key in ("source", "val")) or (
+        os.path.realpath(str(data["root"])) != os.path.realpath(str(then.get("root", data["root"])))
+    )
+    if other and "--data.limit_val" not in given:
+        data["limit_val"] = 0
 
 
 def _check_values(args: argparse.Namespace) -> None:

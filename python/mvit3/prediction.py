@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .checkpoint import CheckpointError
 from .data import DataError, DecodeError, evaluation_transform
 from .data.sources import read_class_names, side_file
 from .inference import Network
@@ -79,7 +80,10 @@ def predict(network: Network, images: Sequence[Image], top: int) -> Iterator[dic
             batch = torch.stack(pixels).to(device)
             batch = batch.contiguous(memory_format=torch.channels_last) if run.channels_last else batch
             with use_ops(run.ops), autocast(run, device):
-                probabilities = network.model(batch).float().softmax(1)
+                logits = network.model(batch).float()
+            if not logits.isfinite().all():
+                raise CheckpointError(f"the network's output is not finite for images like {rows[0]['image']}; it tells no class")
+            probabilities = logits.softmax(1)
             values, classes = probabilities.topk(min(top, network.num_classes))
             readable = (row for row in rows if "error" not in row)
             for row, p, c in zip(readable, values.tolist(), classes.tolist(), strict=True):

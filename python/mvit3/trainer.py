@@ -26,6 +26,7 @@ from .checkpoint import AVERAGE, TRAINED
 from .config import TrainConfig
 from .data import Loaders
 from .data.identity import identity
+from .data.sampler import batch_sizes
 from .distill import open_teacher
 from .distributed import World
 from .ema import INITIAL_SHARE, Ema
@@ -42,6 +43,7 @@ from .schedule import Schedule, rate_factor
 from .signals import StopSignals
 
 PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
+STRIDE = 32  # of the last map of every network of the family
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
@@ -58,6 +60,12 @@ class Trainer:
         self.num_classes = config.model.num_classes or loaders.num_classes
         if self.num_classes < loaders.num_classes:
             raise UsageError(f"model.num_classes must be at least {loaders.num_classes}, the classes of the data; got {self.num_classes}")
+        if self.num_classes < 2:
+            raise UsageError(
+                f"a classifier needs two classes, {config.data.root or config.data.source} has one, {loaders.class_names[0]!r}; data.root "
+                "must hold the folders of data.train and data.val, and each of these one folder per class"
+            )
+        _check_batch_norm(config, world)
         self.steps_per_epoch = len(loaders.train) // run.accumulate
         if not self.steps_per_epoch:
             raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
@@ -425,6 +433,17 @@ class Trainer:
             done = min(done * now // then, now)
             p.batch, p.step = done * self.config.run.accumulate, p.epoch * now + done
             self.listener.say(f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}")
+
+
+def _check_batch_norm(config: TrainConfig, world: World) -> None:
+    """UsageError where batch norm would see one value per channel behind the last stride, which has no variance."""
+    for size, images in batch_sizes(config.sampler, config.data.batch_size, world.size).items():
+        mine = images if config.run.sync_bn else images // world.size
+        if mine == 1 and size <= STRIDE:
+            raise UsageError(
+                f"data.batch_size must be at least 2 for images of {size} pixels: the last map of one image is 1x1, and batch norm needs "
+                f"more than one value per channel; or take sampler.size above {STRIDE}"
+            )
 
 
 def data_identity(config: TrainConfig, loaders: Loaders) -> dict[str, object]:
