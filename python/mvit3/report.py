@@ -10,6 +10,7 @@ import platform
 import re
 from datetime import datetime
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,8 @@ STYLE = {
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by everyone, and in print
 WRITTEN = 12  # classes up to which a confusion matrix has its counts written in, and a width that a telephone shows
 CLASSES_IN_A_TABLE = 25
+LOWEST = 10  # classes that are shown where there are more than a table holds
+NAMED = 5  # unreadable images that are named
 CONFUSIONS = 10  # of the most frequent ones, in a table
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -171,7 +174,9 @@ def _facts(result: dict[str, object]) -> list[str]:
         facts.append(f"{percent(result['ema_initial_share'])} of the averaged weights are still the initial ones")
     if result["skipped_steps"]:
         facts.append(f"{result['skipped_steps']} steps skipped, whose gradient was not finite")
-    facts += [f"unreadable: {name}: {reason}" for name, reason in result["unreadable"].items()]
+    facts += [f"unreadable: {name}: {reason}" for name, reason in islice(result["unreadable"].items(), NAMED)]
+    if len(result["unreadable"]) > NAMED:
+        facts.append(f"unreadable: {len(result['unreadable']) - NAMED} more, which report.json names")
     return facts
 
 
@@ -240,16 +245,17 @@ def _confusion(counts: list[list[int]], names: list[str]) -> Figure:
     from matplotlib.ticker import PercentFormatter
 
     written = len(names) <= WRITTEN
-    size = 4.8 if written else 0.32 * len(names) + 2
-    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
+    size = 4.8 if written else 0.19 * len(names) + 2
+    figure, axis = plt.subplots(figsize=(size, size if written else 0.85 * size), layout="constrained")
     shares = torch.tensor(counts, dtype=torch.float64)
     shares /= shares.sum(1, keepdim=True).clamp_min(1)
     image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.grid(visible=False)
     axis.set(xlabel="predicted class", ylabel="true class", xticks=range(len(names)), yticks=range(len(names)))
     short = [name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}" for name in names]
-    axis.set_xticklabels(short, rotation=90)
-    axis.set_yticklabels(short)
+    small = {} if written else {"fontsize": 8}
+    axis.set_xticklabels(short, rotation=90, **small)
+    axis.set_yticklabels(short, **small)
     if not written:
         figure.colorbar(image, ax=axis, label="share of the true class", format=PercentFormatter(1), shrink=0.6)
         return figure
@@ -312,6 +318,17 @@ def _epochs(history: list[dict[str, object]]) -> str:
     rows = [[EPOCHS[key][0] for key in keys]]
     rows += [["" if row.get(key) is None else EPOCHS[key][1](row[key]) for key in keys] for row in history]
     return _html_table(rows, tuple(i for i, key in enumerate(keys) if not EPOCHS[key][2]))
+
+
+def _classes(classes: list[dict[str, object]]) -> str:
+    """All of them, folded up behind the ten lowest where they are many."""
+    tables = [class_rows(classes[i : i + CLASSES_IN_A_TABLE]) for i in range(0, len(classes), CLASSES_IN_A_TABLE)]
+    every = f'<div class="tables">{"".join(map(_html_table, tables))}</div>'
+    if len(tables) == 1:
+        return every
+    lowest = sorted((c for c in classes if c["images"]), key=lambda c: c["accuracy"])[:LOWEST]
+    fold = f"<details><summary>All {len(classes)} classes</summary>{every}</details>"
+    return f"<p>The {len(lowest)} lowest of {len(classes)}:</p>{_html_table(class_rows(lowest))}{fold}"
 
 
 def _confusions(counts: list[list[int]], names: list[str]) -> list[list[str]]:
@@ -383,10 +400,7 @@ def write_html(path: Path, result: dict[str, object], progress: Progress) -> Non
         if samples:
             parts += [f"<h2>{text}</h2>", '<div class="gallery">', *(_picture(s, names) for s in samples), "</div>"]
     if result["classes"]:
-        parts += ["<h2>Accuracy by class</h2>", '<div class="tables">']
-        for begin in range(0, len(names), CLASSES_IN_A_TABLE):
-            parts.append(_html_table(class_rows(result["classes"][begin : begin + CLASSES_IN_A_TABLE])))
-        parts.append("</div>")
+        parts += ["<h2>Accuracy by class</h2>", _classes(result["classes"])]
     if progress.confusion:
         wide = "wide" if len(names) > WRITTEN else "charts"
         parts += ["<h2>Which class is taken for which</h2>", f'<div class="{wide}">']

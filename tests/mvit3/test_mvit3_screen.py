@@ -257,6 +257,21 @@ def test_report_fits_any_screen(run):
     assert len(identifiers) == len(set(identifiers))
 
 
+def test_report_of_many_classes(run, tmp_path):
+    """The lowest are shown, all are there folded up; long names and long lists of unreadable files do not drown the rest."""
+    from mvit3.progress import Progress
+    from mvit3.report import class_results, write_html
+
+    many = [f"class_{i}_with_a_name_that_is_longer_than_a_line" for i in range(1000)]
+    results = class_results([i % 50 for i in range(1000)], [50] * 1000, many)
+    unreadable = {f"/data/{i}.jpg": "the file is empty" for i in range(200)}
+    write_html(tmp_path / "many.html", {**run.result, "classes": results, "num_classes": 1000, "unreadable": unreadable}, Progress())
+    text = (tmp_path / "many.html").read_text()
+    before, folded = text.split("<details><summary>All 1000 classes</summary>")
+    assert before.count("<tr>") < 30 and all(folded.count(f"<td>{name}</td>") == 1 for name in many)
+    assert f"<td>{many[0]}</td>" in before and text.count("the file is empty") == 5 and "195 more, which report.json names" in text
+
+
 def test_charts_name_their_axes_and_leave_curves_free(run):
     from matplotlib import pyplot as plt
 
