@@ -1,4 +1,4 @@
-"""The command line: `mvit3 train`, `evaluate`, `predict` and `demo`."""
+"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `models` and `demo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 
 # Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
 from . import recipes
-from .config import TrainConfig, check_names, section_options
+from .config import AMP, TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
 from .options import UsageError, form, nearest, nearest_options
@@ -43,9 +43,18 @@ WEIGHTS = {
 }
 TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
+START = {"default": "", "help": "where it starts: of mvit3 train, which tells network, pixels and augmentation, or with --config another"}
+SIZE = {"type": int, "default": 256, "help": "side of the image for which multiplications are counted, pixels"}
+NAMES = {"nargs": "*", "default": [], "help": "names or patterns such as 'mobilevitv3*'; all networks without"}
 EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "distill", "ema", "run")
 COMMANDS = {
     "train": Command("train a network: one process, or several under torchrun", EVERYTHING, ("train", "val")),
+    "finetune": Command(
+        "train a network on other, few images, from the weights of a checkpoint",
+        EVERYTHING,
+        ("train", "val"),
+        extra={"--checkpoint": START},
+    ),
     "evaluate": Command(
         "accuracy of a checkpoint on the validation images",
         ("model", "data", "run"),
@@ -59,6 +68,7 @@ COMMANDS = {
         checkpoint=True,
         extra={"--weights": WEIGHTS, "--top": TOP, "images": IMAGES},
     ),
+    "models": Command("networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}),
     "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
 }
 
@@ -67,14 +77,17 @@ class _Parser(ArgumentParser):
     """Errors of an option's type come as exceptions; `main` makes one line of them."""
 
     def __init__(self, name: str) -> None:
+        own = COMMANDS[name]
+        short = ". --data D is short for --data.root D, --data digits for --data.source digits, --amp for --run.amp auto."
+        words = ["--checkpoint FILE"] * own.checkpoint + ["[--config RECIPE] [--section.key VALUE ...]"] * bool(own.sections)
+        words += [f"{word} ..." for word in ("images", "[names]") if word.strip("[]") in own.extra]
         super().__init__(
             prog=f"mvit3 {name}",
-            description=f"{COMMANDS[name].help}. --data D is short for --data.root D, --data digits for --data.source digits.",
+            description=own.help + (short if own.sections else "."),
             exit_on_error=False,
             print_config=None,
             allow_abbrev=False,
-            usage=f"mvit3 {name} {'--checkpoint FILE ' if COMMANDS[name].checkpoint else ''}"
-            f"[--config RECIPE] [--section.key VALUE ...]{' images ...' if 'images' in COMMANDS[name].extra else ''}",
+            usage=" ".join((f"mvit3 {name}", *words)),
         )
         self.name, command = name, COMMANDS[name]
         if command.checkpoint:
@@ -138,7 +151,10 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
             rest.append(word)
             continue
         flag, equals, value = word.partition("=")
-        if flag not in flags and flag != "--data":
+        if flag == "--amp" and not equals and (not queue or queue[0] not in AMP):
+            options.append("--run.amp=auto")
+            continue
+        if flag not in flags and flag not in ("--data", "--amp"):
             raise _unknown(flag, parser)
         if flag in flags and flags[flag].nargs == 0:
             if equals:
@@ -154,6 +170,8 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
             value += f" {queue.pop(0)}"  # [160, 192] with a space
         if flag == "--data":
             flag = "--data.source" if value == "digits" else "--data.root"
+        elif flag == "--amp":
+            flag = "--run.amp"
         elif flag == "--config":
             files.append(f"{flag}={_recipe(value)}")
             continue
@@ -212,6 +230,10 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
         arguments = [f"--config={_recipe(command.recipe)}", *arguments]
     try:
         args = parser.parse_args(arguments)
+        if name == "finetune":
+            _check_values(args)
+            arguments = _finetune_defaults(parser, arguments, args)
+            args = parser.parse_args(arguments)
         if command.checkpoint and not Path(args.checkpoint).is_file():
             raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
         if command.checkpoint and not any(word.startswith("--config=") for word in arguments):
@@ -249,17 +271,66 @@ def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[
         data["limit_val"] = 0
 
 
+# What fine-tuning takes from a checkpoint: the network, and images as it knows them.
+TAKEN = {
+    "model": ("name", "drop_rate", "proj_drop_rate", "attn_drop_rate", "ffn_drop_rate"),
+    "data": ("resize", "crop", "interpolation", "antialias", "exif_orientation", "colors", "mean", "std"),
+    "augment": (),  # all of it
+    "sampler": ("size",),
+    "run": ("ops", "channels_last"),
+}
+
+
+def _finetune_defaults(parser: _Parser, arguments: list[str], args: argparse.Namespace) -> list[str]:
+    """Sets the defaults of `mvit3 finetune`; returns the arguments that are left to lie over them.
+
+    Lowest is a recipe that was given by its name (network and images), then the recipe `finetune`, then what the checkpoint tells; files
+    and options of the user win.
+    """
+    named = [word for word in arguments if word.startswith("--config=") and recipes.is_recipe(Path(word.partition("=")[2]))]
+    layers = [yaml.safe_load(Path(word.partition("=")[2]).read_text()) for word in named]
+    for layer in layers:
+        layer.pop("run", None)
+        layer.get("sampler", {}).pop("sizes", None)
+    layers.append(yaml.safe_load(recipes.path("finetune").read_text()))
+    if layers[:-1]:
+        for section in ("model", "data", "augment"):  # are the named recipe's
+            layers[-1][section] = {key: value for key, value in layers[-1].get(section, {}).items() if key in ("drop_head", "batch_size")}
+    if args.checkpoint:
+        if not Path(args.checkpoint).is_file():
+            raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
+        _loading(args)
+        content = _checkpoint_config(Path(args.checkpoint), optional=bool(named))
+        taken = {
+            section: {key: value for key, value in content[section].items() if not keys or key in keys}
+            for section, keys in TAKEN.items()
+            if section in content
+        }
+        layers += [taken, {"model": {"pretrained": args.checkpoint}}]
+    parser.set_defaults({
+        f"{section}.{key}": value
+        for layer in layers
+        for section, values in layer.items()
+        for key, value in values.items()
+        if f"--{section}.{key}" in parser.flags
+    })  # fmt: skip
+    return [word for word in arguments if word not in named]
+
+
 def _check_values(args: argparse.Namespace) -> None:
     for section, key, _, _, option in section_options():
         option.check(f"{section}.{key}", args[f"{section}.{key}"])
 
 
-def _checkpoint_config(path: Path) -> dict[str, dict[str, object]]:
+def _checkpoint_config(path: Path, optional: bool = False) -> dict[str, dict[str, object]]:
+    """The configuration that a checkpoint was made with; `optional`: nothing where it is of another origin."""
     from . import checkpoint  # loads PyTorch
 
     try:
         return checkpoint.load(path)["config"]
     except checkpoint.Foreign as error:
+        if optional:
+            return {}
         raise Failure(f"{error}; a checkpoint of another origin needs --config with its recipe") from None
     except checkpoint.CheckpointError as error:
         raise Failure(str(error)) from None

@@ -23,6 +23,7 @@ from .distributed import World, world
 from .errors import Failure
 from .inference import Network, evaluate_checkpoint
 from .inference import predict as predict_images
+from .listing import describe
 from .lock import alone
 from .logs import write
 from .report import Reporter, percent, summary, summary_text, table, write_html
@@ -37,13 +38,13 @@ EXPECTED = (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, DataError
 def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
     """Runs a command; its exit status, or Failure where it cannot do what it was told."""
     try:
-        return {"train": train, "evaluate": evaluate, "predict": predict, "demo": compare}[name](config, args) or 0
+        return COMMANDS[name](config, args) or 0
     except EXPECTED as error:
         raise Failure(str(error)) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        kind = "data.batch_size (run.accumulate makes up for it)" if name in ("train", "demo") else "data.eval_batch_size"
+        kind = "data.batch_size (run.accumulate makes up for it)" if name in ("train", "finetune", "demo") else "data.eval_batch_size"
         lines = str(error).strip().splitlines() or ["no more memory is to be had"]
         detail = lines[-1] if lines[0].startswith("Caught ") else lines[0]  # the former is of a loading process, with its traceback
         raise Failure(f"out of memory: {detail}; a smaller {kind}, smaller images or run.amp bf16 need less") from error
@@ -70,6 +71,26 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
         if here.first:
             _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
         return INTERRUPTED if trainer.signals.number == signal.SIGINT else 0
+
+
+def finetune(config: TrainConfig, args: argparse.Namespace) -> int:
+    if not config.model.pretrained and not args.quiet:
+        print("no --checkpoint is given: the network starts from fresh weights", file=sys.stderr)
+    return train(config, args)
+
+
+def models(config: TrainConfig, args: argparse.Namespace) -> None:
+    found = describe(args.names, args.size)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    rows = [["network", "parameters", "GMACs", "input", "recipes"]]
+    for model in found:
+        recipes = ", ".join(model["recipes"])
+        rows.append([model["name"], f"{model['parameters'] / 1e6:.2f} M", f"{model['macs'] / 1e9:.2f}", model["input"], recipes])
+    print(table(rows))
+    if not args.quiet:
+        print(f"\nGMACs: 10^9 multiplications with addition of one {args.size}x{args.size} image, which papers call FLOPs; 1000 classes.")
 
 
 def _backend(trainer: Trainer) -> str:
@@ -123,3 +144,6 @@ def compare(config: TrainConfig, args: argparse.Namespace) -> None:
     check_output(config.run.output)
     with alone(Path(config.run.output), World(torch.device("cpu"))):
         demo(config, args.quiet, args.json)
+
+
+COMMANDS = {"train": train, "finetune": finetune, "models": models, "evaluate": evaluate, "predict": predict, "demo": compare}

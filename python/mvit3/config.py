@@ -143,7 +143,7 @@ class LossConfig(Section):
 
     name: Annotated[str, Option("cross-entropy, or binary cross-entropy of every class by itself", LOSSES)] = "cross_entropy"
     label_smoothing: Annotated[float, Option("share of the target spread over all classes", minimum=0, below=1)] = 0.1
-    bce_target_threshold: Annotated[
+    bce_target_thresh: Annotated[
         float | None, Option("bce: targets above it become 1, others 0; null: they stay as they are mixed", minimum=0, below=1)
     ] = None
     bce_sum: Annotated[bool, Option("bce: sum over the classes, not their mean")] = False

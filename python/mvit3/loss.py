@@ -62,7 +62,7 @@ class Criterion:
         # Mixed targets are smoothed already.
         self.smoothing = 0.0 if self.mixup else config.label_smoothing
         self._bce = BinaryCrossEntropy(
-            self.smoothing, target_threshold=config.bce_target_threshold, weight=self.weights, sum_classes=config.bce_sum
+            self.smoothing, target_threshold=config.bce_target_thresh, weight=self.weights, sum_classes=config.bce_sum
         ).to(device)
 
     def begin_epoch(self, epoch: int) -> None:

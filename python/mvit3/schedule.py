@@ -51,7 +51,7 @@ class Schedule:
             config.name,
             max(config.epochs * unit - self.begin, 1),
             decay_epochs=config.decay_epochs * unit,
-            decay_milestones=[epoch * unit for epoch in sorted(config.decay_milestones)],
+            decay_milestones=[epoch * unit + 1 for epoch in sorted(config.decay_milestones)],  # timm takes them one unit early
             decay_rate=config.power if config.name == "poly" else config.decay_rate,
             min_lr=factor * config.min_lr,
         )

@@ -111,7 +111,7 @@ def test_output_that_cannot_be_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "a command is needed: train, evaluate, predict, demo"),
+    ([], "a command is needed: train, finetune, evaluate, predict, models, demo"),
     (["trian"], "the nearest is train"),
     (["evaluate"], "checkpoint"),
     (["predict", "--checkpoint", "x"], "images"),

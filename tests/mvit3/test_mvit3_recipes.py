@@ -220,7 +220,7 @@ OURS = {
     "schedule.decay_milestones": ([30, 60, 90], "without effect on a cosine"),
     "schedule.power": (0.9, "without effect on a cosine"),
     "loss.name": ("cross_entropy", "the loss of all"),
-    "loss.bce_target_threshold": (None, OFF),
+    "loss.bce_target_thresh": (None, OFF),
     "loss.bce_sum": (False, OFF),
     "loss.class_weights": ([], OFF),
     "loss.class_balance": (0, OFF),

@@ -19,3 +19,8 @@ def path(name: str) -> Path:
     if name not in names():
         raise UsageError(f"there is no recipe {name!r}, the nearest is {nearest(name, names())!r}; there are {', '.join(names())}")
     return _FOLDER / f"{name}.yaml"
+
+
+def is_recipe(file: Path) -> bool:
+    """Whether a file is one of the recipes that there are."""
+    return file.parent == _FOLDER
