@@ -22,7 +22,7 @@ from .errors import Failure
 from .names import TIMM
 from .options import UsageError, form, nearest, nearest_options
 from .signals import INTERRUPTED
-from .streams import BROKEN_PIPE, guarded, stdout_is_lost
+from .streams import BROKEN_PIPE, guarded
 
 
 @dataclass(frozen=True)
@@ -398,18 +398,17 @@ def _loading(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where nobody reads what it
     prints."""
-    with guarded() as stderr:
+    with guarded() as (stdout, stderr):
+        status, stopped = 0, None
         try:
             status = _main(sys.argv[1:] if argv is None else argv)
-        except BrokenPipeError:
-            if not stdout_is_lost():
-                raise
-            return BROKEN_PIPE
-        except SystemExit:  # of --help
-            if not stdout_is_lost():
-                raise
-            return BROKEN_PIPE
-        return BROKEN_PIPE if stdout_is_lost() or stderr.lost else status
+        except (BrokenPipeError, SystemExit) as error:
+            stopped = error
+    if stdout.lost or stderr.lost:
+        return BROKEN_PIPE
+    if stopped is not None:
+        raise stopped
+    return status
 
 
 def _main(argv: Sequence[str]) -> int:

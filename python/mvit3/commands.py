@@ -47,7 +47,8 @@ def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         kind = "data.batch_size (run.accumulate makes up for it)" if name in ("train", "finetune", "demo") else "data.eval_batch_size"
-        detail = str(error).splitlines()[0] if str(error) else "no more memory is to be had"
+        lines = str(error).strip().splitlines() or ["no more memory is to be had"]
+        detail = lines[-1] if lines[0].startswith("Caught ") else lines[0]  # the former is of a loading process, with its traceback
         raise Failure(f"out of memory: {detail}; a smaller {kind}, smaller images or run.amp bf16 need less") from error
 
 

@@ -216,7 +216,7 @@ class _Loader:
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not str(error).startswith("DataLoader worker (pid"):  # an error inside it is told as it is
                     raise
                 # It was killed, as by a machine that is out of memory.
                 raise DataError(f"a process that loads {self.part} images died: {error}; data.workers 0 does without") from error
