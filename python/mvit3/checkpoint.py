@@ -136,7 +136,8 @@ def load(path: Path) -> dict[str, object]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # the unpickler has no common error type
-        raise Foreign(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise Foreign(f"{path} is truncated, or no checkpoint{reason}") from error
     wrong = [key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)]
     if wrong:
         raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")

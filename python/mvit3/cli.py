@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import NoReturn, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
 from . import recipes
 from .config import AMP, TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
-from .options import UsageError, form, nearest, nearest_options
+from .options import UsageError, form, nearest, nearest_options, written
 from .signals import INTERRUPTED
 from .streams import BROKEN_PIPE, guarded
 
@@ -40,11 +40,11 @@ class Command:
 WEIGHTS = {
     "default": "auto",
     "choices": ["auto", "ema", "raw"],
-    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names",
+    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names (default: auto)",
 }
 CSV = {"action": "store_true", "help": "the result as CSV on stdout, a row for each class"}
 PER_CLASS = {"action": "store_true", "help": "a table of all classes with their accuracy"}
-TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
+TOP = {"type": int, "default": 5, "help": "classes to name for each image (default: 5)"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 START = {"default": "", "help": "where it starts: of mvit3 train, which tells network, pixels and augmentation, or with --config another"}
 SIZE = {"type": int, "default": 256, "help": "side of the image for which multiplications are counted, pixels"}
@@ -76,6 +76,13 @@ COMMANDS = {
 }
 
 
+class _Help(DefaultHelpFormatter):
+    """Options are described in our words, which have the form of a value and the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help
+
+
 class _Parser(ArgumentParser):
     """Errors of an option's type come as exceptions; `main` makes one line of them."""
 
@@ -88,6 +95,7 @@ class _Parser(ArgumentParser):
             prog=f"mvit3 {name}",
             description=own.help + (short if own.sections else "."),
             exit_on_error=False,
+            formatter_class=_Help,
             print_config=None,
             allow_abbrev=False,
             usage=" ".join((f"mvit3 {name}", *words)),
@@ -106,7 +114,10 @@ class _Parser(ArgumentParser):
             if section not in groups:
                 groups[section] = self.add_argument_group(f"{section} options") if section in command.sections else self
             choices = f"; one of {', '.join(option.choices)}" if 0 < len(option.choices) <= 20 else ""
-            text = f"{option.help}{choices}" if section in command.sections else argparse.SUPPRESS
+            text = argparse.SUPPRESS
+            if section in command.sections:
+                value = "" if option.choices else f"{form(kind, default)}; "
+                text = f"{option.help}{choices} ({value}default: {written(default)})"
             groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
 
     @property

@@ -107,6 +107,28 @@ def test_mistakes_with_a_checkpoint(arguments, message, capsys, monkeypatch, tmp
     assert message in refused(arguments, capsys, monkeypatch, tmp_path)[1]
 
 
+def test_file_that_is_no_checkpoint(tmp_path, capsys):
+    path = tmp_path / "notes.pt"
+    for content in (b"some words", b"PK\x03\x04 and no more", b""):
+        path.write_bytes(content)
+        assert main(["evaluate", "--checkpoint", str(path)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"mvit3 evaluate: error: {path} is truncated, or no checkpoint; a checkpoint of another origin needs")
+            f"mvit3 evaluate: error: {path} is truncated, or no checkpoint; a checkpoint of another origin needs --config"
+        )
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_help_is_in_plain_words(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(f"usage: mvit3 {name} ") and "[--config RECIPE] [--section.key VALUE ...]" in text
+    for word in ("type:", "None", "True", "False", "tuple", "==SUPPRESS=="):
+        assert word not in text
+    assert "(a list of numbers such as [0,0,0]; default: [0,0,0])" in text and "(a whole number or null; default: null)" in text
+
+
 def test_folder_without_the_parts_is_named_with_what_it_holds(tmp_path, capsys):
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
