@@ -273,7 +273,7 @@ def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[
 
 # What fine-tuning takes from a checkpoint: the network, and images as it knows them.
 TAKEN = {
-    "model": ("name", "drop_rate", "proj_drop_rate", "attn_drop_rate", "ffn_drop_rate"),
+    "model": ("name", "drop_rate", "proj_drop_rate", "attn_drop_rate", "ffn_drop_rate", "drop_path_rate"),
     "data": ("resize", "crop", "interpolation", "antialias", "exif_orientation", "colors", "mean", "std"),
     "augment": (),  # all of it
     "sampler": ("size",),
@@ -289,8 +289,8 @@ def _finetune_defaults(parser: _Parser, arguments: list[str], args: argparse.Nam
     """
     named = [word for word in arguments if word.startswith("--config=") and recipes.is_recipe(Path(word.partition("=")[2]))]
     layers = [yaml.safe_load(Path(word.partition("=")[2]).read_text()) for word in named]
+    layers = [{section: layer[section] for section in ("model", "data", "augment", "sampler") if section in layer} for layer in layers]
     for layer in layers:
-        layer.pop("run", None)
         layer.get("sampler", {}).pop("sizes", None)
     layers.append(yaml.safe_load(recipes.path("finetune").read_text()))
     if layers[:-1]:

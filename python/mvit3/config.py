@@ -58,6 +58,10 @@ class ModelConfig(Section):
     )
     attn_drop_rate: Annotated[float, Option("dropout on attention probabilities", minimum=0, below=1)] = 0.0
     ffn_drop_rate: Annotated[float, Option("dropout inside the feed-forward network", minimum=0, below=1)] = 0.0
+    drop_path_rate: Annotated[
+        float,
+        Option("stochastic depth: share of images that leave out the last block; earlier ones less", minimum=0, below=1),
+    ] = 0.0
     pretrained: Annotated[str, Option("checkpoint whose weights training starts from; empty: fresh weights")] = ""
     drop_head: Annotated[bool, Option("keep the fresh classifier when pretrained is loaded, for other classes")] = False
     freeze_stages: Annotated[

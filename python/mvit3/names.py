@@ -28,6 +28,7 @@ TIMM = {
     "num-classes": "model.num_classes",
     "initial-checkpoint": "model.pretrained",
     "drop": "model.drop_rate",
+    "drop-path": "model.drop_path_rate",
     "model": "model.name",
     "b": "data.batch_size",
     "j": "data.workers",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mvit3_kernels
+from mvit3_kernels.nn import InvertedResidual, MobileViTV3Block, MobileViTV3SeparableBlock
 
 from . import checkpoint
 from .config import ModelConfig, TrainConfig
@@ -32,6 +33,8 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device, pre
         mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head, ema=_average(Path(m.pretrained)))
     for module in _frozen(model, m):
         module.requires_grad_(False)
+    if m.drop_path_rate:
+        add_drop_path(model, m.drop_path_rate)
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
 
@@ -55,3 +58,31 @@ def train_mode(model: nn.Module, config: ModelConfig) -> None:
     model.train()
     for module in _frozen(model, config):
         module.eval()
+
+
+def add_drop_path(model: nn.Module, rate: float) -> None:
+    """Stochastic depth (Huang et al. 2016) in the blocks that add their input: inverted residuals and MobileViTv3 blocks, with rates from
+    0 in the first to `rate` in the last. The layers of attention inside a block are one operation and keep theirs."""
+    blocks = [
+        module
+        for module in model.modules()
+        if isinstance(module, (MobileViTV3Block, MobileViTV3SeparableBlock)) or (isinstance(module, InvertedResidual) and module.has_skip)
+    ]
+    for number, block in enumerate(blocks, 1):
+        share = rate * (number - 1) / (len(blocks) - 1) if len(blocks) > 1 else rate
+        if share:
+            block.register_forward_hook(DropPath(share))
+
+
+class DropPath:
+    """After a block y = x + f(x) in training: an image keeps x alone with probability `rate`, the others get x + f(x) / (1 - rate)."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, block: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        (x,) = inputs
+        if not block.training or x.shape != y.shape:  # a block that resizes its input
+            return y
+        kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
+        return x + (y - x) * kept

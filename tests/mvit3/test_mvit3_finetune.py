@@ -86,7 +86,7 @@ def test_weights_of_another_origin(images, capsys, tmp_path):
     assert found["model"]["name"] == "mobilevitv3_050" and found["model"]["pretrained"] == str(tmp_path / "plain.pt")
     assert found["data"]["interpolation"] == "bicubic" and found["augment"]["rand_augment"] == 2 and found["data"]["batch_size"] == 32
     assert found["schedule"]["epochs"] == recipe["schedule"]["epochs"] != network["schedule"]["epochs"]
-    assert found["loss"]["mixup_alpha"] == network["loss"]["mixup_alpha"] and found["run"]["output"] == "runs/finetune"
+    assert found["loss"]["mixup_alpha"] == 0 and found["ema"] == recipe["ema"] and found["run"]["output"] == "runs/finetune"
     assert found["optimizer"] == found["optimizer"] | recipe["optimizer"]
     assert main(["finetune", "--checkpoint", str(tmp_path / "plain.pt"), "--data", str(images)]) == 1
     assert "a checkpoint of another origin needs --config with its recipe" in capsys.readouterr().err

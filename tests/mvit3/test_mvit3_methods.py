@@ -20,7 +20,7 @@ from mvit3.distill import Teacher, open_teacher
 from mvit3.distributed import World
 from mvit3.errors import Failure, Stopped
 from mvit3.loss import Criterion, class_weights
-from mvit3.network import STAGES, build_model, train_mode
+from mvit3.network import STAGES, DropPath, build_model, train_mode
 from mvit3.optimizer import build_optimizer
 from mvit3.options import UsageError
 from mvit3.progress import Listener
@@ -249,6 +249,27 @@ def test_frozen_batch_norms():
     after = one.model.state_dict()
     assert norms and all(torch.equal(before[name], after[name]) for name in before if name.rpartition(".")[0] in norms)
     assert not torch.equal(before["conv_1.block.conv.weight"], after["conv_1.block.conv.weight"])
+
+
+@pytest.mark.parametrize("name", ["mobilevitv3_xxs", "mobilevitv3_050", "mobilevitv2_050"])
+def test_drop_path(name, monkeypatch):
+    """Each block that adds its input gets more of it the later it is; an image keeps x or gets x + f(x) / (1 - rate); in evaluation nothing
+    changes."""
+    config = small_config(model={"name": name, "drop_path_rate": 0.4})
+    model, plain = build_model(config, 10, CPU), build_model(small_config(model={"name": name}), 10, CPU)
+    found = [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, DropPath)]
+    assert [hook.rate for hook in found] == pytest.approx([0.4 * i / len(found) for i in range(1, len(found) + 1)]) and found
+    images = torch.rand(64, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), plain.eval()(images))
+    calls, seen = [], DropPath.__call__
+    monkeypatch.setattr(DropPath, "__call__", lambda self, *a: calls.append((self.rate, a, seen(self, *a))) or calls[-1][2])
+    model.train()(images).sum().backward()
+    assert len(calls) == len(found) and all(p.grad is not None for p in model.parameters())  # every block was called as a module
+    for rate, (_, (x,), y), out in calls:
+        kept = torch.tensor([not torch.equal(a, b) for a, b in zip(x, out, strict=True)])
+        assert abs(kept.float().mean() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / 64)
+        torch.testing.assert_close(out[kept], (x + (y - x) / (1 - rate))[kept])
 
 
 def test_everything_frozen_but_the_classifier():

@@ -182,6 +182,7 @@ OURS = {
     "model.num_classes": (None, "as many as the data has"),
     "model.pretrained": ("", OFF),
     "model.drop_head": (False, OFF),
+    "model.drop_path_rate": (0, OFF),
     "model.freeze_stages": (0, OFF),
     "model.freeze_bn": (False, OFF),
     "data.source": ("folder", IMAGENET),
