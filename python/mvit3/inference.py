@@ -19,7 +19,7 @@ from .data import DataConfig, validation
 from .data.identity import difference, identity
 from .distributed import World
 from .evaluation import evaluate
-from .network import build_model
+from .network import build_model, load_weights
 from .options import UsageError
 from .report import class_results
 from .screen import Bar
@@ -54,10 +54,7 @@ class Network:
         chosen = {"auto": checkpoint.better_weights(content), "ema": checkpoint.AVERAGE, "raw": checkpoint.TRAINED}[weights]
         average = chosen == checkpoint.AVERAGE
         model = _fresh(config, content["num_classes"], device)
-        try:
-            model.load_state_dict(content[checkpoint.ENTRIES[chosen]])
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(f"{path} does not fit {config.model.name}: {' '.join(str(error).split())[:300]}") from None
+        load_weights(model, content[checkpoint.ENTRIES[chosen]], str(path), config.model.name)
         progress = content["progress"]
         row = progress["history"][-1] if progress["history"] and not progress["batch"] else {}
         recorded = row.get("ema_accuracy" if average else "accuracy")

@@ -34,7 +34,7 @@ from .errors import Stopped, TrainingError
 from .evaluation import Evaluation, evaluate
 from .gallery import Gallery
 from .loss import Criterion
-from .network import build_model, train_mode
+from .network import build_model, load_weights, train_mode
 from .optimizer import build_optimizer
 from .options import UsageError
 from .progress import Listener, Progress
@@ -397,14 +397,9 @@ class Trainer:
 
     def load(self, content: dict[str, object]) -> None:
         """Goes on where a checkpoint was made. CheckpointError where it belongs to another network."""
-        try:
-            self.model.load_state_dict(content["state_dict"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(content["ema_state_dict"] or content["state_dict"])
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(
-                f"the checkpoint does not fit {self.config.model.name}: {' '.join(str(error).split())[:300]}"
-            ) from None
+        load_weights(self.model, content["state_dict"], "the checkpoint", self.config.model.name)
+        if self.ema is not None:
+            load_weights(self.ema.module, content["ema_state_dict"] or content["state_dict"], "the checkpoint", self.config.model.name)
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
         for group, options in zip(self.optimizer.param_groups, fresh, strict=True):

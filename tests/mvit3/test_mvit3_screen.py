@@ -417,6 +417,16 @@ def test_evaluate_names_weights_data_images_and_what_was_skipped(run, tmp_path, 
     assert captured.err == "" and captured.out.count("\n") == 3
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["predict", "x.png"]])
+def test_checkpoint_of_another_network(run, command, capsys):
+    """What differs first, and how much does, in plain words."""
+    last = str(run.folder / "last.pt")
+    assert main([*command, "--checkpoint", last, "--model.name=mobilevitv3_xs"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{last} does not fit mobilevitv3_xs: layer_1.0.block.exp_1x1.block.conv.weight is 32x16x1x1 there and 64x16x1x1 in the" in said
+    assert re.search(r"\(\d+ differ in all\)", said) and "state_dict" not in said and "torch.Size" not in said
+
+
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "pictures"
