@@ -40,7 +40,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Gives a file a second name, at once; a copy where the file system has no links."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -65,9 +65,9 @@ def save(folder: Path, content: dict[str, object], also: Sequence[str] = ()) -> 
     try:
         _write(temporary, content)
         for name in also:
-            _link(temporary, folder / name)
+            link(temporary, folder / name)
         if last.exists():
-            _link(last, folder / PREVIOUS)
+            link(last, folder / PREVIOUS)
         os.replace(temporary, last)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, get_origin
@@ -20,6 +20,8 @@ from .config import AMP, TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
 from .options import UsageError, form, nearest, nearest_options
+from .signals import INTERRUPTED
+from .streams import BROKEN_PIPE, guarded
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,12 @@ def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[ob
 
 
 def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
-    """Options as --option=value, then what follows none; --data D is --data.root=D, or --data.source=digits; recipes become files.
+    """Files, options as --option=value, then what follows none: the command line wins over files, wherever they stand in it.
+    --data D is --data.root=D, or --data.source=digits; recipes become files.
 
     UsageError for an option that does not exist, and for a word too many.
     """
-    flags, queue, options, rest = parser.flags, list(arguments), [], []
+    flags, queue, files, options, rest = parser.flags, list(arguments), [], [], []
     while queue:
         word = queue.pop(0)
         if word == "--":
@@ -170,11 +173,12 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
         elif flag == "--amp":
             flag = "--run.amp"
         elif flag == "--config":
-            value = _recipe(value)
+            files.append(f"{flag}={_recipe(value)}")
+            continue
         options.append(f"{flag}={value}")
     if rest and not parser.takes_files:
         raise _stray(rest, options, _kinds(parser))
-    return [*options, *rest]
+    return [*files, *options, *rest]  # the parser lets the last one win
 
 
 def _kinds(parser: _Parser) -> dict[str, tuple[object, object]]:
@@ -220,7 +224,7 @@ def _one_line(error: Exception, parser: _Parser) -> str:
 
 def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
-    command, parser = COMMANDS[name], _Parser(name)
+    command, parser, base = COMMANDS[name], _Parser(name), {}
     arguments = _arrange(parser, arguments)
     if command.recipe:
         arguments = [f"--config={_recipe(command.recipe)}", *arguments]
@@ -247,8 +251,24 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
     except argparse.ArgumentError as error:
         raise UsageError(_one_line(error, parser)) from None
     values = args.as_dict()
-    config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
+    sections = {section: dict(values[section]) for section in EVERYTHING}
+    _take_data(sections["data"], arguments, base)
+    config = TrainConfig.from_dict(sections)
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
+
+
+def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[str, Mapping[str, object]]) -> None:
+    """A folder that the command line names is what is read, though a recipe or a checkpoint has data that need none; and the limit of a
+    training's validation images is no property of other images. `base`: the configuration of a checkpoint."""
+    given = {word.partition("=")[0] for word in arguments}
+    if "--data.root" in given and "--data.source" not in given and data["source"] == "digits":
+        data["source"] = "folder"
+    then = base.get("data", {})
+    other = any(data[key] != then.get(key, data[key]) for key in ("source", "val")) or (
+        os.path.realpath(str(data["root"])) != os.path.realpath(str(then.get("root", data["root"])))
+    )
+    if other and "--data.limit_val" not in given:
+        data["limit_val"] = 0
 
 
 # What fine-tuning takes from a checkpoint: the network, and images as it knows them.
@@ -369,8 +389,23 @@ def _loading(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
-    name, arguments = _choose(sys.argv[1:] if argv is None else argv)
+    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where nobody reads what it
+    prints."""
+    with guarded() as (stdout, stderr):
+        status, stopped = 0, None
+        try:
+            status = _main(sys.argv[1:] if argv is None else argv)
+        except (BrokenPipeError, SystemExit) as error:
+            stopped = error
+    if stdout.lost or stderr.lost:
+        return BROKEN_PIPE
+    if stopped is not None:
+        raise stopped
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
+    name, arguments = _choose(argv)
     program = f"mvit3 {name}"
     try:
         config, args = _parse(name, arguments)
@@ -381,13 +416,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 
-        commands.run(name, config, args)
+        return commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))
+    except BrokenPipeError:
+        raise
     except (Failure, OSError) as error:
         print(f"{program}: error: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED

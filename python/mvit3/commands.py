@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,36 +19,47 @@ from .backends import served
 from .config import TrainConfig, check_output
 from .data import DataError, DecodeError, loaders
 from .demo import demo
-from .distributed import world
+from .distributed import World, world
 from .errors import Failure
 from .inference import Network, evaluate_checkpoint
 from .inference import predict as predict_images
 from .listing import describe
+from .lock import alone
 from .logs import write
 from .report import Reporter, percent, summary, summary_text, table, write_html
-from .runtime import prepare
+from .runtime import is_out_of_memory, prepare
 from .session import start
+from .signals import INTERRUPTED
 from .trainer import Trainer
 
 EXPECTED = (checkpoint.CheckpointError, mvit3_kernels.CheckpointError, DataError, DecodeError)
 
 
-def run(name: str, config: TrainConfig, args: argparse.Namespace) -> None:
-    """Runs a command; Failure where it cannot do what it was told."""
+def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
+    """Runs a command; its exit status, or Failure where it cannot do what it was told."""
     try:
-        COMMANDS[name](config, args)
+        return COMMANDS[name](config, args) or 0
     except EXPECTED as error:
         raise Failure(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kind = "data.batch_size (run.accumulate makes up for it)" if name in ("train", "finetune", "demo") else "data.eval_batch_size"
+        lines = str(error).strip().splitlines() or ["no more memory is to be had"]
+        detail = lines[-1] if lines[0].startswith("Caught ") else lines[0]  # the former is of a loading process, with its traceback
+        raise Failure(f"out of memory: {detail}; a smaller {kind}, smaller images or run.amp bf16 need less") from error
 
 
-def train(config: TrainConfig, args: argparse.Namespace) -> None:
+def train(config: TrainConfig, args: argparse.Namespace) -> int:
     check_output(config.run.output)
     began = time.perf_counter()
-    with world(prepare(config.run)) as here:
+    with ExitStack() as held:
+        here = held.enter_context(world(prepare(config.run)))
         images = loaders(config, rank=here.rank, world_size=here.size, seed=config.run.seed, device=here.device)
         reporter = Reporter(args.quiet or not here.first)
         for note in images.notes:
             reporter.say(note)
+        held.enter_context(alone(Path(config.run.output), here))
         trainer = start(config, images, here, reporter)
         backend = _backend(trainer) if here.first else ""
         try:
@@ -57,12 +70,13 @@ def train(config: TrainConfig, args: argparse.Namespace) -> None:
             reporter.close()
         if here.first:
             _conclude(trainer, summary(trainer, backend, finished, time.perf_counter() - began), args.json)
+        return INTERRUPTED if trainer.signals.number == signal.SIGINT else 0
 
 
-def finetune(config: TrainConfig, args: argparse.Namespace) -> None:
+def finetune(config: TrainConfig, args: argparse.Namespace) -> int:
     if not config.model.pretrained and not args.quiet:
         print("no --checkpoint is given: the network starts from fresh weights", file=sys.stderr)
-    train(config, args)
+    return train(config, args)
 
 
 def models(config: TrainConfig, args: argparse.Namespace) -> None:
@@ -128,7 +142,8 @@ def predict(config: TrainConfig, args: argparse.Namespace) -> None:
 
 def compare(config: TrainConfig, args: argparse.Namespace) -> None:
     check_output(config.run.output)
-    demo(config, args.quiet, args.json)
+    with alone(Path(config.run.output), World(torch.device("cpu"))):
+        demo(config, args.quiet, args.json)
 
 
 COMMANDS = {"train": train, "finetune": finetune, "models": models, "evaluate": evaluate, "predict": predict, "demo": compare}

@@ -68,8 +68,6 @@ def world(device: torch.device) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        host = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-        yield World(device, dist.get_rank(), size, host)
-    finally:
-        dist.destroy_process_group()
+    host = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    yield World(device, dist.get_rank(), size, host)
+    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one

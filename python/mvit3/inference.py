@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import mvit3_kernels
+from mvit3_kernels.models.checkpoint import count_outputs
 
 from . import checkpoint
 from .backends import served
 from .config import TrainConfig
-from .data import DataError, DecodeError, evaluation_transform, validation
+from .data import DataConfig, DataError, DecodeError, evaluation_transform, validation
+from .data.identity import difference, identity
 from .distributed import World
 from .evaluation import evaluate
 from .network import build_model
@@ -45,7 +48,7 @@ class Network:
         """
         content = checkpoint.read(path)
         if content is None:
-            classes = config.model.num_classes or num_classes
+            classes = config.model.num_classes or count_outputs(path) or num_classes
             model = _fresh(config, classes, device)
             report = mvit3_kernels.load_checkpoint(model, path, ema={"auto": None, "ema": True, "raw": False}[weights])
             return Network(model.eval(), config, classes, (), report.entry or "as in the file", None)
@@ -71,15 +74,32 @@ def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Mo
 
 def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, say: Callable[[str], None]) -> dict[str, object]:
     """Accuracy on the validation images of a configuration, as plain values."""
-    names = (checkpoint.read(path) or {}).get("class_names", ())
+    content = checkpoint.read(path)
+    names = tuple(content["class_names"]) if content else ()
+    if names == tuple(map(str, range(len(names)))):  # none, or the numbers that shards have
+        names = imagenet_names(len(names) or config.model.num_classes or count_outputs(path), config.data) or names
     batches = validation(config, names, rank=world.rank, world_size=world.size, device=world.device)
     present, data = len(batches.source.class_names), config.data.root or config.data.source
     network = Network.open(path, config, weights, world.device, present)
+    if not names and config.data.source != "shards" and present < network.num_classes:
+        raise checkpoint.CheckpointError(
+            f"{path} has {network.num_classes} classes and does not tell their names, {data} has {present} "
+            f"({', '.join(batches.source.class_names[:3])}{', ...' if present > 3 else ''}), so which is which is not known: name the "
+            "folders by ImageNet's synsets (n01440764) where these are the classes, or make one folder for each of the "
+            f"{network.num_classes} classes, empty where there is no image"
+        )
     if present > network.num_classes:
         raise checkpoint.CheckpointError(f"{path} has {network.num_classes} classes, the data in {data} has {present}")
     if world.first:
         batches.say = say
     found = evaluate(network.model, iter(batches), config.run, network.num_classes, world.device)
+    if found.not_finite:
+        raise checkpoint.CheckpointError(
+            f"{path}: the network's output is not finite for {found.not_finite} of {found.total} images, so there is no accuracy to tell; "
+            + ("its weights are spoilt" if config.run.amp == "none" else f"run.amp none computes without {config.run.amp}")
+        )
+    same = content is None or "data" not in content or not difference(content["data"]["val"], identity(batches.source))
+    recorded = network.recorded if same else None
     if world.first:
         for text in (*batches.source.notes, *(f"unreadable: {name}: {reason}" for name, reason in batches.unreadable.items())):
             say(text)
@@ -98,9 +118,21 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
         "total": found.total,
         "val_loss": found.loss,
         "unreadable": batches.unreadable,
-        "recorded_accuracy": network.recorded,
-        "reproduced": None if network.recorded is None else found.accuracy == network.recorded,
+        "recorded_accuracy": recorded,
+        "reproduced": None if recorded is None else found.accuracy == recorded,
     }
+
+
+def imagenet_names(num_classes: int | None, data: DataConfig) -> tuple[str, ...]:
+    """The synsets of ImageNet with so many classes, in the order of the outputs that are trained on it, where the folders of the validation
+    images are named by them; else nothing."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    folder = Path(data.root) / data.val
+    if subset is None or data.source != "folder" or not folder.is_dir():
+        return ()
+    synsets = tuple(ImageNetInfo(subset).label_names())
+    found = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    return synsets if found and found <= set(synsets) else ()
 
 
 def list_images(paths: list[Path]) -> list[Path]:

@@ -16,8 +16,9 @@ from .config import ModelConfig, TrainConfig
 STAGES = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp", "classifier")  # from the image on
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
-    """The network of a configuration, with fresh weights or those of `model.pretrained`; the seed decides the fresh ones."""
+def build_model(config: TrainConfig, num_classes: int, device: torch.device, pretrained: bool = True) -> nn.Module:
+    """The network of a configuration, with fresh weights or, with `pretrained`, those that `model.pretrained` names; the seed decides the
+    fresh ones."""
     torch.manual_seed(config.run.seed)
     m = config.model
     model = mvit3_kernels.create_model(
@@ -28,7 +29,7 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
         attn_drop_rate=m.attn_drop_rate,
         ffn_drop_rate=m.ffn_drop_rate,
     )
-    if m.pretrained:
+    if m.pretrained and pretrained:
         mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head, ema=_average(Path(m.pretrained)))
     for module in _frozen(model, m):
         module.requires_grad_(False)

@@ -148,6 +148,7 @@ def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> d
         "epochs": p.epoch,
         "steps": p.step,
         "finished": finished,
+        "resumes": config.run.resume == "auto",
         "batch_size": config.data.batch_size,
         "effective_batch": trainer.effective_batch,
         "processes": trainer.world.size,
@@ -167,7 +168,7 @@ def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> d
         "skipped_steps": p.skipped,
         "unreadable": trainer.loaders.train.unreadable | trainer.loaders.val.unreadable,
         "checkpoint": str(trainer.folder / checkpoint.LAST),
-        "best_checkpoint": str(best) if best.exists() else None,
+        "best_checkpoint": str(best) if p.best_epoch and best.exists() else None,
         "report": str(trainer.folder / "report.html"),
         "history": p.history,
     }
@@ -216,7 +217,8 @@ def summary_text(result: dict[str, object]) -> str:
     if result["history"]:
         lines[2:2] = ["", table(_rows(result)), ""]
     if not result["finished"]:
-        lines.append("stopped before the end; the same command goes on from here")
+        again = "the same command" if result["resumes"] else "the same command with --run.resume auto"
+        lines.append(f"stopped before the end; {again} goes on from here")
     lines += ["", f"checkpoint  {result['checkpoint']}"]
     if result["best_checkpoint"]:
         lines.append(f"best        {result['best_checkpoint']}")

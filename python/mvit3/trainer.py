@@ -25,6 +25,8 @@ from . import checkpoint
 from .checkpoint import AVERAGE, TRAINED
 from .config import TrainConfig
 from .data import Loaders
+from .data.identity import identity
+from .data.sampler import batch_sizes
 from .distill import open_teacher
 from .distributed import World
 from .ema import INITIAL_SHARE, Ema
@@ -40,13 +42,16 @@ from .schedule import Schedule, rate_factor
 from .signals import StopSignals
 
 PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
+STRIDE = 32  # of the last map of every network of the family
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
 class Trainer:
     """A network in training. `fit` runs it to its end, or to a signal; `train_epoch` and `evaluate_epoch` are its parts."""
 
-    def __init__(self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None, pretrained: bool = True
+    ) -> None:
         self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
         self.listener = listener if listener and world.first else Listener()
         loaders.train.say = loaders.val.say = self.listener.say
@@ -54,6 +59,12 @@ class Trainer:
         self.num_classes = config.model.num_classes or loaders.num_classes
         if self.num_classes < loaders.num_classes:
             raise UsageError(f"model.num_classes must be at least {loaders.num_classes}, the classes of the data; got {self.num_classes}")
+        if self.num_classes < 2:
+            raise UsageError(
+                f"a classifier needs two classes, {config.data.root or config.data.source} has one, {loaders.class_names[0]!r}; data.root "
+                "must hold the folders of data.train and data.val, and each of these one folder per class"
+            )
+        _check_batch_norm(config, world)
         self.steps_per_epoch = len(loaders.train) // run.accumulate
         if not self.steps_per_epoch:
             raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
@@ -61,13 +72,14 @@ class Trainer:
         self.effective_batch = config.data.batch_size * world.size * run.accumulate
         self.folder, self.progress, self.signals = Path(run.output), Progress(), StopSignals()
 
-        self.model = build_model(config, self.num_classes, self.device)
+        self.model = build_model(config, self.num_classes, self.device, pretrained)
         self.ema = Ema(self.model, config.ema.momentum, config.ema.warmup) if config.ema.enabled else None
         if run.sync_bn and world.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.factor = rate_factor(config.optimizer, self.effective_batch)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
         self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
+        self.data_identity = data_identity(config, loaders) if world.first else {}
         if self.schedule.note:
             self.listener.say(self.schedule.note)
         labels, names = loaders.train.source.labels, loaders.class_names
@@ -135,7 +147,7 @@ class Trainer:
                 if run.max_steps and p.step >= run.max_steps:
                     raise Stopped
                 started = time.perf_counter()
-                lr = self.schedule.set(p.step)
+                lr = self.schedule.set(p.step * self.schedule.steps_per_epoch / self.steps_per_epoch)
                 images = self._step(batches)
                 p.step += 1
                 p.batch += run.accumulate
@@ -328,7 +340,10 @@ class Trainer:
             "config": self.config.to_dict(),
             "num_classes": self.num_classes,
             "class_names": list(self.loaders.class_names),
+            "data": self.data_identity,
             "world_size": self.world.size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "schedule_steps_per_epoch": self.schedule.steps_per_epoch,
             "version": mvit3_kernels.__version__,
         }
 
@@ -355,7 +370,7 @@ class Trainer:
                 self.ema.module.load_state_dict(content["ema_state_dict"] or content["state_dict"])
         except RuntimeError as error:
             raise checkpoint.CheckpointError(
-                f"the checkpoint does not fit {self.config.model.name}: {str(error).splitlines()[0]}"
+                f"the checkpoint does not fit {self.config.model.name}: {' '.join(str(error).split())[:300]}"
             ) from None
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
@@ -364,11 +379,46 @@ class Trainer:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
+        self._convert(content)
         if self.ema is not None:
             self.ema.steps = self.progress.step
         for row in self.progress.history:  # of a version that did not have these columns
             row |= {"weights": row.get("weights"), "ema_initial_share": row.get("ema_initial_share")}
         torch._foreach_copy_(self._healthy, self._statistics)
+
+    def _convert(self, content: dict[str, object]) -> None:
+        """Puts the progress into this run's steps, where the checkpoint's had another number of images: what share of the epoch is done
+        stays, rounded down to whole steps, and the schedule goes on by the share of the training that is done."""
+        p, now, accumulate = self.progress, self.steps_per_epoch, content["config"]["run"]["accumulate"]
+        done = p.batch // accumulate
+        then = content.get("steps_per_epoch") or ((p.step - done) // p.epoch if p.epoch else now)  # of a version that did not save it
+        unit = content.get("schedule_steps_per_epoch") or then
+        if unit != now:
+            self.schedule = Schedule(self.config.schedule, self.optimizer, unit, self.factor)
+        if then != now or accumulate != self.config.run.accumulate:
+            done = min(done * now // then, now)
+            p.batch, p.step = done * self.config.run.accumulate, p.epoch * now + done
+            self.listener.say(f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}")
+
+
+def _check_batch_norm(config: TrainConfig, world: World) -> None:
+    """UsageError where batch norm would see one value per channel behind the last stride, which has no variance."""
+    for size, images in batch_sizes(config.sampler, config.data.batch_size, world.size).items():
+        mine = images if config.run.sync_bn else images // world.size
+        if mine == 1 and size <= STRIDE:
+            raise UsageError(
+                f"data.batch_size must be at least 2 for images of {size} pixels: the last map of one image is 1x1, and batch norm needs "
+                f"more than one value per channel; or take sampler.size above {STRIDE}"
+            )
+
+
+def data_identity(config: TrainConfig, loaders: Loaders) -> dict[str, object]:
+    """What the images of both parts are known by, and how a message names them."""
+    return {
+        "name": config.data.root or config.data.source,
+        "train": identity(loaders.train.source),
+        "val": identity(loaders.val.source),
+    }
 
 
 def _better(evaluations: dict[str, Evaluation]) -> str | None:
