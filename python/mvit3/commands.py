@@ -142,7 +142,7 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
         print(f"{result['ops']} ops served by {result['backend']}")
         worst = sorted((c for c in result["classes"] if c["images"]), key=lambda c: c["accuracy"])[:3]
         if not args.per_class and len(result["classes"]) > 1:
-            named = ", ".join(f"{c['name']} {percent(c['accuracy'])}" for c in worst)
+            named = ", ".join(f"{c['name']} at {percent(c['accuracy'])}" for c in worst)
             print(f"lowest by class: {named} (--per_class shows all)")
         if recorded is not None:
             print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")

@@ -423,7 +423,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on: {error!r}") from None
+        reason = f": {error}" if isinstance(error, ValueError) else ""  # the others are numbers that are missing
+        raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on{reason}") from None
 
 
 def side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
