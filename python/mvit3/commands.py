@@ -150,13 +150,14 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
 
 def predict(config: TrainConfig, args: argparse.Namespace) -> None:
     network = with_names(Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run)))
-    images, bar = find_images([Path(name) for name in args.images]), Bar(args.quiet)
+    bar = Bar(args.quiet)
+    images = find_images([Path(name) for name in args.images], bar.line)
     writer = writer_for("json" if args.json else "csv" if args.csv else "text", bar.result, images, network.class_names)
     failed, named = 0, []
     bar.begin(len(images))
     writer.begin()
     try:
-        for image, row in zip(images, predict_images(network, images, args.top), strict=True):
+        for image, row in zip(images, predict_images(network, images, args.top, bar.line), strict=True):
             writer.add(row)
             if "error" in row:
                 failed += 1

@@ -483,6 +483,7 @@ def test_predict_writes_as_it_goes(run, pictures, capsys, monkeypatch):
                 raise KeyboardInterrupt
             return whole(path)
 
+        one.decoder = whole.decoder
         return one
 
     monkeypatch.setattr(prediction, "evaluation_transform", transform)
