@@ -7,6 +7,7 @@ links to the same files where they coincide, so that each state is written once.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -75,6 +76,19 @@ def save(folder: Path, content: dict[str, object], also: Sequence[str] = ()) -> 
     return last
 
 
+def best_of(epoch: int) -> str:
+    """The name of the checkpoint of an epoch that is among the best ones."""
+    return f"best_{epoch:04}.pt"
+
+
+def keep_best(folder: Path, epochs: Sequence[int]) -> None:
+    """Removes those of the best epochs that are no longer among them."""
+    names = {best_of(epoch) for epoch in epochs}
+    for path in folder.glob("best_*.pt"):
+        if re.fullmatch(r"best_\d{4,}\.pt", path.name) and path.name not in names:
+            path.unlink(missing_ok=True)
+
+
 class _Sink:
     """A file that remembers why it could not be written: torch.save reports a failed write without the reason."""
 
@@ -122,7 +136,8 @@ def load(path: Path) -> dict[str, object]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # the unpickler has no common error type
-        raise Foreign(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise Foreign(f"{path} is truncated, or no checkpoint{reason}") from error
     wrong = [key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)]
     if wrong:
         raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import NoReturn, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
 from . import recipes
 from .config import AMP, TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
-from .options import UsageError, form, nearest, nearest_options
+from .options import UsageError, form, nearest, nearest_options, written
 from .signals import INTERRUPTED
 from .streams import BROKEN_PIPE, guarded
 
@@ -39,9 +40,11 @@ class Command:
 WEIGHTS = {
     "default": "auto",
     "choices": ["auto", "ema", "raw"],
-    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names",
+    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names (default: auto)",
 }
-TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
+CSV = {"action": "store_true", "help": "the result as CSV on stdout, a row for each class"}
+PER_CLASS = {"action": "store_true", "help": "a table of all classes with their accuracy"}
+TOP = {"type": int, "default": 5, "help": "classes to name for each image (default: 5)"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 START = {"default": "", "help": "where it starts: of mvit3 train, which tells network, pixels and augmentation, or with --config another"}
 SIZE = {"type": int, "default": 256, "help": "side of the image for which multiplications are counted, pixels"}
@@ -60,17 +63,24 @@ COMMANDS = {
         ("model", "data", "run"),
         ("val",),
         checkpoint=True,
-        extra={"--weights": WEIGHTS},
+        extra={"--weights": WEIGHTS, "--per_class": PER_CLASS, "--csv": CSV},
     ),
     "predict": Command(
         "classes of images",
         ("model", "data", "run"),
         checkpoint=True,
-        extra={"--weights": WEIGHTS, "--top": TOP, "images": IMAGES},
+        extra={"--weights": WEIGHTS, "--top": TOP, "--csv": CSV, "images": IMAGES},
     ),
     "models": Command("networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}),
     "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
 }
+
+
+class _Help(DefaultHelpFormatter):
+    """Options are described in our words, which have the form of a value and the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help
 
 
 class _Parser(ArgumentParser):
@@ -85,6 +95,7 @@ class _Parser(ArgumentParser):
             prog=f"mvit3 {name}",
             description=own.help + (short if own.sections else "."),
             exit_on_error=False,
+            formatter_class=_Help,
             print_config=None,
             allow_abbrev=False,
             usage=" ".join((f"mvit3 {name}", *words)),
@@ -103,7 +114,10 @@ class _Parser(ArgumentParser):
             if section not in groups:
                 groups[section] = self.add_argument_group(f"{section} options") if section in command.sections else self
             choices = f"; one of {', '.join(option.choices)}" if 0 < len(option.choices) <= 20 else ""
-            text = f"{option.help}{choices}" if section in command.sections else argparse.SUPPRESS
+            text = argparse.SUPPRESS
+            if section in command.sections:
+                value = "" if option.choices else f"{form(kind, default)}; "
+                text = f"{option.help}{choices} ({value}default: {written(default)})"
             groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
 
     @property
@@ -230,6 +244,10 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
         arguments = [f"--config={_recipe(command.recipe)}", *arguments]
     try:
         args = parser.parse_args(arguments)
+        if args.json and getattr(args, "csv", False):
+            raise UsageError("--json and --csv exclude each other")
+        if getattr(args, "top", 1) < 1:
+            raise UsageError(f"--top must be at least 1, got {args.top}")
         if name == "finetune":
             _check_values(args)
             arguments = _finetune_defaults(parser, arguments, args)
@@ -416,6 +434,7 @@ def _main(argv: Sequence[str]) -> int:
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 
+        args.command = shlex.join(["mvit3", *argv])
         return commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))

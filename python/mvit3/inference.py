@@ -1,15 +1,13 @@
-"""Checkpoints in use: `mvit3 evaluate` and `mvit3 predict`."""
+"""A checkpoint in use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import mvit3_kernels
 from mvit3_kernels.models.checkpoint import count_outputs
@@ -17,15 +15,14 @@ from mvit3_kernels.models.checkpoint import count_outputs
 from . import checkpoint
 from .backends import served
 from .config import TrainConfig
-from .data import DataConfig, DataError, DecodeError, evaluation_transform, validation
+from .data import DataConfig, validation
 from .data.identity import difference, identity
 from .distributed import World
 from .evaluation import evaluate
 from .network import build_model
 from .options import UsageError
-from .runtime import autocast, use_ops
-
-PREDICT_BATCH = 32
+from .report import class_results
+from .screen import Bar
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Mo
     return build_model(replace(config, model=replace(config.model, pretrained="")), num_classes, device)
 
 
-def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, say: Callable[[str], None]) -> dict[str, object]:
+def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: World, bar: Bar) -> dict[str, object]:
     """Accuracy on the validation images of a configuration, as plain values."""
     content = checkpoint.read(path)
     names = tuple(content["class_names"]) if content else ()
@@ -90,9 +87,11 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
         )
     if present > network.num_classes:
         raise checkpoint.CheckpointError(f"{path} has {network.num_classes} classes, the data in {data} has {present}")
-    if world.first:
-        batches.say = say
-    found = evaluate(network.model, iter(batches), config.run, network.num_classes, world.device)
+    batches.say = bar.line
+    for note in batches.source.notes:
+        bar.line(note)
+    watched = bar.over(batches, len(batches), "batches evaluated")
+    found = evaluate(network.model, watched, config.run, network.num_classes, world.device)
     if found.not_finite:
         raise checkpoint.CheckpointError(
             f"{path}: the network's output is not finite for {found.not_finite} of {found.total} images, so there is no accuracy to tell; "
@@ -100,9 +99,8 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
         )
     same = content is None or "data" not in content or not difference(content["data"]["val"], identity(batches.source))
     recorded = network.recorded if same else None
-    if world.first:
-        for text in (*batches.source.notes, *(f"unreadable: {name}: {reason}" for name, reason in batches.unreadable.items())):
-            say(text)
+    for name, reason in batches.unreadable.items():
+        bar.line(f"unreadable: {name}: {reason}")
     side = config.data.crop
     return {
         "checkpoint": str(path),
@@ -117,6 +115,7 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
         "correct": found.correct,
         "total": found.total,
         "val_loss": found.loss,
+        "classes": class_results(found.class_correct, found.class_total, names or network.class_names or batches.source.class_names),
         "unreadable": batches.unreadable,
         "recorded_accuracy": recorded,
         "reproduced": None if recorded is None else found.accuracy == recorded,
@@ -133,50 +132,3 @@ def imagenet_names(num_classes: int | None, data: DataConfig) -> tuple[str, ...]
     synsets = tuple(ImageNetInfo(subset).label_names())
     found = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     return synsets if found and found <= set(synsets) else ()
-
-
-def list_images(paths: list[Path]) -> list[Path]:
-    """Files as given, folders by the images in them. DataError where there is nothing."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-            if not inside:
-                raise DataError(f"{path} holds no image ({', '.join(IMG_EXTENSIONS)})")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: there is no such file")
-    return found
-
-
-@torch.inference_mode()
-def predict(network: Network, paths: list[Path], top: int) -> list[dict[str, object]]:
-    """For each image its most probable classes, or why it cannot be read."""
-    if not top >= 1:
-        raise UsageError(f"--top must be at least 1, got {top}")
-    transform, run, found = evaluation_transform(network.config), network.config.run, []
-    device = next(network.model.parameters()).device
-    files = list_images(paths)
-    for begin in range(0, len(files), PREDICT_BATCH):
-        images, rows = [], []
-        for path in files[begin : begin + PREDICT_BATCH]:
-            rows.append({"image": str(path)})
-            try:
-                images.append(transform(path))
-            except (DecodeError, OSError) as error:
-                rows[-1]["error"] = f"cannot be read: {error}"
-        found += rows
-        if not images:
-            continue
-        batch = torch.stack(images).to(device)
-        batch = batch.contiguous(memory_format=torch.channels_last) if run.channels_last else batch
-        with use_ops(run.ops), autocast(run, device):
-            probabilities = network.model(batch).float().softmax(1)
-        values, classes = probabilities.topk(min(top, network.num_classes))
-        readable = (row for row in rows if "error" not in row)
-        for row, p, c in zip(readable, values.tolist(), classes.tolist(), strict=True):
-            names = [network.class_names[i] if i < len(network.class_names) else str(i) for i in c]
-            row["classes"] = [{"name": n, "index": i, "probability": v} for n, i, v in zip(names, c, p, strict=True)]
-    return found

@@ -150,7 +150,7 @@ FREE = {
         "limit_val",
     },
     "run": {"output", "device", "threads", "resume", "max_steps", "save_epochs", "save_steps", "eval_epochs", "log_steps"}
-    | {"tensorboard", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
+    | {"tensorboard", "wandb", "keep_best", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
 }
 
 

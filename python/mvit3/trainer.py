@@ -32,6 +32,7 @@ from .distributed import World
 from .ema import INITIAL_SHARE, Ema
 from .errors import Stopped, TrainingError
 from .evaluation import Evaluation, evaluate
+from .gallery import Gallery
 from .loss import Criterion
 from .network import build_model, train_mode
 from .optimizer import build_optimizer
@@ -91,6 +92,8 @@ class Trainer:
         # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
         self._counts = torch.zeros(4, device=self.device)
         self._read_steps = 1 if self.device.type == "cpu" else run.log_steps
+        self._recorded = 0.0, 0  # sum and number of this epoch's losses when a loss was last told
+        self._clock = time.perf_counter()
         self._statistics = [b for m in (self.model, self.ema and self.ema.module) if m for b in m.buffers() if b.is_floating_point()]
         self._healthy = [b.clone() for b in self._statistics]
         if self.device.type == "cuda":
@@ -142,6 +145,7 @@ class Trainer:
         train_mode(self.model, self.config.model)
         self.criterion.begin_epoch(p.epoch)
         wait_before = p.wait_seconds
+        self._recorded = p.loss_sum, p.steps
         batches = self.loaders.train.epoch(p.epoch, p.batch)
         with use_ops(run.ops):
             while p.batch < self.steps_per_epoch * run.accumulate:
@@ -158,7 +162,7 @@ class Trainer:
                 if p.step % self._read_steps == 0 or end:
                     self._read()
                     if p.step % run.log_steps == 0 or end or p.step == 1:
-                        self.listener.on_loss(self, self.last_loss, lr)
+                        self.listener.on_loss(self, self._mean_loss(), lr)
                 seconds = time.perf_counter() - started
                 p.seconds += seconds
                 self.listener.on_step(self, images, seconds)
@@ -166,6 +170,12 @@ class Trainer:
                     raise Stopped
                 if run.save_steps and p.step % run.save_steps == 0 and not end:
                     self.save()
+
+    def _mean_loss(self) -> float:
+        """Over the steps since it was last asked for, those that counted."""
+        p, (total, steps) = self.progress, self._recorded
+        self._recorded = p.loss_sum, p.steps
+        return (p.loss_sum - total) / (p.steps - steps) if p.steps > steps else math.nan
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
         """One update of the weights; returns the number of images in all processes."""
@@ -301,19 +311,34 @@ class Trainer:
         also = []
         if evaluations:
             p.weights = judged or p.weights
-            p.confusion = evaluations[judged or TRAINED].confusion
+            found = evaluations[judged or TRAINED]
+            p.confusion, p.samples = found.confusion, found.samples
+            p.class_correct, p.class_total = found.class_correct, found.class_total
         if judged and evaluations[judged].accuracy > p.best:
             p.best, p.best_epoch, p.best_weights = evaluations[judged].accuracy, p.epoch, p.weights
             also.append(checkpoint.BEST)
         if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
             also.append(f"epoch_{p.epoch:04}.pt")
+        best = self._best_epochs() if config.run.keep_best > 1 else []
+        if evaluations and p.epoch in best:
+            also.append(checkpoint.best_of(p.epoch))
         self.save(also)
+        if best and self.world.first:
+            checkpoint.keep_best(self.folder, best)
         self.listener.on_epoch(self)
+
+    def _best_epochs(self) -> list[int]:
+        """The `run.keep_best` epochs of the highest accuracy, each by its better weights; of equal ones the earlier."""
+        rows = [row for row in self.progress.history if row["weights"]]
+        rows.sort(key=lambda row: (-row[f"{PREFIXES[row['weights']]}accuracy"], row["epoch"]))
+        return [row["epoch"] for row in rows[: self.config.run.keep_best]]
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """On the validation part. A single process stops at once where a signal asks for it; several finish."""
         stopped = (lambda: self.signals.asked) if self.world.size == 1 else (lambda: False)
-        return evaluate(model, iter(self.loaders.val), self.config.run, self.num_classes, self.device, stopped)
+        batches = self.listener.evaluating(self, self.loaders.val, len(self.loaders.val))
+        gallery = Gallery(self.config.data) if self.world.first else None
+        return evaluate(model, batches, self.config.run, self.num_classes, self.device, stopped, gallery)
 
     def _must_stop(self, step: int) -> bool:
         if self.device.type == "cuda" and step % STOP_STEPS and self.world.size > 1:
@@ -329,8 +354,16 @@ class Trainer:
         fresh = self.ema is None or self.ema.initial_share(self.progress.step) > INITIAL_SHARE
         return self.progress.weights or (TRAINED if fresh else AVERAGE)
 
+    def spent(self) -> float:
+        """Seconds of all starts until now, evaluation and saving included."""
+        now = time.perf_counter()
+        self.progress.total_seconds += now - self._clock
+        self._clock = now
+        return self.progress.total_seconds
+
     def content(self) -> dict[str, object]:
         """The run as it stands, as plain values and tensors."""
+        self.spent()
         return {
             "state_dict": self.model.state_dict(),
             "ema_state_dict": self.ema.module.state_dict() if self.ema else {},
@@ -381,6 +414,7 @@ class Trainer:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
+        self.progress.starts += 1
         self._convert(content)
         if self.ema is not None:
             self.ema.steps = self.progress.step

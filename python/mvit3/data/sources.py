@@ -426,7 +426,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on: {error!r}") from None
 
 
-def _side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
+def side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
     """The file that names the classes of shards: what data.class_map says, else one that lies beside them."""
     if class_map:
         beside = Path(root, class_map)
@@ -440,7 +440,7 @@ def open_shards(pattern: str, root: str, cache: str, num_classes: int, class_map
     note. `known`: the class names of training."""
     names = _shard_names(pattern, root)
     notes: list[str] = []
-    side = _side_file(class_map, root, names)
+    side = side_file(class_map, root, names)
     class_names = tuple(known) or (read_class_names(side) if side else ())
     number_of = {name: label for label, name in enumerate(class_names)}
 
