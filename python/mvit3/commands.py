@@ -144,7 +144,7 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
         print(f"{result['ops']} ops served by {result['backend']}")
         worst = sorted((c for c in result["classes"] if c["images"]), key=lambda c: c["accuracy"])[:3]
         if not args.per_class and len(result["classes"]) > 1:
-            named = ", ".join(f"{c['name']} {percent(c['accuracy'])}" for c in worst)
+            named = ", ".join(f"{c['name']} at {percent(c['accuracy'])}" for c in worst)
             print(f"lowest by class: {named} (--per_class shows all)")
         if recorded is not None:
             print("The recorded accuracy is reproduced." if result["reproduced"] else "This is NOT the recorded accuracy.")
@@ -152,13 +152,14 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
 
 def predict(config: TrainConfig, args: argparse.Namespace) -> None:
     network = with_names(Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run)))
-    images, bar = find_images([Path(name) for name in args.images]), Bar(args.quiet)
+    bar = Bar(args.quiet)
+    images = find_images([Path(name) for name in args.images], bar.line)
     writer = writer_for("json" if args.json else "csv" if args.csv else "text", bar.result, images, network.class_names)
     failed, named = 0, []
     bar.begin(len(images))
     writer.begin()
     try:
-        for image, row in zip(images, predict_images(network, images, args.top), strict=True):
+        for image, row in zip(images, predict_images(network, images, args.top, bar.line), strict=True):
             writer.add(row)
             if "error" in row:
                 failed += 1

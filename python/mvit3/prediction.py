@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .checkpoint import CheckpointError
 from .data import DataError, DecodeError, evaluation_transform
-from .data.sources import read_class_names, side_file
+from .data.sources import IMAGE_EXTENSIONS, Skipped, read_class_names, side_file, walk_images
 from .inference import Network
 from .runtime import autocast, use_ops
 from .screen import percent
@@ -30,20 +29,19 @@ class Image:
     error: str = ""
 
 
-def find_images(paths: Sequence[Path]) -> list[Image]:
-    """Files as given, folders by the images in them, hidden ones left out."""
+def find_images(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> list[Image]:
+    """Files as given, folders by the images in them; `say` is told what is left out there, as in training."""
     found: list[Image] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and not _hidden(p.relative_to(path)))
-            found += [Image(p, False) for p in inside] or [Image(path, True, f"holds no image ({', '.join(IMG_EXTENSIONS)})")]
+            skipped = Skipped()
+            inside = [Image(image, False) for image in walk_images(path, skipped)]
+            found += inside or [Image(path, True, f"holds no image ({', '.join(IMAGE_EXTENSIONS)})")]
+            for note in skipped.notes(path):
+                say(note)
         else:
             found.append(Image(path, True, "" if path.exists() else "there is no such file"))
     return found
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def with_names(network: Network) -> Network:
@@ -61,9 +59,12 @@ def with_names(network: Network) -> Network:
 
 
 @torch.inference_mode()
-def predict(network: Network, images: Sequence[Image], top: int) -> Iterator[dict[str, object]]:
-    """For each image in turn its most probable classes, or why it cannot be read."""
-    transform, run = evaluation_transform(network.config), network.config.run
+def predict(
+    network: Network, images: Sequence[Image], top: int, say: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, object]]:
+    """For each image in turn its most probable classes, or why it cannot be read; `say` is told once of each kind of image that is read in
+    a way that is a choice, such as 16-bit ones."""
+    transform, run, said = evaluation_transform(network.config), network.config.run, set()
     device = next(network.model.parameters()).device
     for begin in range(0, len(images), BATCH):
         pixels, rows = [], []
@@ -74,6 +75,9 @@ def predict(network: Network, images: Sequence[Image], top: int) -> Iterator[dic
                     rows[-1]["error"] = image.error
                 else:
                     pixels.append(transform(image.path))
+                    for remark in set(transform.decoder.take_remarks()) - said:
+                        said.add(remark)
+                        say(f"{image.path}: {remark}; this is said once")
             except (DecodeError, OSError) as error:
                 rows[-1]["error"] = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         if pixels:

@@ -400,6 +400,23 @@ def test_evaluate_by_class(run, capsys):
     assert stop.value.code == 2 and "--json and --csv exclude each other" in capsys.readouterr().err
 
 
+def test_evaluate_names_weights_data_images_and_what_was_skipped(run, tmp_path, capsys):
+    for name in "0123456789":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "val" / name / "a.png")
+    (tmp_path / "val" / "3" / "torn.png").write_bytes(b"no image")
+    last = str(run.folder / "last.pt")
+    arguments = ["evaluate", "--checkpoint", last, "--weights=raw", "--data", str(tmp_path), "--data.max_corrupt=0.5"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    told = f"trained weights of {last}, mobilevitv3_xxs, on 10 validation images of {tmp_path}, 1 image skipped as unreadable"
+    assert told in captured.out
+    assert "torn.png" in captured.err
+    assert main([*arguments, "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("\n") == 3
+
+
 @pytest.fixture
 def pictures(tmp_path):
     folder = tmp_path / "pictures"
@@ -456,6 +473,7 @@ def test_predict_writes_as_it_goes(run, pictures, capsys, monkeypatch):
                 raise KeyboardInterrupt
             return whole(path)
 
+        one.decoder = whole.decoder
         return one
 
     monkeypatch.setattr(prediction, "evaluation_transform", transform)
@@ -525,6 +543,18 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     losses = [entry[1]["loss"] for entry in seen if entry != "finished" and "loss" in entry[1] and entry[0] > 4]
     assert sum(losses) / len(losses) == pytest.approx(history[1]["train_loss"])  # means of two steps each, none left out
     assert seen.count("finished") == 2
+
+
+def test_weights_and_biases_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    def init(**settings):
+        raise ConnectionError("no route to it")
+
+    module = types.ModuleType("wandb")
+    module.init, module.__spec__ = init, types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    assert main(small_arguments(tmp_path, "--quiet", "--run.wandb=digits")) == 1
+    said = capsys.readouterr().err
+    assert said == "mvit3 train: error: run.wandb digits: Weights & Biases cannot be logged to: no route to it\n"
 
 
 def test_weights_and_biases_that_is_not_installed(monkeypatch):

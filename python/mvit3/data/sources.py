@@ -423,7 +423,8 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on: {error!r}") from None
+        reason = f": {error}" if isinstance(error, ValueError) else ""  # the others are numbers that are missing
+        raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on{reason}") from None
 
 
 def side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
@@ -437,17 +438,25 @@ def side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
 
 def open_shards(pattern: str, root: str, cache: str, num_classes: int, class_map: str = "", known: Sequence[str] = ()) -> Shards:
     """The shards of a pattern such as train-{0000..0146}.tar or train-*.tar.gz. A shard that is cut off gives what it still holds, and a
-    note. `known`: the class names of training."""
+    note. `known`: the class names of training, to which labels are mapped by the names beside the shards."""
     names = _shard_names(pattern, root)
     notes: list[str] = []
     side = side_file(class_map, root, names)
-    class_names = tuple(known) or (read_class_names(side) if side else ())
+    own = read_class_names(side) if side else ()
+    class_names = tuple(known) or own
     number_of = {name: label for label, name in enumerate(class_names)}
+    # Labels are numbers of the names beside the shards, which may come in another order than those of training.
+    named = own and not all(name.isdecimal() for name in class_names)
+    if named and (strange := [name for name in own if name not in number_of]):
+        raise DataError(
+            f"{side} has a class {strange[0]!r} that training does not know ({len(strange)} such, {len(class_names)} known classes)"
+        )
 
     def label_of(text: str) -> int:
         if re.fullmatch(r"[+-]?\d+", text):
-            return int(text)
-        if text in number_of and side:
+            label = int(text)
+            return number_of[own[label]] if named and 0 <= label < len(own) else label
+        if named and text in own:
             return number_of[text]
         raise ValueError(f"{text!r} is no class of {side}" if side else "")
 
