@@ -166,8 +166,10 @@ def test_some_classes_of_imagenet(tmp_path, capsys):
     evaluation = ["evaluate", f"--checkpoint={tmp_path / 'published.pt'}", "--config=mobilevitv3_xxs", "--data.resize=40", "--data.crop=32",
                   "--data.workers=0", "--json"]  # fmt: skip
     assert main([*evaluation, images(tmp_path / "named", chosen, 4)]) == 0
-    found = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
     assert (found["correct"], found["total"]) == (4, 12)
+    assert "has no folder for 997 of 1000 classes" in captured.err
     assert main([*evaluation, images(tmp_path / "others", ["cat", "dog"], 4)]) == 1
     said = capsys.readouterr().err
     assert "has 1000 classes and does not tell their names" in said and "has 2 (cat, dog)" in said and "synsets" in said
