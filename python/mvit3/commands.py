@@ -18,7 +18,7 @@ from .backends import served
 from .config import TrainConfig, check_output
 from .data import DataError, DecodeError, loaders
 from .demo import demo
-from .distributed import World, world
+from .distributed import World, is_peer_lost, world
 from .errors import Failure
 from .inference import Network, evaluate_checkpoint
 from .listing import describe
@@ -44,6 +44,8 @@ def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
     except EXPECTED as error:
         raise Failure(str(error)) from error
     except (MemoryError, RuntimeError) as error:
+        if is_peer_lost(error):
+            raise Failure("another process of this run has ended; its message says why") from error
         if not is_out_of_memory(error):
             raise
         kind = "data.batch_size (run.accumulate makes up for it)" if name in ("train", "finetune", "demo") else "data.eval_batch_size"

@@ -57,6 +57,12 @@ class World:
                 dist.broadcast(buffer, 0)
 
 
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an error only says that another process of the run has ended."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """The world of this process: alone, or as torchrun's environment says; NCCL between GPUs, gloo between CPUs."""

@@ -87,6 +87,8 @@ def evaluate_checkpoint(path: Path, config: TrainConfig, weights: str, world: Wo
     batches.say = bar.line
     for note in batches.source.notes:
         bar.line(note)
+    if config.data.limit_val:
+        bar.line(f"data.limit_val: the accuracy is that of {len(batches.source.labels)} images, spread over all; 0 takes all")
     watched = bar.over(batches, len(batches), "batches evaluated")
     found = evaluate(network.model, watched, config.run, network.num_classes, world.device)
     if found.not_finite:

@@ -80,6 +80,7 @@ class Trainer:
         self.factor = rate_factor(config.optimizer, self.effective_batch)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
         self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
+        self._schedule_from = 0.0  # step of the schedule that is reached, though some of an epoch may be done again
         self.data_identity = data_identity(config, loaders) if world.first else {}
         if self.schedule.note:
             self.listener.say(self.schedule.note)
@@ -151,7 +152,7 @@ class Trainer:
                 if run.max_steps and p.step >= run.max_steps:
                     raise Stopped
                 started = time.perf_counter()
-                lr = self.schedule.set(p.step * self.schedule.steps_per_epoch / self.steps_per_epoch)
+                lr = self.schedule.set(max(p.step * self.schedule.steps_per_epoch / self.steps_per_epoch, self._schedule_from))
                 images = self._step(batches)
                 p.step += 1
                 p.batch += run.accumulate
@@ -377,6 +378,7 @@ class Trainer:
             "world_size": self.world.size,
             "steps_per_epoch": self.steps_per_epoch,
             "schedule_steps_per_epoch": self.schedule.steps_per_epoch,
+            "schedule_from": self._schedule_from,
             "version": mvit3_kernels.__version__,
         }
 
@@ -417,14 +419,16 @@ class Trainer:
 
     def _convert(self, content: dict[str, object]) -> None:
         """Puts the progress into this run's steps, where the checkpoint's had another number of images: what share of the epoch is done
-        stays, rounded down to whole steps, and the schedule goes on by the share of the training that is done."""
+        stays, rounded down to whole steps, and the schedule goes on by the share of the training that is done; it never goes back."""
         p, now, accumulate = self.progress, self.steps_per_epoch, content["config"]["run"]["accumulate"]
         done = p.batch // accumulate
         then = content.get("steps_per_epoch") or ((p.step - done) // p.epoch if p.epoch else now)  # of a version that did not save it
         unit = content.get("schedule_steps_per_epoch") or then
         if unit != now:
             self.schedule = Schedule(self.config.schedule, self.optimizer, unit, self.factor)
+        self._schedule_from = content.get("schedule_from", 0.0)
         if then != now or accumulate != self.config.run.accumulate:
+            self._schedule_from = max(self._schedule_from, (p.epoch + done / then) * unit)
             done = min(done * now // then, now)
             p.batch, p.step = done * self.config.run.accumulate, p.epoch * now + done
             self.listener.say(f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}")

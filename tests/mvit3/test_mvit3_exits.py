@@ -16,6 +16,7 @@ from mvit3.lock import alone
 from mvit3.options import UsageError
 
 from .conftest import process, small_arguments
+from .test_mvit3_resume import images
 from .test_mvit3_survival import wait_for
 
 
@@ -115,6 +116,31 @@ def test_closed_streams():
     """No file takes the place of a stream that is closed from the beginning."""
     command = f"{sys.executable} -m mvit3 train --print_config 2>&- >&-"
     assert subprocess.run(["sh", "-c", command], timeout=120).returncode == 0
+
+
+def test_torchrun_sees_a_failure(tmp_path):
+    """One process runs out of memory in its third step: the other one ends too, each with a line, and torchrun names the first."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from mvit3 import cli, trainer\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    original, calls = trainer.Criterion.mix, []\n"
+        "    def full(*batch):\n"
+        "        calls.append(1)\n"
+        "        if len(calls) == 3:\n"
+        "            raise MemoryError\n"
+        "        return original(*batch)\n"
+        "    trainer.Criterion.mix = full\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    data = (images(tmp_path / "images"), "--data.source=folder", "--data.limit_train=0", "--data.limit_val=0", "--data.batch_size=2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
+    running = process(*small_arguments(tmp_path / "run", *data, "--run.save_steps=1", "--run.threads=1", "--quiet"), launcher=launcher)
+    _, err = running.communicate(timeout=300)
+    assert running.returncode == 1 and "mvit3 train: error: out of memory: no more memory is to be had" in err
+    assert "rank      : 1 (local_rank: 1)" in err.partition("Root Cause")[2] and "trainer.py" not in err
+    assert checkpoint.latest(tmp_path / "run", print)["progress"]["step"] == 2
 
 
 def test_out_of_memory(tmp_path, monkeypatch, capsys):

@@ -41,6 +41,8 @@ JUNK = frozenset(
     ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini", "__pycache__")
 )
 
+ABSENT = 5  # classes without a folder that are named one by one
+
 
 class DataError(RuntimeError):
     """Images or labels that cannot be used; the message names them."""
@@ -226,9 +228,14 @@ def open_folder(root: Path, class_names: Sequence[str] = ()) -> Folder:
     labels: list[int] = []
     notes: list[str] = []
     seen |= above
+    present = set(found)
+    absent = [name for name in names if name not in present]
+    if len(absent) > ABSENT:
+        notes.append(f"{root} has no folder for {len(absent)} of {len(names)} classes; no image of these is seen there")
+    else:
+        notes += [f"{root} has no folder for class {name!r}; no image of this class is seen there" for name in absent]
     for label, name in enumerate(names):
-        if name not in found:
-            notes.append(f"{root} has no folder for class {name!r}; no image of this class is seen there")
+        if name not in present:
             continue
         before = len(paths)
         paths += [os.fsencode(os.path.relpath(path, root)) for path in walk_images(root / name, skipped, seen, root)]
