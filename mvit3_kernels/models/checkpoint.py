@@ -121,6 +121,15 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, drop_head
     )
 
 
+def count_outputs(path: str | os.PathLike[str]) -> int | None:
+    """Classes of the classifier in a file that `load_checkpoint` reads, None where it has none; CheckpointError as there."""
+    path = os.fsdecode(path)
+    _, tensors = _select(path, _read(path), None)
+    _, sources = _published_names(path, tensors, False)
+    heads = [tensors[key] for name, keys in sources.items() if _part(name) == "classifier" for key in keys if name.endswith("weight")]
+    return int(heads[0].shape[0]) if heads else None
+
+
 def _read(path: str) -> object:
     """The content of a file that torch.save or safetensors wrote, tensors on the CPU."""
     try:

@@ -7,6 +7,7 @@ links to the same files where they coincide, so that each state is written once.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Gives a file a second name, at once; a copy where the file system has no links."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -65,14 +66,27 @@ def save(folder: Path, content: dict[str, object], also: Sequence[str] = ()) -> 
     try:
         _write(temporary, content)
         for name in also:
-            _link(temporary, folder / name)
+            link(temporary, folder / name)
         if last.exists():
-            _link(last, folder / PREVIOUS)
+            link(last, folder / PREVIOUS)
         os.replace(temporary, last)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(folder)
     return last
+
+
+def best_of(epoch: int) -> str:
+    """The name of the checkpoint of an epoch that is among the best ones."""
+    return f"best_{epoch:04}.pt"
+
+
+def keep_best(folder: Path, epochs: Sequence[int]) -> None:
+    """Removes those of the best epochs that are no longer among them."""
+    names = {best_of(epoch) for epoch in epochs}
+    for path in folder.glob("best_*.pt"):
+        if re.fullmatch(r"best_\d{4,}\.pt", path.name) and path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 class _Sink:
@@ -122,7 +136,8 @@ def load(path: Path) -> dict[str, object]:
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # the unpickler has no common error type
-        raise Foreign(f"{path} is truncated, or no checkpoint: {str(error).splitlines()[0]}") from error
+        reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+        raise Foreign(f"{path} is truncated, or no checkpoint{reason}") from error
     wrong = [key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)]
     if wrong:
         raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
 from . import recipes
 from .config import AMP, TrainConfig, check_names, section_options
 from .errors import Failure
 from .names import TIMM
-from .options import UsageError, form, nearest, nearest_options
+from .options import UsageError, form, nearest, nearest_options, written
+from .signals import INTERRUPTED
+from .streams import BROKEN_PIPE, guarded
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,11 @@ class Command:
 WEIGHTS = {
     "default": "auto",
     "choices": ["auto", "ema", "raw"],
-    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names",
+    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names (default: auto)",
 }
-TOP = {"type": int, "default": 5, "help": "classes to name for each image"}
+CSV = {"action": "store_true", "help": "the result as CSV on stdout, a row for each class"}
+PER_CLASS = {"action": "store_true", "help": "a table of all classes with their accuracy"}
+TOP = {"type": int, "default": 5, "help": "classes to name for each image (default: 5)"}
 IMAGES = {"nargs": "+", "help": "images, or folders of images"}
 START = {"default": "", "help": "where it starts: of mvit3 train, which tells network, pixels and augmentation, or with --config another"}
 SIZE = {"type": int, "default": 256, "help": "side of the image for which multiplications are counted, pixels"}
@@ -58,17 +63,24 @@ COMMANDS = {
         ("model", "data", "run"),
         ("val",),
         checkpoint=True,
-        extra={"--weights": WEIGHTS},
+        extra={"--weights": WEIGHTS, "--per_class": PER_CLASS, "--csv": CSV},
     ),
     "predict": Command(
         "classes of images",
         ("model", "data", "run"),
         checkpoint=True,
-        extra={"--weights": WEIGHTS, "--top": TOP, "images": IMAGES},
+        extra={"--weights": WEIGHTS, "--top": TOP, "--csv": CSV, "images": IMAGES},
     ),
     "models": Command("networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}),
     "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
 }
+
+
+class _Help(DefaultHelpFormatter):
+    """Options are described in our words, which have the form of a value and the default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help
 
 
 class _Parser(ArgumentParser):
@@ -83,6 +95,7 @@ class _Parser(ArgumentParser):
             prog=f"mvit3 {name}",
             description=own.help + (short if own.sections else "."),
             exit_on_error=False,
+            formatter_class=_Help,
             print_config=None,
             allow_abbrev=False,
             usage=" ".join((f"mvit3 {name}", *words)),
@@ -101,7 +114,10 @@ class _Parser(ArgumentParser):
             if section not in groups:
                 groups[section] = self.add_argument_group(f"{section} options") if section in command.sections else self
             choices = f"; one of {', '.join(option.choices)}" if 0 < len(option.choices) <= 20 else ""
-            text = f"{option.help}{choices}" if section in command.sections else argparse.SUPPRESS
+            text = argparse.SUPPRESS
+            if section in command.sections:
+                value = "" if option.choices else f"{form(kind, default)}; "
+                text = f"{option.help}{choices} ({value}default: {written(default)})"
             groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
 
     @property
@@ -134,11 +150,12 @@ def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[ob
 
 
 def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
-    """Options as --option=value, then what follows none; --data D is --data.root=D, or --data.source=digits; recipes become files.
+    """Files, options as --option=value, then what follows none: the command line wins over files, wherever they stand in it.
+    --data D is --data.root=D, or --data.source=digits; recipes become files.
 
     UsageError for an option that does not exist, and for a word too many.
     """
-    flags, queue, options, rest = parser.flags, list(arguments), [], []
+    flags, queue, files, options, rest = parser.flags, list(arguments), [], [], []
     while queue:
         word = queue.pop(0)
         if word == "--":
@@ -170,11 +187,12 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
         elif flag == "--amp":
             flag = "--run.amp"
         elif flag == "--config":
-            value = _recipe(value)
+            files.append(f"{flag}={_recipe(value)}")
+            continue
         options.append(f"{flag}={value}")
     if rest and not parser.takes_files:
         raise _stray(rest, options, _kinds(parser))
-    return [*options, *rest]
+    return [*files, *options, *rest]  # the parser lets the last one win
 
 
 def _kinds(parser: _Parser) -> dict[str, tuple[object, object]]:
@@ -220,12 +238,16 @@ def _one_line(error: Exception, parser: _Parser) -> str:
 
 def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
-    command, parser = COMMANDS[name], _Parser(name)
+    command, parser, base = COMMANDS[name], _Parser(name), {}
     arguments = _arrange(parser, arguments)
     if command.recipe:
         arguments = [f"--config={_recipe(command.recipe)}", *arguments]
     try:
         args = parser.parse_args(arguments)
+        if args.json and getattr(args, "csv", False):
+            raise UsageError("--json and --csv exclude each other")
+        if getattr(args, "top", 1) < 1:
+            raise UsageError(f"--top must be at least 1, got {args.top}")
         if name == "finetune":
             _check_values(args)
             arguments = _finetune_defaults(parser, arguments, args)
@@ -247,8 +269,24 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
     except argparse.ArgumentError as error:
         raise UsageError(_one_line(error, parser)) from None
     values = args.as_dict()
-    config = TrainConfig.from_dict({section: dict(values[section]) for section in EVERYTHING})
+    sections = {section: dict(values[section]) for section in EVERYTHING}
+    _take_data(sections["data"], arguments, base)
+    config = TrainConfig.from_dict(sections)
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
+
+
+def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[str, Mapping[str, object]]) -> None:
+    """A folder that the command line names is what is read, though a recipe or a checkpoint has data that need none; and the limit of a
+    training's validation images is no property of other images. `base`: the configuration of a checkpoint."""
+    given = {word.partition("=")[0] for word in arguments}
+    if "--data.root" in given and "--data.source" not in given and data["source"] == "digits":
+        data["source"] = "folder"
+    then = base.get("data", {})
+    other = any(data[key] != then.get(key, data[key]) for key in ("source", "val")) or (
+        os.path.realpath(str(data["root"])) != os.path.realpath(str(then.get("root", data["root"])))
+    )
+    if other and "--data.limit_val" not in given:
+        data["limit_val"] = 0
 
 
 # What fine-tuning takes from a checkpoint: the network, and images as it knows them.
@@ -369,8 +407,23 @@ def _loading(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 when interrupted."""
-    name, arguments = _choose(sys.argv[1:] if argv is None else argv)
+    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where nobody reads what it
+    prints."""
+    with guarded() as (stdout, stderr):
+        status, stopped = 0, None
+        try:
+            status = _main(sys.argv[1:] if argv is None else argv)
+        except (BrokenPipeError, SystemExit) as error:
+            stopped = error
+    if stdout.lost or stderr.lost:
+        return BROKEN_PIPE
+    if stopped is not None:
+        raise stopped
+    return status
+
+
+def _main(argv: Sequence[str]) -> int:
+    name, arguments = _choose(argv)
     program = f"mvit3 {name}"
     try:
         config, args = _parse(name, arguments)
@@ -381,13 +434,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 
-        commands.run(name, config, args)
+        args.command = shlex.join(["mvit3", *argv])
+        return commands.run(name, config, args)
     except UsageError as error:
         _refuse(program, str(error))
+    except BrokenPipeError:
+        raise
     except (Failure, OSError) as error:
         print(f"{program}: error: {_plain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED

@@ -5,6 +5,7 @@ The command line is built from these classes (cli.py); a configuration is checke
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,13 @@ def _gpus() -> int:
     import torch  # takes a second, which only those wait who name a GPU
 
     return torch.cuda.device_count()
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # a module without a specification
+        return False
 
 
 AMP = ("none", "bf16", "fp16", "auto")
@@ -223,14 +231,18 @@ class RunConfig(Section):
     max_steps: Annotated[int, Option("stop after so many steps, as SIGTERM would; 0: no limit", minimum=0)] = 0
     save_epochs: Annotated[int, Option("keep a checkpoint of every so many epochs; 0: only the last two and the best", minimum=0)] = 0
     save_steps: Annotated[int, Option("also save the last checkpoint every so many steps; 0: after each epoch", minimum=0)] = 0
+    keep_best: Annotated[int, Option("checkpoints of the best epochs to keep; beyond one they are best_NNNN.pt, by epoch", minimum=1)] = 1
     eval_epochs: Annotated[int, Option("evaluate every so many epochs, and at the end", minimum=1)] = 1
     max_bad_steps: Annotated[int, Option("steps in a row with a loss or gradient that is not finite before it stops", minimum=1)] = 20
     log_steps: Annotated[int, Option("steps between two records of the loss, and looks at it on a GPU", minimum=1)] = 50
     tensorboard: Annotated[bool, Option("write TensorBoard events into output")] = False
+    wandb: Annotated[str, Option("project of Weights & Biases to log to, where wandb is installed; empty: none")] = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_device("run.device", self.device)
+        if self.wandb and not _installed("wandb"):
+            raise UsageError(f"run.wandb {self.wandb} needs Weights & Biases, which is not installed: pip install wandb")
         needs_gpu = self.sync_bn or self.cuda_graph
         on_gpu = needs_gpu and (self.device.startswith("cuda") or (self.device == "auto" and _gpus() > 0))
         if self.sync_bn and not on_gpu:

@@ -18,8 +18,9 @@ from .data import loaders
 from .distributed import World
 from .logs import write
 from .progress import Listener
-from .report import STYLE, Bar, table
+from .report import STYLE
 from .runtime import prepare
+from .screen import Bar, table
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Run(Listener):
         self.seconds.append(seconds - waited)
         speed = images / median(self.seconds[-10:])
         where = f"epoch {trainer.progress.epoch + 1}/{trainer.config.schedule.epochs} {self.ops:9}"
-        self.bar.update(f"{where}  {speed:4.0f} img/s  lr {self.lr:.1e}  loss {self.losses[-1]:.3f}")
+        self.bar.update(f"{where}  loss {self.losses[-1]:.3f}  {speed:4.0f} img/s  lr {self.lr:.1e}")
 
     def on_epoch(self, trainer: Trainer) -> None:
         self._waited = 0.0

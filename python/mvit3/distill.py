@@ -99,5 +99,5 @@ def _of_checkpoint(config: TrainConfig, path: Path, num_classes: int, class_name
         raise UsageError(f"distill.teacher {path} has {network.num_classes} classes, the data {num_classes}")
     if network.class_names and class_names and tuple(network.class_names) != tuple(class_names):
         different = next((a, b) for a, b in zip(network.class_names, class_names, strict=True) if a != b)
-        raise UsageError(f"distill.teacher {path} has other classes than the data: {different[0]!r} is {different[1]!r} there")
+        raise UsageError(f"distill.teacher {path} has other classes than the data: its {different[0]!r} is {different[1]!r} there")
     return Teacher(network.model, config.data, own.data.colors, own.data.mean, own.data.std, config.run, device)

@@ -57,6 +57,12 @@ class World:
                 dist.broadcast(buffer, 0)
 
 
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an error only says that another process of the run has ended."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return dist.is_initialized() and isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """The world of this process: alone, or as torchrun's environment says; NCCL between GPUs, gloo between CPUs."""
@@ -68,8 +74,6 @@ def world(device: torch.device) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        host = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-        yield World(device, dist.get_rank(), size, host)
-    finally:
-        dist.destroy_process_group()
+    host = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    yield World(device, dist.get_rank(), size, host)
+    dist.destroy_process_group()  # not after an error: it would wait for processes that wait for this one

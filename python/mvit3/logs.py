@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import os
+import uuid
 from pathlib import Path
+
+from .errors import Failure
 
 
 def write(path: Path, text: str) -> None:
@@ -42,3 +45,27 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars by the step in a project of Weights & Biases; a run that goes on is one run there, by the name in `wandb.id`."""
+
+    def __init__(self, project: str, folder: Path, config: dict[str, object], step: int) -> None:
+        import wandb  # takes seconds to import
+
+        name = folder / "wandb.id"
+        if not step or not name.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write(name, uuid.uuid4().hex)
+        try:
+            self.run = wandb.init(
+                project=project, name=folder.name, dir=str(folder), config=config, id=name.read_text(encoding="utf-8"), resume="allow"
+            )
+        except Exception as error:  # it has errors of many kinds: no key, no connection
+            raise Failure(f"run.wandb {project}: Weights & Biases cannot be logged to: {error}") from error
+
+    def add(self, step: int, **scalars: float | None) -> None:
+        self.run.log({name: value for name, value in scalars.items() if value is not None}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

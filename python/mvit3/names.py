@@ -63,4 +63,6 @@ TIMM = {
     "torchcompile": "run.compile",
     "grad-accum-steps": "run.accumulate",
     "log-interval": "run.log_steps",
+    "log-wandb": "run.wandb",
+    "checkpoint-hist": "run.keep_best",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +17,31 @@ from .config import ModelConfig, TrainConfig
 STAGES = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp", "classifier")  # from the image on
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:
-    """The network of a configuration, with fresh weights or those of `model.pretrained`; the seed decides the fresh ones."""
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, network: str) -> None:
+    """Loads a state dict; CheckpointError where it is of another network, with what differs. The model is then as it was."""
+    own = model.state_dict()
+    other = [name for name in own if name in state and own[name].shape != state[name].shape]
+    missing, strange = [name for name in own if name not in state], [name for name in state if name not in own]
+    parts = []
+    if other:
+        there, here = ("x".join(map(str, tensors[other[0]].shape)) or "one number" for tensors in (state, own))
+        parts.append(f"{other[0]} is {there} there and {here} in the network" + _more(other, "differ"))
+    if missing:
+        parts.append(f"it lacks {missing[0]}" + _more(missing, "are missing"))
+    if strange:
+        parts.append(f"it has {strange[0]}, which the network has not" + _more(strange, "are unknown"))
+    if parts:
+        raise checkpoint.CheckpointError(f"{origin} does not fit {network}: {'; '.join(parts)}")
+    model.load_state_dict(state)
+
+
+def _more(names: list[str], what: str) -> str:
+    return f" ({len(names)} {what} in all)" if len(names) > 1 else ""
+
+
+def build_model(config: TrainConfig, num_classes: int, device: torch.device, pretrained: bool = True) -> nn.Module:
+    """The network of a configuration, with fresh weights or, with `pretrained`, those that `model.pretrained` names; the seed decides the
+    fresh ones."""
     torch.manual_seed(config.run.seed)
     m = config.model
     model = mvit3_kernels.create_model(
@@ -28,7 +52,7 @@ def build_model(config: TrainConfig, num_classes: int, device: torch.device) -> 
         attn_drop_rate=m.attn_drop_rate,
         ffn_drop_rate=m.ffn_drop_rate,
     )
-    if m.pretrained:
+    if m.pretrained and pretrained:
         mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head, ema=_average(Path(m.pretrained)))
     for module in _frozen(model, m):
         module.requires_grad_(False)

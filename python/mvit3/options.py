@@ -6,6 +6,14 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import get_args, get_origin, get_type_hints
 
+
+def written(value: object) -> str:
+    """A value as a command line or a YAML file writes it."""
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(written, value))}]"
+    return {None: "null", "": "empty"}.get(value, str(value).lower() if isinstance(value, bool) else str(value))
+
+
 SHOWN = 25  # valid names that a message lists; of more it gives the nearest
 
 
@@ -39,7 +47,7 @@ def form(kind: object, default: object = None) -> str:
     """What a value of this type looks like, in plain words; a list with an example."""
     if get_origin(kind) is tuple:
         numbers, example = {int: ("whole numbers", "160,192"), float: ("numbers", "0.5,1")}.get(get_args(kind)[0], ("names", "a,b"))
-        return f"a list of {numbers} such as [{','.join(map(str, default)) if default and isinstance(default, tuple) else example}]"
+        return f"a list of {numbers} such as {written(default) if default and isinstance(default, tuple) else f'[{example}]'}"
     if get_args(kind):
         return " or ".join(form(one) for one in get_args(kind))
     return WORDS.get(kind, "text")

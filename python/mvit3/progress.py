@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -29,6 +32,11 @@ class Progress:
     wait_seconds: float = 0.0
     history: list[dict[str, object]] = field(default_factory=list)
     confusion: list[list[int]] | None = None
+    class_correct: list[int] = field(default_factory=list)  # of the last evaluation, of the weights that it judged by
+    class_total: list[int] = field(default_factory=list)
+    samples: dict[str, list[dict[str, object]]] = field(default_factory=dict)  # as gallery.py makes them
+    starts: int = 1
+    total_seconds: float = 0.0  # of all starts, evaluation and saving included
 
 
 class Listener:
@@ -41,7 +49,11 @@ class Listener:
         """After each step: its images over all processes, and its time, waiting for data included."""
 
     def on_loss(self, trainer: Trainer, loss: float, lr: float) -> None:
-        """Every `run.log_steps` steps: mean loss since the last look, and the learning rate."""
+        """Every `run.log_steps` steps: mean loss of the steps since the last time, and the learning rate."""
+
+    def evaluating(self, trainer: Trainer, batches: Iterable[T], total: int) -> Iterator[T]:
+        """The `total` batches of an evaluation, as they are taken."""
+        return iter(batches)
 
     def on_epoch(self, trainer: Trainer) -> None:
         """After each epoch, when its row is in the history and its checkpoint on disk."""

@@ -1,22 +1,32 @@
-"""What a person sees of a run: progress, the table, the report."""
+"""The result of a run: as plain values, as text, and as a page that stands alone."""
 
 from __future__ import annotations
 
+import base64
+import csv
 import html
 import io
-import sys
+import platform
+import re
+from datetime import datetime
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
+import yaml
+
+import mvit3_kernels
 
 from . import checkpoint, logs
 from .ema import INITIAL_SHARE
-from .progress import Listener
+from .progress import Progress
+from .screen import count, duration, number, percent, rate, table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # imported for a plot only, it takes a second
+    from matplotlib.axes import Axes  # imported for a plot only, it takes a second
+    from matplotlib.figure import Figure
 
     from .trainer import Trainer
 
@@ -29,125 +39,70 @@ STYLE = {
     "grid.alpha": 0.25,
 }
 BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe and Ito: told apart by everyone, and in print
+WRITTEN = 12  # classes up to which a confusion matrix has its counts written in, and a width that a telephone shows
+CLASSES_IN_A_TABLE = 25
+LOWEST = 10  # classes that are shown where there are more than a table holds
+NAMED = 5  # unreadable images that are named
+CONFUSIONS = 10  # of the most frequent ones, in a table
+VERSIONS = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows of cells under a header row; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def class_results(correct: list[int], total: list[int], names: list[str] | tuple[str, ...]) -> list[dict[str, object]]:
+    """Name, images, hits and accuracy (None without images) of each class."""
+    return [
+        {"name": names[i] if i < len(names) else str(i), "images": n, "correct": hits, "accuracy": hits / n if n else None}
+        for i, (hits, n) in enumerate(zip(correct, total, strict=True))
+    ]
 
 
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"
+def class_rows(classes: list[dict[str, object]]) -> list[list[str]]:
+    """Cells of a table of the classes."""
+    return [["class", "images", "correct", "accuracy"]] + [
+        [str(c["name"]), str(c["images"]), str(c["correct"]), percent(c["accuracy"]) or "no images"] for c in classes
+    ]
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def class_csv(result: dict[str, object]) -> str:
+    """The classes of an evaluation as CSV, and all of them together in the last row."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["class", "images", "correct", "accuracy"])
+    rows.writerows([c["name"], c["images"], c["correct"], "" if c["accuracy"] is None else c["accuracy"]] for c in result["classes"])
+    rows.writerow(["all", result["total"], result["correct"], result["accuracy"]])
+    return text.getvalue()
 
 
-def rate(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+def versions() -> dict[str, str]:
+    """Of what a run computes with."""
+    found = {"mvit3_kernels": mvit3_kernels.__version__, "python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
-class Bar:
-    """A progress bar on stderr with lines above it; silent when `quiet`."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.bar = quiet, None
-
-    def begin(self, total: int, done: int = 0) -> None:
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            disable=self.quiet,
-            bar_format="{percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}  {desc}",
-            mininterval=0.2 if sys.stderr.isatty() else 10,
-        )
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
-
-    def update(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.set_description_str(text, refresh=False)
-            self.bar.update()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Reporter(Listener):
-    """Shows a run as it goes, and keeps its records: history.csv, TensorBoard events."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.bar, self.board, self.loss, self.rate, self.lr = Bar(quiet), None, float("nan"), 0.0, 0.0
-
-    def begin(self, trainer: Trainer) -> None:
-        config, world = trainer.config, trainer.world
-        parts = f"{config.data.batch_size} images x {world.size} process{'es' if world.size > 1 else ''} x {config.run.accumulate} batches"
-        rule = config.optimizer.lr_rule
-        rule = "" if rule == "constant" else f" ({config.optimizer.lr:g} for {config.optimizer.lr_batch}, {rule})"
-        self.say(f"{parts} = {trainer.effective_batch} images per step; learning rate {trainer.factor * config.optimizer.lr:g}{rule}")
-        if config.run.tensorboard:
-            self.board = logs.TensorBoard(trainer.folder / "tensorboard", trainer.progress.step)
-        self.bar.begin(trainer.total_steps, trainer.progress.step)
-
-    def say(self, text: str) -> None:
-        self.bar.line(text)
-
-    def on_step(self, trainer: Trainer, images: int, seconds: float) -> None:
-        p = trainer.progress
-        self.rate = images / seconds if not self.rate else 0.9 * self.rate + 0.1 * images / seconds
-        self.bar.update(
-            f"epoch {p.epoch + 1}/{trainer.config.schedule.epochs}  {rate(self.rate)} img/s  lr {self.lr:.1e}  loss {self.loss:.3f}  "
-            f"waiting for data {p.wait_seconds / p.seconds:.0%}"
-        )
-
-    def on_loss(self, trainer: Trainer, loss: float, lr: float) -> None:
-        self.loss, self.lr = loss, lr
-        if self.board:
-            self.board.add(trainer.progress.step, loss=loss, lr=lr)
-
-    def on_epoch(self, trainer: Trainer) -> None:
-        row = trainer.progress.history[-1]
-        logs.write_csv(trainer.folder / "history.csv", trainer.progress.history)
-        if self.board:
-            self.board.add(row["step"], **{key: value for key, value in row.items() if key not in ("epoch", "step", "lr", "weights")})
-        parts = [f"epoch {row['epoch']:3}/{trainer.config.schedule.epochs}", f"loss {number(row['train_loss'], 3)}"]
-        if row["accuracy"] is not None:
-            parts.append(f"accuracy {percent(row['accuracy'])}" + (f" (average {percent(row['ema_accuracy'])})" if trainer.ema else ""))
-        if trainer.ema and (row["ema_initial_share"] or 0) > INITIAL_SHARE:
-            parts.append(f"{percent(row['ema_initial_share'])} of the average are initial weights")
-        if row["images_per_second"]:
-            parts.append(f"{rate(row['images_per_second'])} img/s, {row['data_wait']:.0%} waiting for data")
-        if row["skipped_steps"]:
-            parts.append(f"{row['skipped_steps']} steps skipped")
-        if row["unreadable_images"]:
-            parts.append(f"{row['unreadable_images']} images unreadable")
-        self.say("  ".join(parts))
-
-    def close(self) -> None:
-        self.bar.close()
-        if self.board:
-            self.board.close()
-
-
-def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> dict[str, object]:
-    """The result as plain values, for report.json and --json."""
+def summary(trainer: Trainer, backend: str, finished: bool, complete: bool, command: str) -> dict[str, object]:
+    """The result as plain values, for report.json and --json. `complete`: it was already, nothing was trained."""
     config, p = trainer.config, trainer.progress
     last = p.history[-1] if p.history else {}
     best = trainer.folder / checkpoint.BEST
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "versions": versions(),
         "model": config.model.name,
         "data": config.data.root or config.data.source,
         "num_classes": trainer.num_classes,
         "train_images": trainer.loaders.images_per_epoch,
         "epochs": p.epoch,
         "steps": p.step,
+        "epochs_planned": config.schedule.epochs,
         "finished": finished,
+        "already_complete": complete,
+        "starts": p.starts - complete,
+        "resumes": config.run.resume == "auto",
         "batch_size": config.data.batch_size,
         "effective_batch": trainer.effective_batch,
         "processes": trainer.world.size,
@@ -157,20 +112,32 @@ def summary(trainer: Trainer, backend: str, finished: bool, seconds: float) -> d
         "precision": config.run.amp,
         "ops": config.run.ops,
         "backend": backend,
-        "seconds": seconds,
+        "seconds": p.total_seconds if complete else trainer.spent(),
         "accuracy": last.get("ema_accuracy" if p.weights == checkpoint.AVERAGE else "accuracy"),
         "weights": p.weights or None,
         "ema_initial_share": last.get("ema_initial_share"),
         "best_accuracy": p.best if p.best_epoch else None,
         "best_weights": p.best_weights or None,
         "best_epoch": p.best_epoch or None,
+        "classes": class_results(p.class_correct, p.class_total, trainer.loaders.class_names),
         "skipped_steps": p.skipped,
         "unreadable": trainer.loaders.train.unreadable | trainer.loaders.val.unreadable,
         "checkpoint": str(trainer.folder / checkpoint.LAST),
-        "best_checkpoint": str(best) if best.exists() else None,
+        "best_checkpoint": str(best) if p.best_epoch and best.exists() else None,
         "report": str(trainer.folder / "report.html"),
         "history": p.history,
+        "config": config.to_dict(),
     }
+
+
+def headline(result: dict[str, object]) -> str:
+    """Accuracy, of which weights, and whether the run is at its end."""
+    state = "finished" if result["finished"] else f"stopped after {result['epochs']} of {count(result['epochs_planned'], 'epoch')}"
+    if result["already_complete"]:
+        state = "already complete, nothing was trained"
+    if result["accuracy"] is None:
+        return f"not evaluated yet, {state}"
+    return f"{percent(result['accuracy'])} accuracy, {result['weights']} weights, {state}"
 
 
 def _rows(result: dict[str, object]) -> list[list[str]]:
@@ -187,16 +154,17 @@ def _rows(result: dict[str, object]) -> list[list[str]]:
 
 def _facts(result: dict[str, object]) -> list[str]:
     last = result["history"][-1] if result["history"] else {}
-    steps = f"{result['epochs']} epochs, {result['steps']} steps of {result['effective_batch']} images, seed {result['seed']}"
+    done = f"{count(result['epochs'], 'epoch')}, {count(result['steps'], 'step')}"
+    steps = f"{done} of {result['effective_batch']} images, seed {result['seed']}"
     machine = f"{result['device']}, {result['processes']} x {result['threads']} CPU threads, precision {result['precision']}"
     facts = [
         f"{result['model']} on {result['data']}: {result['train_images']} training images, {steps}",
-        f"{machine}, {result['seconds']:.0f} s in all",
+        f"{machine}, {duration(result['seconds'])} in all" + (f" over {result['starts']} starts" if result["starts"] > 1 else ""),
         f"{result['ops']} ops served by {result['backend']}",
     ]
     if last.get("images_per_second"):
         facts.append(
-            f"{rate(last['images_per_second'])} images per second, {last['data_wait']:.1%} of the time waiting for data (last epoch)"
+            f"{rate(last['images_per_second'])} images per second, {percent(last['data_wait'])} of the time waiting for data (last epoch)"
         )
     if result["best_epoch"]:
         facts.append(
@@ -206,7 +174,9 @@ def _facts(result: dict[str, object]) -> list[str]:
         facts.append(f"{percent(result['ema_initial_share'])} of the averaged weights are still the initial ones")
     if result["skipped_steps"]:
         facts.append(f"{result['skipped_steps']} steps skipped, whose gradient was not finite")
-    facts += [f"unreadable: {name}: {reason}" for name, reason in result["unreadable"].items()]
+    facts += [f"unreadable: {name}: {reason}" for name, reason in islice(result["unreadable"].items(), NAMED)]
+    if len(result["unreadable"]) > NAMED:
+        facts.append(f"unreadable: {len(result['unreadable']) - NAMED} more, which report.json names")
     return facts
 
 
@@ -215,8 +185,10 @@ def summary_text(result: dict[str, object]) -> str:
     lines = _facts(result)
     if result["history"]:
         lines[2:2] = ["", table(_rows(result)), ""]
+    lines.insert(0, headline(result))
     if not result["finished"]:
-        lines.append("stopped before the end; the same command goes on from here")
+        again = "the same command" if result["resumes"] else "the same command with --run.resume auto"
+        lines.append(f"stopped before the end; {again} goes on from here")
     lines += ["", f"checkpoint  {result['checkpoint']}"]
     if result["best_checkpoint"]:
         lines.append(f"best        {result['best_checkpoint']}")
@@ -225,97 +197,226 @@ def summary_text(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def _curves(history: list[dict[str, object]]) -> Figure:
-    """Loss, accuracy, learning rate and speed by the epoch."""
+def _chart(history: list[dict[str, object]], kind: str) -> Figure:
+    """One of loss, accuracy, learning rate and speed by the epoch, as wide as a telephone shows it."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    (loss, accuracy), (lr, speed) = axes
+    figure, axis = plt.subplots(figsize=(4.8, 3.3), layout="constrained")
 
-    def draw(axis, key: str, label: str, color: str, style: str = "-") -> None:
+    def draw(key: str, label: str, color: str, style: str = "-") -> None:
         points = [(row["epoch"], row[key]) for row in history if row[key] is not None]
         if points:
             axis.plot(*zip(*points, strict=True), style, color=color, label=label, marker="o" if len(points) < 3 else "")
 
-    draw(loss, "train_loss", "training, as the recipe mixes and smooths it", ORANGE)
-    draw(loss, "val_loss", "validation", BLUE)
-    draw(loss, "ema_val_loss", "validation, average", BLUE, "--")
-    draw(accuracy, "accuracy", "trained", BLUE)
-    draw(accuracy, "ema_accuracy", "average", BLUE, "--")
-    draw(lr, "lr", "", ORANGE)
-    draw(speed, "images_per_second", "", BLUE)
-    loss.set_title("cross-entropy")
-    accuracy.set_title("validation accuracy")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    lr.set_title("learning rate at the end of the epoch")
-    speed.set_title("images per second")
-    speed.set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in (loss, accuracy):
-        axis.legend(frameon=False)
+    if kind == "loss":
+        draw("train_loss", "training", ORANGE)
+        draw("val_loss", "validation", BLUE)
+        draw("ema_val_loss", "validation, average", BLUE, "--")
+        axis.set_ylabel("cross-entropy")
+    elif kind == "accuracy":
+        draw("accuracy", "trained weights", BLUE)
+        draw("ema_accuracy", "average", BLUE, "--")
+        axis.set_ylabel("validation accuracy")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    elif kind == "learning rate":
+        draw("lr", "", ORANGE)
+        axis.set_ylabel("learning rate, end of epoch")
+    else:
+        draw("images_per_second", "", BLUE)
+        axis.set_ylabel("images per second")
+        axis.set_ylim(bottom=0)
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, axis)
     return figure
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Above the axes, where no curve is."""
+    handles, labels = axis.get_legend_handles_labels()
+    if any(labels):
+        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, handlelength=1.5, columnspacing=1)
 
 
 def _confusion(counts: list[list[int]], names: list[str]) -> Figure:
-    """True classes by row, predicted ones by column."""
+    """True classes by row, predicted ones by column; counts are written where there is room."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
-    size = max(4.0, 0.42 * len(names))
-    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
+    written = len(names) <= WRITTEN
+    size = 4.8 if written else 0.19 * len(names) + 2
+    figure, axis = plt.subplots(figsize=(size, size if written else 0.85 * size), layout="constrained")
     shares = torch.tensor(counts, dtype=torch.float64)
     shares /= shares.sum(1, keepdim=True).clamp_min(1)
-    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    image = axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.grid(visible=False)
-    axis.set(xlabel="predicted", ylabel="true", xticks=range(len(names)), yticks=range(len(names)))
-    axis.set_xticklabels(names, rotation=90)
-    axis.set_yticklabels(names)
+    axis.set(xlabel="predicted class", ylabel="true class", xticks=range(len(names)), yticks=range(len(names)))
+    short = [name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    small = {} if written else {"fontsize": 8}
+    axis.set_xticklabels(short, rotation=90, **small)
+    axis.set_yticklabels(short, **small)
+    if not written:
+        figure.colorbar(image, ax=axis, label="share of the true class", format=PercentFormatter(1), shrink=0.6)
+        return figure
     for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            if count:
-                axis.text(j, i, str(count), ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
+        for j, n in enumerate(row):
+            if n:
+                axis.text(j, i, str(n), ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
     return figure
 
 
-def _svg(draw, *arguments) -> str:
-    """A figure as SVG that can stand inside HTML."""
+def _svg(draw, *arguments: object, label: str) -> str:
+    """A figure as SVG that can stand inside HTML beside others."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.rc_context(STYLE | {"svg.fonttype": "none"}):
+    with plt.rc_context(STYLE | {"svg.fonttype": "none", "svg.hashsalt": label}):
         figure = draw(*arguments)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
         plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", svg)  # figure_1 and so on are in each of them
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    lines = ("".join(f"<{'td' if i else 'th'}>{html.escape(cell)}</{'td' if i else 'th'}>" for cell in row) for i, row in enumerate(rows))
+def _html_table(rows: list[list[str]], secondary: tuple[int, ...] = ()) -> str:
+    """`secondary`: columns that a narrow screen leaves out."""
+
+    def cell(text: str, row: int, column: int) -> str:
+        tag, kind = ("th", ' scope="col"') if row == 0 else ("td", "")
+        more = ' class="more"' if column in secondary else ""
+        return f"<{tag}{kind}{more}>{html.escape(text)}</{tag}>"
+
+    lines = ("".join(cell(text, i, j) for j, text in enumerate(row)) for i, row in enumerate(rows))
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def write_html(path: Path, result: dict[str, object], confusion: list[list[int]] | None, class_names: list[str]) -> None:
+EPOCHS = {  # column of the history: its head, how it is written, whether a narrow screen shows it
+    "epoch": ("epoch", str, True),
+    "train_loss": ("loss", number, True),
+    "accuracy": ("accuracy", percent, True),
+    "ema_accuracy": ("average", percent, True),
+    "accuracy5": ("top 5", percent, False),
+    "ema_accuracy5": ("top 5, average", percent, False),
+    "val_loss": ("val loss", number, False),
+    "ema_val_loss": ("val loss, average", number, False),
+    "lr": ("learning rate", lambda value: f"{value:.2e}", False),
+    "images_per_second": ("images/s", rate, False),
+    "data_wait": ("waiting for data", percent, False),
+    "skipped_steps": ("skipped", str, False),
+    "unreadable_images": ("unreadable", str, False),
+}
+
+
+def _epochs(history: list[dict[str, object]]) -> str:
+    keys = [key for key in EPOCHS if any(row.get(key) not in (None, 0) for row in history)]
+    rows = [[EPOCHS[key][0] for key in keys]]
+    rows += [["" if row.get(key) is None else EPOCHS[key][1](row[key]) for key in keys] for row in history]
+    return _html_table(rows, tuple(i for i, key in enumerate(keys) if not EPOCHS[key][2]))
+
+
+def _classes(classes: list[dict[str, object]]) -> str:
+    """All of them, folded up behind the ten lowest where they are many."""
+    tables = [class_rows(classes[i : i + CLASSES_IN_A_TABLE]) for i in range(0, len(classes), CLASSES_IN_A_TABLE)]
+    every = f'<div class="tables">{"".join(map(_html_table, tables))}</div>'
+    if len(tables) == 1:
+        return every
+    lowest = sorted((c for c in classes if c["images"]), key=lambda c: c["accuracy"])[:LOWEST]
+    fold = f"<details><summary>All {len(classes)} classes</summary>{every}</details>"
+    return f"<p>The {len(lowest)} lowest of {len(classes)}:</p>{_html_table(class_rows(lowest))}{fold}"
+
+
+def _confusions(counts: list[list[int]], names: list[str]) -> list[list[str]]:
+    """The pairs of classes that are taken for each other most often."""
+    pairs = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
+    rows = [[names[i], names[j], str(n), percent(n / sum(counts[i]))] for n, i, j in sorted(pairs, reverse=True)[:CONFUSIONS]]
+    return [["true class", "predicted", "images", "of the class"], *rows] if rows else []
+
+
+def _picture(sample: dict[str, object], names: list[str]) -> str:
+    """A validation image with what it is and what the network takes it for."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(sample["pixels"].numpy()).save(file, "PNG")
+    source = base64.b64encode(file.getvalue()).decode()
+    true, guess = names[sample["label"]], names[sample["guess"]]
+    right = sample["label"] == sample["guess"]
+    said = f"{guess} {percent(sample['probability'])}"
+    text = f"<b>{html.escape(said)}</b><br>" + ("right" if right else f"is {html.escape(true)}")
+    alt = html.escape(f"{true}, predicted {guess}")
+    return f'<figure class="{"right" if right else "wrong"}"><img alt="{alt}" src="data:image/png;base64,{source}">' + (
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+PAGE = """
+*{box-sizing:border-box}
+body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1200px;padding:1rem;color:#222;overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.25;margin:.2em 0}
+h2{font-size:1.15rem;margin:1.8em 0 .5em}
+p{margin:.3em 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:1rem}
+.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:.75rem}
+.wide{overflow-x:auto}
+.tables{display:flex;flex-wrap:wrap;gap:0 2rem;align-items:flex-start}
+svg{display:block;max-width:100%;height:auto}
+.wide svg{max-width:none}
+svg text{font-family:system-ui,sans-serif!important}
+table{border-collapse:collapse;margin:.5em 0;font-size:.9rem;font-variant-numeric:tabular-nums}
+td,th{padding:.25em .6em;text-align:right;border-bottom:1px solid #ddd;vertical-align:bottom}
+th{overflow-wrap:normal}
+td:first-child,th:first-child{text-align:left;padding-left:0}
+figure{margin:0;font-size:.85rem}
+figure img{width:96px;max-width:100%;border-bottom:4px solid #0072B2;image-rendering:auto}
+figure.wrong img{border-bottom-color:#D55E00}
+pre{white-space:pre-wrap;background:#f5f5f5;padding:.75rem;font-size:.85rem}
+@media(max-width:700px){.more{display:none}td,th{padding:.25em .35em}}
+"""
+
+
+def write_html(path: Path, result: dict[str, object], progress: Progress) -> None:
     """The report of a run: one file that needs no other."""
-    keys = [key for key in result["history"][0] if any(row[key] is not None for row in result["history"])]
-    epochs = [[key.replace("_", " ") for key in keys]]
-    for row in result["history"]:
-        epochs.append(["" if row[k] is None else f"{row[k]:.5g}" if isinstance(row[k], float) else str(row[k]) for k in keys])
+    names = [str(c["name"]) for c in result["classes"]] or [str(i) for i in range(result["num_classes"])]
+    title = f"{result['model']} on {result['data']}"
     parts = [
-        f"<h1>{html.escape(str(result['model']))} on {html.escape(str(result['data']))}</h1>",
+        f"<p>{html.escape(title)}</p>",
+        f"<h1>{html.escape(headline(result))}</h1>",
+        f'<p><time datetime="{result["date"]}">{result["date"].replace("T", " ")}</time></p>',
+        f"<pre>{html.escape(result['command'])}</pre>",
         *(f"<p>{html.escape(fact)}</p>" for fact in _facts(result)),
         _html_table(_rows(result)),
-        _svg(_curves, result["history"]),
+        '<div class="charts">',
+        *(_svg(_chart, result["history"], kind, label=kind) for kind in ("loss", "accuracy", "learning rate", "speed")),
+        "</div>",
     ]
-    if confusion:
-        parts += ["<h2>Which class is taken for which, last epoch</h2>", _svg(_confusion, confusion, class_names)]
-    parts += ["<h2>Epochs</h2>", _html_table(epochs)]
-    style = (
-        "body{font:15px sans-serif;margin:2em auto;max-width:1100px;padding:0 1em;color:#222}td,th{padding:.25em .7em;text-align:right;"
-        "border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1em 0}svg{max-width:100%;height:auto}"
+    for kind, text in (("best", "Surest and right"), ("worst", "Most wrong")):
+        samples = [s for s in progress.samples.get(kind, []) if kind == "worst" or s["label"] == s["guess"]]
+        if samples:
+            parts += [f"<h2>{text}</h2>", '<div class="gallery">', *(_picture(s, names) for s in samples), "</div>"]
+    if result["classes"]:
+        parts += ["<h2>Accuracy by class</h2>", _classes(result["classes"])]
+    if progress.confusion:
+        wide = "wide" if len(names) > WRITTEN else "charts"
+        parts += ["<h2>Which class is taken for which</h2>", f'<div class="{wide}">']
+        parts += [_svg(_confusion, progress.confusion, names, label="confusion matrix")]
+        if rows := _confusions(progress.confusion, names):
+            parts += [f"<div>{_html_table(rows)}</div>"]
+        parts += ["</div>"]
+    parts += [
+        "<h2>Epochs</h2>",
+        _epochs(result["history"]),
+        "<h2>Versions</h2>",
+        f"<p>{html.escape(', '.join(f'{name} {version}' for name, version in result['versions'].items()))}</p>",
+        f"<details><summary>Configuration</summary><pre>{html.escape(yaml.safe_dump(result['config'], sort_keys=False))}</pre></details>",
+    ]
+    head = (
+        '<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}: {html.escape(headline(result))}</title><style>{PAGE}</style></head>"
     )
-    head = f'<meta charset="utf-8"><title>{html.escape(result["model"])}</title><style>{style}</style>'
-    logs.write(path, f'<!doctype html><html lang="en">{head}{"".join(parts)}</html>\n')
+    logs.write(path, f'<!doctype html><html lang="en">{head}<body>{"".join(parts)}</body></html>\n')

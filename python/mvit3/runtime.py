@@ -42,6 +42,12 @@ def prepare(config: RunConfig) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of this machine or of its GPU is what lacked; PyTorch has no type of its own for the former."""
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in texts)
+
+
 def use_ops(ops: str) -> AbstractContextManager:
     """Inside it every op is plain PyTorch ("reference"), or the best kernel that can take the call ("fused")."""
     return mvit3_kernels.backend("reference") if ops == "reference" else nullcontext()

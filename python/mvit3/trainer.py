@@ -25,13 +25,16 @@ from . import checkpoint
 from .checkpoint import AVERAGE, TRAINED
 from .config import TrainConfig
 from .data import Loaders
+from .data.identity import identity
+from .data.sampler import batch_sizes
 from .distill import open_teacher
 from .distributed import World
 from .ema import INITIAL_SHARE, Ema
 from .errors import Stopped, TrainingError
 from .evaluation import Evaluation, evaluate
+from .gallery import Gallery
 from .loss import Criterion
-from .network import build_model, train_mode
+from .network import build_model, load_weights, train_mode
 from .optimizer import build_optimizer
 from .options import UsageError
 from .progress import Listener, Progress
@@ -40,13 +43,16 @@ from .schedule import Schedule, rate_factor
 from .signals import StopSignals
 
 PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
+STRIDE = 32  # of the last map of every network of the family
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
 class Trainer:
     """A network in training. `fit` runs it to its end, or to a signal; `train_epoch` and `evaluate_epoch` are its parts."""
 
-    def __init__(self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None, pretrained: bool = True
+    ) -> None:
         self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
         self.listener = listener if listener and world.first else Listener()
         loaders.train.say = loaders.val.say = self.listener.say
@@ -54,6 +60,12 @@ class Trainer:
         self.num_classes = config.model.num_classes or loaders.num_classes
         if self.num_classes < loaders.num_classes:
             raise UsageError(f"model.num_classes must be at least {loaders.num_classes}, the classes of the data; got {self.num_classes}")
+        if self.num_classes < 2:
+            raise UsageError(
+                f"a classifier needs two classes, {config.data.root or config.data.source} has one, {loaders.class_names[0]!r}; data.root "
+                "must hold the folders of data.train and data.val, and each of these one folder per class"
+            )
+        _check_batch_norm(config, world)
         self.steps_per_epoch = len(loaders.train) // run.accumulate
         if not self.steps_per_epoch:
             raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
@@ -61,13 +73,15 @@ class Trainer:
         self.effective_batch = config.data.batch_size * world.size * run.accumulate
         self.folder, self.progress, self.signals = Path(run.output), Progress(), StopSignals()
 
-        self.model = build_model(config, self.num_classes, self.device)
+        self.model = build_model(config, self.num_classes, self.device, pretrained)
         self.ema = Ema(self.model, config.ema.momentum, config.ema.warmup) if config.ema.enabled else None
         if run.sync_bn and world.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.factor = rate_factor(config.optimizer, self.effective_batch)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.factor)
         self.schedule = Schedule(config.schedule, self.optimizer, self.steps_per_epoch, self.factor)
+        self._schedule_from = 0.0  # step of the schedule that is reached, though some of an epoch may be done again
+        self.data_identity = data_identity(config, loaders) if world.first else {}
         if self.schedule.note:
             self.listener.say(self.schedule.note)
         labels, names = loaders.train.source.labels, loaders.class_names
@@ -78,6 +92,8 @@ class Trainer:
         # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
         self._counts = torch.zeros(4, device=self.device)
         self._read_steps = 1 if self.device.type == "cpu" else run.log_steps
+        self._recorded = 0.0, 0  # sum and number of this epoch's losses when a loss was last told
+        self._clock = time.perf_counter()
         self._statistics = [b for m in (self.model, self.ema and self.ema.module) if m for b in m.buffers() if b.is_floating_point()]
         self._healthy = [b.clone() for b in self._statistics]
         if self.device.type == "cuda":
@@ -129,13 +145,14 @@ class Trainer:
         train_mode(self.model, self.config.model)
         self.criterion.begin_epoch(p.epoch)
         wait_before = p.wait_seconds
+        self._recorded = p.loss_sum, p.steps
         batches = self.loaders.train.epoch(p.epoch, p.batch)
         with use_ops(run.ops):
             while p.batch < self.steps_per_epoch * run.accumulate:
                 if run.max_steps and p.step >= run.max_steps:
                     raise Stopped
                 started = time.perf_counter()
-                lr = self.schedule.set(p.step)
+                lr = self.schedule.set(max(p.step * self.schedule.steps_per_epoch / self.steps_per_epoch, self._schedule_from))
                 images = self._step(batches)
                 p.step += 1
                 p.batch += run.accumulate
@@ -145,7 +162,7 @@ class Trainer:
                 if p.step % self._read_steps == 0 or end:
                     self._read()
                     if p.step % run.log_steps == 0 or end or p.step == 1:
-                        self.listener.on_loss(self, self.last_loss, lr)
+                        self.listener.on_loss(self, self._mean_loss(), lr)
                 seconds = time.perf_counter() - started
                 p.seconds += seconds
                 self.listener.on_step(self, images, seconds)
@@ -153,6 +170,12 @@ class Trainer:
                     raise Stopped
                 if run.save_steps and p.step % run.save_steps == 0 and not end:
                     self.save()
+
+    def _mean_loss(self) -> float:
+        """Over the steps since it was last asked for, those that counted."""
+        p, (total, steps) = self.progress, self._recorded
+        self._recorded = p.loss_sum, p.steps
+        return (p.loss_sum - total) / (p.steps - steps) if p.steps > steps else math.nan
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
         """One update of the weights; returns the number of images in all processes."""
@@ -288,19 +311,34 @@ class Trainer:
         also = []
         if evaluations:
             p.weights = judged or p.weights
-            p.confusion = evaluations[judged or TRAINED].confusion
+            found = evaluations[judged or TRAINED]
+            p.confusion, p.samples = found.confusion, found.samples
+            p.class_correct, p.class_total = found.class_correct, found.class_total
         if judged and evaluations[judged].accuracy > p.best:
             p.best, p.best_epoch, p.best_weights = evaluations[judged].accuracy, p.epoch, p.weights
             also.append(checkpoint.BEST)
         if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
             also.append(f"epoch_{p.epoch:04}.pt")
+        best = self._best_epochs() if config.run.keep_best > 1 else []
+        if evaluations and p.epoch in best:
+            also.append(checkpoint.best_of(p.epoch))
         self.save(also)
+        if best and self.world.first:
+            checkpoint.keep_best(self.folder, best)
         self.listener.on_epoch(self)
+
+    def _best_epochs(self) -> list[int]:
+        """The `run.keep_best` epochs of the highest accuracy, each by its better weights; of equal ones the earlier."""
+        rows = [row for row in self.progress.history if row["weights"]]
+        rows.sort(key=lambda row: (-row[f"{PREFIXES[row['weights']]}accuracy"], row["epoch"]))
+        return [row["epoch"] for row in rows[: self.config.run.keep_best]]
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """On the validation part. A single process stops at once where a signal asks for it; several finish."""
         stopped = (lambda: self.signals.asked) if self.world.size == 1 else (lambda: False)
-        return evaluate(model, iter(self.loaders.val), self.config.run, self.num_classes, self.device, stopped)
+        batches = self.listener.evaluating(self, self.loaders.val, len(self.loaders.val))
+        gallery = Gallery(self.config.data) if self.world.first else None
+        return evaluate(model, batches, self.config.run, self.num_classes, self.device, stopped, gallery)
 
     def _must_stop(self, step: int) -> bool:
         if self.device.type == "cuda" and step % STOP_STEPS and self.world.size > 1:
@@ -316,8 +354,16 @@ class Trainer:
         fresh = self.ema is None or self.ema.initial_share(self.progress.step) > INITIAL_SHARE
         return self.progress.weights or (TRAINED if fresh else AVERAGE)
 
+    def spent(self) -> float:
+        """Seconds of all starts until now, evaluation and saving included."""
+        now = time.perf_counter()
+        self.progress.total_seconds += now - self._clock
+        self._clock = now
+        return self.progress.total_seconds
+
     def content(self) -> dict[str, object]:
         """The run as it stands, as plain values and tensors."""
+        self.spent()
         return {
             "state_dict": self.model.state_dict(),
             "ema_state_dict": self.ema.module.state_dict() if self.ema else {},
@@ -328,7 +374,11 @@ class Trainer:
             "config": self.config.to_dict(),
             "num_classes": self.num_classes,
             "class_names": list(self.loaders.class_names),
+            "data": self.data_identity,
             "world_size": self.world.size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "schedule_steps_per_epoch": self.schedule.steps_per_epoch,
+            "schedule_from": self._schedule_from,
             "version": mvit3_kernels.__version__,
         }
 
@@ -349,14 +399,9 @@ class Trainer:
 
     def load(self, content: dict[str, object]) -> None:
         """Goes on where a checkpoint was made. CheckpointError where it belongs to another network."""
-        try:
-            self.model.load_state_dict(content["state_dict"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(content["ema_state_dict"] or content["state_dict"])
-        except RuntimeError as error:
-            raise checkpoint.CheckpointError(
-                f"the checkpoint does not fit {self.config.model.name}: {str(error).splitlines()[0]}"
-            ) from None
+        load_weights(self.model, content["state_dict"], "the checkpoint", self.config.model.name)
+        if self.ema is not None:
+            load_weights(self.ema.module, content["ema_state_dict"] or content["state_dict"], "the checkpoint", self.config.model.name)
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
         for group, options in zip(self.optimizer.param_groups, fresh, strict=True):
@@ -364,11 +409,49 @@ class Trainer:
         if content["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
+        self.progress.starts += 1
+        self._convert(content)
         if self.ema is not None:
             self.ema.steps = self.progress.step
         for row in self.progress.history:  # of a version that did not have these columns
             row |= {"weights": row.get("weights"), "ema_initial_share": row.get("ema_initial_share")}
         torch._foreach_copy_(self._healthy, self._statistics)
+
+    def _convert(self, content: dict[str, object]) -> None:
+        """Puts the progress into this run's steps, where the checkpoint's had another number of images: what share of the epoch is done
+        stays, rounded down to whole steps, and the schedule goes on by the share of the training that is done; it never goes back."""
+        p, now, accumulate = self.progress, self.steps_per_epoch, content["config"]["run"]["accumulate"]
+        done = p.batch // accumulate
+        then = content.get("steps_per_epoch") or ((p.step - done) // p.epoch if p.epoch else now)  # of a version that did not save it
+        unit = content.get("schedule_steps_per_epoch") or then
+        if unit != now:
+            self.schedule = Schedule(self.config.schedule, self.optimizer, unit, self.factor)
+        self._schedule_from = content.get("schedule_from", 0.0)
+        if then != now or accumulate != self.config.run.accumulate:
+            self._schedule_from = max(self._schedule_from, (p.epoch + done / then) * unit)
+            done = min(done * now // then, now)
+            p.batch, p.step = done * self.config.run.accumulate, p.epoch * now + done
+            self.listener.say(f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}")
+
+
+def _check_batch_norm(config: TrainConfig, world: World) -> None:
+    """UsageError where batch norm would see one value per channel behind the last stride, which has no variance."""
+    for size, images in batch_sizes(config.sampler, config.data.batch_size, world.size).items():
+        mine = images if config.run.sync_bn else images // world.size
+        if mine == 1 and size <= STRIDE:
+            raise UsageError(
+                f"data.batch_size must be at least 2 for images of {size} pixels: the last map of one image is 1x1, and batch norm needs "
+                f"more than one value per channel; or take sampler.size above {STRIDE}"
+            )
+
+
+def data_identity(config: TrainConfig, loaders: Loaders) -> dict[str, object]:
+    """What the images of both parts are known by, and how a message names them."""
+    return {
+        "name": config.data.root or config.data.source,
+        "train": identity(loaders.train.source),
+        "val": identity(loaders.val.source),
+    }
 
 
 def _better(evaluations: dict[str, Evaluation]) -> str | None:

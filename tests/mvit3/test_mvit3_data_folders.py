@@ -232,6 +232,18 @@ def test_class_names_of_shards(tmp_path, file, content):
     assert found.train.source.labels.tolist() == [0, 1, 0, 1, 2]
 
 
+def test_labels_are_those_of_training(tmp_path):
+    """Where the names beside the shards come in another order; numbers as names say nothing of it; an unknown class is refused."""
+    shard(tmp_path / "val.tar", {**samples(4), "9.png": image(9), "9.cls": b"dog"})
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    known = ("owl", "dog", "cat")
+    assert opened(tmp_path, "val", known, source="shards", val="val.tar").labels.tolist() == [2, 1, 2, 1, 1]
+    shard(tmp_path / "val.tar", samples(4))
+    assert opened(tmp_path, "val", ("0", "1"), source="shards", val="val.tar").labels.tolist() == [0, 1, 0, 1]
+    with pytest.raises(DataError, match=r"classes.txt has a class 'dog' that training does not know \(1 such, 2 known classes\)"):
+        opened(tmp_path, "val", ("cat", "owl"), source="shards", val="val.tar")
+
+
 def test_class_names_that_do_not_fit(tmp_path):
     shard(tmp_path / "train-0.tar", samples(4))
     shard(tmp_path / "val.tar", samples(2))

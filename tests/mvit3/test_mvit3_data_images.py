@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from benchmarks.make_images import draw
+from mvit3.config import RunConfig
 from mvit3.data import AugmentConfig, DataConfig, DecodeError, EvaluationTransform, SamplerConfig, loaders
 from mvit3.data import gpu as on_gpu
 from mvit3.data.decode import MAX_PIXELS, Decoder
@@ -305,3 +306,35 @@ def test_remarks_are_said_once(tmp_path, workers):
 
 def test_limit_is_that_of_pil():
     assert 2 * Image.MAX_IMAGE_PIXELS <= MAX_PIXELS <= 2 * Image.MAX_IMAGE_PIXELS + 1
+
+
+def test_predict_says_what_it_reads_by_choice(tmp_path):
+    """Once for each kind; folders hold the images that training would see."""
+    from mvit3.prediction import find_images, predict
+
+    (tmp_path / "__MACOSX").mkdir()
+    for name, data in (
+        ("a.png", encode(GREY.astype(np.uint16) << 8, "PNG")),
+        ("b.gif", encode(kind="GIF")),
+        ("._c.png", b""),
+        ("d.txt", b""),
+    ):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "up").symlink_to(tmp_path)
+    said = []
+    images = find_images([tmp_path], said.append)
+    assert [image.path.name for image in images] == ["a.png", "b.gif", "e.png"]
+    assert sorted(text.removeprefix(f"{tmp_path}: ").partition(" are left")[0] for text in said) == [
+        "files that are no images", "hidden names", "links to folders that are already taken"
+    ]  # fmt: skip
+    said.clear()
+    network = SimpleNamespace(
+        model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 2)),
+        config=SimpleNamespace(data=SMALL, run=RunConfig()),
+        num_classes=2,
+        class_names=("cat", "dog"),
+    )
+    rows = list(predict(network, images, 1, said.append))
+    assert len(rows) == 3 and all("classes" in row for row in rows)
+    assert said == [f"{tmp_path}/a.png: 16-bit pixels are read as 0 to 65535; this is said once"]

@@ -127,7 +127,15 @@ def test_without_a_checkpoint_it_is_said(images, capsys, tmp_path):
 def test_digits_to_five_classes(capsys, tmp_path):
     """A network of the digits, trained on half of them, learns to tell five of them as files, at 99 %."""
     threads = ["--run.threads", str(torch.get_num_threads()), "--quiet"]
-    options = ["--config", "digits", "--schedule.epochs=8", "--data.resize=32", "--data.crop=32", "--sampler.size=32"]
+    options = [
+        "--config",
+        "digits",
+        "--schedule.epochs=8",
+        "--run.eval_epochs=8",
+        "--data.resize=32",
+        "--data.crop=32",
+        "--sampler.size=32",
+    ]
     assert main(["train", *options, "--run.output", str(tmp_path / "digits"), *threads]) == 0
     digits = load_digits()
     for part in ("train", "val"):

@@ -206,7 +206,7 @@ def test_teachers_that_do_not_fit(teacher_file, tmp_path):
         ({"teacher": "resnet50q"}, 10, (), "must be a checkpoint of mvit3 or a network of timm, got 'resnet50q'; the nearest is 'resnet50"),
         ({"teacher": "mobilevitv3_s"}, 10, (), "distill.teacher mobilevitv3_s needs its weights in distill.checkpoint"),
         ({"teacher": str(teacher_file)}, 5, (), "has 10 classes, the data 5"),
-        ({"teacher": str(teacher_file)}, 10, tuple("abcdefghij"), "has other classes than the data: '0' is 'a' there"),
+        ({"teacher": str(teacher_file)}, 10, tuple("abcdefghij"), "has other classes than the data: its '0' is 'a' there"),
     ):
         with pytest.raises(UsageError, match=message):
             open_teacher(small_config(distill=options), count, names, CPU)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -114,6 +116,14 @@ def _start_worker(_: int) -> None:
         sys.modules["cv2"].setNumThreads(0)
 
 
+def _end_workers() -> None:
+    """Before the process ends, whatever ends it: workers do not hear the SIGTERM by which multiprocessing ends them before it waits."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch makes an error of a worker's end
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def loading_processes(config: DataConfig, device: torch.device) -> int:
     """How many processes load images for one training process. On a CPU one suffices: it is the network that takes the cores."""
     if config.workers >= 0:
@@ -197,13 +207,16 @@ class _Loader:
     def _host(self) -> Iterator[tuple[Tensor | list, Tensor]]:
         """Batches as the loading processes give them."""
         batches = iter(self._loader)
+        if self._loader.num_workers:
+            atexit.unregister(_end_workers)
+            atexit.register(_end_workers)  # the last to be registered is the first to be called, before those that wait for workers
         while True:
             try:
                 images, labels, met, empty = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if not str(error).startswith("DataLoader worker (pid"):  # an error inside it is told as it is
                     raise
                 # It was killed, as by a machine that is out of memory.
                 raise DataError(f"a process that loads {self.part} images died: {error}; data.workers 0 does without") from error

@@ -41,6 +41,8 @@ JUNK = frozenset(
     ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "desktop.ini", "__pycache__")
 )
 
+ABSENT = 5  # classes without a folder that are named one by one
+
 
 class DataError(RuntimeError):
     """Images or labels that cannot be used; the message names them."""
@@ -226,9 +228,14 @@ def open_folder(root: Path, class_names: Sequence[str] = ()) -> Folder:
     labels: list[int] = []
     notes: list[str] = []
     seen |= above
+    present = set(found)
+    absent = [name for name in names if name not in present]
+    if len(absent) > ABSENT:
+        notes.append(f"{root} has no folder for {len(absent)} of {len(names)} classes; no image of these is seen there")
+    else:
+        notes += [f"{root} has no folder for class {name!r}; no image of this class is seen there" for name in absent]
     for label, name in enumerate(names):
-        if name not in found:
-            notes.append(f"{root} has no folder for class {name!r}; no image of this class is seen there")
+        if name not in present:
             continue
         before = len(paths)
         paths += [os.fsencode(os.path.relpath(path, root)) for path in walk_images(root / name, skipped, seen, root)]
@@ -423,10 +430,11 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on: {error!r}") from None
+        reason = f": {error}" if isinstance(error, ValueError) else ""  # the others are numbers that are missing
+        raise DataError(f"{path} does not name classes, a line each or as JSON with labels from 0 on{reason}") from None
 
 
-def _side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
+def side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
     """The file that names the classes of shards: what data.class_map says, else one that lies beside them."""
     if class_map:
         beside = Path(root, class_map)
@@ -437,17 +445,25 @@ def _side_file(class_map: str, root: str, names: Sequence[str]) -> Path | None:
 
 def open_shards(pattern: str, root: str, cache: str, num_classes: int, class_map: str = "", known: Sequence[str] = ()) -> Shards:
     """The shards of a pattern such as train-{0000..0146}.tar or train-*.tar.gz. A shard that is cut off gives what it still holds, and a
-    note. `known`: the class names of training."""
+    note. `known`: the class names of training, to which labels are mapped by the names beside the shards."""
     names = _shard_names(pattern, root)
     notes: list[str] = []
-    side = _side_file(class_map, root, names)
-    class_names = tuple(known) or (read_class_names(side) if side else ())
+    side = side_file(class_map, root, names)
+    own = read_class_names(side) if side else ()
+    class_names = tuple(known) or own
     number_of = {name: label for label, name in enumerate(class_names)}
+    # Labels are numbers of the names beside the shards, which may come in another order than those of training.
+    named = own and not all(name.isdecimal() for name in class_names)
+    if named and (strange := [name for name in own if name not in number_of]):
+        raise DataError(
+            f"{side} has a class {strange[0]!r} that training does not know ({len(strange)} such, {len(class_names)} known classes)"
+        )
 
     def label_of(text: str) -> int:
         if re.fullmatch(r"[+-]?\d+", text):
-            return int(text)
-        if text in number_of and side:
+            label = int(text)
+            return number_of[own[label]] if named and 0 <= label < len(own) else label
+        if named and text in own:
             return number_of[text]
         raise ValueError(f"{text!r} is no class of {side}" if side else "")
 

@@ -1,0 +1,38 @@
+"""Whether a run that goes on sees the images that it began with."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from .sources import Source
+
+SAMPLES = 32  # images whose content is compared, spread evenly; all would take as long as an epoch
+
+
+def _digest(data: bytes | np.ndarray) -> str:
+    return hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
+
+
+def identity(source: Source) -> dict[str, object]:
+    """What tells a source from others, as plain values: number of images, their labels, the content of some. Where it lies is no part of
+    it, so that a folder may be moved."""
+    labels = np.asarray(source.labels, np.int64)
+    samples: list[str | None] = []
+    for index in sorted({i * len(labels) // SAMPLES for i in range(SAMPLES)}) if len(labels) else ():
+        try:
+            samples.append(_digest(source.read(index)))
+        except OSError:
+            samples.append(None)
+    return {"images": len(labels), "labels": _digest(labels), "samples": samples}
+
+
+def difference(then: dict[str, object], now: dict[str, object]) -> str:
+    """How two identities differ, in words; empty where they do not. An image that could not be read is equal to any."""
+    if then["images"] != now["images"]:
+        return f"{then['images']} images were there, {now['images']} are"
+    if then["labels"] != now["labels"]:
+        return "images have other classes"
+    changed = sum(None not in pair and pair[0] != pair[1] for pair in zip(then["samples"], now["samples"], strict=True))
+    return f"{changed} of {len(now['samples'])} images that were compared are others" if changed else ""
