@@ -247,10 +247,12 @@ def check_non_finite(op: Contract, arguments: Arguments, got: dict[str, Tensor],
     """No value that is not finite in the reference's forward is lost, and none appears."""
     # Batch statistics may spread it inside of a channel. PyTorch's fused attention (2.15) gives 0 where all scores of a query are NaN.
     may_appear = any(groups(arguments, "training")) or op.name in ("patch_attention", "global_representation")
+    # PyTorch's bfloat16 products spread a NaN to other rows where the CPU has AMX (2.14): float64 says where one belongs.
+    truth = evaluate(op.op, to_double(arguments)) if got["y[0]"].dtype is torch.bfloat16 else reference
     for name, want in reference.items():
         if name.startswith("d "):
             continue
-        lost, new = got[name].isfinite() & ~want.isfinite(), want.isfinite() & ~got[name].isfinite()
+        lost, new = got[name].isfinite() & ~want.isfinite() & ~truth[name].isfinite(), want.isfinite() & ~got[name].isfinite()
         assert not lost.any(), f"{name}: finite at {lost.nonzero()[:3].tolist()}, where the reference is not"
         assert may_appear or not new.any(), f"{name}: not finite at {new.nonzero()[:3].tolist()}, where the reference is"
 
