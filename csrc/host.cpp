@@ -69,31 +69,42 @@ uint64_t version(PyObject*) { return 0; }
 constexpr bool kHasVersions = false;
 #endif
 
-// The versions of dictionaries (each followed by its content) as bytes; none where Python keeps no versions.
-py::bytes versions(py::tuple dicts) {
+// A snapshot owns what it compares but for its root, which owns the snapshot: the root's dictionary is asked for each time, and stands as
+// None in the list of dictionaries, each followed by its content.
+PyObject* dict_at(PyObject* dicts, Py_ssize_t i, PyObject* root_dict) {
+  PyObject* dict = PyTuple_GET_ITEM(dicts, i);
+  return dict == Py_None ? root_dict : dict;
+}
+
+// The versions of the dictionaries as bytes; none where Python keeps no versions.
+py::bytes versions(py::handle root, py::tuple dicts) {
   std::string bytes;
+  const py::object root_dict = root.attr("__dict__");
   for (Py_ssize_t i = 0; kHasVersions && i < PyTuple_GET_SIZE(dicts.ptr()); i += 2) {
-    const uint64_t found = version(PyTuple_GET_ITEM(dicts.ptr(), i));
+    const uint64_t found = version(dict_at(dicts.ptr(), i, root_dict.ptr()));
     bytes.append(reinterpret_cast<const char*>(&found), sizeof(found));
   }
   return bytes;
 }
 
-bool has_versions(PyObject* dicts, PyObject* expected) {
+bool has_versions(PyObject* dicts, PyObject* root_dict, PyObject* expected) {
   const Py_ssize_t count = PyTuple_GET_SIZE(dicts) / 2;
   if (PyBytes_GET_SIZE(expected) != Py_ssize_t(count * sizeof(uint64_t)) || !kHasVersions) return false;
   const uint64_t* numbers = reinterpret_cast<const uint64_t*>(PyBytes_AS_STRING(expected));
   for (Py_ssize_t i = 0; i < count; ++i)
-    if (version(PyTuple_GET_ITEM(dicts, 2 * i)) != numbers[i]) return false;
+    if (version(dict_at(dicts, 2 * i, root_dict)) != numbers[i]) return false;
   return true;
 }
 
-bool has_contents(PyObject* dicts) {
+// An expected value that is an Ellipsis may be anything: the owner of the snapshot.
+bool has_contents(PyObject* dicts, PyObject* root_dict) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); i += 2) {
-    PyObject *dict = PyTuple_GET_ITEM(dicts, i), *items = PyTuple_GET_ITEM(dicts, i + 1), *key, *value;
+    PyObject *dict = dict_at(dicts, i, root_dict), *items = PyTuple_GET_ITEM(dicts, i + 1), *key, *value;
     if (2 * PyDict_Size(dict) != PyTuple_GET_SIZE(items)) return false;
-    for (Py_ssize_t position = 0, k = 0; PyDict_Next(dict, &position, &key, &value); k += 2)
-      if (PyTuple_GET_ITEM(items, k) != key || PyTuple_GET_ITEM(items, k + 1) != value) return false;
+    for (Py_ssize_t position = 0, k = 0; PyDict_Next(dict, &position, &key, &value); k += 2) {
+      PyObject* expected = PyTuple_GET_ITEM(items, k + 1);
+      if (PyTuple_GET_ITEM(items, k) != key || (expected != value && expected != Py_Ellipsis)) return false;
+    }
   }
   return true;
 }
@@ -102,13 +113,15 @@ bool has_contents(PyObject* dicts) {
 // at every call of a block, so it compares addresses and nothing else: no Python code runs.
 bool unchanged(py::handle root, py::tuple snapshot) {
   const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(snapshot.ptr(), i); };
-  PyObject *modules = part(0), *dicts = part(1), *empty = part(2), *methods = part(3);
-  if (PyTuple_GET_ITEM(modules, 0) != root.ptr()) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(modules); i += 2)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(modules, i))) != PyTuple_GET_ITEM(modules, i + 1)) return false;
+  PyObject *kind = part(0), *objects = part(1), *dicts = part(2), *empty = part(3), *methods = part(4);
+  if (reinterpret_cast<PyObject*>(Py_TYPE(root.ptr())) != kind) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); i += 2)
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects, i))) != PyTuple_GET_ITEM(objects, i + 1)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i)
     if (PyDict_Size(PyTuple_GET_ITEM(empty, i)) != 0) return false;
-  if (!has_versions(dicts, part(4)) && !has_contents(dicts)) return false;
+  const py::object root_dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(root.ptr(), nullptr));
+  if (!root_dict) throw py::error_already_set();
+  if (!has_versions(dicts, root_dict.ptr(), part(5)) && !has_contents(dicts, root_dict.ptr())) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(methods); i += 3) {
     PyObject* found = PyObject_GetAttr(PyTuple_GET_ITEM(methods, i), PyTuple_GET_ITEM(methods, i + 1));
     if (found == nullptr) throw py::error_already_set();
@@ -117,6 +130,7 @@ bool unchanged(py::handle root, py::tuple snapshot) {
   }
   return true;
 }
+
 Names supported_isas() { return isas_of(cpu_features()); }
 
 std::map<std::string, std::string> build_info() {

@@ -40,43 +40,50 @@ def known(kind: type[nn.Module]) -> type[nn.Module]:
 for _kind in (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Linear, nn.Dropout, nn.SiLU, nn.Identity, nn.Sequential):
     known(_kind)
 
-# Modules and tensors with their classes, dictionaries with their contents, empty dictionaries, methods, each as `unchanged_python` reads
-# it, and the dictionaries' versions.
-Snapshot = tuple[tuple, tuple, tuple, tuple, bytes]
+# The class of the root; modules and tensors with their classes; dictionaries with their contents; empty dictionaries; methods; the
+# dictionaries' versions. `unchanged_python` reads them.
+Snapshot = tuple[type, tuple, tuple, tuple, tuple, bytes]
 
 
-def take_snapshot(root: nn.Module) -> Snapshot:
-    """All that an answer about `root` depends on, as `unchanged` compares it."""
-    modules, dicts, hooks = [], [], list(GLOBAL_HOOKS)
+def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
+    """All that an answer about `root` depends on, as `unchanged` compares it.
+
+    `owner`, an attribute of `root`, keeps the snapshot. So that a module without users is freed at once, the snapshot refers neither to it
+    nor to `root` nor to its `__dict__`: that stands as None, and the owner in it as an Ellipsis.
+    """
+    chain = itertools.chain.from_iterable
+    objects, dicts, hooks = [], [], list(GLOBAL_HOOKS)
     for module in root.modules():
-        modules += (module, type(module))
         own = vars(module)
         dicts += (own, module._modules, module._parameters, module._buffers)
-        if module is not root:  # those of the root run when it is called
-            hooks += (own[name] for name in HOOKS)
+        if module is not root:
+            objects += (module, type(module))
+            hooks += (own[name] for name in HOOKS)  # those of the root run when it is called
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None:  # torch.utils.swap_tensors gives a tensor another class
-                modules += (t, type(t))
+                objects += (t, type(t))
     dicts += (group for group in hooks if group)
-    contents = ((group, tuple(itertools.chain.from_iterable(group.items()))) for group in dicts)
+    contents = [(group, tuple(... if owner is not None and one is owner else one for one in chain(group.items()))) for group in dicts]
+    contents[0] = (None, contents[0][1])
     kinds = {type(module) for module in root.modules()} & FORWARDS.keys()
     methods = ((nn.Module, "__call__", nn.Module.__call__), *((kind, "forward", kind.forward) for kind in kinds))
-    chain = itertools.chain.from_iterable
-    dicts, empty = tuple(chain(contents)), tuple(group for group in hooks if not group)
-    return tuple(modules), dicts, empty, tuple(chain(methods)), versions(dicts)
+    pairs, empty = tuple(chain(contents)), tuple(group for group in hooks if not group)
+    return type(root), tuple(objects), pairs, empty, tuple(chain(methods)), versions(root, pairs)
 
 
 def unchanged_python(root: nn.Module, snapshot: Snapshot) -> bool:
     """Whether `root` and the modules below it are as `snapshot` says, where there is no compiled extension to ask."""
-    modules, dicts, empty, methods, _ = snapshot
-    if modules[0] is not root or any(empty):
+    root_kind, objects, dicts, empty, methods, _ = snapshot
+    if type(root) is not root_kind or any(empty):
         return False
-    if any(type(module) is not kind for module, kind in zip(modules[::2], modules[1::2], strict=True)):
+    if any(type(one) is not kind for one, kind in zip(objects[::2], objects[1::2], strict=True)):
         return False
     for group, items in zip(dicts[::2], dicts[1::2], strict=True):
-        if 2 * len(group) != len(items):
+        found = vars(root) if group is None else group
+        if 2 * len(found) != len(items):
             return False
-        if any(a is not b for a, b in zip(itertools.chain.from_iterable(group.items()), items, strict=True)):
+        pairs = zip(itertools.chain.from_iterable(found.items()), items, strict=True)
+        if any(a is not b and b is not ... for a, b in pairs):
             return False
     kinds = zip(methods[::3], methods[1::3], methods[2::3], strict=True)
     return all(getattr(kind, name) is method for kind, name, method in kinds)
@@ -86,7 +93,7 @@ try:
     _host = importlib.import_module("mvit3_kernels._host")
     unchanged, versions = _host.unchanged, _host.versions
 except (ImportError, AttributeError):  # not built, or built for another Python: _native keeps the reason
-    unchanged, versions = unchanged_python, lambda dicts: b""
+    unchanged, versions = unchanged_python, lambda root, dicts: b""
 
 
 class Guard:
@@ -103,15 +110,16 @@ class Guard:
     def __reduce__(self) -> tuple:
         return Guard, ()
 
-    def ask(self, module: nn.Module, examine: Callable[[nn.Module], str | None]) -> str | None:
-        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes."""
+    def ask(self, module: nn.Module, examine: Callable[[nn.Module], str | None], owner: object = None) -> str | None:
+        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes. `owner` is the attribute of `module` that
+        holds this guard, where that is not the guard itself."""
         known = self.answer
         if known is not None and unchanged(module, known[0]):
             return known[1]
         reason = examine(module)
         if reason is not None and LOGGER.isEnabledFor(logging.DEBUG) and (known is None or known[1] != reason):
             LOGGER.debug("a %s runs module by module: %s", type(module).__name__, reason)
-        self.answer = take_snapshot(module), reason
+        self.answer = take_snapshot(module, self if owner is None else owner), reason
         return reason
 
 

@@ -131,7 +131,7 @@ class Fused:
         indices = network.feature_info.out_indices  # of an object that the guard does not look into
         if indices != self._out_indices or (self._weights is not None and self._weights.changed()):
             self._guard.answer = None
-        reason = self._guard.ask(network, self._pack)
+        reason = self._guard.ask(network, self._pack, owner=self)
         if reason is None and torch.is_grad_enabled() and self._weights.require_grad():
             return "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or inference_mode()"
         return reason

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -218,7 +220,7 @@ def test_every_change_takes_effect(name, training):
 def test_a_snapshot_sees_every_change(way):
     model = TransformerLayer(8, 12)
     snapshot = guard.take_snapshot(model)
-    assert way(model, snapshot) and not way(copy.deepcopy(model), snapshot)
+    assert way(model, snapshot) and not way(copy.deepcopy(model), snapshot) and not way(TransformerLayer(8, 12), snapshot)
     mha = model.pre_norm_mha[1]
 
     def undone(change: Callable[[], Callable[[], object]]) -> None:
@@ -471,3 +473,20 @@ def test_copies_have_guards_of_their_own(name):
         set_hook(twin.layer_1[0].block.exp_1x1.block.conv)
         assert torch.equal(model(x), want) and not torch.equal(twin(x), want)
         assert create_model(name).layer_1[0]._guard is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_without_users_is_freed_at_once(fused):
+    """No cycle of references waits for the garbage collector: weights may be gigabytes on a GPU."""
+    model, x = network("mobilevitv3_xxs", num_classes=10), images(1, 3, 32, 32)
+    if fused:
+        fuse(model)
+    with torch.no_grad():
+        model(x)
+    seen = [weakref.ref(module) for module in model.modules()] + [weakref.ref(p) for p in model.parameters()]
+    gc.disable()
+    try:
+        del model
+        assert not any(ref() is not None for ref in seen)
+    finally:
+        gc.enable()
