@@ -100,7 +100,7 @@ bool has_versions(PyObject* dicts, PyObject* root_dict, PyObject* expected) {
 bool has_contents(PyObject* dicts, PyObject* root_dict) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); i += 2) {
     PyObject *dict = dict_at(dicts, i, root_dict), *items = PyTuple_GET_ITEM(dicts, i + 1), *key, *value;
-    if (2 * PyDict_Size(dict) != PyTuple_GET_SIZE(items)) return false;
+    if (2 * PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(items)) return false;
     for (Py_ssize_t position = 0, k = 0; PyDict_Next(dict, &position, &key, &value); k += 2) {
       PyObject* expected = PyTuple_GET_ITEM(items, k + 1);
       if (PyTuple_GET_ITEM(items, k) != key || (expected != value && expected != Py_Ellipsis)) return false;
@@ -118,7 +118,7 @@ bool unchanged(py::handle root, py::tuple snapshot) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); i += 2)
     if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects, i))) != PyTuple_GET_ITEM(objects, i + 1)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i)
-    if (PyDict_Size(PyTuple_GET_ITEM(empty, i)) != 0) return false;
+    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(empty, i)) != 0) return false;
   const py::object root_dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(root.ptr(), nullptr));
   if (!root_dict) throw py::error_already_set();
   if (!has_versions(dicts, root_dict.ptr(), part(5)) && !has_contents(dicts, root_dict.ptr())) return false;

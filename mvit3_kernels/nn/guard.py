@@ -111,8 +111,8 @@ class Guard:
         return Guard, ()
 
     def ask(self, module: nn.Module, examine: Callable[[nn.Module], str | None], owner: object = None) -> str | None:
-        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes. `owner` is the attribute of `module` that
-        holds this guard, where that is not the guard itself."""
+        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes. `owner` is the attribute of `module`
+        that holds this guard, where that is not the guard itself."""
         known = self.answer
         if known is not None and unchanged(module, known[0]):
             return known[1]
