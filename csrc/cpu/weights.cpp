@@ -15,7 +15,7 @@
 namespace mvit3 {
 namespace {
 
-constexpr int64_t kSlices = 64;
+constexpr int64_t kSlices = 128;
 constexpr int64_t kLine = 64;  // bytes; no slice but the last is shorter
 
 // Depends on every bit and on the order of the words; bytes behind the last whole word count too.
@@ -39,49 +39,60 @@ uint64_t sum_of(const char* data, int64_t bytes) {
   return sum;
 }
 
-class Watched {
+// Bytes from the first element of a tensor to the last one; 0 where it has none, and where they are not on the CPU.
+int64_t extent(const Tensor& tensor) {
+  if (tensor.numel() == 0 || !tensor.is_cpu()) return 0;
+  int64_t elements = 1;
+  for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
+  return elements * int64_t(tensor.element_size());
+}
+
+struct Slice {
+  const char* data;
+  int64_t bytes;
+  uint64_t sum;
+};
+
+class Weights {
  public:
-  explicit Watched(const Tensor& tensor)
-      : data_(static_cast<const char*>(tensor.data_ptr())), bytes_(extent(tensor)), slices_(std::min(kSlices, (bytes_ + kLine - 1) / kLine)) {
-    for (int64_t i = 0; i < slices_; ++i) sums_.push_back(sum(i));
+  // One slice of each tensor for every call of a round, in the order in which they are read: they are far from the caches by then.
+  explicit Weights(const std::vector<Tensor>& tensors) : rounds_(kSlices) {
+    for (const Tensor& tensor : tensors) {
+      const char* const data = static_cast<const char*>(tensor.data_ptr());
+      const int64_t bytes = extent(tensor), slices = std::min(kSlices, (bytes + kLine - 1) / kLine);
+      const auto begin = [&](int64_t slice) { return slice == slices ? bytes : bytes * slice / slices / kLine * kLine; };
+      for (int64_t call = 0; slices > 0 && call < kSlices; ++call) {
+        const int64_t slice = call % slices, length = begin(slice + 1) - begin(slice);
+        rounds_[call].push_back({data + begin(slice), length, sum_of(data + begin(slice), length)});
+      }
+    }
   }
-  // The slice that call number `call` looks at or, with `all`, any.
-  bool changed(int64_t call, bool all) const {
-    if (slices_ == 0) return false;
-    if (!all) return sum(call % slices_) != sums_[call % slices_];
-    for (int64_t i = 0; i < slices_; ++i)
-      if (sum(i) != sums_[i]) return true;
-    return false;
+  // Whether a slice of the next call has another sum or, with `all`, any slice.
+  bool changed(bool all) {
+    const int64_t call = calls_++ % kSlices;
+    if (!all) return changed(rounds_[call]);
+    return std::any_of(rounds_.begin(), rounds_.end(), [](const std::vector<Slice>& round) { return changed(round); });
   }
 
  private:
-  int64_t begin(int64_t slice) const { return slice == slices_ ? bytes_ : bytes_ * slice / slices_ / kLine * kLine; }
-  uint64_t sum(int64_t slice) const { return sum_of(data_ + begin(slice), begin(slice + 1) - begin(slice)); }
-
-  // Bytes from the first element to the last one; 0 where the tensor has none, and where they are not on the CPU.
-  static int64_t extent(const Tensor& tensor) {
-    if (tensor.numel() == 0 || !tensor.is_cpu()) return 0;
-    int64_t elements = 1;
-    for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
-    return elements * int64_t(tensor.element_size());
+  static bool changed(const std::vector<Slice>& slices) {
+    constexpr size_t kAhead = 12;
+    for (size_t i = 0; i < slices.size(); ++i) {
+      if (i + kAhead < slices.size()) __builtin_prefetch(slices[i + kAhead].data);
+      if (sum_of(slices[i].data, slices[i].bytes) != slices[i].sum) return true;
+    }
+    return false;
   }
 
-  const char* data_;
-  int64_t bytes_, slices_;
-  std::vector<uint64_t> sums_;
-};
-
-struct Weights {
-  std::vector<Watched> tensors;
-  std::atomic<int64_t> calls{0};
+  std::vector<std::vector<Slice>> rounds_;
+  std::atomic<int64_t> calls_{0};
 };
 
 std::mutex weights_mutex;
 std::map<int64_t, std::shared_ptr<Weights>> known_weights;
 
 int64_t weights_new(std::vector<Tensor> tensors) {
-  auto made = std::make_shared<Weights>();
-  for (const Tensor& tensor : tensors) made->tensors.emplace_back(tensor);
+  auto made = std::make_shared<Weights>(tensors);
   static int64_t last = 0;
   const std::lock_guard<std::mutex> lock(weights_mutex);
   known_weights[++last] = std::move(made);
@@ -96,9 +107,7 @@ bool weights_changed(int64_t number, bool all) {
     STD_TORCH_CHECK(found != known_weights.end(), "weights must be a number of weights_new that is not freed, got ", number);
     weights = found->second;
   }
-  const int64_t call = weights->calls++;
-  return std::any_of(
-      weights->tensors.begin(), weights->tensors.end(), [&](const Watched& tensor) { return tensor.changed(call, all); });
+  return weights->changed(all);
 }
 
 void weights_free(int64_t number) {

@@ -34,8 +34,8 @@ def fuse(model: nn.Module, mode: str = "inference") -> nn.Module:
 
     Weights that were written are packed again. A replaced tensor or module, a write by PyTorch's own operators, the step of an
     optimizer and whatever rewrites a tensor as a whole are noticed at the next call. A write to single elements that PyTorch does
-    not count (through numpy, `p.data`, or to tensors made in inference mode) is noticed after at most 64 calls, each of which looks
-    at a 64th of every tensor: call `refresh(model)` after such a write.
+    not count (through numpy, `p.data`, or to tensors made in inference mode) is noticed after at most 128 calls, each of which
+    looks at a 128th of every tensor: call `refresh(model)` after such a write.
 
     Args:
         model: a network of `create_model`, or a module that contains such networks.
@@ -128,10 +128,12 @@ class Fused:
         reason = _call_why_not(x) or _native.why_not()
         if reason is not None:
             return reason
+        # The structure first: what the guard reads, the question about the weights finds in the caches.
+        reason = self._guard.ask(network, self._pack, owner=self)
         indices = network.feature_info.out_indices  # of an object that the guard does not look into
         if indices != self._out_indices or (self._weights is not None and self._weights.changed()):
             self._guard.answer = None
-        reason = self._guard.ask(network, self._pack, owner=self)
+            reason = self._guard.ask(network, self._pack, owner=self)
         if reason is None and torch.is_grad_enabled() and self._weights.require_grad():
             return "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or inference_mode()"
         return reason
@@ -190,10 +192,10 @@ class Weights:
 
     def __init__(self, network: nn.Module) -> None:
         self._tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
-        self._counted = [t for t in self._tensors if not t.is_inference()]  # tensors made in inference mode count no versions
-        self._versions = [t._version for t in self._counted]
-        self._addresses = [t.data_ptr() for t in self._tensors]
         self._memory = [t.untyped_storage() for t in self._tensors]  # stays where it is for as long as it is watched
+        # Tensors made in inference mode count no versions.
+        self._counted = [(t, t._version, t.data_ptr()) for t in self._tensors if not t.is_inference()]
+        self._others = [(t, t.data_ptr()) for t in self._tensors if t.is_inference()]
         self._steps = _optimizer_steps
         self._number = torch.ops.mvit3.weights_new(self._tensors)
 
@@ -203,11 +205,13 @@ class Weights:
 
     def changed(self) -> bool:
         """Whether a weight has been written or moved since this was made, as far as `fuse` promises to notice."""
+        for t, version, address in self._counted:
+            if t._version != version or t.data_ptr() != address:
+                return True
+        for t, address in self._others:
+            if t.data_ptr() != address:
+                return True
         stepped, self._steps = self._steps != _optimizer_steps, _optimizer_steps
-        if [t._version for t in self._counted] != self._versions:
-            return True
-        if [t.data_ptr() for t in self._tensors] != self._addresses:
-            return True
         return torch.ops.mvit3.weights_changed(self._number, stepped)
 
     def require_grad(self) -> bool:
