@@ -46,7 +46,7 @@ class MultiHeadAttention(nn.Module):
         if dropout_rate(self.dropout) == 0 and is_dropout(self.dropout) and tampered(self.dropout) is None:
             # One position of a patch whose pixels are the tokens.
             attended = ops.patch_attention(qkv.flatten(0, -3)[:, :, None], self.num_heads, (1, 1))
-            return self.out_proj(attended.reshape(*qkv.shape[:-1], -1))
+            return self.out_proj(attended.reshape(*qkv.shape[:-1], qkv.shape[-1] // 3))
         q, k, v = (t.transpose(-3, -2) for t in qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3))  # (..., heads, N, head_dim)
         probabilities = self.dropout(torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1).to(v.dtype))
         return self.out_proj((probabilities @ v).transpose(-3, -2).flatten(-2))

@@ -264,7 +264,7 @@ def test_a_class_that_validation_lacks(own):
 
 def test_folders_that_cannot_be_used(own, tmp_path):
     (own / "val" / "class_99").mkdir()
-    with pytest.raises(DataError, match=r"val/class_99 is a class that training does not know \(1 such folders, 3 known classes\)"):
+    with pytest.raises(DataError, match=r"val/class_99 is a class that training does not know \(1 such folders, 3 known classes: class_0"):
         loaders(config(own))
     with pytest.raises(DataError, match=r"nowhere/train cannot be read: No such file or directory"):
         loaders(config(tmp_path / "nowhere"))

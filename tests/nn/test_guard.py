@@ -490,3 +490,9 @@ def test_a_model_without_users_is_freed_at_once(fused):
         assert not any(ref() is not None for ref in seen)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_images_for_the_modules(name):
+    model = network(name, num_classes=5)
+    assert by_modules(model, images(0, 3, 64, 64)).shape == (0, 5)
