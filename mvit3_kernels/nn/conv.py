@@ -38,13 +38,14 @@ def _update_running(norm: nn.BatchNorm2d, moments: Moments | None, y: Tensor) ->
     """What nn.BatchNorm2d does to its buffers after a batch that gave these moments and the map y (B, H, W, C)."""
     if moments is None or not (norm.training and norm.track_running_stats) or y.numel() == 0:
         return
-    momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:  # a cumulative average
-            momentum = 1.0 / norm.num_batches_tracked
     if norm.running_mean is None:
         return
+    momentum = norm.momentum
+    if momentum is None:  # a cumulative average, which stands still where nobody counts
+        count = norm.num_batches_tracked
+        momentum = 0.0 if count is None else 1.0 / count.to(norm.running_mean.dtype)
     rows = values_per_channel(y)
     norm.running_mean.lerp_(moments.mean.to(norm.running_mean.dtype), momentum)
     norm.running_var.lerp_((moments.var * (rows / (rows - 1))).to(norm.running_var.dtype), momentum)

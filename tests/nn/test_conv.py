@@ -57,16 +57,32 @@ def test_conv_norm_act_is_conv_norm_act(name, training):
         assert same(p.double(), q.double())
 
 
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
-def test_momentum_of_the_norm_is_obeyed(momentum):
-    layer = ConvNormAct(4, 5).double()
-    layer.norm.momentum = momentum
+NORMS = {
+    "cumulative": {"momentum": None},
+    "momentum 0": {"momentum": 0.0},
+    "momentum 0.3": {"momentum": 0.3},
+    "no count": {"num_batches_tracked": None},
+    "no count, cumulative": {"num_batches_tracked": None, "momentum": None},
+    "statistics kept as they are": {"track_running_stats": False},
+    "no statistics": {"running_mean": None, "running_var": None},
+    "neither statistics nor count": {"running_mean": None, "running_var": None, "num_batches_tracked": None, "track_running_stats": False},
+    "a large eps": {"eps": 3},
+}
+
+
+@pytest.mark.parametrize("kind", [dict(in_channels=4, out_channels=5), dict(in_channels=4, out_channels=4, kernel_size=3, groups=4)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_norm_is_obeyed_in_all_that_batch_norm_accepts(norm, kind):
+    layer = ConvNormAct(**kind).double()
+    for name, value in NORMS[norm].items():
+        setattr(layer.norm, name, value)
     want = plain(layer)
     for seed in range(3):
         x = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        layer(x), want(x)
+        assert same(layer(x), want(x))
     for p, q in zip(layer.buffers(), want.buffers(), strict=True):
         assert same(p.double(), q.double(), 1e-7)
+    assert same(layer.eval()(x), want.eval()(x))
 
 
 def test_a_frozen_norm_uses_and_keeps_its_running_statistics():

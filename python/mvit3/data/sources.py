@@ -223,8 +223,8 @@ def open_folder(root: Path, class_names: Sequence[str] = ()) -> Folder:
     if unknown:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise DataError(
-            f"{root}/{unknown[0]} is a class that training does not know ({len(unknown)} such folders, {len(names)} known classes: {some}); "
-            "rename the folder to the class that it shows, or take it away"
+            f"{root}/{unknown[0]} is a class that training does not know ({len(unknown)} such folders, {len(names)} known classes: "
+            f"{some}); rename the folder to the class that it shows, or take it away"
         )
     paths: list[bytes] = []
     labels: list[int] = []
