@@ -163,8 +163,10 @@ class TransformerLayer(_PreNormLayer):
         ffn = _types(self.pre_norm_ffn)
         if len(ffn) != 6 or (*ffn[:3], ffn[4]) != (nn.LayerNorm, nn.Linear, nn.SiLU, nn.Linear):
             return f"pre_norm_ffn is made of {_names(self.pre_norm_ffn)}"
-        if mha.qkv_proj.weight.shape[0] != 3 * mha.out_proj.weight.shape[1]:
-            return "qkv_proj and out_proj differ in width"
+        # By attributes: reading the shape of a weight would leave a trace in torch.jit.trace.
+        widths = {mha.qkv_proj.in_features, mha.qkv_proj.out_features / 3, mha.out_proj.in_features, mha.out_proj.out_features}
+        if len(widths) > 1:
+            return "qkv_proj and out_proj do not keep the width, as heads that were pruned do not"
         return self._dropout_misfit()
 
     def _forward_modules(self, t: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def test_policy_of_timm():
     transform = TrainTransform(SMALL, AugmentConfig(**NOTHING, policy="rand-m9-mstd0.5-inc1"))
     images = [transform(IMAGE, 64, (i,)) for i in (0, 1, 0)]
     assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
-    with pytest.raises(UsageError, match=r"augment.policy 'rnd-m9' is none that timm knows"):
+    with pytest.raises(UsageError, match=r"augment.policy must be one of timm's, .*got 'rnd-m9', the nearest beginning is 'rand'"):
         TrainTransform(SMALL, AugmentConfig(policy="rnd-m9"))
 
 
