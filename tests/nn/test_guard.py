@@ -216,7 +216,7 @@ def test_every_change_takes_effect(name, training):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", list({guard.unchanged, guard.unchanged_python}))
+@pytest.mark.parametrize("way", [guard.unchanged, guard.unchanged_python], ids=["used", "python"])
 def test_a_snapshot_sees_every_change(way):
     model = TransformerLayer(8, 12)
     snapshot = guard.take_snapshot(model)
