@@ -99,10 +99,11 @@ except (ImportError, AttributeError):  # not built, or built for another Python:
 class Guard:
     """The last answer about a module and the snapshot under which it holds. Copies and pickles of the module begin without one."""
 
-    __slots__ = ("answer",)
+    __slots__ = ("altered", "answer")
 
     def __init__(self) -> None:
         self.answer: tuple[Snapshot, str | None] | None = None
+        self.altered: str | None = None  # what `altered` says of the module itself, under the same snapshot
 
     def __deepcopy__(self, memo: dict) -> Guard:
         return Guard()
@@ -119,6 +120,7 @@ class Guard:
         reason = examine(module)
         if reason is not None and LOGGER.isEnabledFor(logging.DEBUG) and (known is None or known[1] != reason):
             LOGGER.debug("a %s runs module by module: %s", type(module).__name__, reason)
+        self.altered = altered(module)
         self.answer = take_snapshot(module, self if owner is None else owner), reason
         return reason
 
@@ -154,7 +156,10 @@ class Block(nn.Module):
 
     def why_called(self) -> str | None:
         """The same for a caller who stands in for the call of this block itself: its class, forward and hooks count too."""
-        return (_constant_tampered if torch.compiler.is_compiling() else tampered)(self) or self.why_modules()
+        if torch.compiler.is_compiling():
+            return _constant_tampered(self) or self.why_modules()
+        reason = hooked(self) or self.why_modules()  # hooks of its own are not in the snapshot
+        return reason or self._guard.altered
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks while it traces; it guards on the modules by itself
@@ -187,15 +192,23 @@ def tampered_below(root: nn.Module) -> str | None:
 
 def tampered(module: nn.Module) -> str | None:
     """Why calling `module` is not what its class, as this library or PyTorch wrote it, does with plain parameters."""
+    return hooked(module) or altered(module)
+
+
+def hooked(module: nn.Module) -> str | None:
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return f"has a hook ({', '.join(name.strip('_').replace('_', ' ') for name in HOOKS if own[name])})"
+    return None
+
+
+def altered(module: nn.Module) -> str | None:
+    """`tampered` but for hooks."""
     kind = type(module)
     if kind not in FORWARDS:
         return f"is a {kind.__module__}.{kind.__qualname__}, which only its own forward can compute"
     if kind.forward is not FORWARDS[kind]:
         return f"is a {kind.__qualname__}, whose forward has been replaced"
-    own = vars(module)
-    for name in HOOKS:
-        if own[name]:
-            return f"has a hook ({name.strip('_').replace('_', ' ')})"
     return replaced_method(module) or _odd_tensors(module) or _odd_attributes(module)
 
 
