@@ -7,6 +7,7 @@ DEMO := runs/digits
 LIBRARIES := $(VENV)/.libraries
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
 
 .PHONY: help setup test sanitize triton36 demo lint format bench report clean
 help:
@@ -29,7 +30,7 @@ $(LIBRARIES): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[app,test]"
 	@touch $@ $(INSTALLED)
 
-$(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+$(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 	@# make takes this target for old where $(LIBRARIES) has just built it
 	@if [ ! -e $@ ] || [ -n "$$(find setup.py csrc -newer $@ -print -quit)" ]; then \
 	  echo "building the compiled kernels"; $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . || exit 1; fi
@@ -48,7 +49,7 @@ sanitize: $(INSTALLED)
 	CXX=$(CXX) MVIT3_SANITIZE=$(ISA) $(BIN)/python setup.py --quiet build --build-base $(CHECKED) --build-lib $(CHECKED)/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(CHECKED)/lib MVIT3_SANITIZE=$(ISA) $(BIN)/pytest -q -n 2 --dist worksteal --capture=sys \
-	  tests/test_native.py::test_build_that_must_be_loaded tests/ops/test_*_cpu.py tests/ops/test_fuzz.py tests/patching
+	  tests/test_native.py::test_build_that_must_be_loaded tests/ops/test_*_cpu.py tests/ops/test_fuzz.py tests/inference
 
 # The oldest supported Triton beside the installed one, and the numpy that its interpreter needs.
 TRITON36 := build/triton36
@@ -59,10 +60,12 @@ triton36: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 demo: $(INSTALLED)
 	$(BIN)/mvit3 demo --run.output $(DEMO)
@@ -76,12 +79,17 @@ $(PEERS): pyproject.toml | $(INSTALLED)
 bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_batch_norm_act.py --json
 	$(BIN)/python benchmarks/bench_inverted_residual.py --json
+	$(BIN)/python benchmarks/bench_dropout.py --json
 	$(BIN)/python benchmarks/bench_feed_forward.py --json
 	$(BIN)/python benchmarks/bench_patch_attention.py --json
 	$(BIN)/python benchmarks/bench_pointwise.py --json
 	$(BIN)/python benchmarks/bench_separable_attention.py --json
 	$(BIN)/python benchmarks/bench_depthwise_conv.py --json
+	$(BIN)/python benchmarks/bench_conv3x3.py --json
+	$(BIN)/python benchmarks/bench_upsample.py --json
 	$(BIN)/python benchmarks/bench_models.py --json
+	$(BIN)/python benchmarks/bench_dense.py --json
+	$(BIN)/python benchmarks/bench_dense.py --json --memory
 	$(BIN)/python benchmarks/bench_training.py --json
 
 report: $(INSTALLED)

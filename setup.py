@@ -1,8 +1,8 @@
-"""Builds the compiled extensions: the CPU kernels once per instruction set, a small host module that says which of them to load, and the
-CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out).
+"""Builds the compiled extensions: the CPU kernels once per instruction set, a small host module that says which of them
+to load, and the CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out).
 
-Everything else about the package is in pyproject.toml. A machine that cannot compile still gets a working, pure-Python install: the
-reason is printed and kept in the package, where `python -m mvit3_kernels.info` shows it.
+Everything else about the package is in pyproject.toml. A machine that cannot compile still gets a working, pure-Python
+install: the reason is printed and kept in the package, where `python -m mvit3_kernels.info` shows it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ FAILURE_FILE = "_build_failure.txt"  # read by mvit3_kernels/_native.py, as is t
 CUDA_FAILURE_FILE = "_cuda_build_failure.txt"
 
 # NaN and infinity must come out as in PyTorch, so -ffast-math is out; these parts of it are safe.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+]
 # The oldest torch whose stable ABI has all that the kernels use; the result loads in that version and all later ones.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 ISA_FLAGS = {"generic": []}
@@ -30,7 +39,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
-# MVIT3_SANITIZE=<ISA>: that variant alone, which checks its use of memory and for undefined behaviour while it runs (`make sanitize`).
+# MVIT3_SANITIZE=<ISA>: that variant alone, which checks its use of memory and for undefined behaviour while it runs
+# (`make sanitize`).
 LINK_FLAGS: list[str] = []
 if sanitized := os.environ.get("MVIT3_SANITIZE"):
     LINK_FLAGS = ["-fsanitize=address,undefined"]
@@ -98,8 +108,13 @@ class BuildOrExplain(BuildExtension):
         facts = {"COMPILER": version, "FLAGS": " ".join(FLAGS), "TORCH": torch.__version__}
         lines = [f'#define MVIT3_{name} "{value}"\n' for name, value in facts.items()]
         # Best first. "generic" is always there: without the file of a variant the next one is loaded.
-        features = {"generic": [], **{isa: [flag.removeprefix("-m") for flag in flags] for isa, flags in ISA_FLAGS.items()}}
-        isas = ", ".join(f"{{{json.dumps(isa)}, {{{json.dumps(names)[1:-1]}}}}}" for isa, names in reversed(features.items()))
+        features = {
+            "generic": [],
+            **{isa: [flag.removeprefix("-m") for flag in flags] for isa, flags in ISA_FLAGS.items()},
+        }
+        isas = ", ".join(
+            f"{{{json.dumps(isa)}, {{{json.dumps(names)[1:-1]}}}}}" for isa, names in reversed(features.items())
+        )
         lines.append(f"#define MVIT3_ISAS {{{isas}}}\n")
         header = Path(self.build_temp) / "build_info.h"
         header.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +137,8 @@ class BuildOrExplain(BuildExtension):
             extension.optional = True
 
     def build_cuda(self, extension: Extension) -> None:
-        """By nvcc itself, bindings and linking too: BuildExtension wants torch to be a CUDA build of nvcc's version, the kernels do not."""
+        """By nvcc itself, bindings and linking too: BuildExtension wants torch to be a CUDA build of nvcc's version,
+        the kernels do not."""
         target = Path(self.get_ext_fullpath(extension.name))
         inputs = [Path(file) for file in (__file__, *extension.sources, *extension.depends)]
         if not self.force and target.exists() and all(file.stat().st_mtime < target.stat().st_mtime for file in inputs):
@@ -149,7 +165,11 @@ class BuildOrExplain(BuildExtension):
         if reason:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(reason + "\n")
-            print(f"\n{PACKAGE}: compiled {kind} kernels were NOT built, what else there is runs instead.\nReason: {reason}\n", flush=True)
+            print(
+                f"\n{PACKAGE}: compiled {kind} kernels were NOT built, what else there is runs instead.\nReason: "
+                f"{reason}\n",
+                flush=True,
+            )
 
 
 def run_nvcc(command: list[str]) -> None:
@@ -160,7 +180,8 @@ def run_nvcc(command: list[str]) -> None:
 
 def extensions() -> list[Extension]:
     sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
-    headers = sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))
+    shared = sorted(str(path) for path in Path("csrc").glob("*.h"))
+    headers = [*shared, *sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))]
     variants = [
         CppExtension(
             f"{PACKAGE}._cpu_{isa}",
@@ -184,15 +205,17 @@ def extensions() -> list[Extension]:
     cuda = Extension(
         f"{PACKAGE}._cuda",
         sorted(str(path) for path in Path("csrc/cuda").glob("*.cpp")),
-        # With a .cu among the sources BuildExtension would refuse to build anything unless nvcc's version is that of torch.
-        depends=sorted(str(path) for pattern in ("*.cu", "*.h") for path in Path("csrc/cuda").glob(pattern)),
+        # With a .cu among the sources BuildExtension would refuse to build anything unless nvcc's version is that of
+        # torch.
+        depends=[*shared, *sorted(str(p) for pattern in ("*.cu", "*.h") for p in Path("csrc/cuda").glob(pattern))],
         py_limited_api=True,
     )
     return [host, *variants, cuda]
 
 
 setup(
-    # A list that is never empty: a pure-Python install made by this file still passes through build_ext, which records the reason.
+    # A list that is never empty: a pure-Python install made by this file still passes through build_ext, which records
+    # the reason.
     ext_modules=extensions() if NO_BUILD is None else [Extension(f"{PACKAGE}._host", ["csrc/host.cpp"])],
     cmdclass={"build_ext": BuildOrExplain},
 )

@@ -1,15 +1,18 @@
-"""batch_norm_act on the CPU, forward and backward, beside eager `nn.BatchNorm2d` and `nn.SiLU` on channels_last tensors.
+"""batch_norm_act on the CPU, forward and backward, beside eager `nn.BatchNorm2d` and `nn.SiLU` on channels_last
+tensors.
 
-    python benchmarks/bench_batch_norm_act.py [--json] [--compile] [--threads 2]
+    python benchmarks/bench_batch_norm_act.py [--json] [--quick] [--compile] [--threads 2]
 
-The result that is timed is checked against float64 first. "GB/s" counts the eight passes that training cannot do without: x twice and y
-forward, x and dy twice and dx backward. Memory is what one step adds to the resident set at its peak, beside its inputs.
+The result that is timed is checked against float64 first. "GB/s" counts the eight passes that training cannot do
+without: x twice and y forward, x and dy twice and dx backward. Memory is what one step adds to the resident set at its
+peak, beside its inputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import check, interleaved, machine, peak_memory, table, write
+from benchmarks.common import Case, Row, peak_memory, run_cases
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 
 SHAPES = ((8, 128, 64, 64), (32, 64, 128, 128), (16, 24, 56, 56), (2, 240, 16, 16))  # as NCHW
@@ -78,46 +81,35 @@ class Step:
         return exact.eager()
 
 
-def measure(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, copy_gb_s: float) -> dict[str, object]:
+def case(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> Case:
     step = Step(shape, dtype)
-    worst = max(check(step.ours(), step.eager(), step.truth()).values())
     candidates = {"eager": step.eager, "ours": step.ours}
     if compiled:
         net = torch.compile(step.net)
         candidates["compile"] = lambda: step.eager(net)
-    times = interleaved(candidates)
     setup = SETUP.format(threads=torch.get_num_threads(), dtype=dtype, shape=shape, channels=shape[1])
-    rate = PASSES * step.x.numel() * step.x.element_size() / times["ours"]["median_ms"] / 1e6
-    return {
-        "shape": "x".join(map(str, shape)),
-        "dtype": str(dtype).removeprefix("torch."),
-        "eager_ms": times["eager"]["median_ms"],
-        **({"compile_ms": times["compile"]["median_ms"]} if compiled else {}),
-        "ours_ms": times["ours"]["median_ms"],
-        "ratio": times["eager"]["median_ms"] / times["ours"]["median_ms"],
-        "best_ratio": times["eager"]["min_ms"] / times["ours"]["min_ms"],
-        "gb_s": rate,
-        "of_copy": rate / copy_gb_s,
-        "eager_mib": peak_memory(setup, "eager()"),
-        "ours_mib": peak_memory(setup, "ours()"),
-        "error": f"{worst:.1e}",
-    }
+    size = PASSES * step.x.numel() * step.x.element_size()
+
+    def more(times: dict[str, dict[str, float]]) -> Row:
+        return {
+            "ratio": times["eager"]["median_ms"] / times["ours"]["median_ms"],
+            "best_ratio": times["eager"]["min_ms"] / times["ours"]["min_ms"],
+            "gb_s": size / times["ours"]["median_ms"] / 1e6,
+            "eager_mib": peak_memory(setup, "eager()"),
+            "ours_mib": peak_memory(setup, "ours()"),
+        }
+
+    columns = {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch."), "mode": "training"}
+    return Case(columns, candidates, step.truth, bytes=size, more=more)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="write results/batch_norm_act_cpu.json")
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    return (case(shape, dtype, options.compile) for dtype in DTYPES for shape in SHAPES)
+
+
+def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager network too")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    rows = [measure(shape, dtype, options.compile, facts["copy_gb_s"]) for dtype in DTYPES for shape in SHAPES]
-    print(table(rows))
-    if options.json:
-        print(write("batch_norm_act", rows, facts, "batch_norm_act_cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__.splitlines()[0], "batch_norm_act", cases, more_options)

@@ -1,4 +1,5 @@
-"""Images per second and core of each decoder, alone and with the recipes' whole pipelines, and of loading processes together.
+"""Images per second and core of each decoder, alone and with the recipes' whole pipelines, and of loading processes
+together.
 
     python benchmarks/bench_data.py --json
 
@@ -27,7 +28,8 @@ from mvit3.data import loaders
 from mvit3.data.decode import Decoder
 from mvit3.data.transforms import EvaluationTransform, TrainTransform
 
-RECIPES = ("mobilevitv3_s", "mobilevitv3_100")  # crops and flips, by OpenCV's resizing; RandAugment and erasing, by PIL's
+# crops and flips, by OpenCV's resizing; RandAugment and erasing, by PIL's
+RECIPES = ("mobilevitv3_s", "mobilevitv3_100")
 DECODERS = ("pil", "cv2", "simplejpeg")
 
 
@@ -54,7 +56,8 @@ def pipelines(encoded: Sequence[bytes], decoder: str) -> dict[str, Callable[[], 
 
 
 def loader_row(root: Path, recipe: str, workers: int, decoder: str, device: str) -> dict[str, object]:
-    """Images per second of one epoch after a first one that starts the loading processes; the consumer only takes batches."""
+    """Images per second of one epoch after a first one that starts the loading processes; the consumer only takes
+    batches."""
     train = loaders(load(recipe, root=str(root), workers=workers, batch_size=32, decoder=decoder), device=device).train
     for epoch in range(2):
         started = time.perf_counter()
@@ -62,13 +65,22 @@ def loader_row(root: Path, recipe: str, workers: int, decoder: str, device: str)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    return {"decoder": decoder, "pipeline": f"loader {recipe} to {device}", "processes": workers, "images_per_s": round(count / seconds, 1)}
+    return {
+        "decoder": decoder,
+        "pipeline": f"loader {recipe} to {device}",
+        "processes": workers,
+        "images_per_s": round(count / seconds, 1),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="write results/data_cpu.json, or data_gpu.json where there is a GPU")
-    parser.add_argument("--images", type=int, default=320, help="generated images; 64 of them time the single pipelines")
+    parser.add_argument(
+        "--json", action="store_true", help="write results/data_cpu.json, or data_gpu.json where there is a GPU"
+    )
+    parser.add_argument(
+        "--images", type=int, default=320, help="generated images; 64 of them time the single pipelines"
+    )
     parser.add_argument("--width", type=int, default=500)
     parser.add_argument("--height", type=int, default=375)
     parser.add_argument("--rounds", type=int, default=5)
@@ -88,7 +100,12 @@ def main() -> None:
             rate = len(encoded) / found["median_ms"] * 1e3
             rows.append({"decoder": decoder, "pipeline": what, "processes": 1, "images_per_s": round(rate, 1)})
         places = [("auto", "cpu")] + [(decoder, "cuda") for decoder in ("auto", "nvjpeg") if torch.cuda.is_available()]
-        rows += [loader_row(root, recipe, workers, *place) for place in places for recipe in RECIPES for workers in options.workers]
+        rows += [
+            loader_row(root, recipe, workers, *place)
+            for place in places
+            for recipe in RECIPES
+            for workers in options.workers
+        ]
     print(common.table(rows))
     if options.json:
         print(common.write("data", rows, facts, "data_gpu" if torch.cuda.is_available() else "data_cpu"))

@@ -1,16 +1,19 @@
 """inverted_residual on the CPU, evaluation and a training step of one block (forward and backward), in float32.
 
-    python benchmarks/bench_inverted_residual.py [--json] [--threads 2] [--batch 8 1]
+    python benchmarks/bench_inverted_residual.py [--json] [--quick] [--threads 2] [--batch 8 1]
 
-Beside it: "eager" is the block of plain modules in channels_last; "composed" is the same op as PyTorch's products around `batch_norm_act`:
-what runs where the kernel does not. The floor is the products alone, timed as `torch.mm` of the same sizes in the same turns, or the
-tensors that must be read and written at the rate of a copy, whichever takes longer. Results are checked before they are timed.
+Beside it: "eager" is the block of plain modules in channels_last; "composed" is the same op as PyTorch's products
+around `batch_norm_act`: what runs where the kernel does not. The floor is the products alone, timed as `torch.mm` of
+the same sizes in the same turns, or the tensors that must be read and written at the rate of a copy, whichever takes
+longer. Results are checked before they are timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -19,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import check, interleaved, run_shapes
+from benchmarks.common import Case, batches, mode, run_cases
 from benchmarks.peers import inverted_residual as plain
 from mvit3_kernels.nn import InvertedResidual
 from mvit3_kernels.ops import inverted_residual as public  # noqa: F401 -- loads the op's module
 
 # (where it stands, input, expanded and output channels, side of the map, stride)
-BLOCKS = (
+SHAPES = (
     ("v3-S", 16, 64, 32, 128, 1),
     ("v3-S", 32, 128, 64, 128, 2),
     ("v3-S", 64, 256, 64, 64, 1),
@@ -42,16 +45,21 @@ BLOCKS = (
 OP = sys.modules["mvit3_kernels.ops.inverted_residual"]
 
 
-class Case:
-    def __init__(self, batch: int, inputs: int, wide: int, outputs: int, side: int, stride: int, training: bool) -> None:
+class Block:
+    def __init__(
+        self, batch: int, inputs: int, wide: int, outputs: int, side: int, stride: int, training: bool
+    ) -> None:
         torch.manual_seed(0)
-        self.block = InvertedResidual(inputs, outputs, wide, stride).to(memory_format=torch.channels_last).train(training)
+        self.block = (
+            InvertedResidual(inputs, outputs, wide, stride).to(memory_format=torch.channels_last).train(training)
+        )
         self.peer = plain(self.block).train(training)
         self.x = torch.randn(batch, inputs, side, side).to(memory_format=torch.channels_last)
         self.dy = torch.randn(batch, outputs, side // stride, side // stride).to(memory_format=torch.channels_last)
         rows, out_rows = batch * side**2, batch * (side // stride) ** 2
         self.factors = [
-            (torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)) for m, k, n in ((rows, inputs, wide), (out_rows, wide, outputs))
+            (torch.randn(m, k), torch.randn(k, n), torch.randn(m, n))
+            for m, k, n in ((rows, inputs, wide), (out_rows, wide, outputs))
         ]
 
     def step(self, module: nn.Module) -> dict[str, Tensor]:
@@ -84,32 +92,36 @@ class Case:
                 torch.mm(x.t(), y)
 
     def floats(self) -> int:
-        """What must be read and written. In training that is x twice (for its moments as well), the depth-wise convolution's output z and
-        that of the projection p written and read forward, and y; backward x, p and dy twice, z twice, and dx."""
+        """What must be read and written. In training that is x twice (for its moments as well), the depth-wise
+        convolution's output z and that of the projection p written and read forward, and y; backward x, p and dy twice,
+        z twice, and dx."""
         x, y, z = self.x.numel(), self.dy.numel(), self.factors[1][0].numel()
         return 4 * x + 4 * z + 7 * y if self.block.training else x + y
 
 
-def measure(place: str, batch: int, shape: tuple[int, ...], training: bool, copy_gb_s: float) -> dict[str, object]:
-    case = Case(batch, *shape, training)
-    check(case.ours(), case.eager(), case.step(copy.deepcopy(case.peer).double()))
-    runs = {run.__name__: run for run in (case.eager, case.composed, case.ours, case.mm)}
-    turns = interleaved(runs, rounds=7 if batch > 1 else 25)
-    times = {name: t["median_ms"] for name, t in turns.items()}
-    floor = max(times["mm"], case.floats() * 4 / copy_gb_s / 1e6)
+def case(place: str, batch: int, shape: tuple[int, ...], training: bool) -> Case:
+    block = Block(batch, *shape, training)
     inputs, wide, outputs, side, stride = shape
-    return {
-        "place": place,
-        "map": f"{batch}x{side}x{side}",
-        "channels": f"{inputs}->{wide}->{outputs}",
-        "stride": stride,
-        "mode": "training" if training else "evaluation",
-        **{f"{name}_ms": time for name, time in times.items()},
-        "of_floor": floor / times["ours"],
-        "against_eager": times["eager"] / times["ours"],
-        "against_composed": times["composed"] / times["ours"],
-    }
+    return Case(
+        {
+            "place": place,
+            "map": f"{batch}x{side}x{side}",
+            "channels": f"{inputs}->{wide}->{outputs}",
+            "stride": stride,
+            "mode": mode(training),
+        },
+        {run.__name__: run for run in (block.eager, block.composed, block.ours, block.mm)},
+        lambda: block.step(copy.deepcopy(block.peer).double()),
+        rounds=7 if batch > 1 else 25,
+        bytes=4 * block.floats(),
+    )
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for batch in options.batch:
+        for training in (False, True):
+            yield from (case(place, batch, tuple(shape), training) for place, *shape in SHAPES)
 
 
 if __name__ == "__main__":
-    run_shapes(__doc__.splitlines()[0], "inverted_residual", BLOCKS, measure)
+    run_cases(__doc__.splitlines()[0], "inverted_residual", cases, batches)

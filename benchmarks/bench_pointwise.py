@@ -1,17 +1,19 @@
 """pointwise_conv and pointwise_fusion on the CPU, evaluation and a training step (forward and backward), in float32.
 
-    python benchmarks/bench_pointwise.py [--json] [--threads 2] [--batch 8 1]
+    python benchmarks/bench_pointwise.py [--json] [--quick] [--threads 2] [--batch 8 1]
 
-Beside them: "eager" is the same as plain modules in channels_last; "composed" is concatenation and PyTorch's product around
-`batch_norm_act`: what runs where the kernel does not. The floor is the products alone, timed as `torch.mm` of the same sizes in the
-same turns, or the tensors that must be read and written at the rate of a copy, whichever takes longer. Results are checked before
-they are timed.
+Beside them: "eager" is the same as plain modules in channels_last; "composed" is concatenation and PyTorch's product
+around `batch_norm_act`: what runs where the kernel does not. The floor is the products alone, timed as `torch.mm` of
+the same sizes in the same turns, or the tensors that must be read and written at the rate of a copy, whichever takes
+longer. Results are checked before they are timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-import mvit3_kernels
-from benchmarks.common import check, interleaved, run_shapes
+from benchmarks.common import Case, batches, mode, run_cases
 from mvit3_kernels.ops import BatchNorm, Linear, batch_norm_act, pointwise_conv, pointwise_fusion
 from mvit3_kernels.ops.pointwise_conv import reference
 
@@ -45,19 +46,28 @@ SHAPES = (
 ACTIVATIONS = {"identity": nn.Identity(), "silu": nn.SiLU()}
 
 
-class Case:
-    def __init__(self, batch: int, side: int, first: int, second: int, outputs: int, norm: bool, act: str, residual: bool) -> None:
+class Layer:
+    def __init__(
+        self, batch: int, side: int, first: int, second: int, outputs: int, norm: bool, act: str, residual: bool
+    ) -> None:
         torch.manual_seed(0)
         self.act, self.second = act, second
         self.inputs = [torch.randn(batch, side, side, c) for c in (first, second, residual * outputs) if c]
         self.dy = torch.randn(batch, side, side, outputs)
-        self.conv, self.norm = nn.Conv2d(first + second, outputs, 1, bias=not norm), nn.BatchNorm2d(outputs) if norm else None
+        self.conv, self.norm = (
+            nn.Conv2d(first + second, outputs, 1, bias=not norm),
+            nn.BatchNorm2d(outputs) if norm else None,
+        )
         if norm:
             nn.init.uniform_(self.norm.weight, 0.5, 1.5)
             nn.init.normal_(self.norm.bias)
             nn.init.normal_(self.norm.running_mean)
         rows = batch * side * side
-        self.products = torch.randn(rows, first + second), torch.randn(first + second, outputs), torch.randn(rows, outputs)
+        self.products = (
+            torch.randn(rows, first + second),
+            torch.randn(first + second, outputs),
+            torch.randn(rows, outputs),
+        )
 
     def parts(self, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
         """One or two inputs, and the residual."""
@@ -105,7 +115,8 @@ class Case:
             torch.mm(y.t(), x)
 
     def floats(self) -> int:
-        """What must be read and written. Training with a norm writes and reads p forward, and reads p and dy twice backward."""
+        """What must be read and written. Training with a norm writes and reads p forward, and reads p and dy twice
+        backward."""
         x, _, y = (t.numel() for t in self.products)
         if not self.conv.training:
             return sum(t.numel() for t in self.inputs) + y
@@ -118,38 +129,41 @@ class Case:
                 module.train(training)
 
     def truth(self) -> dict[str, Tensor]:
-        double = Case.__new__(Case)
+        double = Layer.__new__(Layer)
         double.__dict__.update(self.__dict__)
         double.inputs = [t.double() for t in self.inputs]
-        double.conv, double.norm = (copy.deepcopy(module).double() if module is not None else None for module in (self.conv, self.norm))
+        double.conv, double.norm = (
+            copy.deepcopy(module).double() if module is not None else None for module in (self.conv, self.norm)
+        )
         return double.step(double.eager)
 
 
-def measure(place: str, batch: int, shape: tuple, training: bool, copy_gb_s: float) -> dict[str, object]:
-    case = Case(batch, *shape)
-    case.mode(training)
-    with mvit3_kernels.backend("cpu"):
-        found = case.step(case.ours)
-    check(found, case.step(case.eager), case.truth())
-    candidates = {run.__name__: partial(case.step, run) for run in (case.eager, case.composed, case.ours)}
-    turns = interleaved(candidates | {"mm": case.multiply}, rounds=11 if batch > 1 else 31)
-    times = {name: t["median_ms"] for name, t in turns.items()}
-    floor = max(times["mm"], case.floats() * 4 / copy_gb_s / 1e6)
+def case(place: str, batch: int, shape: tuple, training: bool) -> Case:
+    layer = Layer(batch, *shape)
+    layer.mode(training)
     side, first, second, outputs = shape[:4]
-    return {
-        "place": place,
-        "map": f"{batch}x{side}x{side}",
-        "channels": f"{first}+{second}->{outputs}" if second else f"{first}->{outputs}",
-        "mode": "training" if training else "evaluation",
-        "eager_ms": times["eager"],
-        "composed_ms": times["composed"],
-        "ours_ms": times["ours"],
-        "mm_ms": times["mm"],
-        "of_floor": floor / times["ours"],
-        "against_eager": times["eager"] / times["ours"],
-        "against_composed": times["composed"] / times["ours"],
-    }
+    return Case(
+        {
+            "place": place,
+            "map": f"{batch}x{side}x{side}",
+            "channels": f"{first}+{second}->{outputs}" if second else f"{first}->{outputs}",
+            "mode": mode(training),
+        },
+        {
+            **{run.__name__: partial(layer.step, run) for run in (layer.eager, layer.composed, layer.ours)},
+            "mm": layer.multiply,
+        },
+        layer.truth,
+        rounds=11 if batch > 1 else 31,
+        bytes=4 * layer.floats(),
+    )
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for batch in options.batch:
+        for training in (False, True):
+            yield from (case(place, batch, tuple(shape), training) for place, *shape in SHAPES)
 
 
 if __name__ == "__main__":
-    run_shapes(__doc__.splitlines()[0], "pointwise", SHAPES, measure)
+    run_cases(__doc__.splitlines()[0], "pointwise", cases, batches)

@@ -1,17 +1,19 @@
-"""separable_attention on the CPU in float32, without gradients and as a training step, at the layers of mobilevitv3_100 and its siblings.
+"""separable_attention on the CPU in float32, without gradients and as a training step, at the layers of mobilevitv3_100
+and its siblings.
 
-    python benchmarks/bench_separable_attention.py [--json] [--threads 2] [--width 1.0]
+    python benchmarks/bench_separable_attention.py [--json] [--quick] [--threads 2] [--width 1.0]
 
-"eager" is the layer as one writes it in PyTorch on the same memory (GroupNorm, the 1x1 convolutions as products, softmax, residual),
-"composed" the op's reference on the kernels of other ops. The floor is the time of the products (2 D x D a token forward, 5 backward)
-at the rate of torch.mm on this machine and, where they pass the cache, of the passes over memory at the rate of a copy. Outputs and
-gradients are checked against eager before they are timed.
+"eager" is the layer as one writes it in PyTorch on the same memory (GroupNorm, the 1x1 convolutions as products,
+softmax, residual), "composed" the op's reference on the kernels of other ops. The floor is the time of the products (2
+D x D a token forward, 5 backward) at the rate of torch.mm on this machine and, where they pass the cache, of the passes
+over memory at the rate of a copy. Outputs and gradients are checked against eager before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -21,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import check, interleaved, machine, table, write
+from benchmarks.common import Case, mode, run_cases, step
 from mvit3_kernels.ops import LayerNorm, Linear, separable_attention
 
 # (channels at width 1.0, side of the map, layers)
 STAGES = ((128, 32, 2), (192, 16, 4), (256, 8, 3))
 OP = sys.modules["mvit3_kernels.ops.separable_attention"]
-PATCH = (2, 2)
 
 
 def eager(x: Tensor, norm: LayerNorm, qkv: Linear, out_proj: Linear) -> Tensor:
@@ -49,68 +50,54 @@ def eager(x: Tensor, norm: LayerNorm, qkv: Linear, out_proj: Linear) -> Tensor:
     return x + F.linear(attended, *out_proj)
 
 
-def measure(batch: int, channels: int, side: int, layers: int, facts: dict[str, object], training: bool) -> dict[str, object]:
+def case(batch: int, channels: int, side: int, layers: int, training: bool) -> Case:
     torch.manual_seed(0)
+    wide, rate = 1 + 2 * channels, channels**-0.5
+    leaves = {"x": torch.randn(batch, side, side, channels)}
+    leaves |= {"weight": torch.randn(channels), "bias": torch.randn(channels)}
+    leaves |= {"qkv_weight": rate * torch.randn(wide, channels), "qkv_bias": torch.randn(wide)}
+    leaves |= {"out_weight": rate * torch.randn(channels, channels), "out_bias": torch.randn(channels)}
+    dy = torch.randn(leaves["x"].shape) if training else None
 
-    def leaf(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*size)).requires_grad_(training)
+    def run(function: Callable[..., Tensor], leaves: dict[str, Tensor] = leaves) -> dict[str, Tensor]:
+        def call(x: Tensor, weight: Tensor, bias: Tensor, *linears: Tensor) -> Tensor:
+            return function(x, LayerNorm(weight, bias, 1e-5, True), Linear(*linears[:2]), Linear(*linears[2:]))
 
-    x, norm = leaf(batch, side, side, channels), LayerNorm(leaf(channels), leaf(channels), 1e-5, True)
-    qkv = Linear(leaf(1 + 2 * channels, channels, scale=channels**-0.5), leaf(1 + 2 * channels))
-    out_proj = Linear(leaf(channels, channels, scale=channels**-0.5), leaf(channels))
-    inputs, dy = (x, *norm[:2], *qkv, *out_proj), torch.randn(x.shape)
-
-    def run(function, inputs=inputs, dy=dy) -> dict[str, Tensor]:
-        x, weight, bias, w, b, wo, bo = inputs
-        y = function(x, LayerNorm(weight, bias, 1e-5, True), Linear(w, b), Linear(wo, bo))
-        grads = torch.autograd.grad(y, inputs, dy) if training else ()
-        return {"y": y.detach(), **{f"gradient {i}": g for i, g in enumerate(grads)}}
+        return step(call, leaves, dy)
 
     def composed() -> dict[str, Tensor]:
         with mock.patch.object(OP, "KERNELS", ()):
             return run(separable_attention)
 
-    exact = [t.detach().double().requires_grad_(training) for t in inputs]
-    check(run(separable_attention), run(eager), run(eager, exact, dy.double()))
-    times = interleaved({"eager": lambda: run(eager), "composed": composed, "ours": lambda: run(separable_attention)}, rounds=15)
-    ms = {f"{name}_ms": t["median_ms"] for name, t in times.items()}
     tokens = batch * side * side
-    products = 2 * tokens * channels**2 * (7 if training else 2) / float(facts["mm_gflop_s"]) / 1e6
-    # Tensors within the cache cost no pass; forward reads x and writes y, backward reads x and dy and writes dx.
     size = 4 * tokens * channels
-    passes = (5 if training else 2) * size / float(facts["copy_gb_s"]) / 1e6 if size > 2**23 else 0.0
-    floor = products + passes
-    return {
-        "mode": "training" if training else "evaluation",
-        "batch": batch,
-        "channels": channels,
-        "map": f"{side}x{side}",
-        "layers": layers,
-        **ms,
-        "against_eager": ms["eager_ms"] / ms["ours_ms"],
-        "against_composed": ms["composed_ms"] / ms["ours_ms"],
-        "floor_ms": floor,
-        "of_floor": floor / ms["ours_ms"],
-    }
+    return Case(
+        {
+            "mode": mode(training),
+            "batch": batch,
+            "channels": channels,
+            "map": f"{side}x{side}",
+            "layers": layers,
+        },
+        {"eager": lambda: run(eager), "composed": composed, "ours": lambda: run(separable_attention)},
+        lambda: run(eager, {name: t.double() for name, t in leaves.items()}),
+        flops=2 * tokens * channels**2 * (7 if training else 2),
+        # Tensors within the cache cost no pass; forward reads x and writes y, backward reads x and dy and writes dx.
+        bytes=(5 if training else 2) * size if size > 2**23 else 0.0,
+        overlap=False,
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="write results/separable_attention_cpu.json")
-    parser.add_argument("--threads", type=int, default=2)
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    for training in (False, True):
+        for batch in (1, 8, 32):
+            for channels, side, layers in STAGES:
+                yield case(batch, int(channels * options.width), side, layers, training)
+
+
+def more_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=float, default=1.0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    facts = machine()
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    cases = [(batch, training) for training in (False, True) for batch in (1, 8, 32)]
-    rows = [
-        measure(batch, int(c * options.width), side, layers, facts, training) for batch, training in cases for c, side, layers in STAGES
-    ]
-    print(table(rows))
-    if options.json:
-        print(write("separable_attention", rows, facts, "separable_attention_cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__.splitlines()[0], "separable_attention", cases, more_options)

@@ -1,11 +1,13 @@
-"""Training as `mvit3 train` does it, with its engine, loader and recipe, on generated JPEGs: images per second with reference ops and with
-fused ops, in turns, in one run; what clipping, the optimiser and the average take of a step; how long a step waits for data.
+"""Training as `mvit3 train` does it, with its engine, loader and recipe, on generated JPEGs: images per second with
+reference ops and with fused ops, in turns, in one run; what clipping, the optimiser and the average take of a step; how
+long a step waits for data.
 
     python benchmarks/bench_training.py --json                    on the CPU
-    python benchmarks/bench_training.py --device cuda --json      on a GPU: eager, torch.compile, fused, fused as a CUDA graph; bf16
+    python benchmarks/bench_training.py --device cuda --json      on a GPU: eager, torch.compile, fused, fused as a CUDA
+    graph; bf16
 
-Each candidate trains `steps` steps after a warm-up turn (compiling, recording), a turn being an epoch of a fifth of them. On a GPU the peak
-is that of PyTorch's allocator over the turns.
+Each candidate trains `steps` steps after a warm-up turn (compiling, recording), a turn being an epoch of a fifth of
+them. On a GPU the peak is that of PyTorch's allocator over the turns.
 """
 
 from __future__ import annotations
@@ -132,17 +134,31 @@ def measure(candidates: dict[str, Candidate]) -> list[dict[str, object]]:
 def configure(options: argparse.Namespace, root: str, run: dict[str, object]) -> TrainConfig:
     """The network's recipe at one size, on the generated images."""
     values = yaml.safe_load(recipes.path(options.model).read_text())
-    values["data"] |= {"root": root, "batch_size": options.batch, "workers": options.workers, "decoder": options.decoder}
+    values["data"] |= {
+        "root": root,
+        "batch_size": options.batch,
+        "workers": options.workers,
+        "decoder": options.decoder,
+    }
     values["data"]["limit_train"] = max(1, options.steps // TURNS) * options.batch
     values["sampler"] = {"size": options.side}
-    values["run"] = {**values["run"], "device": options.device, "amp": options.amp, "resume": "never", "threads": options.threads, **run}
+    values["run"] = {
+        **values["run"],
+        "device": options.device,
+        "amp": options.amp,
+        "resume": "never",
+        "threads": options.threads,
+        **run,
+    }
     config = TrainConfig.from_dict(values)
     return replace(config, schedule=replace(config.schedule, epochs=TURNS + 1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="write results/training_cpu.json, or results/training_gpu.json")
+    parser.add_argument(
+        "--json", action="store_true", help="write results/training_cpu.json, or results/training_gpu.json"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", default="mobilevitv3_s", help="a recipe's name")
     parser.add_argument("--batch", type=int, help="default: 8 on a CPU, 256 on a GPU")
@@ -150,7 +166,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each candidate; default: 20 on a CPU, 200 on a GPU")
     parser.add_argument("--amp", choices=("none", "bf16", "fp16"), help="default: none on a CPU, bf16 on a GPU")
     parser.add_argument("--candidates", nargs="+", help=f"of {', '.join(CPU)}; on a GPU of {', '.join(GPU)}")
-    parser.add_argument("--images", type=int, default=512, help="generated JPEGs of 500x375; used again until the steps are done")
+    parser.add_argument(
+        "--images", type=int, default=512, help="generated JPEGs of 500x375; used again until the steps are done"
+    )
     parser.add_argument("--workers", type=int, default=-1, help="loading processes; -1: as the application chooses")
     parser.add_argument("--decoder", default="auto")
     parser.add_argument("--threads", type=int, default=0)

@@ -7,6 +7,7 @@
 #                                         {train,infer}-MODEL-BATCH: eager and compiled plain modules, ours, ours as a CUDA graph
 #                                         {train,infer}-MODEL-BATCH-{autotune,timm}: beside max-autotune, beside timm's network
 #                                         networks-train, networks-infer: these for every model and batch
+#                                         dense: training steps of deeplabv3 at 512x512 and ssdlite at 320x320
 # Results: benchmarks/results/gpu_*.json, written row by row, and output of tests in gpu_tests_*.txt; copied to $OUT where that is set.
 # ARGUMENTS="--device cpu --tiny" tries the script without a GPU; further flags of gpu_baselines.py go the same way.
 set -uo pipefail
@@ -89,6 +90,10 @@ run() {
             baseline "$piece" --model "$model" --batches "$batch" "${extra[@]}"
             ;;
         networks-train) for model in "${models[@]}"; do for batch in 128 256; do network train "$model" "$batch"; done; done ;;
+        dense)
+            run train-deeplabv3_mobilevitv3_s-16
+            run train-ssdlite_mobilevitv3_s-32
+            ;;
         networks-infer) for model in "${models[@]}"; do for batch in 1 32 256; do network infer "$model" "$batch"; done; done ;;
         *)
             echo "unknown piece $1" >&2
@@ -103,7 +108,7 @@ network() { # piece model batch: every candidate
     case " ${timm[*]} " in *" $2 "*) run "$1-$2-$3-timm" ;; esac
 }
 
-[ $# -gt 0 ] || set -- tests large sanitizer tune ops memory networks-infer networks-train
+[ $# -gt 0 ] || set -- tests large sanitizer tune ops memory networks-infer networks-train dense
 for piece; do run "$piece"; done
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}"

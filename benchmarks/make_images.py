@@ -1,4 +1,5 @@
-"""Makes a folder of generated JPEGs for training, one folder per class: coloured noise, each class with its own colours and texture.
+"""Makes a folder of generated JPEGs for training, one folder per class: coloured noise, each class with its own colours
+and texture.
 
     python benchmarks/make_images.py --output images --images 2000
 
@@ -17,15 +18,20 @@ from PIL import Image
 
 
 def draw(label: int, classes: int, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """An image of a class: stripes of a direction and two colours that its class decides, of random phase, over smooth and fine noise."""
+    """An image of a class: stripes of a direction and two colours that its class decides, of random phase, over smooth
+    and fine noise."""
     angle = np.pi * label / classes + rng.normal(0, 0.05)
     wavelength = 0.05 * max(width, height) * (1 + label % 3) * rng.uniform(0.8, 1.25)
     y, x = np.mgrid[:height, :width]
-    wave = 0.5 + 0.5 * np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + rng.uniform(0, 2 * np.pi))
+    wave = 0.5 + 0.5 * np.sin(
+        2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + rng.uniform(0, 2 * np.pi)
+    )
     hues = label / classes, (label / classes + 0.35) % 1
     low, high = (np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 0.9), rng.uniform(0.5, 1))) for hue in hues)
     pixels = low + (high - low) * wave[..., None]
-    coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     pixels = 0.7 * pixels * 255 + 0.3 * np.asarray(coarse) + rng.normal(0, 6, (height, width, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 

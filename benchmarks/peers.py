@@ -1,7 +1,9 @@
-"""The networks as a user would write them without this library: plain PyTorch modules in NCHW, the eager peer of every benchmark.
+"""The networks as a user would write them without this library: plain PyTorch modules in NCHW, the eager peer of every
+benchmark.
 
-`plain(model)` rebuilds a network of ours from nn.Conv2d, nn.BatchNorm2d, F.scaled_dot_product_attention and reshapes around the
-transformer (unfold once per block, fold once, as timm does), with copies of its parameters. It runs in either memory format.
+`plain(model)` rebuilds a network of ours from nn.Conv2d, nn.BatchNorm2d, F.scaled_dot_product_attention and reshapes
+around the transformer (unfold once per block, fold once, as timm does), with copies of its parameters. It runs in
+either memory format.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvit3_kernels.models import MobileViT
+from mvit3_kernels.models import MobileViT, SegmentationNetwork, SSDNetwork
+from mvit3_kernels.models.detection import decode
+from mvit3_kernels.models.segmentation import ASPP, POOL_SIZES
 from mvit3_kernels.nn import (
     ConvNormAct,
     GlobalRepresentation,
@@ -101,7 +105,9 @@ def separable(stack: GlobalRepresentation) -> nn.Module:
 
 
 def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    return x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    return (
+        x if tuple(x.shape[2:]) == tuple(size) else F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+    )
 
 
 def even(x: Tensor) -> tuple[int, int]:
@@ -145,7 +151,107 @@ def _rebuild(module: nn.Module) -> nn.Module:
 
 
 def plain(model: MobileViT) -> nn.Sequential:
-    """`model` (a classifier) in plain PyTorch, with its own copies of parameters and buffers in the same order, in the same mode."""
+    """`model` (a classifier) in plain PyTorch, with its own copies of parameters and buffers in the same order, in the
+    same mode."""
     model = copy.deepcopy(model)
-    stages = (model.conv_1, model.layer_1, model.layer_2, model.layer_3, model.layer_4, model.layer_5, model.conv_1x1_exp, model.classifier)
+    stages = (
+        model.conv_1,
+        model.layer_1,
+        model.layer_2,
+        model.layer_3,
+        model.layer_4,
+        model.layer_5,
+        model.conv_1x1_exp,
+        model.classifier,
+    )
     return nn.Sequential(*(_rebuild(stage) for stage in stages)).train(model.training)
+
+
+# Dense prediction
+
+
+class Backbone(nn.Module):
+    """layer_4 and layer_5 of a network with features_only."""
+
+    def __init__(self, model: MobileViT) -> None:
+        super().__init__()
+        stages = (model.conv_1, model.layer_1, model.layer_2, model.layer_3, model.layer_4, model.layer_5)
+        *first, layer_4, layer_5 = (_rebuild(stage) for stage in stages)
+        self.first, self.layer_4, self.layer_5 = nn.Sequential(*first), layer_4, layer_5
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer_4(self.first(x))
+        return y, self.layer_5(y)
+
+
+def pyramid(module: nn.Module) -> nn.Module:
+    def run(m: Apply, x: Tensor) -> Tensor:
+        maps = [branch(x) for branch in m.branches]
+        maps[m.own :] = [F.interpolate(y, x.shape[2:], mode="bilinear", align_corners=m.align) for y in maps[m.own :]]
+        return m.project(torch.cat(maps if m.own else [x, *maps], 1))
+
+    if isinstance(module, ASPP):
+        *branches, pooled = module.aspp_layer["convs"]
+        parts = [*(conv(branch) for branch in branches), _rebuild(pooled.aspp_pool)]
+        project = nn.Sequential(conv(module.aspp_layer["project"]), module.dropout)
+    else:
+        parts, project = [_rebuild(branch) for branch in module.psp_branches], _rebuild(module.fusion)
+    peer = Apply(run, branches=nn.ModuleList(parts), project=project)
+    peer.own, peer.align = (
+        len(parts) - (1 if isinstance(module, ASPP) else len(POOL_SIZES)),
+        not isinstance(module, ASPP),
+    )
+    return peer
+
+
+class PlainSegmentation(nn.Module):
+    """Logits as large as the image; with `labels` the most likely class of each pixel."""
+
+    def __init__(self, model: SegmentationNetwork, labels: bool) -> None:
+        super().__init__()
+        head = model.seg_head
+        self.backbone, self.pyramid = Backbone(model.encoder), pyramid(getattr(head, head.pyramid))
+        self.classifier = _rebuild(head.classifier)
+        self.stride, self.align_corners, self.labels = model.output_stride, model.align_corners, labels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.classifier(self.pyramid(self.backbone(x)[1]))
+        size = [side * self.stride for side in y.shape[2:]]
+        y = F.interpolate(y, size, mode="bilinear", align_corners=self.align_corners)
+        return y.argmax(1) if self.labels else y
+
+
+class PlainSSD(nn.Module):
+    """Scores and offsets; with `anchors` probabilities and boxes."""
+
+    def __init__(self, model: SSDNetwork, anchors: Tensor | None) -> None:
+        super().__init__()
+        self.backbone = Backbone(model.encoder)
+        self.extra = nn.ModuleList(_rebuild(layer) for layer in model.extra_layers.values())
+        self.heads = nn.ModuleList()
+        for head in model.ssd_heads:
+            layers = [layer for layer in (head.proj_layer, head.loc_cls_layer) if layer is not None]
+            self.heads.append(nn.Sequential(*(_rebuild(layer) for layer in layers)))
+        self.classes = model.num_classes
+        self.register_buffer("anchors", anchors, persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps = list(self.backbone(x))
+        for layer in self.extra:
+            maps.append(layer(maps[-1]))
+        found = [
+            head(y).permute(0, 2, 3, 1).reshape(len(x), -1, 4 + self.classes)
+            for head, y in zip(self.heads, maps, strict=True)
+        ]
+        offsets, scores = torch.cat(found, 1).split((4, self.classes), -1)
+        return (scores, offsets) if self.anchors is None else (scores.softmax(-1), decode(offsets, self.anchors))
+
+
+def plain_dense(model: SegmentationNetwork | SSDNetwork, size: tuple[int, int] | None = None) -> nn.Module:
+    """`model` in plain PyTorch, with its own copies of parameters and buffers in the same order but for an auxiliary
+    head, in the same mode; with the `size` of images its post-processing is part of it: label maps, or probabilities
+    and boxes."""
+    training, model = model.training, copy.deepcopy(model)
+    if isinstance(model, SegmentationNetwork):
+        return PlainSegmentation(model, size is not None).train(training)
+    return PlainSSD(model, None if size is None else model.anchors(size)).train(training)

@@ -1,4 +1,5 @@
-"""Rewrites the measured section of README.md from benchmarks/results/*.json: `python benchmarks/report.py [--check]`."""
+"""Rewrites the measured section of README.md from benchmarks/results/*.json: `python benchmarks/report.py
+[--check]`."""
 
 from __future__ import annotations
 
@@ -20,10 +21,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def conditions(machine: dict) -> str:
-    facts = [machine["cpu"], f"{machine['threads']} threads", str(machine["instruction_set"]), f"torch {machine['torch']}"]
-    return (
-        f"{', '.join(facts)}; copy {machine['copy_gb_s']} GB/s, `torch.mm` {machine['mm_gflop_s']} GFLOP/s; revision {machine['revision']}."
-    )
+    facts = [
+        machine["cpu"],
+        f"{machine['threads']} threads",
+        str(machine["instruction_set"]),
+        f"torch {machine['torch']}",
+    ]
+    ceilings = f"copy {machine['copy_gb_s']} GB/s, `torch.mm` {machine['mm_gflop_s']} GFLOP/s"
+    return f"{', '.join(facts)}; {ceilings}; revision {machine['revision']}."
 
 
 PEERS = {
@@ -33,9 +38,16 @@ PEERS = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
 }
+HALF_PEERS = {
+    "eager_bfloat16": "eager, autocast",
+    "compile_bfloat16": "torch.compile, autocast",
+    "openvino_bfloat16": "OpenVINO",
+}
 
 
-def models(result: dict) -> str:
+def networks(result: dict, script: str, intro: str) -> str:
+    """A line for each work of a network; `script` measured it, `intro` says what."""
+
     def milliseconds(time: float | None) -> str:
         return "" if time is None else f"{time:.{0 if time >= 100 else 1}f} ms"
 
@@ -47,7 +59,8 @@ def models(result: dict) -> str:
         ours = min(row[f"{c}_ms"] for c in ("ours", "ours_fused") if f"{c}_ms" in row)
         memory = [f"{row[f'{c}_mib']:.0f}" for c in ("eager_channels_last", "ours") if f"{c}_mib" in row]
         work = f"{row['work']} {row['batch']} at {row['side']}"
-        cells = [f"`{row['model']}`", work, milliseconds(eager), f"{milliseconds(times[best])} ({PEERS[best]})"]
+        name = f"`{row['model']}`" + (f", {row['classes']} classes" if "classes" in row else "")
+        cells = [name, work, milliseconds(eager), f"{milliseconds(times[best])} ({PEERS[best]})"]
         cells += [
             milliseconds(row.get("ours_ms")),
             milliseconds(row.get("ours_fused_ms")),
@@ -55,14 +68,50 @@ def models(result: dict) -> str:
             f"{eager / ours:.2f}x",
         ]
         rows.append([*cells, " / ".join(memory) + " MiB" * bool(memory)])
-    header = ["network", "work, batch at size", "best eager", "best peer", "drop-in", "`fuse`", "against best peer", "against eager"]
+    header = [
+        "network",
+        "work, batch at size",
+        "best eager",
+        "best peer",
+        "drop-in",
+        "`fuse`",
+        "against best peer",
+        "against eager",
+    ]
     versions = ", ".join(f"{name} {version}" for name, version in result["machine"].get("peers", {}).items())
-    intro = (
-        "Whole networks, float32, `python benchmarks/bench_models.py --json`, medians. A training step includes AdamW. The peers are\n"
-        "eager PyTorch in both layouts, torch.compile (frozen for inference) and, for inference, ONNX Runtime and OpenVINO\n"
-        f"in their best settings{f' ({versions})' if versions else ' where they were measured'}.\n"
+    peers = (
+        "The peers are\neager PyTorch, torch.compile (frozen for inference) and, for inference, ONNX Runtime and "
+        f"OpenVINO in their best settings{f' ({versions})' if versions else ' where they were measured'}.\n"
     )
-    return f"{intro}{conditions(result['machine'])}\n\n{table([*header, 'peak memory, eager / ours'], rows)}"
+    said = f"{intro}, float32, `python benchmarks/{script}.py --json`, medians. A training step includes AdamW. {peers}"
+    return f"{said}{conditions(result['machine'])}\n\n{table([*header, 'peak memory, eager / ours'], rows)}"
+
+
+def models(result: dict) -> str:
+    return networks(result, "bench_models", "Whole networks")
+
+
+def models_bfloat16(result: dict) -> str:
+    rows = []
+    for row in result["rows"]:
+        cells = [f"`{row['model']}`", f"{row['batch']} at {row['side']}"]
+        for dtype, names in (("float32", PEERS), ("bfloat16", HALF_PEERS)):
+            best = row.get(f"best_{dtype}_peer")
+            cells.append(f"{row[f'{best}_ms']:.1f} ms ({names[best]})" if best else "")
+        ratios = [
+            f"{row[f'{dtype}_ratio']:.2f}x" if f"{dtype}_ratio" in row else "" for dtype in ("float32", "bfloat16")
+        ]
+        rows.append([*cells, f"{row['ours_fused_ms']:.1f} ms", f"{row['ours_fused_bfloat16_ms']:.1f} ms", *ratios])
+    header = ["network", "batch at size", "best float32 peer", "best bfloat16 peer"]
+    header += ["`fuse`", "`fuse`, bfloat16", "against float32 peer", "against bfloat16 peer"]
+    return (
+        "Inference with products of bfloat16, `python benchmarks/bench_models.py --dtype bfloat16 --json`, medians, "
+        f"beside peers of both dtypes.\n{conditions(result['machine'])}\n\n{table(header, rows)}"
+    )
+
+
+def dense(result: dict) -> str:
+    return networks(result, "bench_dense", "Segmentation and detection, with their losses or what follows the network")
 
 
 def batch_norm_act(result: dict) -> str:
@@ -71,11 +120,23 @@ def batch_norm_act(result: dict) -> str:
         speed = [f"{row['eager_ms']:.1f} ms", f"{row['ours_ms']:.1f} ms", f"{row['ratio']:.2f}x"]
         rows.append([row["shape"], row["dtype"], *speed, f"{row['eager_mib']:.0f} / {row['ours_mib']:.0f} MiB"])
     header = ["N x C x H x W", "dtype", "eager", "`batch_norm_act`", "ratio of medians", "peak memory, eager / ours"]
-    intro = "Batch norm + SiLU, forward and backward in training, channels_last, `python benchmarks/bench_batch_norm_act.py --json`.\n"
+    intro = (
+        "Batch norm + SiLU, forward and backward in training, channels_last, "
+        "`python benchmarks/bench_batch_norm_act.py --json`.\n"
+    )
     return f"{intro}{conditions(result['machine'])}\n\n{table(header, rows)}"
 
 
-OPS = ("inverted_residual", "pointwise", "feed_forward", "patch_attention", "separable_attention", "depthwise_conv")
+OPS = (
+    "inverted_residual",
+    "pointwise",
+    "dropout",
+    "feed_forward",
+    "patch_attention",
+    "separable_attention",
+    "depthwise_conv",
+    "conv3x3",
+)
 
 
 def ops(results: dict[str, dict]) -> str:
@@ -96,8 +157,10 @@ def ops(results: dict[str, dict]) -> str:
             lines.append([f"`{op}`", mode, str(len(rows)), speed, floor, result["machine"]["revision"]])
     header = ["op", "mode", "shapes", "against eager: median (least to most)", "share of the floor", "revision"]
     intro = (
-        "Single ops at the shapes of mobilevitv3_s and mobilevitv3_100, float32, `make bench`. Training is forward and backward. The\n"
-        "floor is the larger of the bare products (`torch.mm`) and the bytes at the rate of a copy. All rows: `benchmarks/results/`.\n"
+        "Single ops at the shapes of their networks, float32, `make bench`. "
+        "Training is forward and backward. The\n"
+        "floor is the larger of the bare products (`torch.mm`) and the bytes at the rate of a copy. "
+        "All rows: `benchmarks/results/`.\n"
     )
     return f"{intro}\n{table(header, lines)}"
 
@@ -107,7 +170,8 @@ def section() -> str:
         path = RESULTS / f"{name}_cpu.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    parts = [write(result) for name, write in (("models", models), ("batch_norm_act", batch_norm_act)) if (result := read(name))]
+    tables = {"models": models, "models_bfloat16": models_bfloat16, "dense": dense, "batch_norm_act": batch_norm_act}
+    parts = [write(result) for name, write in tables.items() if (result := read(name))]
     single = {name: result for name in OPS if (result := read(name))}
     return "\n".join([*parts, *([ops(single)] if single else [])])
 

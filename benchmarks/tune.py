@@ -1,16 +1,17 @@
-"""Times the configurations that the Triton kernels offer, on this GPU, and records the fastest in mvit3_kernels/ops/tuned.json.
+"""Times the configurations that the Triton kernels offer, on this GPU, and records the fastest in
+mvit3_kernels/ops/tuned.json.
 
     python benchmarks/tune.py [--ops feed_forward ...] [--again]
 
-Every call of gpu_baselines' op cases is timed as a CUDA graph, with one kernel's configuration changed at a time. A kernel keeps its first
-configuration unless another one makes the whole call at least 2 % faster. The file is written after every kernel, and what is recorded
-for this architecture already is left alone (--again: timed anew), so that a run which is cut short goes on where it stopped.
+Every call of gpu_cases.py is timed as a CUDA graph, with one kernel's configuration changed at a time. A
+kernel keeps its first configuration unless another one makes the whole call at least 2 % faster. The file is written
+after every kernel, and what is recorded for this architecture already is left alone (--again: timed anew), so that a
+run which is cut short goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -18,25 +19,29 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_baselines import _on, _op_cases, _spatial_cases, _step, graphed, interleaved
+from benchmarks.common import graphed, interleaved_bursts, replace_file
+from benchmarks.gpu_cases import on_backend, op_cases
 from mvit3_kernels.ops import tuning
 
 LEAST_GAIN = 0.02
 
 
 def write(records: dict[str, dict[str, tuning.Configuration]]) -> None:
-    text = json.dumps({name: dict(sorted(entries.items())) for name, entries in sorted(records.items())}, indent=1) + "\n"
+    text = (
+        json.dumps({name: dict(sorted(entries.items())) for name, entries in sorted(records.items())}, indent=1) + "\n"
+    )
     folders = [tuning.FILE.parent, *([Path(os.environ["OUT"])] if os.environ.get("OUT") else [])]
     for folder in folders:
-        part = folder / f"{tuning.FILE.name}.part"
-        part.write_text(text)
-        part.replace(folder / tuning.FILE.name)
+        replace_file(folder / tuning.FILE.name, text)
 
 
 def tune_call(
-    call: Callable[[], object], measure: Callable[[dict[str, Callable]], dict[str, float]], done: dict[str, tuning.Configuration]
+    call: Callable[[], object],
+    measure: Callable[[dict[str, Callable]], dict[str, float]],
+    done: dict[str, tuning.Configuration],
 ) -> dict[str, tuning.Configuration]:
-    """The best configuration of each kernel that `call` launches and that is not in `done`; `measure` gives seconds of calls by name.
+    """The best configuration of each kernel that `call` launches and that is not in `done`; `measure` gives seconds of
+    calls by name.
 
     A configuration that fails (it may not fit the GPU) is left out."""
     with tuning.watch() as seen:
@@ -80,7 +85,7 @@ def main() -> None:
     options.device, options.tiny = "cuda", False
 
     def measure(calls: dict[str, Callable]) -> dict[str, float]:
-        times = interleaved({name: graphed(call, options) for name, call in calls.items()}, options, 0.01)
+        times = interleaved_bursts({name: graphed(call, "cuda") for name, call in calls.items()}, options, 0.01)
         return {name: timing["seconds"] for name, timing in times.items()}
 
     architecture = tuning.architecture(torch.empty(0, device="cuda"))
@@ -88,9 +93,9 @@ def main() -> None:
     mine = records.setdefault(architecture, {})
     if options.again:
         mine.clear()
-    for case in itertools.chain(_op_cases(options.batch, options), _spatial_cases(options.batch, options)):
+    for case in op_cases(options.batch, "cuda"):
         if options.ops is None or case.op in options.ops:
-            found = tune_call(_step(_on(case.backends[0], case.call), case.leaves, case.mode == "step"), measure, mine)
+            found = tune_call(case.step(on_backend(case.backends[0], case.call)), measure, mine)
             if found:
                 mine |= found
                 write(records)

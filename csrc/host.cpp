@@ -1,5 +1,5 @@
-// What this CPU can run, how the extension was built, and the one question that every call of a block asks. Independent of torch, so that
-// it loads even where the kernels do not.
+// What this CPU can run, how the extension was built, and the one question that every call of a block asks. Independent
+// of torch, so that it loads even where the kernels do not.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -44,22 +44,27 @@ Names cpu_features() {
   MVIT3_FEATURE("avx512bf16")
 #undef MVIT3_FEATURE
   unsigned eax, ebx, ecx, edx;  // older compilers do not know f16c by name
-  if (__builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C)) features.push_back("f16c");
+  if (__builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C))
+    features.push_back("f16c");
 #endif
   return features;
 }
 
-// The variants that run on a CPU with these features, best first. One that needs a feature nobody knows here does not run.
+// The variants that run on a CPU with these features, best first. One that needs a feature nobody knows here does not
+// run.
 Names isas_of(const Names& features) {
   Names isas;
   for (const auto& [isa, needed] : isa_features()) {
-    const auto has = [&](const std::string& name) { return std::find(features.begin(), features.end(), name) != features.end(); };
+    const auto has = [&](const std::string& name) {
+      return std::find(features.begin(), features.end(), name) != features.end();
+    };
     if (std::all_of(needed.begin(), needed.end(), has)) isas.push_back(isa);
   }
   return isas;
 }
 
-// Up to Python 3.12 every change of a dictionary gives it a new number (PEP 509), so that one comparison tells that nothing in it changed.
+// Up to Python 3.12 every change of a dictionary gives it a new number (PEP 509), so that one comparison tells that
+// nothing in it changed.
 #if PY_VERSION_HEX < 0x030D0000
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
 uint64_t version(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
@@ -69,8 +74,8 @@ uint64_t version(PyObject*) { return 0; }
 constexpr bool kHasVersions = false;
 #endif
 
-// A snapshot owns what it compares but for its root, which owns the snapshot: the root's dictionary is asked for each time, and stands as
-// None in the list of dictionaries, each followed by its content.
+// A snapshot owns what it compares but for its root, which owns the snapshot: the root's dictionary is asked for each
+// time, and stands as None in the list of dictionaries, each followed by its content.
 PyObject* dict_at(PyObject* dicts, Py_ssize_t i, PyObject* root_dict) {
   PyObject* dict = PyTuple_GET_ITEM(dicts, i);
   return dict == Py_None ? root_dict : dict;
@@ -109,14 +114,15 @@ bool has_contents(PyObject* dicts, PyObject* root_dict) {
   return true;
 }
 
-// Whether `root` and the modules below it are as `snapshot` says; nn/guard.py makes it and has the same function in Python. It is asked
-// at every call of a block, so it compares addresses and nothing else: no Python code runs.
+// Whether `root` and the modules below it are as `snapshot` says; nn/guard.py makes it and has the same function in
+// Python. It is asked at every call of a block, so it compares addresses and nothing else: no Python code runs.
 bool unchanged(py::handle root, py::tuple snapshot) {
   const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(snapshot.ptr(), i); };
   PyObject *kind = part(0), *objects = part(1), *dicts = part(2), *empty = part(3), *methods = part(4);
   if (reinterpret_cast<PyObject*>(Py_TYPE(root.ptr())) != kind) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); i += 2)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects, i))) != PyTuple_GET_ITEM(objects, i + 1)) return false;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects, i))) != PyTuple_GET_ITEM(objects, i + 1))
+      return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i)
     if (PyDict_GET_SIZE(PyTuple_GET_ITEM(empty, i)) != 0) return false;
   const py::object root_dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(root.ptr(), nullptr));
@@ -142,11 +148,14 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_host, m) {
   m.doc() = "What this CPU can run and how the extension was built.";
   m.def("supported_isas", &supported_isas, "Instruction sets of this CPU that a variant is built for, best first.");
-  m.def("isa_features", &isa_features, "The variants, best first, each with the CPU features that it was compiled for.");
+  m.def(
+      "isa_features", &isa_features, "The variants, best first, each with the CPU features that it was compiled for.");
   m.def("cpu_features", &cpu_features, "Those of the features that this CPU has.");
   m.def("isas_of", &isas_of, "Variants that run on a CPU with these features, best first.");
   m.def("detected_isa", [] { return supported_isas().front(); }, "The best of supported_isas().");
-  m.def("versions", &versions, "The version of every dictionary in a snapshot's second part, where Python keeps versions.");
+  m.def(
+      "versions", &versions,
+      "The version of every dictionary in a snapshot's second part, where Python keeps versions.");
   m.def("unchanged", &unchanged, "Whether a module and those below it are as a snapshot of nn/guard.py says.");
   m.def("build_info", &build_info, "Compiler, flags and torch version of the build.");
 }

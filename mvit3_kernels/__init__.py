@@ -1,12 +1,13 @@
 """Fused kernels, drop-in modules and whole networks for the MobileViT family (v1, v2, v3)."""
 
-from . import models, nn, ops
+from . import models, nn, ops, tasks
 from ._native import release_memory
 from .explain import Explanation, explain
+from .fuse import FuseReport, fuse, fuse_report, unfuse
 from .graphs import CudaGraphError, cuda_graph, cuda_graph_step
-from .models import CheckpointError, LoadReport, create_model, list_models, load_checkpoint
+from .inference import refresh
+from .models import CheckpointError, LoadReport, create_model, from_pretrained, list_models, load_checkpoint
 from .ops.dispatch import BackendError, backend
-from .patching import fuse, refresh, unfuse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,13 +15,16 @@ __all__ = [
     "CheckpointError",
     "CudaGraphError",
     "Explanation",
+    "FuseReport",
     "LoadReport",
     "backend",
     "create_model",
     "cuda_graph",
     "cuda_graph_step",
     "explain",
+    "from_pretrained",
     "fuse",
+    "fuse_report",
     "list_models",
     "load_checkpoint",
     "models",
@@ -28,5 +32,6 @@ __all__ = [
     "ops",
     "refresh",
     "release_memory",
+    "tasks",
     "unfuse",
 ]

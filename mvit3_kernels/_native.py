@@ -27,8 +27,8 @@ def why_not() -> str | None:
 
 
 def cuda_why_not(x: torch.Tensor | None = None) -> str | None:
-    """None when the compiled CUDA C++ kernels are loaded and can run on the device of `x`, else the reason; without x, whether they are
-    loaded."""
+    """None when the compiled CUDA C++ kernels are loaded and can run on the device of `x`, else the reason; without x,
+    whether they are loaded."""
     if _cuda_reason is not None or x is None:
         return _cuda_reason
     if not x.is_cuda:
@@ -46,13 +46,24 @@ def _device_why_not(index: int) -> str | None:
 
 
 def isa() -> str | None:
-    """The instruction set of the loaded kernels: "avx512_bf16", "avx512", "avx2" or "generic"; None when none are loaded."""
+    """The instruction set of the loaded kernels: "avx512_bf16", "avx512", "avx2" or "generic"; None when none are
+    loaded."""
     return _isa
 
 
+def amx() -> bool:
+    """Whether products of bfloat16 run in the CPU's matrix registers (AMX)."""
+    return _reason is None and torch.ops.mvit3.amx() == "registers"
+
+
+def prefers_bfloat16() -> bool:
+    """Whether products of bfloat16 are faster here than those of float32."""
+    return _reason is None and torch.ops.mvit3.prefers_bfloat16()
+
+
 def release_memory() -> int:
-    """Gives memory that the CPU kernels keep for their next tensors, and fused networks for their next calls, back to the system, unless a
-    tensor or a call uses it now. Returns its bytes. Any thread may call it at any time."""
+    """Gives memory that the CPU kernels keep for their next tensors, and fused networks for their next calls, back to
+    the system, unless a tensor or a call uses it now. Returns its bytes. Any thread may call it at any time."""
     return torch.ops.mvit3.release_memory() if _reason is None else 0
 
 
@@ -81,7 +92,9 @@ def _choose(supported: list[str]) -> str:
     if not wanted:
         return next((name for name in supported if _variant(name)), supported[0])
     if wanted not in supported:
-        raise RuntimeError(f"environment variable {ENVIRONMENT}={wanted}: this CPU supports only {', '.join(supported)}")
+        raise RuntimeError(
+            f"environment variable {ENVIRONMENT}={wanted}: this CPU supports only {', '.join(supported)}"
+        )
     return wanted
 
 

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .inference import FusedNetwork
 from .nn import guard
 from .ops import dispatch
-from .patching import FusedMobileViT
+from .tables import table
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of an explanation: `count` calls of `what` that ran the same way, for the same reason.
 
-    kind is "network", "block" or "op"; what is the name of a module inside the model, or of an op; ran is "fused", "ordinary path",
-    "modules", or a backend; reason is empty where the best way was taken.
+    kind is "network", "block" or "op"; what is the name of a module inside the model, or of an op; ran is "fused", of
+    a network with products of bfloat16 "fused, bfloat16", "ordinary path", "modules", or a backend; reason is empty
+    where the best way was taken.
     """
 
     kind: str
@@ -47,18 +49,16 @@ class Explanation:
         return list(dict.fromkeys(row.reason for row in self.rows if row.reason))
 
     def __str__(self) -> str:
-        table = [("", "what", "ran as", "calls", "why")]
-        table += [(row.kind, row.what, row.ran, str(row.count), row.reason) for row in self.rows]
-        widths = [max(len(line[i]) for line in table) for i in range(4)]
-        return "\n".join("  ".join((*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4])).rstrip() for line in table)
+        header = ("", "what", "ran as", "calls", "why")
+        return table(header, [(row.kind, row.what, row.ran, str(row.count), row.reason) for row in self.rows])
 
 
 def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanation:
     """Calls `model(*inputs, **keywords)` once and says what ran.
 
-    The call is an ordinary one: gradients, autocast, training mode and a forced backend are as around it, and in training mode it updates
-    running statistics. The backward pass of a call uses the kernels of its forward pass. A compiled module is explained as it runs
-    without the compiler.
+    The call is an ordinary one: gradients, autocast, training mode and a forced backend are as around it, and in
+    training mode it updates running statistics. The backward pass of a call uses the kernels of its forward pass. A
+    compiled module is explained as it runs without the compiler.
 
     Args:
         model: a network, or any module that contains blocks of this library.
@@ -76,19 +76,25 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
     with _observed() as (networks, blocks, ops):
         model(*inputs, **keywords)
-    rows = [Row("network", names.get(id(n), "?"), "fused" if r is None else "ordinary path", r or "") for n, r in networks]
+    rows = [
+        Row("network", names.get(id(n), "?"), _ran(n) if r is None else "ordinary path", r or "") for n, r in networks
+    ]
     rows += [Row("block", names.get(id(b), "?"), "fused" if r is None else "modules", r or "") for b, r in blocks]
     rows += [Row("op", op, backend, reason) for op, backend, reason in ops]
     counted = Counter(rows)
     return Explanation(tuple(Row(row.kind, row.what, row.ran, row.reason, count) for row, count in counted.items()))
 
 
+def _ran(network: FusedNetwork) -> str:
+    return "fused, bfloat16" if network._fused.products is torch.bfloat16 else "fused"
+
+
 @contextmanager
 def _observed() -> Iterator[tuple[list, list, list]]:
-    before = guard.observed, dispatch.observed, FusedMobileViT.observed
-    guard.observed, dispatch.observed, FusedMobileViT.observed = [], [], []
+    before = guard.observed, dispatch.observed, FusedNetwork.observed
+    guard.observed, dispatch.observed, FusedNetwork.observed = [], [], []
     try:
         with torch.compiler.set_stance("force_eager"):
-            yield FusedMobileViT.observed, guard.observed, dispatch.observed
+            yield FusedNetwork.observed, guard.observed, dispatch.observed
     finally:
-        guard.observed, dispatch.observed, FusedMobileViT.observed = before
+        guard.observed, dispatch.observed, FusedNetwork.observed = before

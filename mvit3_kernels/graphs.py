@@ -1,8 +1,9 @@
 """A training step or an inference call as a CUDA graph: one launch instead of several hundred, for each shape of input.
 
-`torch.cuda.make_graphed_callables` records forward and backward as two graphs of one shape, with the optimiser outside. Here the whole step
-is one graph, and a sampler that changes the image size gets a graph for each size. All of them share one memory pool: they never run
-side by side, and what outlives a replay (gradients, the static loss) stays referenced and so is not reused.
+`torch.cuda.make_graphed_callables` records forward and backward as two graphs of one shape, with the optimiser outside.
+Here the whole step is one graph, and a sampler that changes the image size gets a graph for each size. All of them
+share one memory pool: they never run side by side, and what outlives a replay (gradients, the static loss) stays
+referenced and so is not reused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class CudaGraphError(RuntimeError):
 
 
 class Recorder(Protocol):
-    """What records and replays. `_Cuda` is the one that users meet; tests put their own in its place where there is no GPU."""
+    """What records and replays. `_Cuda` is the one that users meet; tests put their own in its place where there is no
+    GPU."""
 
     def why_not(self, device: torch.device) -> str | None:
         """Why work on `device` cannot be recorded."""
@@ -38,7 +40,8 @@ class Recorder(Protocol):
         """A context whose work runs where a later `record` will record."""
 
     def record(self, device: torch.device, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Records what `run` launches, without running it: a function that runs it, and what `run` returned, filled by each replay."""
+        """Records what `run` launches, without running it: a function that runs it, and what `run` returned, filled by
+        each replay."""
 
 
 class _Cuda:
@@ -63,7 +66,8 @@ class _Cuda:
     def record(self, device: torch.device, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         with torch.cuda.device(device):
             graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):  # torch's default generator is part of every graph
+            # torch's default generator is part of every graph
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 outputs = run()
         return graph.replay, outputs
 
@@ -93,9 +97,12 @@ def _device_of(model: nn.Module, recorder: Recorder) -> torch.device:
 
 
 class _Graphs:
-    """What a graph for training and one for inference share: the graphs by kind of input, the least recently used of which goes first."""
+    """What a graph for training and one for inference share: the graphs by kind of input, the least recently used of
+    which goes first."""
 
-    def __init__(self, model: nn.Module, autocast: torch.dtype | None, warmup: int, max_graphs: int, recorder: Recorder) -> None:
+    def __init__(
+        self, model: nn.Module, autocast: torch.dtype | None, warmup: int, max_graphs: int, recorder: Recorder
+    ) -> None:
         if autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}")
         for name, value in {"warmup": warmup, "max_graphs": max_graphs}.items():
@@ -110,7 +117,8 @@ class _Graphs:
         return len(self._entries)
 
     def reset(self) -> None:
-        """Forgets all graphs. Needed after the model's tensors have been replaced (`model.to(...)`), not after `load_state_dict`."""
+        """Forgets all graphs. Needed after the model's tensors have been replaced (`model.to(...)`), not after
+        `load_state_dict`."""
         self._entries.clear()
 
     def _entry(self, **inputs: Tensor) -> _Entry:
@@ -124,7 +132,8 @@ class _Graphs:
         if entry is None:
             while len(self._entries) >= self.max_graphs:
                 self._entries.popitem(last=False)
-            static = [torch.empty_like(t, device=self.device, requires_grad=False) for t in inputs.values()]
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+                static = [torch.empty_like(t, device=self.device, requires_grad=False) for t in inputs.values()]
             entry = self._entries[key] = _Entry(static)
         self._entries.move_to_end(key)
         for static, t in zip(entry.inputs, inputs.values(), strict=True):
@@ -141,7 +150,11 @@ class _Graphs:
 
     def _precision(self) -> Any:
         # A cached cast of a weight would be recorded once and go stale with the first step.
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+        return (
+            nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+        )
 
 
 class CudaGraph(_Graphs):
@@ -159,27 +172,33 @@ class CudaGraph(_Graphs):
         entry.replay()
         return _pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
 
-    @torch.no_grad()
     def _forward(self, images: Tensor) -> Any:
-        with self._precision():
+        # a graph recorded in inference mode would hold tensors that cannot be written outside of it
+        with torch.inference_mode(False), torch.no_grad(), self._precision():
             return self.model(images)
 
 
 def cuda_graph(
-    model: nn.Module, *, autocast: torch.dtype | None = None, warmup: int = 3, max_graphs: int = 16, recorder: Recorder | None = None
+    model: nn.Module,
+    *,
+    autocast: torch.dtype | None = None,
+    warmup: int = 3,
+    max_graphs: int = 16,
+    recorder: Recorder | None = None,
 ) -> CudaGraph:
     """Inference as a CUDA graph: `run = cuda_graph(model.eval()); logits = run(images)`.
 
     Args:
-        model: in evaluation mode, on one GPU. Its weights may be written in place (`load_state_dict`), not replaced: see `reset`.
+        model: in evaluation mode, on one GPU. Its weights may be written in place (`load_state_dict`), not replaced:
+            see `reset`.
         autocast: torch.bfloat16 or torch.float16 runs it under autocast of that dtype.
         warmup: eager calls before the first of a shape is recorded, at least 1.
         max_graphs: graphs that are kept, one for each shape and dtype of `images`; the least recently used is dropped.
         recorder: for tests.
 
     Returns:
-        A function of `images`, of any device, shape and strides, that returns what the model returns, in copies that later calls leave
-        alone. Python code of the model (hooks, prints) runs while recording only.
+        A function of `images`, of any device, shape and strides, that returns what the model returns, in copies that
+        later calls leave alone. Python code of the model (hooks, prints) runs while recording only.
 
     Raises:
         CudaGraphError: there is no GPU, or the model is not on one, or what it does cannot be recorded.
@@ -208,7 +227,9 @@ class CudaGraphStep(_Graphs):
             raise ValueError(f"warmup must be at least {DDP_WARMUP} for DistributedDataParallel, got {warmup}")
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         if self.scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError("scaler needs an optimizer that skips a step without asking the host: build it with fused=True")
+            raise ValueError(
+                "scaler needs an optimizer that skips a step without asking the host: build it with fused=True"
+            )
         self.loss, self.optimizer, self.max_norm = loss, optimizer, max_norm
         self._rates = _make_capturable(optimizer, self.device)
         self._settings = [_settings(group) for group in optimizer.param_groups]
@@ -234,7 +255,8 @@ class CudaGraphStep(_Graphs):
         return entry.outputs.detach().clone()
 
     def _step(self, images: Tensor, targets: Tensor) -> Tensor:
-        # Without old gradients the new ones are not added to anything, and those of a graph lie in its memory, at the same place each time.
+        # Without old gradients the new ones are not added to anything, and those of a graph lie in its memory, at the
+        # same place each time.
         for p in self._parameters:
             p.grad = None
         with torch.enable_grad():
@@ -253,7 +275,8 @@ class CudaGraphStep(_Graphs):
         return loss
 
     def _follow_optimizer(self) -> None:
-        """Puts learning rates where the graphs read them; anything else that changed would be ignored by a graph, so it is an error."""
+        """Puts learning rates where the graphs read them; anything else that changed would be ignored by a graph, so it
+        is an error."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self._rates):
             raise ValueError(f"optimizer must keep its {len(self._rates)} parameter groups, it has {len(groups)} now")
@@ -264,22 +287,32 @@ class CudaGraphStep(_Graphs):
                 group["lr"] = rate
             now = _settings(group)
             if now != before:
-                changed = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in now.items() if value != before.get(name))
-                raise ValueError(f"between steps only lr may change, in parameter group {number} of the optimizer: {changed}")
+                changed = ", ".join(
+                    f"{name} {before.get(name)} -> {value}" for name, value in now.items() if value != before.get(name)
+                )
+                raise ValueError(
+                    f"between steps only lr may change, in parameter group {number} of the optimizer: {changed}"
+                )
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     """What a graph takes from a parameter group as constants."""
-    return {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr") and not isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in ("params", "lr", "initial_lr") and not isinstance(value, Tensor)
+    }
 
 
 def _make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
-    """Makes an optimiser step without the host: learning rates, which are returned, and step counters become tensors on the device."""
+    """Makes an optimiser step without the host: learning rates, which are returned, and step counters become tensors on
+    the device."""
     for group in optimizer.param_groups:
         # Without fused=True SGD has no option for it, and reads a learning rate on the host.
         if "capturable" not in group and not (isinstance(optimizer, torch.optim.SGD) and group["fused"]):
             raise ValueError(
-                "optimizer must have the option capturable (Adam, AdamW, RMSprop, ...) or be torch.optim.SGD with fused=True, "
+                "optimizer must have the option capturable (Adam, AdamW, RMSprop, ...) or be torch.optim.SGD with "
+                "fused=True, "
                 f"got {type(optimizer).__name__}"
             )
     rates = []
@@ -311,33 +344,36 @@ def cuda_graph_step(
 ) -> CudaGraphStep:
     """A training step as a CUDA graph: forward, loss, backward, clipping and optimiser in one launch.
 
-        step = cuda_graph_step(model, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(), fused=True))
+        step = cuda_graph_step(model, torch.nn.functional.cross_entropy, torch.optim.AdamW(model.parameters(),
+        fused=True))
         for images, targets in loader:
             loss = step(images, targets)  # optimizer.step() and zero_grad() are in it
 
-    Every call is one optimiser step on the data it is given. The first `warmup` calls of a shape run eagerly (they compile kernels and make
-    the optimiser's state), the next one records the graph and replays it, all others replay. So warming up costs no data, and a network
-    learns what it learns without graphs.
+    Every call is one optimiser step on the data it is given. The first `warmup` calls of a shape run eagerly (they
+    compile kernels and make the optimiser's state), the next one records the graph and replays it, all others replay.
+    So warming up costs no data, and a network learns what it learns without graphs.
 
     Args:
-        model: in training mode, on one GPU. Running statistics are updated, dropout differs from step to step and obeys torch.manual_seed.
-            Its tensors may be written in place (`load_state_dict`), not replaced: see `reset`. DistributedDataParallel is taken with a
-            warmup of at least 11, by PyTorch's rules for it; that has not been tried.
+        model: in training mode, on one GPU. Running statistics are updated, dropout differs from step to step and obeys
+            torch.manual_seed. Its tensors may be written in place (`load_state_dict`), not replaced: see `reset`.
+            DistributedDataParallel is taken with a warmup of at least 11, by PyTorch's rules for it; that has not been
+            tried.
         loss: of the model's output and `targets`, a scalar tensor; must not read from the GPU.
-        optimizer: one with the option `capturable`, which is switched on, or torch.optim.SGD with fused=True. Its learning rates become
-            tensors, which schedulers write to; an assignment of a number, group["lr"] = 0.1, is honoured too. No other option may change
-            between steps.
+        optimizer: one with the option `capturable`, which is switched on, or torch.optim.SGD with fused=True. Its
+            learning rates become tensors, which schedulers write to; an assignment of a number, group["lr"] = 0.1, is
+            honoured too. No other option may change between steps.
         autocast: torch.bfloat16 or torch.float16 runs model and loss under autocast of that dtype.
         scaler: scales the loss, for float16; needs an optimiser with fused=True.
         max_norm: clips the norm of all gradients.
         warmup: eager steps of each shape, at least 1.
-        max_graphs: graphs that are kept, one for each shape and dtype of images and targets (a multi-scale sampler has several); the
-            least recently used is dropped. They share their memory, but for a set of gradients each.
+        max_graphs: graphs that are kept, one for each shape and dtype of images and targets (a multi-scale sampler has
+            several); the least recently used is dropped. They share their memory, but for a set of gradients each.
         recorder: for tests.
 
     Returns:
-        step(images, targets): both tensors, of any device and strides; returns the detached loss, a tensor of its own. Gradients are in
-        p.grad after the call, until the next one. Python code of model and loss (hooks, prints) runs while recording only.
+        step(images, targets): both tensors, of any device and strides; returns the detached loss, a tensor of its own.
+        Gradients are in p.grad after the call, until the next one. Python code of model and loss (hooks, prints) runs
+        while recording only.
 
     Raises:
         CudaGraphError: there is no GPU, or the model is not on one, or the step cannot be recorded.

@@ -29,6 +29,7 @@ def _cpu() -> dict[str, object]:
         "reason": reason,
         "instruction_set": _native.isa(),
         "supported_instruction_sets": _native.supported_isas(),
+        "matrix_registers": _native.amx(),
         "threads": torch.get_num_threads(),
         "build": _native.build_info(),
     }
@@ -87,6 +88,7 @@ def _particulars(name: str, backend: dict) -> str:
         build = backend["build"]
         return (
             f"yes: {backend['instruction_set']} (this CPU can: {', '.join(backend['supported_instruction_sets'])}), "
+            f"{'bfloat16 in matrix registers (AMX), ' * backend['matrix_registers']}"
             f"{backend['threads']} threads; built with {build['compiler']}, torch {build['torch']}"
         )
     return f"yes: {backend['device']}"

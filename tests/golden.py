@@ -19,7 +19,21 @@ MODELS = {
     **{f"mobilevitv1_{size}": f"mobilevit_{short}" for size, short in _SIZES.items()},
     **{f"mobilevitv2_{width / 100:.2f}": f"mobilevitv2_{width:03d}" for width in (50, 75, 100, 125, 150, 175, 200)},
     **{f"mobilevitv3_{width / 100:.2f}": f"mobilevitv3_{width:03d}" for width in (50, 75, 100, 200)},
-    **{f"mobilevitv3_{size}_v3{fast}": f"mobilevitv3_{short}{fast}" for size, short in _SIZES.items() for fast in ("", "_fast")},
+    **{
+        f"mobilevitv3_{size}_v3{fast}": f"mobilevitv3_{short}{fast}"
+        for size, short in _SIZES.items()
+        for fast in ("", "_fast")
+    },
+}
+
+# Networks of dense prediction: published name -> ours, and the options that differ from create_model's.
+DENSE = {
+    "deeplabv3_mobilevitv3_small_v3": ("deeplabv3_mobilevitv3_s", {}),
+    "deeplabv3_mobilevitv3_1.00": ("deeplabv3_mobilevitv3_100", {}),
+    "pspnet_mobilevitv3_1.00": ("pspnet_mobilevitv3_100", {}),
+    "ssd_mobilevitv3_small_v3": ("ssdlite_mobilevitv3_s", {}),
+    "ssd_mobilevitv3_1.00": ("ssdlite_mobilevitv3_100", {}),
+    "deeplabv3_ade20k_mobilevitv3_0.50": ("deeplabv3_mobilevitv3_050", {"num_classes": 150, "output_stride": 8}),
 }
 
 

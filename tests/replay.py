@@ -14,7 +14,8 @@ UNDECLARED = {torch.ops.aten.native_batch_norm.default: (3, 4)}
 
 
 class _Tape(TorchDispatchMode):
-    """Records every operator with its arguments, numbers as they are at that moment, and remembers what it writes to."""
+    """Records every operator with its arguments, numbers as they are at that moment, and remembers what it writes
+    to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +23,11 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default):
+        if func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.item.default,
+            torch.ops.aten.is_nonzero.default,
+        ):
             raise RuntimeError("operation not permitted when stream is capturing")
         schema = func._schema
         for place, argument in enumerate(schema.arguments):
@@ -43,8 +48,9 @@ class _Tape(TorchDispatchMode):
 
 
 class FakeRecorder:
-    """Records on the CPU what a CUDA graph records on a GPU: operators on fixed memory, numbers as constants, nothing of Python. Recording
-    leaves no trace in tensors that were there before. Reading a value on the host is an error, as on a GPU."""
+    """Records on the CPU what a CUDA graph records on a GPU: operators on fixed memory, numbers as constants, nothing
+    of Python. Recording leaves no trace in tensors that were there before. Reading a value on the host is an error, as
+    on a GPU."""
 
     def __init__(self) -> None:
         self.asides, self.records, self.replays = 0, 0, 0

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jvp, vmap
 import mvit3_kernels
 from mvit3_kernels import _native, create_model
 from mvit3_kernels.ops import dispatch
+from tests.bounds import assert_bound, each
 
 FAMILIES = ("mobilevit_xxs", "mobilevitv2_050", "mobilevitv3_xxs", "mobilevitv3_050")
 SIZE = (2, 3, 64, 96)
@@ -20,7 +21,11 @@ SIZE = (2, 3, 64, 96)
 
 def network(name: str, training: bool = False, dtype: torch.dtype = torch.float64, **options: float) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(name, num_classes=5, **{"drop_rate": 0.0, "proj_drop_rate": 0.0, **options}).to(dtype).train(training)
+    return (
+        create_model(name, num_classes=5, **{"drop_rate": 0.0, "proj_drop_rate": 0.0, **options})
+        .to(dtype)
+        .train(training)
+    )
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,8 +33,8 @@ def images(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def energy(model: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-    """The sum of the squared logits as a function of the parameters. Batch norm in training writes its buffers, and a transform allows
-    that to those alone that are made inside of it."""
+    """The sum of the squared logits as a function of the parameters. Batch norm in training writes its buffers, and a
+    transform allows that to those alone that are made inside of it."""
 
     def function(parameters: dict[str, Tensor]) -> Tensor:
         buffers = {name: t.clone() for name, t in model.named_buffers()}
@@ -54,13 +59,17 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 
 def tangents(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return {name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for name, p in model.named_parameters()}
+    return {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+        for name, p in model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_and_tangent(name, training):
-    """torch.func.grad and jvp in float32 err no more than twice as much as torch.autograd on the reference; in float64 they agree."""
+    """torch.func.grad and jvp in float32 err no more than twice as much as torch.autograd on the reference; in float64
+    they agree."""
     model, x = network(name, training), images(*SIZE)
     want, directions = gradients(model, x), tangents(model)
     product = sum((want[name] * t).sum() for name, t in directions.items())
@@ -69,14 +78,17 @@ def test_gradient_and_tangent(name, training):
     assert torch.isclose(jvp(energy(model, x), (parameters,), (directions,))[1], product, rtol=1e-9)
     model, x = model.float(), x.float()
     parameters = dict(model.named_parameters())
-    assert error(grad(energy(model, x))(parameters), want) <= 2 * error(gradients(model, x), want) + 1e-5
+    least = 1e-3 * max(t.norm().item() for t in want.values())
+    found = grad(energy(model, x))(parameters)
+    assert_bound(found, gradients(model, x), want, 1e-5, group=each, least=least, size=Tensor.norm)
     single = {name: t.float() for name, t in directions.items()}
     assert torch.isclose(jvp(energy(model, x), (parameters,), (single,))[1].double(), product, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tangent_of_the_images(name):
-    """Nothing requires grad, so that a kernel would drop the tangent: the difference of two calls tells what it must be."""
+    """Nothing requires grad, so that a kernel would drop the tangent: the difference of two calls tells what it must
+    be."""
     model, x, direction = network(name).requires_grad_(False), images(*SIZE), images(*SIZE).flip(0)
     step = 1e-5
     want = (model(x + step * direction) - model(x - step * direction)) / (2 * step)
@@ -91,7 +103,8 @@ def test_tangent_of_the_images(name):
 @pytest.mark.parametrize("statistics", ["eval", "train"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_of_each_sample(name, statistics):
-    """vmap(grad) equals a loop. In training each sample, here a batch of two images, has statistics of its own, and no running ones."""
+    """vmap(grad) equals a loop. In training each sample, here a batch of two images, has statistics of its own, and no
+    running ones."""
     model, x = network(name, statistics == "train"), images(2, *SIZE)
     if statistics == "train":
         for norm in model.modules():
@@ -104,7 +117,8 @@ def test_gradient_of_each_sample(name, statistics):
 
 
 def test_dropout_of_each_sample():
-    """Every site draws for itself with randomness="different", alike with "same", and the default of vmap is a clear error."""
+    """Every site draws for itself with randomness="different", alike with "same", and the default of vmap is a clear
+    error."""
     model = network("mobilevitv3_xxs", proj_drop_rate=0.2, attn_drop_rate=0.1, ffn_drop_rate=0.1)
     for module in model.modules():
         module.training = not isinstance(module, nn.BatchNorm2d)  # its running statistics are no one sample's
@@ -120,15 +134,17 @@ def test_dropout_of_each_sample():
     with pytest.raises(RuntimeError, match="randomness"):
         logits("error")
     parameters = dict(model.named_parameters())
-    found = vmap(grad(lambda p, x: functional_call(model, p, (x,)).square().sum()), (None, 0), randomness="different")(parameters, x)
+    found = vmap(grad(lambda p, x: functional_call(model, p, (x,)).square().sum()), (None, 0), randomness="different")(
+        parameters, x
+    )
     assert not any(torch.allclose(t[0], t[1]) for name, t in found.items() if name.endswith("qkv_proj.weight"))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_penalty(name, training):
-    """A loss on the gradient of the images, and a product with the Hessian, twice in reverse by what the refusal advises: against forward
-    over reverse, which has other formulas."""
+    """A loss on the gradient of the images, and a product with the Hessian, twice in reverse by what the refusal
+    advises: against forward over reverse, which has other formulas."""
     model, x = network(name, training), images(*SIZE)
     parameters, directions = dict(model.named_parameters()), tangents(model)
 
@@ -151,7 +167,9 @@ def test_gradient_penalty(name, training):
         first = torch.autograd.grad(energy(model, x)(leaves), list(leaves.values()), create_graph=True)
         inner = sum((g * t).sum() for g, t in zip(first, directions.values(), strict=True))
         twice = torch.autograd.grad(inner, list(leaves.values()), allow_unused=True)
-    hessian = {name: torch.zeros_like(p) if h is None else h for (name, p), h in zip(leaves.items(), twice, strict=True)}
+    hessian = {
+        name: torch.zeros_like(p) if h is None else h for (name, p), h in zip(leaves.items(), twice, strict=True)
+    }
     assert error(jvp(grad(energy(model, x)), (parameters,), (directions,))[1], hessian) < 1e-5
 
 
@@ -160,7 +178,9 @@ def test_gradient_penalty(name, training):
 def test_the_refusal_of_a_second_derivative(name):
     model, x = network(name, dtype=torch.float32), images(*SIZE, dtype=torch.float32).requires_grad_()
     first = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(NotImplementedError, match=r'second derivatives on the reference only: use mvit3_kernels.backend\("reference"\)'):
+    with pytest.raises(
+        NotImplementedError, match=r'second derivatives on the reference only: use mvit3_kernels.backend\("reference"\)'
+    ):
         first.square().sum().backward()
     with mvit3_kernels.backend("reference"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0].square().sum().backward()
@@ -171,7 +191,10 @@ def test_the_reference_of_attention_costs_what_the_fused_one_costs():
     """Second derivatives are not paid for by those who take the first: nothing of the size of the scores is kept."""
     tokens, kept = 1024, []
     qkv = torch.randn(1, 32, 32, 48, requires_grad=True)
-    with mvit3_kernels.backend("reference"), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with (
+        mvit3_kernels.backend("reference"),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+    ):
         out = mvit3_kernels.ops.patch_attention(qkv, 4, (1, 1))
     assert kept and max(kept) < tokens**2
     assert torch.autograd.grad(out.sum(), qkv)[0].any()
@@ -193,7 +216,7 @@ def test_transform():
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="the compiled kernels are not built")
-@pytest.mark.parametrize("kernel", ["inference", "training"])
+@pytest.mark.parametrize("kernel", ["inference", "forward"])
 def test_kernels_refuse_what_they_would_drop(kernel):
     """Called as torch.ops.mvit3.<kernel>, past the public function."""
     x, weight = torch.randn(2, 3, 5, 4), torch.randn(6, 4)
@@ -202,7 +225,7 @@ def test_kernels_refuse_what_they_would_drop(kernel):
         inputs = (x, None, weight, None, None, None, None, None)
         if kernel == "inference":
             return torch.ops.mvit3.pointwise_conv_inference(*inputs, 0.0, 0, None)
-        return torch.ops.mvit3.pointwise_conv_training(*inputs, False, 0.0, 0, None)[0]
+        return torch.ops.mvit3.pointwise_conv_forward(*inputs, False, 0.0, 0, None)[0]
 
     def dual(x: Tensor) -> Tensor:
         with forward_ad.dual_level():
@@ -226,7 +249,7 @@ def test_kernels_refuse_what_they_would_drop(kernel):
 
 
 def test_registered_batch_norm_act_has_every_derivative():
-    """The one public op whose torch.ops entry is its kernel."""
+    """Through torch.ops as through the public function."""
     x, ones, zeros = torch.randn(2, 3, 5, 4), torch.ones(4), torch.zeros(4)
 
     def call(x: Tensor) -> Tensor:

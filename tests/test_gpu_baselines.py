@@ -23,7 +23,17 @@ def gpu_baselines():
 @pytest.mark.parametrize("piece", ["train", "infer"])
 def test_networks(gpu_baselines, piece, tmp_path, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "copy"))
-    flags = ["--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--candidates", "eager_channels_last", "ours", "ours_graph"]
+    flags = [
+        "--device",
+        "cpu",
+        "--tiny",
+        "--model",
+        "mobilevitv3_xxs",
+        "--candidates",
+        "eager_channels_last",
+        "ours",
+        "ours_graph",
+    ]
     flags += ["--host", "plain"]
     gpu_baselines.main([piece, *flags, "--out", str(tmp_path)])
     name = f"gpu_{piece}_mobilevitv3_xxs_b2.json"
@@ -34,9 +44,23 @@ def test_networks(gpu_baselines, piece, tmp_path, monkeypatch):
     assert all(row["correct"] and row["images_per_s"] > 0 for row in final)
 
 
+@pytest.mark.parametrize("model", ["deeplabv3_mobilevitv3_xxs", "ssdlite_mobilevitv3_xxs"])
+def test_dense_networks(gpu_baselines, model, tmp_path):
+    flags = ["--device", "cpu", "--tiny", "--host", "plain", "--candidates", "eager_channels_last", "ours"]
+    report = gpu_baselines.main(["train", *flags, "--model", model, "--out", str(tmp_path)])
+    final = [row for row in report.rows if row.get("interleaved")]
+    assert [row["candidate"] for row in final] == ["eager_channels_last", "ours"]
+    assert all(row["correct"] for row in final), final
+
+
 def test_saved_memory(gpu_baselines, tmp_path):
-    report = gpu_baselines.main(["memory", "--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--out", str(tmp_path)])
-    saved = {name: {r["block"]: r["saved_bytes"] for r in report.rows if r["candidate"] == name} for name in ("ours", "eager")}
+    report = gpu_baselines.main(
+        ["memory", "--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--out", str(tmp_path)]
+    )
+    saved = {
+        name: {r["block"]: r["saved_bytes"] for r in report.rows if r["candidate"] == name}
+        for name in ("ours", "eager")
+    }
     assert saved["ours"].keys() == saved["eager"].keys() and len(saved["ours"]) == 12
     assert 0 < sum(saved["ours"].values()) < sum(saved["eager"].values())
 
@@ -52,7 +76,11 @@ def test_ops(gpu_baselines, tmp_path):
 
 def test_shell(tmp_path):
     folder = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"], "ARGUMENTS": f"--device cpu --tiny --out {tmp_path}"}
+    environment = {
+        **os.environ,
+        "PATH": folder + os.pathsep + os.environ["PATH"],
+        "ARGUMENTS": f"--device cpu --tiny --out {tmp_path}",
+    }
     script = str(ROOT / "benchmarks" / "gpu_all.sh")
     subprocess.run([script, "ceilings"], check=True, env=environment, capture_output=True)
     assert (tmp_path / "gpu_ceilings.json").exists()

@@ -1,4 +1,5 @@
-"""The logic around CUDA graphs, with a recorder that needs no GPU; tests/gpu/test_graphs_gpu.py holds real graphs to the same."""
+"""The logic around CUDA graphs, with a recorder that needs no GPU; tests/gpu/test_graphs_gpu.py holds real graphs to
+the same."""
 
 import copy
 
@@ -55,9 +56,12 @@ def assert_same(model, peer):
         torch.testing.assert_close(t, other, msg=name)
 
 
-@pytest.mark.parametrize("build", [adamw, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, fused=True)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "build", [adamw, lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9, fused=True)], ids=["adamw", "sgd"]
+)
 def test_learns_what_eager_steps_learn(build):
-    """Weights, running statistics, losses and gradients, with two shapes in turns and a learning rate that is set as a number."""
+    """Weights, running statistics, losses and gradients, with two shapes in turns and a learning rate that is set as a
+    number."""
     model = network()
     peer = copy.deepcopy(model)
     optimizer, eager = build(model), build(peer)
@@ -153,6 +157,20 @@ def test_inference():
     assert recorder.records == 4 and len(run) == 2  # the first shape was dropped for the third
     run.reset()
     assert len(run) == 0
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first inside", "first outside"])
+def test_a_graph_serves_in_inference_mode_and_outside(first):
+    model = network().eval()
+    recorder = FakeRecorder()
+    run = cuda_graph(model, recorder=recorder)
+    for number, inside in enumerate((first, not first, first)):
+        with torch.inference_mode(inside):
+            images = batch(number)[0]
+            found = run(images)
+        with torch.no_grad():
+            torch.testing.assert_close(found.clone(), model(images))
+    assert recorder.records == 1
 
 
 def test_a_backend_has_a_graph_of_its_own():

@@ -39,7 +39,9 @@ def test_forced_backend_is_shown():
 
 def test_command():
     text, as_json = (
-        subprocess.run([sys.executable, "-m", "mvit3_kernels.info", *options], capture_output=True, text=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "mvit3_kernels.info", *options], capture_output=True, text=True, check=True
+        )
         for options in ((), ("--json",))
     )
     assert "Backends" in text.stdout and text.stderr == ""

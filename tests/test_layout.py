@@ -1,7 +1,7 @@
 """A network in channels_last memory crosses the library without a copy that only moves elements, forward and backward.
 
-Operators are watched on tensors that exist in name only, with the kernels of a backend in their places, so no GPU is needed;
-tests/gpu/test_profile_gpu.py looks at the kernels of a real one.
+Operators are watched on tensors that exist in name only, with the kernels of a backend in their places, so no GPU is
+needed; tests/gpu/test_profile_gpu.py looks at the kernels of a real one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Watch(TorchDispatchMode):
         name = str(func)
         leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         # A map is told from a parameter by the size of the batch; the images are cast once, at the entrance.
-        maps = [t for t in leaves if t.ndim == 4 and t.shape[0] == self.images[0] and t.shape != self.images and t.is_floating_point()]
+        maps = [
+            t
+            for t in leaves
+            if t.ndim == 4 and t.shape[0] == self.images[0] and t.shape != self.images and t.is_floating_point()
+        ]
         if name.startswith("mvit3."):
             self.ours += 1
             wrong = [t for t in maps if not _in_place(t)]
@@ -89,7 +93,9 @@ OPS = {
     "mobilevitv2_050": ("inverted_residual", "depthwise_conv", "separable_attention"),
     "mobilevit_xxs": ("inverted_residual",),
 }
-CASES = [(name, "triton") for name in FAMILIES if all(offers(op, "triton") for op in OPS[name])] + [(name, "cpu") for name in FAMILIES]
+CASES = [(name, "triton") for name in FAMILIES if all(offers(op, "triton") for op in OPS[name])] + [
+    (name, "cpu") for name in FAMILIES
+]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -108,7 +114,8 @@ def test_no_copy_inside_the_network(name, backend, training, monkeypatch):
 
 
 def test_the_watch_sees_a_copy():
-    """A network in the other layout is copied at its entrance, and a backward pass that comes in the other layout at its end."""
+    """A network in the other layout is copied at its entrance, and a backward pass that comes in the other layout at
+    its end."""
     layer = mvit3_kernels.nn.ConvNormAct(16, 24)
     with FakeTensorMode() as mode, Watch(torch.empty(7, 3, 8, 8)) as watch:
         for module in layer.modules():

@@ -1,4 +1,5 @@
-"""The loader of the compiled extension, and the build where there is no compiler. Each case runs in a process of its own."""
+"""The loader of the compiled extension, and the build where there is no compiler. Each case runs in a process of its
+own."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 
 import mvit3_kernels
 from mvit3_kernels import _native
+from tests.ops.inputs import DTYPES
 
 PACKAGE = Path(mvit3_kernels.__file__).parent
 SETUP = Path(__file__).parents[1] / "setup.py"
@@ -28,7 +30,8 @@ from mvit3_kernels.ops import BatchNorm, batch_norm_act
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(2, 9, 11, 24, generator=generator, requires_grad=True)
 with mvit3_kernels.backend("cpu"):
-    y, moments = batch_norm_act(x, BatchNorm(torch.linspace(0.5, 1, 24), torch.linspace(-1, 1, 24), None, None, True), "silu")
+    norm = BatchNorm(torch.linspace(0.5, 1, 24), torch.linspace(-1, 1, 24), None, None, True)
+    y, moments = batch_norm_act(x, norm, "silu")
 y.backward(torch.randn(y.shape, generator=generator))
 torch.save((y.detach(), *moments, x.grad), PATH)
 """
@@ -37,7 +40,8 @@ PRODUCT = """
 import torch, mvit3_kernels
 from mvit3_kernels.ops import Linear, pointwise_conv
 with mvit3_kernels.backend("cpu"):
-    print(pointwise_conv(torch.ones(1, 1, 1, 255).bfloat16(), Linear(torch.full((1, 255), 1 + 0.9 / 256), None))[0].item())
+    weight = Linear(torch.full((1, 255), 1 + 0.9 / 256), None)
+    print(pointwise_conv(torch.ones(1, 1, 1, 255).bfloat16(), weight)[0].item())
 """
 
 
@@ -86,29 +90,38 @@ def test_isa_is_chosen_and_agrees(isa, tmp_path):
 
 SELECTED = (
     "models/test_bound.py",
-    "patching/test_fuse.py::test_sizes",
+    "inference/test_fuse.py::test_sizes",
     "ops/test_fuzz.py",
     "ops/test_edges_cpu.py",
     *(
         f"ops/test_batch_norm_act_cpu.py::test_{name}"
-        for name in ("shapes", "activation_range", "not_finite", "unaligned_memory", "constant_channels")
+        for name in ("activation_range", "not_finite", "unaligned_memory", "constant_channels")
+    ),
+    *(
+        f"ops/test_batch_norm_act_cpu.py::TestBatchNormActCpu::test_bound[{shape}-training-{option}-{dtype}]"
+        for shape in ((1, 1, 3, 5), (1, 1, 17, 3), (3, 1, 1, 130), (1, 5, 3, 1023), (2, 41, 37, 48))
+        for option in ("silu", "silu-residual")
+        for dtype in DTYPES
     ),
 )
 
 
 @pytest.mark.parametrize("isa", _native.supported_isas()[1:])
 def test_kernels_of_every_isa(isa):
-    """The rest of the suite runs on the best instruction set: here whole networks, in training and fused, random calls of every op, and
-    what is hard for vector code run on the others."""
+    """The rest of the suite runs on the best instruction set: here whole networks, in training and fused, random calls
+    of every op, and what is hard for vector code run on the others."""
     files = [str(Path(__file__).parent / selected) for selected in SELECTED]
-    done = python(f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))", MVIT3_ISA=isa)
+    done = python(
+        f"import pytest; raise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))", MVIT3_ISA=isa
+    )
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
 @needs_kernels
 @pytest.mark.parametrize("isa", _native.ISAS)
 def test_bfloat16_products_round_float32_weights_where_the_cpu_multiplies_bfloat16(isa):
-    """As autocast does. 255 weights of 1 + 0.9 / 256 are 255 ones in bfloat16; their sum in float32, 255.9, would be stored as 256."""
+    """As autocast does. 255 weights of 1 + 0.9 / 256 are 255 ones in bfloat16; their sum in float32, 255.9, would be
+    stored as 256."""
     if isa not in _native.supported_isas():
         pytest.skip(f"this CPU has no {isa}")
     done = python(PRODUCT, MVIT3_ISA=isa)
@@ -132,14 +145,19 @@ def test_every_flag_of_a_variant_is_asked_of_the_cpu():
     assert host.isas_of([]) == ["generic"]
     assert "f16c" in variants.get("avx2", ["f16c"])
     if sys.platform == "linux" and "flags" in (cpu := Path("/proc/cpuinfo").read_text()):
-        known = set(re.search(r"^flags\s*: (.*)$", cpu, re.MULTILINE)[1].replace("_", "").replace("bmi1", "bmi").split())
+        known = set(
+            re.search(r"^flags\s*: (.*)$", cpu, re.MULTILINE)[1].replace("_", "").replace("bmi1", "bmi").split()
+        )
         assert set(host.cpu_features()) <= known
 
 
 def test_bad_isa():
     done = python(STATE, MVIT3_ISA="sse9")
     assert done.returncode != 0
-    assert "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, avx512_bf16, got 'sse9'" in done.stderr
+    assert (
+        "ValueError: environment variable MVIT3_ISA must be one of generic, avx2, avx512, avx512_bf16, got 'sse9'"
+        in done.stderr
+    )
 
 
 @needs_kernels
@@ -147,7 +165,9 @@ def test_isa_that_the_cpu_lacks(copy):
     """Played with a host module that knows only the generic instruction set."""
     for file in (copy / PACKAGE.name).glob("_host.*"):
         file.unlink()
-    (copy / PACKAGE.name / "_host.py").write_text("def supported_isas(): return ['generic']\ndef build_info(): return {}\n")
+    (copy / PACKAGE.name / "_host.py").write_text(
+        "def supported_isas(): return ['generic']\ndef build_info(): return {}\n"
+    )
     assert state(copy) == ("generic", "None")
     done = python(STATE, copy, MVIT3_ISA="avx2")
     assert done.returncode != 0
@@ -173,7 +193,10 @@ def test_missing_extension(copy):
     (copy / PACKAGE.name / "_build_failure.txt").write_text("no compiler\n")
     assert state(copy) == ("None", "the extension was not built: no compiler")
     done = python(RESULT.replace("PATH", "None"), copy)
-    assert "BackendError: batch_norm_act cannot run on backend 'cpu': the extension was not built: no compiler" in done.stderr
+    assert (
+        "BackendError: batch_norm_act cannot run on backend 'cpu': the extension was not built: no compiler"
+        in done.stderr
+    )
 
 
 @needs_kernels
@@ -195,7 +218,10 @@ def test_cuda_kernels_say_why_they_are_missing(copy):
         file.unlink()
     assert "the CUDA extension was not built: no compiled file in" in python(code, copy).stdout
     (copy / PACKAGE.name / "_cuda_build_failure.txt").write_text("nvcc is neither in PATH nor under CUDA_HOME\n")
-    assert python(code, copy).stdout.strip() == "the CUDA extension was not built: nvcc is neither in PATH nor under CUDA_HOME"
+    assert (
+        python(code, copy).stdout.strip()
+        == "the CUDA extension was not built: nvcc is neither in PATH nor under CUDA_HOME"
+    )
     (copy / PACKAGE.name / "_cuda.abi3.so").write_bytes(b"not a library")
     assert "_cuda.abi3.so does not load" in python(code, copy).stdout
 
@@ -207,7 +233,11 @@ def test_cuda_kernels_load_without_a_gpu():
 
 COMPILERS = {
     "does not run": "#!/bin/sh\nexit 1\n",
-    "Error compiling objects": '#!/bin/sh\n[ "$1" = --version ] && echo fake 1.0 && exit 0\necho no header >&2\nexit 1\n',
+    "Error compiling objects": """#!/bin/sh
+[ "$1" = --version ] && echo fake 1.0 && exit 0
+echo no header >&2
+exit 1
+""",
 }
 
 
@@ -219,12 +249,18 @@ def test_build_without_a_compiler(expected, tmp_path):
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(SETUP.with_name(name), tmp_path)
     for name in ("csrc", "mvit3_kernels", "python"):
-        shutil.copytree(SETUP.with_name(name), tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*build_failure.txt"))
+        shutil.copytree(
+            SETUP.with_name(name),
+            tmp_path / name,
+            ignore=shutil.ignore_patterns("*.so", "__pycache__", "*build_failure.txt"),
+        )
     compiler = tmp_path / "fake"
     compiler.write_text(COMPILERS[expected])
     compiler.chmod(0o755)
     env = {**os.environ, "CC": str(compiler), "CXX": str(compiler), "MVIT3_CUDA": "0"}
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "compiled CPU kernels were NOT built" in done.stdout and expected in done.stdout
     isa, reason = state(tmp_path)
@@ -235,7 +271,8 @@ def test_build_without_a_compiler(expected, tmp_path):
 
 @pytest.mark.skipif(not SETUP.exists(), reason="no source tree")
 def test_build_that_must_be_loaded():
-    """Without the extension every test of a CPU kernel is skipped: that must not look like success in CI or in `make sanitize`."""
+    """Without the extension every test of a CPU kernel is skipped: that must not look like success in CI or in `make
+    sanitize`."""
     if os.environ.get("CI"):
         assert _native.why_not() is None, _native.why_not()
     if sanitized := os.environ.get("MVIT3_SANITIZE"):

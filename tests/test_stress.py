@@ -1,4 +1,5 @@
-"""Many Python threads at once, each with its own number of torch threads: every result is the one of the same call made alone."""
+"""Many Python threads at once, each with its own number of torch threads: every result is the one of the same call made
+alone."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 import mvit3_kernels
 from mvit3_kernels import _native
-from tests.ops.contract import DTYPES
+from tests.ops.inputs import DTYPES
 from tests.ops.measure import evaluate
 from tests.ops.test_fuzz import OPTIONS, contract
 
@@ -33,14 +34,19 @@ def op_job(name: str, index: int) -> Job:
 
 
 def training_job(name: str, threads: int) -> Job:
-    """Forward and backward of a network. Each call has a copy, since gradients and running statistics belong to a module."""
+    """Forward and backward of a network. Each call has a copy, since gradients and running statistics belong to a
+    module."""
     torch.manual_seed(0)
-    model = mvit3_kernels.create_model(name, num_classes=7, drop_rate=0.0, proj_drop_rate=0.0).to(memory_format=torch.channels_last)
+    model = mvit3_kernels.create_model(name, num_classes=7, drop_rate=0.0, proj_drop_rate=0.0).to(
+        memory_format=torch.channels_last
+    )
     state, x, target = model.state_dict(), torch.randn(2, 3, 64, 96), torch.tensor([3, 5])
     free: list[torch.nn.Module] = []
 
     def run() -> Results:
-        copy = free.pop() if free else mvit3_kernels.create_model(name, num_classes=7, drop_rate=0.0, proj_drop_rate=0.0)
+        copy = (
+            free.pop() if free else mvit3_kernels.create_model(name, num_classes=7, drop_rate=0.0, proj_drop_rate=0.0)
+        )
         copy.load_state_dict(state)
         F.cross_entropy(copy(x.contiguous(memory_format=torch.channels_last)), target).backward()
         results = {n: p.grad for n, p in copy.named_parameters()} | {n: b.clone() for n, b in copy.named_buffers()}
@@ -79,7 +85,9 @@ def test_threads_of_python_do_not_disturb_each_other():
             want = [alone.submit(on, threads, run).result() for _, threads, run in jobs]
         order = [i for i, job in enumerate(jobs) for _ in range(NETWORK_REPEATS if "training" in job[0] else REPEATS)]
         random.Random(0).shuffle(order)
-        with ThreadPoolExecutor(WORKERS) as together:
+        # A thread's first look at the number takes over the one that any thread set last: it must not come between
+        # `on` and what it runs.
+        with ThreadPoolExecutor(WORKERS, initializer=torch.get_num_threads) as together:
             found = list(together.map(lambda i: on(*jobs[i][1:]), order))
     finally:
         torch.set_num_threads(before)
@@ -95,7 +103,8 @@ def test_threads_of_python_do_not_disturb_each_other():
 
 
 def test_number_of_threads_belongs_to_the_python_thread():
-    """What the test above relies on: torch.set_num_threads acts on the calling thread, and on threads that have not run anything yet."""
+    """What the test above relies on: torch.set_num_threads acts on the calling thread, and on threads that have not run
+    anything yet."""
     before = torch.get_num_threads()
     ready, go = threading.Event(), threading.Event()
     seen = []

@@ -1,4 +1,5 @@
-"""Tools for testing Triton kernels where there is no GPU: the interpreter, and compilation for a GPU that is not there."""
+"""Tools for testing Triton kernels where there is no GPU: the interpreter, and compilation for a GPU that is not
+there."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 SHARED_MEMORY_LIMITS = {80: 166912, 86: 101376, 90: 232448}  # bytes that one block may use, by compute capability
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_interpreted(module: str) -> None:
-    """Runs a test module with Triton's interpreter, in a process of its own: TRITON_INTERPRET is read when a kernel is defined.
+    """Runs a test module with Triton's interpreter, in a process of its own: TRITON_INTERPRET is read when a kernel is
+    defined.
 
     Name the module without the prefix `test_`, so that pytest does not collect it by itself.
     """
@@ -28,19 +29,26 @@ def run_interpreted(module: str) -> None:
     import triton
 
     if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-        pytest.skip(f"the interpreter of triton {triton.__version__} cannot run a loop with numpy {numpy.__version__}, only below 2.4")
+        pytest.skip(
+            f"the interpreter of triton {triton.__version__} cannot run a loop with numpy {numpy.__version__}, "
+            "only below 2.4"
+        )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / "tests" / module)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if result.returncode:
         raise AssertionError(f"{module} failed under the interpreter:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
 
 
 def compute_like_a_gpu() -> None:
-    """From here on the interpreter rounds float32 to the nearest bfloat16, as a GPU does, where by itself it cuts digits off; and it
-    multiplies matrices of bfloat16 by value, where by itself it multiplies their bits."""
+    """From here on the interpreter rounds float32 to the nearest bfloat16, as a GPU does, where by itself it cuts
+    digits off; and it multiplies matrices of bfloat16 by value, where by itself it multiplies their bits."""
     import numpy
     import torch
     import triton.language as tl
@@ -53,19 +61,24 @@ def compute_like_a_gpu() -> None:
             return handle
         return interpreter.TensorHandle((handle.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
 
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *more: multiply(self, by_value(a), by_value(b), *more)
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *more: multiply(
+        self, by_value(a), by_value(b), *more
+    )
 
     def rounding(data, source, target, mode):
         if (source, target) != (tl.float32, tl.bfloat16):
             return convert(data, source, target, mode)
-        return torch.from_numpy(numpy.array(data, numpy.float32)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+        return (
+            torch.from_numpy(numpy.array(data, numpy.float32)).bfloat16().view(torch.int16).numpy().view(numpy.uint16)
+        )
 
     interpreter._convert_float = rounding
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel needs on the GPU. stack: bytes per thread; above 0 the kernel spills registers to memory. shared: bytes per block."""
+    """What one kernel needs on the GPU. stack: bytes per thread; above 0 the kernel spills registers to memory. shared:
+    bytes per block."""
 
     registers: int
     stack: int
@@ -74,10 +87,19 @@ class Resources:
     load_bits: int
 
 
+class Compiled(list):
+    """Kernels, in the order of their launches, and the grid of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids: list[tuple[int, ...]] = []
+
+
 @contextmanager
-def offline(architecture: int | str) -> Iterator[list[Any]]:
-    """Inside, a launch compiles its kernel for a GPU that need not be there, and adds it to the list, instead of running it: 90 is NVIDIA
-    sm_90, "gfx942" an AMD GPU. So a launcher may be called on meta tensors."""
+def offline(architecture: int | str, compiling: bool = True) -> Iterator[Compiled]:
+    """Inside, a launch compiles its kernel for a GPU that need not be there, and adds it to the list, instead of
+    running it, or notes its grid alone: 90 is NVIDIA sm_90, "gfx942" an AMD GPU. So a launcher may be called on meta
+    tensors."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -87,10 +109,11 @@ def offline(architecture: int | str) -> Iterator[list[Any]]:
     target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
     stub = SimpleNamespace(
         get_current_target=lambda: target,
-        get_current_device=lambda: f"offline {architecture}",  # the key of the kernel cache: never that of a real device
+        # the key of the kernel cache: never that of a real device
+        get_current_device=lambda: f"offline {architecture}",
         get_current_stream=lambda device: 0,
     )
-    compiled: list[Any] = []
+    compiled = Compiled()
 
     def described(arg):
         if isinstance(arg, tuple):
@@ -99,7 +122,9 @@ def offline(architecture: int | str) -> Iterator[list[Any]]:
 
     def compile_only(kernel, grid):
         def launch(*args, **options):
-            compiled.append(kernel.warmup(*described(args), grid=(1,), **options))
+            compiled.grids.append(tuple(grid))
+            if compiling:
+                compiled.append(kernel.warmup(*described(args), grid=(1,), **options))
 
         return launch
 
@@ -123,6 +148,10 @@ def resources(kernel) -> Resources:
         file.flush()
         usage = subprocess.run([cuobjdump, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))
-    loads = [int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])]
-    copies = [8 * int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], *(\w+)", kernel.asm["ptx"])]
+    loads = [
+        int(n or 1) * int(bits) for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    ]
+    copies = [
+        8 * int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], *(\w+)", kernel.asm["ptx"])
+    ]
     return Resources(registers, stack, kernel.metadata.shared, max(loads + copies, default=0))

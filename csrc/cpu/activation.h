@@ -1,15 +1,13 @@
-// Activations by their code, the position in mvit3_kernels.ops.types.ACTIVATIONS.
+// The activations and their derivatives on vectors.
 #pragma once
-
-#include <torch/headeronly/util/Exception.h>
 
 #include <type_traits>
 
+#include "../activations.h"
+#include "../check.h"
 #include "vec.h"
 
 namespace mvit3 {
-
-enum Activation : int { kIdentity = 0, kSilu = 1, kRelu = 2 };
 
 template <int Act>
 MVIT3_INLINE Vec activate(Vec x) {
@@ -25,7 +23,8 @@ MVIT3_INLINE Vec activate_backward(Vec x, Vec dy) {
     const Vec s = sigmoid(x);
     return dy * (s * fma(x, Vec(1.0f) - s, 1.0f));
   }
-  if constexpr (Act == kRelu) return select_at_least(0.0f, x, 0.0f, dy);  // NaN lets the gradient through, as in PyTorch
+  if constexpr (Act == kRelu)
+    return select_at_least(0.0f, x, 0.0f, dy);  // NaN lets the gradient through, as in PyTorch
   return dy;
 }
 
@@ -45,7 +44,7 @@ MVIT3_INLINE void activate_with_slope(Vec v, Vec& value, Vec& slope) {
 // Calls f with the activation as a compile-time constant.
 template <typename F>
 auto dispatch_activation(int64_t act, F&& f) {
-  STD_TORCH_CHECK(act >= kIdentity && act <= kRelu, "act must be 0 (identity), 1 (silu) or 2 (relu), got ", act);
+  MVIT3_CHECK(0 <= act && act < kActivations, "act must be 0 (identity), 1 (silu) or 2 (relu), got ", act);
   if (act == kSilu) return f(std::integral_constant<int, kSilu>{});
   if (act == kRelu) return f(std::integral_constant<int, kRelu>{});
   return f(std::integral_constant<int, kIdentity>{});

@@ -1,15 +1,15 @@
 // Batch normalisation, activation and residual on NHWC maps. Meaning: mvit3_kernels/ops/batch_norm_act/reference.py.
 //
-// Memory is the limit, so a pass is one sequential walk. A map is M rows of C channels; rows are grouped into "periods", the shortest
-// run of rows that is a whole number of cache lines, so that any C is handled by full vectors and only the last, partial period is
-// copied out. Per-channel values are repeated along one period. Within a tile of periods the loops run down the columns, which keeps
-// parameters and accumulators in registers. The second pass walks against the first: what was read last is still in the cache.
+// Memory is the limit, so a pass is one sequential walk. A map is M rows of C channels; rows are grouped into
+// "periods", the shortest run of rows that is a whole number of cache lines, so that any C is handled by full vectors
+// and only the last, partial period is copied out. Per-channel values are repeated along one period. Within a tile of
+// periods the loops run down the columns, which keeps parameters and accumulators in registers. The second pass walks
+// against the first: what was read last is still in the cache.
 
-#include <cmath>
 #include <numeric>
 
-#include "activation.h"
-#include "moments.h"
+#include "../op_arguments.h"
+#include "norm.h"
 
 namespace mvit3 {
 namespace {
@@ -60,8 +60,9 @@ Scratch<T> padded_tail(const T* x, const Periods& p) {
   return out;
 }
 
-// Sums over the periods of one part, in float64, of each lane's distance to its pivot (its first value) and of the distance squared.
-// The pivot keeps the sums small, so that a mean of many deviations cancels without harm and a constant channel has variance 0.
+// Sums over the periods of one part, in float64, of each lane's distance to its pivot (its first value) and of the
+// distance squared. The pivot keeps the sums small, so that a mean of many deviations cancels without harm and a
+// constant channel has variance 0.
 struct LaneSums {
   Scratch<double> pivot, sum, square;
 
@@ -71,7 +72,7 @@ struct LaneSums {
 template <typename T>
 void moments_tile(const T* x, int64_t count, int64_t length, int64_t ahead, LaneSums& sums) {
   for (int64_t col = 0; col < length; col += kLanes) {
-    const RunMoments run = RunMoments::wide(count, load(sums.pivot.data() + col), [&](int64_t i) {
+    const RunMoments run = RunMoments::in_float64(count, load(sums.pivot.data() + col), [&](int64_t i) {
       prefetch(x + col + i * length + ahead);
       return load(x + col + i * length);
     });
@@ -95,14 +96,16 @@ void moments_part(const T* x, const Periods& p, int64_t part, LaneSums& sums) {
 
 // Mean and biased variance of each channel: of all parts and lanes and the elements of the tail.
 template <typename T>
-void combine_moments(const T* x, const Periods& p, const std::vector<LaneSums>& parts, std::vector<double>& mean, std::vector<double>& var) {
+void combine_moments(
+    const T* x, const Periods& p, const std::vector<LaneSums>& parts, std::vector<double>& mean,
+    std::vector<double>& var) {
   for (int64_t c = 0; c < p.channels; ++c) {
-    Spread all;
+    Moments all;
     for (int64_t part = 0; part < p.parts; ++part) {
       const double count = double(p.part(part).size());
       const LaneSums& sums = parts[part];
       for (int64_t lane = c; lane < p.length; lane += p.channels)
-        all.join(Spread::about(sums.pivot[lane], count, sums.sum[lane], sums.square[lane]));
+        all.join(Moments::about(sums.pivot[lane], count, sums.sum[lane], sums.square[lane]));
     }
     for (int64_t lane = c; lane < p.tail; lane += p.channels) all.join({1, to_float(x[p.full * p.length + lane]), 0});
     mean[c] = all.mean;
@@ -123,16 +126,18 @@ void batch_moments(const T* x, const Periods& p, std::vector<double>& mean, std:
 struct Affine {
   Scratch<float> mean, scale, shift;
 
-  // The mean is rounded to float32 for the subtraction, which is then exact where it matters; the shift carries the rest of it.
-  Affine(const Periods& p, const std::vector<double>& mean64, const std::vector<double>& scale64, std::vector<double> bias)
-      : mean(p.length), scale(p.length), shift(p.length) {
+  // The mean is rounded to float32 for the subtraction, which is then exact where it matters; the shift carries the
+  // rest of it.
+  Affine(const Periods& p, const Norm& norm) : mean(p.length), scale(p.length), shift(p.length) {
+    Values scale64(p.channels), shift64 = norm.bias;
     for (int64_t c = 0; c < p.channels; ++c) {
-      const double rest = double(float(mean64[c])) - mean64[c];
-      if (std::isfinite(rest)) bias[c] += rest * scale64[c];
+      scale64[c] = norm.folded(c).scale;
+      const double rest = double(float(norm.mean[c])) - norm.mean[c];
+      if (std::isfinite(rest)) shift64[c] += rest * scale64[c];
     }
-    repeat(mean64, p, mean.data());
+    repeat(norm.mean, p, mean.data());
     repeat(scale64, p, scale.data());
-    repeat(bias, p, shift.data());
+    repeat(shift64, p, shift.data());
   }
 };
 
@@ -144,7 +149,8 @@ MVIT3_INLINE void put(T* p, Vec v) {
     store(p, v);
 }
 
-// A line of a column at a time (one vector of float32, two of 16-bit types), so that streaming stores fill whole cache lines.
+// A line of a column at a time (one vector of float32, two of 16-bit types), so that streaming stores fill whole cache
+// lines.
 template <typename T, int Act, bool Residual, bool Stream>
 void forward_tile(const T* x, const T* residual, T* y, int64_t count, int64_t length, int64_t ahead, Affine& affine) {
   constexpr int kVecs = kLine / sizeof(T) / kLanes;
@@ -172,7 +178,8 @@ void forward_map(const T* x, const T* residual, T* y, const Periods& p, Affine& 
   for_each_part(p.parts, [&](int64_t part) {
     p.for_each_tile(part, false, [&](int64_t first, int64_t count, int64_t ahead) {
       const int64_t at = first * p.length;
-      forward_tile<T, Act, Residual, Stream>(x + at, Residual ? residual + at : nullptr, y + at, count, p.length, ahead, affine);
+      forward_tile<T, Act, Residual, Stream>(
+          x + at, Residual ? residual + at : nullptr, y + at, count, p.length, ahead, affine);
     });
     if constexpr (Stream) stream_fence();
   });
@@ -183,66 +190,53 @@ void forward_map(const T* x, const T* residual, T* y, const Periods& p, Affine& 
   std::copy_n(y_tail.data(), p.tail, y + p.full * p.length);
 }
 
-std::vector<double> reciprocal_deviation(const std::vector<double>& var, double eps) {
-  std::vector<double> rstd(var.size());
-  for (size_t c = 0; c < var.size(); ++c) rstd[c] = 1 / std::sqrt(var[c] + eps);
-  return rstd;
-}
-
 std::vector<double> product(const std::vector<double>& a, const std::vector<double>& b, double factor = 1) {
   std::vector<double> out(a.size());
   for (size_t c = 0; c < a.size(); ++c) out[c] = a[c] * b[c] * factor;
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act(
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& bias,
-    std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    bool training,
-    double eps,
-    int64_t act,
-    std::optional<Tensor> residual) {
-  check_map("x", x);
-  check_eps("eps", eps);
-  return dispatch_dtype("x", x, [&](auto type) {
+struct ForwardArguments {
+  Tensor x;
+  BatchNormArguments norm;
+  int64_t act;
+  OptionalTensor residual;
+};
+
+// y; mean and variance of the batch, empty unless in training.
+std::array<Tensor, 3> batch_norm_act_forward(const ForwardArguments& a) {
+  check_map("x", a.x);
+  return dispatch_dtype("x", a.x, [&](auto type) {
     using T = decltype(type);
-    const Tensor dense = torch::stable::contiguous(x);
+    const Tensor dense = torch::stable::contiguous(a.x);
     const Periods p(dense, sizeof(T));
-    std::vector<double> mean(p.channels), var(p.channels);
+    Norm norm("", a.norm.weight, a.norm.bias, p.channels, a.norm.eps);
     const auto* input = data_of<T>(dense);
-    if (training) {
-      batch_moments(input, p, mean, var);
-    } else {
-      STD_TORCH_CHECK(running_mean && running_var, "running_mean and running_var must be given when training is False");
-      mean = read_channels("running_mean", *running_mean, p.channels);
-      var = read_channels("running_var", *running_var, p.channels);
-    }
-    const auto scale = product(read_channels("weight", weight, p.channels), reciprocal_deviation(var, eps));
-    Affine affine(p, mean, scale, read_channels("bias", bias, p.channels));
+    if (a.norm.training)
+      batch_moments(input, p, norm.mean, norm.var);
+    else
+      norm.read_running("", a.norm.running_mean, a.norm.running_var);
+    Affine affine(p, norm);
 
     Tensor y = new_output(dense);
-    const Tensor dense_residual = residual ? contiguous_like("residual", *residual, x) : dense;
+    const Tensor dense_residual = a.residual ? contiguous_like("residual", *a.residual, a.x) : dense;
     const auto* added = data_of<T>(dense_residual);
     auto* output = mutable_data_of<T>(y);
     const bool past_cache = exceeds_cache(dense.numel() * int64_t(sizeof(T))) && is_aligned(output);
-    dispatch_activation(act, [&](auto code) {
-      dispatch_bool(residual.has_value(), [&](auto has_residual) {
+    dispatch_activation(a.act, [&](auto code) {
+      dispatch_bool(a.residual.has_value(), [&](auto has_residual) {
         dispatch_bool(past_cache, [&](auto streams) {
           forward_map<T, code, has_residual, streams>(input, added, output, p, affine);
         });
       });
     });
-    if (!training) mean.clear(), var.clear();
-    const Tensor like = torch::stable::new_empty(x, {0}, ScalarType::Float);
-    return std::make_tuple(y, write_channels(mean, like), write_channels(var, like));
+    const auto [mean, var] = norm.of_batch(a.norm.training, a.x);
+    return std::array<Tensor, 3>{y, mean, var};
   });
 }
 
-// What a walk of the backward pass does: sum the parameter gradients, write dx from the finished sums, or, where the statistics are
-// constants and dx needs no sums, both at once.
+// What a walk of the backward pass does: sum the parameter gradients, write dx from the finished sums, or, where the
+// statistics are constants and dx needs no sums, both at once.
 enum Walk { kSum, kWrite, kSumAndWrite };
 
 struct BackwardTerms {
@@ -252,9 +246,11 @@ struct BackwardTerms {
 
 template <typename T, int Act, Walk Mode, bool Stream>
 void backward_tile(
-    const T* dy, const T* x, T* dx, int64_t count, int64_t length, int64_t ahead, BackwardTerms& terms, double* sum, double* dot) {
+    const T* dy, const T* x, T* dx, int64_t count, int64_t length, int64_t ahead, BackwardTerms& terms, double* sum,
+    double* dot) {
   constexpr int kVecs = kLine / sizeof(T) / kLanes;
-  constexpr int64_t kRun = 8;  // so many rows are added in float32 before float64 takes over: exact enough, and hardly slower
+  constexpr int64_t kRun =
+      8;  // so many rows are added in float32 before float64 takes over: exact enough, and hardly slower
   for (int64_t col = 0; col < length; col += kVecs * kLanes) {
     Vec mean[kVecs], scale[kVecs], shift[kVecs], slope[kVecs], offset[kVecs];
     for (int u = 0; u < kVecs; ++u) {
@@ -306,38 +302,37 @@ void backward_map(const T* dy, const T* x, T* dx, const Periods& p, BackwardTerm
     if constexpr (Stream) stream_fence();
   });
   if (p.tail == 0) return;
-  Scratch<T> dy_tail = padded_tail(dy, p), x_tail = padded_tail(x, p), dx_tail(p.length);  // a zero dy adds nothing to the sums
-  backward_tile<T, Act, Mode, false>(dy_tail.data(), x_tail.data(), dx_tail.data(), 1, p.length, 0, terms, sums, sums + p.length);
+  Scratch<T> dy_tail = padded_tail(dy, p), x_tail = padded_tail(x, p),
+             dx_tail(p.length);  // a zero dy adds nothing to the sums
+  backward_tile<T, Act, Mode, false>(
+      dy_tail.data(), x_tail.data(), dx_tail.data(), 1, p.length, 0, terms, sums, sums + p.length);
   if constexpr (Mode != kSum) std::copy_n(dx_tail.data(), p.tail, dx + p.full * p.length);
 }
 
 std::vector<double> add_up(const double* sums, const Periods& p) {
   std::vector<double> out(p.channels, 0.0);
   for (int64_t part = 0; part < p.parts; ++part)
-    for (int64_t lane = 0; p.channels && lane < p.length; ++lane) out[lane % p.channels] += sums[2 * part * p.length + lane];
+    for (int64_t lane = 0; p.channels && lane < p.length; ++lane)
+      out[lane % p.channels] += sums[2 * part * p.length + lane];
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
-    const Tensor& dy,
-    const Tensor& x,
-    const Tensor& weight,
-    const Tensor& bias,
-    const Tensor& mean,
-    const Tensor& var,
-    bool training,
-    double eps,
-    int64_t act) {
-  check_map("x", x);
-  check_eps("eps", eps);
-  return dispatch_dtype("x", x, [&](auto type) {
+struct BackwardArguments {
+  Tensor dy, x;
+  BatchNormBackwardArguments norm;
+  int64_t act;
+};
+
+// Gradients of x, weight and bias.
+std::array<Tensor, 3> batch_norm_act_backward(const BackwardArguments& a) {
+  check_map("x", a.x);
+  return dispatch_dtype("x", a.x, [&](auto type) {
     using T = decltype(type);
-    const Tensor dense = torch::stable::contiguous(x), dense_dy = contiguous_like("dy", dy, x);
+    const Tensor dense = torch::stable::contiguous(a.x), dense_dy = contiguous_like("dy", a.dy, a.x);
     const Periods p(dense, sizeof(T));
-    const auto mean64 = read_channels("mean", mean, p.channels);
-    const auto rstd = reciprocal_deviation(read_channels("var", var, p.channels), eps);
-    const auto scale = product(read_channels("weight", weight, p.channels), rstd);
-    BackwardTerms terms{Affine(p, mean64, scale, read_channels("bias", bias, p.channels)), Scratch<float>(p.length), Scratch<float>(p.length)};
+    Norm norm("", a.norm.weight, a.norm.bias, p.channels, a.norm.eps);
+    norm.read_statistics("", a.norm.mean, a.norm.var);
+    BackwardTerms terms{Affine(p, norm), Scratch<float>(p.length), Scratch<float>(p.length)};
 
     Tensor dx = new_output(dense);
     const auto* grad = data_of<T>(dense_dy);
@@ -345,14 +340,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
     auto* output = mutable_data_of<T>(dx);
     const bool past_cache = exceeds_cache(dense.numel() * int64_t(sizeof(T))) && is_aligned(output);
     Scratch<double> sums(2 * p.parts * p.length, 0.0);
-    std::vector<double> dbias, dweight;
+    Values rstd(p.channels), dbias, dweight;
+    for (int64_t c = 0; c < p.channels; ++c) rstd[c] = norm.rstd(c);
     const auto finish_sums = [&] {
       dbias = add_up(sums.data(), p);
       dweight = product(add_up(sums.data() + p.length, p), rstd);
     };
-    dispatch_activation(act, [&](auto code) {
+    dispatch_activation(a.act, [&](auto code) {
       dispatch_bool(past_cache, [&](auto streams) {
-        if (training) {
+        if (a.norm.training) {
           backward_map<T, code, kSum, false>(grad, input, output, p, terms, sums.data());
           finish_sums();
           const double share = 1.0 / std::max<int64_t>(p.rows, 1);
@@ -365,7 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
         }
       });
     });
-    return std::make_tuple(dx, write_channels(dweight, weight), write_channels(dbias, bias));
+    return std::array<Tensor, 3>{dx, write_channels(dweight, a.norm.weight), write_channels(dbias, a.norm.bias)};
   });
 }
 
@@ -373,6 +369,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
 }  // namespace mvit3
 
 STABLE_TORCH_LIBRARY_IMPL(mvit3, CPU, m) {
-  m.impl("batch_norm_act", TORCH_BOX(&mvit3::batch_norm_act));
-  m.impl("batch_norm_act_backward", TORCH_BOX(&mvit3::batch_norm_act_backward));
+  m.impl("batch_norm_act_forward", mvit3::boxed<mvit3::batch_norm_act_forward>);
+  m.impl("batch_norm_act_backward", mvit3::boxed<mvit3::batch_norm_act_backward>);
 }

@@ -110,7 +110,7 @@ MVIT3_INLINE Vec load(const Float16* p) {
 
 #if defined(__AVX2__)
 // Sixteen floats rounded to 16 bits, in one register.
-MVIT3_INLINE __m256i narrow(Vec v, BFloat16) {
+MVIT3_INLINE __m256i round_to(Vec v, BFloat16) {
 #if defined(__AVX512BF16__)  // takes subnormal numbers for zero
   return __m256i(_mm512_cvtneps_pbh(__m512(v.part[0])));
 #elif defined(__AVX512BW__)
@@ -134,7 +134,7 @@ MVIT3_INLINE __m256i narrow(Vec v, BFloat16) {
 #endif
 }
 
-MVIT3_INLINE __m256i narrow(Vec v, Float16) {
+MVIT3_INLINE __m256i round_to(Vec v, Float16) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #if defined(__AVX512F__)
   return _mm512_cvtps_ph(__m512(v.part[0]), kNearest);
@@ -145,7 +145,7 @@ MVIT3_INLINE __m256i narrow(Vec v, Float16) {
 
 template <typename Half>
 MVIT3_INLINE void store(Half* p, Vec v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, Half{}));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to(v, Half{}));
 }
 #else
 template <typename Half>
@@ -214,8 +214,8 @@ MVIT3_INLINE void store_some(Half* p, Vec v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = values[i];
 }
 
-// A store that goes past the cache: for an output so large that it would only push out what is still needed. `p` must be aligned to
-// 64 bytes, and `stream_fence` must run before another thread reads what was written.
+// A store that goes past the cache: for an output so large that it would only push out what is still needed. `p` must
+// be aligned to 64 bytes, and `stream_fence` must run before another thread reads what was written.
 MVIT3_INLINE void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, __m512(v.part[0]));
@@ -231,7 +231,7 @@ MVIT3_INLINE void stream(float* p, Vec v) {
 template <typename Half>
 MVIT3_INLINE void stream(Half* p, Vec v) {
 #if defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(v, Half{}));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), round_to(v, Half{}));
 #else
   store(p, v);
 #endif

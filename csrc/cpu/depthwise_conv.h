@@ -1,8 +1,8 @@
 // Depth-wise 3x3 convolution on NHWC maps: what its kernels, the inverted residual and the inference engine share.
 //
-// The channels are the lanes: a walk along a row of the output keeps the nine taps of sixteen channels and the unfinished sums in
-// registers, so that a pixel of the input is read once a row. Zero padding is index arithmetic: a row outside of the map is one vector
-// of zeros with step 0, a column outside of it is left out.
+// The channels are the lanes: a walk along a row of the output keeps the nine taps of sixteen channels and the
+// unfinished sums in registers, so that a pixel of the input is read once a row. Zero padding is index arithmetic: a
+// row outside of the map is one vector of zeros with step 0, a column outside of it is left out.
 #pragma once
 
 #include <numeric>
@@ -11,38 +11,43 @@
 
 namespace mvit3 {
 
-// Taps further from the centre than the map is large meet zeros alone, however far they are.
-inline int64_t nearest_dilation(int64_t dilation, int64_t height, int64_t width) { return std::min(dilation, std::max({height, width, int64_t(1)})); }
-
 struct DepthwiseGeometry {
   int64_t batch, height, width, channels, stride, dilation, out_height, out_width;
-  // Output columns that lie `classes` apart share inputs: the window moves by `shift` of its own columns from one to the next.
+  // Output columns that lie `classes` apart share inputs: the window moves by `shift` of its own columns from one to
+  // the next.
   int64_t shift, classes;
 
-  DepthwiseGeometry(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t stride, int64_t any_dilation)
-      : batch(batch), height(height), width(width), channels(channels), stride(stride), dilation(nearest_dilation(any_dilation, height, width)),
-        out_height((height + stride - 1) / stride), out_width((width + stride - 1) / stride), shift(stride / std::gcd(stride, dilation)),
+  DepthwiseGeometry(
+      int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t stride, int64_t any_dilation)
+      : batch(batch), height(height), width(width), channels(channels), stride(stride),
+        dilation(nearest_dilation(any_dilation, height, width)), out_height((height + stride - 1) / stride),
+        out_width((width + stride - 1) / stride), shift(stride / std::gcd(stride, dilation)),
         classes(dilation / std::gcd(stride, dilation)) {}
 
-  int64_t rows() const { return batch * height; }  // of pixels, over all images
-  int64_t out_rows() const { return batch * out_height; }
+  int64_t image_rows() const { return batch * height; }  // over all images
+  int64_t out_image_rows() const { return batch * out_height; }
   int64_t row_size() const { return width * channels; }
   int64_t out_row_size() const { return out_width * channels; }
   int64_t lanes() const { return lanes_of(channels); }
 };
 
-// The taps of 3x3 weights (channels, 1, 3, 3), times a scale of each channel where one is given: [channels / 16][9][16].
+// The taps of 3x3 weights (channels, 1, 3, 3), times a scale of each channel where one is given: [channels /
+// 16][9][16].
 inline Scratch<float> pack_taps(const float* weight, int64_t channels, const float* scale = nullptr) {
   Scratch<float> taps(lanes_of(channels) * 9, 0.0f);
   for (int64_t c = 0; c < channels; ++c)
-    for (int64_t t = 0; t < 9; ++t) taps[(c / kLanes * 9 + t) * kLanes + c % kLanes] = weight[c * 9 + t] * (scale ? scale[c] : 1.0f);
+    for (int64_t t = 0; t < 9; ++t)
+      taps[(c / kLanes * 9 + t) * kLanes + c % kLanes] = weight[c * 9 + t] * (scale ? scale[c] : 1.0f);
   return taps;
 }
 
-// A window of rows of a wide map, each with a border of zero pixels: row i lives in slot i modulo the number of slots.
+// A window of rows of a map of many channels, each with a border of zero pixels: row i lives in slot i modulo the
+// number of slots.
 class Ring {
  public:
-  static int64_t floats(int64_t slots, int64_t width, int64_t border, int64_t pixel) { return (slots + 1) * (width + 2 * border) * pixel; }
+  static int64_t floats(int64_t slots, int64_t width, int64_t border, int64_t pixel) {
+    return (slots + 1) * (width + 2 * border) * pixel;
+  }
 
   // `pixel` floats from one pixel to the next.
   Ring(float* memory, int64_t slots, int64_t height, int64_t width, int64_t border, int64_t pixel)
@@ -88,10 +93,12 @@ MVIT3_INLINE void store_lanes(T* p, Vec v, int64_t left, bool past_cache = false
     store(p, v);
 }
 
-// Whether an output of rows of `channels` is written past the cache: it is large, and a vector is a whole cache line of it.
+// Whether an output of rows of `channels` is written past the cache: it is large, and a vector is a whole cache line of
+// it.
 template <typename T>
 bool writes_past_cache(const T* out, int64_t elements, int64_t channels) {
-  return sizeof(T) == sizeof(float) && channels % kLanes == 0 && is_aligned(out) && exceeds_cache(elements * int64_t(sizeof(T)));
+  return sizeof(T) == sizeof(float) && channels % kLanes == 0 && is_aligned(out) &&
+         exceeds_cache(elements * int64_t(sizeof(T)));
 }
 
 template <typename T>
@@ -101,7 +108,8 @@ alignas(64) inline constexpr T kZeroLanes[kLanes] = {};
 template <typename T>
 struct Window {
   const T *row[3], *ahead[2];  // `ahead` will be read by the next output row for the first time
-  int64_t step[3], direction;  // from a column to the next: 0 in a row outside of the map; from this output row to the next: 1 or -1
+  int64_t step[3],
+      direction;  // from a column to the next: 0 in a row outside of the map; from this output row to the next: 1 or -1
 
   // Row `index` of all images' output rows; the next one will be `index` + `direction`.
   Window(const DepthwiseGeometry& g, const T* x, int64_t index, int64_t direction = 1) : direction(direction) {
@@ -113,7 +121,8 @@ struct Window {
       row[t] = inside ? first + i * g.row_size() : kZeroLanes<T>;
       step[t] = inside ? g.channels : 0;
     }
-    for (int64_t t = 0; t < 2; ++t) ahead[t] = first + ((out_row + direction) * g.stride + direction * (1 - t) * g.dilation) * g.row_size();
+    for (int64_t t = 0; t < 2; ++t)
+      ahead[t] = first + ((out_row + direction) * g.stride + direction * (1 - t) * g.dilation) * g.row_size();
   }
 };
 
@@ -122,7 +131,8 @@ struct ColumnTaps {
   Vec top, middle, bottom;
 
   ColumnTaps(const float* taps, int64_t column)
-      : top(load(taps + column * kLanes)), middle(load(taps + (3 + column) * kLanes)), bottom(load(taps + (6 + column) * kLanes)) {}
+      : top(load(taps + column * kLanes)), middle(load(taps + (3 + column) * kLanes)),
+        bottom(load(taps + (6 + column) * kLanes)) {}
 };
 
 // Walks along three rows of the input, column by column, at sixteen channels.
@@ -134,12 +144,14 @@ struct Columns {
   struct Values {
     Vec top, middle, bottom;
 
-    MVIT3_INLINE Vec add(Vec sum, const ColumnTaps& w) const { return fma(bottom, w.bottom, fma(middle, w.middle, fma(top, w.top, sum))); }
+    MVIT3_INLINE Vec add(Vec sum, const ColumnTaps& w) const {
+      return fma(bottom, w.bottom, fma(middle, w.middle, fma(top, w.top, sum)));
+    }
   };
 
   Columns(const Window<T>& in, int64_t channel, int64_t column, int64_t step, int64_t channels)
-      : top(in.row[0]), middle(in.row[1]), bottom(in.row[2]), top_step(in.step[0] * step), middle_step(in.step[1] * step),
-        bottom_step(in.step[2] * step), left(channels - channel) {
+      : top(in.row[0]), middle(in.row[1]), bottom(in.row[2]), top_step(in.step[0] * step),
+        middle_step(in.step[1] * step), bottom_step(in.step[2] * step), left(channels - channel) {
     top += in.step[0] ? channel + column * in.step[0] : 0;
     middle += in.step[1] ? channel + column * in.step[1] : 0;
     bottom += in.step[2] ? channel + column * in.step[2] : 0;
@@ -154,17 +166,21 @@ struct Columns {
   }
 };
 
-// f(output column, filtered value) for `columns` columns of an output row, at the sixteen channels from `channel`. The value is
-// start + the sum of the taps. A column of the input is read once and added to the sums of all outputs that it belongs to.
+// f(output column, filtered value) for `columns` columns of an output row, at the sixteen channels from `channel`. The
+// value is start + the sum of the taps. A column of the input is read once and added to the sums of all outputs that it
+// belongs to.
 template <int Shift, bool Whole, typename T, typename F>
-MVIT3_INLINE void filter_row(const DepthwiseGeometry& g, const Window<T>& in, const Scratch<float>& taps, int64_t channel, Vec start, int64_t columns, const F& f) {
+MVIT3_INLINE void filter_row(
+    const DepthwiseGeometry& g, const Window<T>& in, const Scratch<float>& taps, int64_t channel, Vec start,
+    int64_t columns, const F& f) {
   const float* w = taps.data() + channel * 9;
   const ColumnTaps first_taps(w, 0), second_taps(w, 1), third_taps(w, 2);
   const int64_t classes = g.classes, step = g.dilation * g.channels;
   for (int64_t first = 0; first < std::min(classes, columns); ++first) {
     const int64_t centre = first * g.stride, begin = centre < g.dilation ? centre : centre - g.dilation;
     Columns<Whole, T> input(in, channel, begin, g.dilation, g.channels);
-    const T *ahead = in.ahead[0] + begin * g.channels + channel, *ahead_too = in.ahead[1] + begin * g.channels + channel;
+    const T *ahead = in.ahead[0] + begin * g.channels + channel,
+            *ahead_too = in.ahead[1] + begin * g.channels + channel;
     const auto next = [&] {
       prefetch(ahead);
       ahead += step;
@@ -175,7 +191,8 @@ MVIT3_INLINE void filter_row(const DepthwiseGeometry& g, const Window<T>& in, co
       return input.next();
     };
     // The last output may have its third column outside of the map.
-    const int64_t count = classes == 1 ? columns : (columns - first + classes - 1) / classes, last = first + (count - 1) * classes;
+    const int64_t count = classes == 1 ? columns : (columns - first + classes - 1) / classes,
+                  last = first + (count - 1) * classes;
     const bool cut = last * g.stride + g.dilation >= g.width;
     const int64_t end = cut ? last : last + 1;
     Vec one = start;  // the next output, with its first column
@@ -224,18 +241,19 @@ struct DepthwiseWeights {
 // y = act(norm(conv(x))) in one pass.
 template <int Act, typename T>
 void depthwise_conv(const DepthwiseGeometry& g, const DepthwiseWeights& weights, const T* x, T* y) {
-  const int64_t parts = count_parts(g.out_rows() * g.out_row_size());
-  const bool past_cache = writes_past_cache(y, g.out_rows() * g.out_row_size(), g.channels);
+  const int64_t parts = count_parts(g.out_image_rows() * g.out_row_size());
+  const bool past_cache = writes_past_cache(y, g.out_image_rows() * g.out_row_size(), g.channels);
   dispatch_shift(g, [&](auto shift) {
     for_each_part(parts, [&](int64_t part) {
-      const Range range = part_range(g.out_rows(), part, parts);
+      const Range range = part_range(g.out_image_rows(), part, parts);
       for (int64_t row = range.begin; row < range.end; ++row) {
         const Window<T> window(g, x, row);
         T* out = y + row * g.out_row_size();
         for_each_lanes(g.channels, [&](int64_t c, auto whole) {
-          filter_row<shift, whole>(g, window, weights.taps, c, load(weights.shift.data() + c), g.out_width, [&](int64_t column, Vec value) {
-            store_lanes<whole>(out + column * g.channels + c, activate<Act>(value), g.channels - c, past_cache);
-          });
+          filter_row<shift, whole>(
+              g, window, weights.taps, c, load(weights.shift.data() + c), g.out_width, [&](int64_t column, Vec value) {
+                store_lanes<whole>(out + column * g.channels + c, activate<Act>(value), g.channels - c, past_cache);
+              });
         });
       }
       if (past_cache) stream_fence();

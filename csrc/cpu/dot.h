@@ -1,5 +1,5 @@
-// One step of a product, for each type that products are made of: sixteen multiply-adds of float32, or of pairs of bfloat16 where the CPU
-// has the instruction for them (twice the work in the same time). Sums are float32 in both.
+// One step of a product, for each type that products are made of: sixteen multiply-adds of float32, or of pairs of
+// bfloat16 where the CPU has the instruction for them (twice the work in the same time). Sums are float32 in both.
 #pragma once
 
 #include <type_traits>
@@ -44,8 +44,9 @@ struct Dot<BFloat16> {
     return sum;
   }
   static MVIT3_INLINE void store(BFloat16* p, const Vec* values) {
-    alignas(64) static constexpr int16_t kInPairs[2 * kLanes] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    alignas(64) static constexpr int16_t kInPairs[2 * kLanes] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                                 21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i rounded = __m512i(_mm512_cvtne2ps_pbh(__m512(values[1].part[0]), __m512(values[0].part[0])));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInPairs), rounded));
   }

@@ -6,65 +6,89 @@
 namespace mvit3 {
 namespace {
 
-// Where each map of a program begins in an arena, in floats, for one size of the image and one number of images.
+// Where each map of a program begins in an arena, in floats, for one ending, one size of the image and one number of
+// images.
 struct Layout {
+  size_t ending;
   int64_t batch, height, width;
   std::vector<MapShape> shapes;
   std::vector<int64_t> begin;
   std::vector<size_t> source;  // of a map that is another one: that one; else the map itself
+  std::vector<bool> needed;    // whether an output of the ending depends on the map
   int64_t floats = 0;
 };
 
 class Engine {
  public:
-  explicit Engine(int64_t channels) : channels_(channels) { STD_TORCH_CHECK(channels >= 1, "channels must be at least 1, got ", channels); }
+  Engine(int64_t channels, bool bfloat16) : channels_(channels), bfloat16_(bfloat16) {
+    MVIT3_CHECK(channels >= 1, "channels must be at least 1, got ", channels);
+    MVIT3_CHECK(
+        !bfloat16 || kMultipliesBFloat16, "bfloat16 must be false for kernels of a CPU that does not multiply it");
+  }
+
+  // Whether products are made of bfloat16.
+  bool bfloat16() const { return bfloat16_; }
 
   // Returns the number of the map that the step writes.
   int64_t add(std::unique_ptr<Step> step, std::vector<int64_t> inputs) {
-    STD_TORCH_CHECK(outputs_.empty(), "a step cannot be added to an engine that is finished");
+    MVIT3_CHECK(endings_.empty(), "a step cannot be added to an engine that is finished");
     const Range takes = step->inputs();
-    STD_TORCH_CHECK(
-        takes.begin <= int64_t(inputs.size()) && int64_t(inputs.size()) <= takes.end, "inputs must be ", takes.begin, " to ", takes.end,
-        " maps for this step, got ", inputs.size());
+    MVIT3_CHECK(
+        takes.begin <= int64_t(inputs.size()) && int64_t(inputs.size()) <= takes.end, "inputs must be ", takes.begin,
+        " to ", takes.end, " maps for this step, got ", inputs.size());
     for (const int64_t input : inputs)
-      STD_TORCH_CHECK(input >= 0 && input <= int64_t(steps_.size()), "inputs must be maps 0 to ", steps_.size(), ", got ", input);
+      MVIT3_CHECK(
+          input >= 0 && input <= int64_t(steps_.size()), "inputs must be maps 0 to ", steps_.size(), ", got ", input);
     steps_.push_back({std::move(step), std::move(inputs)});
     return int64_t(steps_.size());
   }
 
-  void finish(std::vector<int64_t> outputs) {
-    STD_TORCH_CHECK(outputs_.empty(), "the engine is finished already");
-    STD_TORCH_CHECK(!outputs.empty(), "outputs must name at least one map");
+  // An ending: what a call returns. Returns its number. Of several a call names one and runs the steps that it needs.
+  int64_t finish(std::vector<int64_t> outputs) {
+    MVIT3_CHECK(!outputs.empty(), "outputs must name at least one map");
     for (const int64_t output : outputs)
-      STD_TORCH_CHECK(output >= 1 && output <= int64_t(steps_.size()), "outputs must be maps 1 to ", steps_.size(), ", got ", output);
-    outputs_ = std::move(outputs);
+      MVIT3_CHECK(
+          output >= 1 && output <= int64_t(steps_.size()), "outputs must be maps 1 to ", steps_.size(), ", got ",
+          output);
+    endings_.push_back(std::move(outputs));
+    return int64_t(endings_.size()) - 1;
   }
 
   // x (B, C, H, W) of any strides; contiguous outputs (B, H, W, C). An output that is asked for twice is one tensor.
-  std::vector<Tensor> run(const Tensor& x) {
-    STD_TORCH_CHECK(!outputs_.empty(), "an engine runs after engine_finish");
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W), got shape ", text(x.sizes()));
+  std::vector<Tensor> run(const Tensor& x, int64_t number) {
+    MVIT3_CHECK(!endings_.empty(), "an engine runs after engine_finish");
+    MVIT3_CHECK(
+        0 <= number && number < int64_t(endings_.size()), "ending must be 0 to ", endings_.size() - 1, ", got ",
+        number);
+    const size_t ending = size_t(number);
+    const std::vector<int64_t>& outputs = endings_[ending];
+    MVIT3_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
+    MVIT3_CHECK(
+        x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W), got shape ",
+        text(x.sizes()));
     check_pixels("x", x.size(2), x.size(3));
     const bool nchw = x.is_contiguous() && takes_nchw();
     const Tensor images = nchw ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
     const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
-    const auto whole = layout(std::max<int64_t>(std::min(batch, kMostImages), 1), height, width);
+    const auto whole = layout(ending, std::max<int64_t>(std::min(batch, kMostImages), 1), height, width);
     std::vector<Tensor> results;
     std::vector<float*> result_data;
-    for (const int64_t output : outputs_) {
-      const size_t before = std::find(outputs_.begin(), outputs_.end(), output) - outputs_.begin();
+    for (const int64_t output : outputs) {
+      const size_t before = std::find(outputs.begin(), outputs.end(), output) - outputs.begin();
       const MapShape& shape = whole->shapes[output];
-      results.push_back(before < results.size() ? results[before] : torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
+      results.push_back(
+          before < results.size() ? results[before]
+                                  : torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
       result_data.push_back(mutable_data_of<float>(results.back()));
     }
-    // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would not.
+    // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch
+    // would not.
     const int64_t groups = (batch + kMostImages - 1) / kMostImages;
     Arena arena(*this);
     const float* const data = static_cast<const float*>(images.data_ptr());
     for (int64_t group = 0; group < groups; ++group) {
       const Range mine = part_range(batch, group, groups);
-      run_group(data, nchw, mine, *layout(mine.size(), height, width), arena, result_data);
+      run_group(data, nchw, mine, *layout(ending, mine.size(), height, width), arena, result_data);
     }
     return results;
   }
@@ -113,21 +137,27 @@ class Engine {
     Memory memory_{0, Scratch<float>(1)};
   };
 
-  // Whether every step that reads the images takes them as they mostly come.
+  // Callers mostly pass contiguous images (batch, channels, height, width), which only some steps can read. Whether all
+  // steps that read the images are such: the images are then not copied.
   bool takes_nchw() const {
     return std::all_of(steps_.begin(), steps_.end(), [](const Node& node) {
       return node.step->takes_nchw() || std::find(node.inputs.begin(), node.inputs.end(), 0) == node.inputs.end();
     });
   }
 
-  void run_group(const float* x, bool nchw, Range images, const Layout& at, Arena& arena, const std::vector<float*>& results) const {
+  void run_group(
+      const float* x, bool nchw, Range images, const Layout& at, Arena& arena,
+      const std::vector<float*>& results) const {
     float* memory = arena.floats(at.floats);
     std::vector<Map> maps(steps_.size() + 1);
     maps[0] = {const_cast<float*>(x) + images.begin * at.shapes[0].floats(), at.shapes[0], images.size(), nchw};
     for (size_t i = 1; i < maps.size(); ++i) maps[i] = {memory + at.begin[i], at.shapes[i], images.size()};
-    for (size_t k = 0; k < outputs_.size(); ++k) maps[outputs_[k]].data = results[k] + images.begin * at.shapes[outputs_[k]].floats();
+    const std::vector<int64_t>& outputs = endings_[at.ending];
+    for (size_t k = 0; k < outputs.size(); ++k)
+      maps[outputs[k]].data = results[k] + images.begin * at.shapes[outputs[k]].floats();
     std::vector<Map> inputs;
     for (size_t i = 0; i < steps_.size(); ++i) {
+      if (!at.needed[i + 1]) continue;
       if (at.source[i + 1] != i + 1) {
         maps[i + 1].data = maps[at.source[i + 1]].data;
         continue;
@@ -138,34 +168,43 @@ class Engine {
     }
   }
 
-  std::shared_ptr<const Layout> layout(int64_t batch, int64_t height, int64_t width) {
+  std::shared_ptr<const Layout> layout(size_t ending, int64_t batch, int64_t height, int64_t width) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& known : layouts_)
-      if (known->batch == batch && known->height == height && known->width == width) return known;
+      if (known->ending == ending && known->batch == batch && known->height == height && known->width == width)
+        return known;
     if (layouts_.size() >= 16) layouts_.erase(layouts_.begin());  // images of ever other sizes
-    layouts_.push_back(plan(batch, height, width));
+    layouts_.push_back(plan(ending, batch, height, width));
     return layouts_.back();
   }
 
   // First fit: a map goes to the lowest place that no map has that is still needed.
-  std::shared_ptr<const Layout> plan(int64_t batch, int64_t height, int64_t width) const {
+  std::shared_ptr<const Layout> plan(size_t ending, int64_t batch, int64_t height, int64_t width) const {
     const size_t count = steps_.size() + 1;
-    auto out = std::make_shared<Layout>(
-        Layout{batch, height, width, std::vector<MapShape>(count), std::vector<int64_t>(count, 0), std::vector<size_t>(count, 0)});
-    const auto is_output = [&](size_t map) { return std::find(outputs_.begin(), outputs_.end(), int64_t(map)) != outputs_.end(); };
+    const std::vector<int64_t>& outputs = endings_[ending];
+    auto out = std::make_shared<Layout>(Layout{
+        ending, batch, height, width, std::vector<MapShape>(count), std::vector<int64_t>(count, 0),
+        std::vector<size_t>(count, 0), std::vector<bool>(count, false)});
+    const auto is_output = [&](size_t map) {
+      return std::find(outputs.begin(), outputs.end(), int64_t(map)) != outputs.end();
+    };
+    for (const int64_t output : outputs) out->needed[output] = true;
+    for (size_t i = steps_.size(); i-- > 0;)
+      for (const int64_t input : steps_[i].inputs) out->needed[input] = out->needed[input] || out->needed[i + 1];
     out->shapes[0] = {height, width, channels_};
     std::vector<size_t> last(count, 0);  // the step that reads a map last
     for (size_t i = 0; i < steps_.size(); ++i) {
       std::vector<MapShape> shapes;
       for (const int64_t input : steps_[i].inputs) {
         shapes.push_back(out->shapes[input]);
-        last[out->source[input]] = i;
+        if (out->needed[i + 1]) last[out->source[input]] = i;
       }
       out->shapes[i + 1] = steps_[i].step->shape(shapes);
-      out->source[i + 1] = steps_[i].step->is_identity(shapes) && !is_output(i + 1) ? out->source[steps_[i].inputs[0]] : i + 1;
+      out->source[i + 1] =
+          steps_[i].step->is_identity(shapes) && !is_output(i + 1) ? out->source[steps_[i].inputs[0]] : i + 1;
     }
     const auto size = [&](size_t map) { return round_up(batch * out->shapes[map].floats(), 64); };
-    const auto in_arena = [&](size_t map) { return out->source[map] == map && !is_output(map); };
+    const auto in_arena = [&](size_t map) { return out->needed[map] && out->source[map] == map && !is_output(map); };
     for (size_t map = 1; map < count; ++map) {
       if (!in_arena(map)) continue;
       std::map<int64_t, int64_t> taken;  // begin and size
@@ -183,8 +222,9 @@ class Engine {
   }
 
   int64_t channels_;
+  bool bfloat16_;
   std::vector<Node> steps_;
-  std::vector<int64_t> outputs_;
+  std::vector<std::vector<int64_t>> endings_;
   std::mutex mutex_;
   std::vector<std::shared_ptr<const Layout>> layouts_;
   std::vector<Memory> arenas_;
@@ -197,30 +237,32 @@ std::map<int64_t, std::shared_ptr<Engine>> engines;
 std::shared_ptr<Engine> engine_of(int64_t number) {
   const std::lock_guard<std::mutex> lock(engines_mutex);
   const auto found = engines.find(number);
-  STD_TORCH_CHECK(found != engines.end(), "engine must be the number of one that engine_new made and nobody freed, got ", number);
+  MVIT3_CHECK(
+      found != engines.end(), "engine must be the number of one that engine_new made and nobody freed, got ", number);
   return found->second;
 }
 
-int64_t engine_new(int64_t channels) {
+int64_t engine_new(int64_t channels, bool bfloat16) {
   static int64_t last = 0;
   const std::lock_guard<std::mutex> lock(engines_mutex);
-  engines[++last] = std::make_shared<Engine>(channels);
+  engines[++last] = std::make_shared<Engine>(channels, bfloat16);
   return last;
 }
 
 int64_t engine_add(
-    int64_t number,
-    std::string kind,
-    std::vector<int64_t> inputs,
-    std::vector<Tensor> weights,
-    std::vector<int64_t> integers,
-    std::vector<double> numbers) {
-  return engine_of(number)->add(make_step(kind, weights, integers, numbers), std::move(inputs));
+    int64_t number, std::string kind, std::vector<int64_t> inputs, std::vector<Tensor> weights,
+    std::vector<int64_t> integers, std::vector<double> numbers) {
+  const std::shared_ptr<Engine> engine = engine_of(number);
+  return engine->add(make_step(kind, engine->bfloat16(), weights, integers, numbers), std::move(inputs));
 }
 
-void engine_finish(int64_t number, std::vector<int64_t> outputs) { engine_of(number)->finish(std::move(outputs)); }
+int64_t engine_finish(int64_t number, std::vector<int64_t> outputs) {
+  return engine_of(number)->finish(std::move(outputs));
+}
 
-std::vector<Tensor> engine_run(int64_t number, const Tensor& x) { return engine_of(number)->run(x); }
+std::vector<Tensor> engine_run(int64_t number, const Tensor& x, int64_t ending) {
+  return engine_of(number)->run(x, ending);
+}
 
 void engine_free(int64_t number) {
   const std::shared_ptr<Engine> freed = engine_of(number);  // its weights go after the lock
@@ -244,10 +286,10 @@ int64_t release_all() {
 }  // namespace mvit3
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) {
-  m.def("engine_new(int channels) -> int");
+  m.def("engine_new(int channels, bool bfloat16=False) -> int");
   m.def("engine_add(int engine, str kind, int[] inputs, Tensor[] weights, int[] integers, float[] numbers) -> int");
-  m.def("engine_finish(int engine, int[] outputs) -> ()");
-  m.def("engine_run(int engine, Tensor x) -> Tensor[]");
+  m.def("engine_finish(int engine, int[] outputs) -> int");
+  m.def("engine_run(int engine, Tensor x, int ending=0) -> Tensor[]");
   m.def("engine_free(int engine) -> ()");
   m.def("release_memory() -> int");
 }

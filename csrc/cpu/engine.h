@@ -1,7 +1,9 @@
-// The inference engine: a network as a list of steps on feature maps, run in one call on memory that is kept between calls.
+// The inference engine: a network as a list of steps on feature maps, run in one call on memory that is kept between
+// calls.
 //
-// A step wraps the forward core of one op with its weights packed once. Maps are numbered: 0 is the image, step i writes map i + 1. Where a
-// map lies is planned once per image size, maps that do not live at the same time share memory.
+// A step wraps the forward core of one op with its weights packed once. Maps are numbered: 0 is the image, step i
+// writes map i + 1. Where a map lies is planned once per image size, maps that do not live at the same time share
+// memory.
 #pragma once
 
 #include <memory>
@@ -42,8 +44,10 @@ class Step {
   virtual void run(const std::vector<Map>& inputs, const Map& output) const = 0;
 };
 
-// Builds a step from its weights, its integers (sizes, flags) and its numbers (eps). steps.cpp says what each kind takes.
+// Builds a step from its weights, its integers (sizes, flags) and its numbers (eps). steps.cpp says what each kind
+// takes. With `bfloat16` its products read operands rounded to bfloat16; its maps are float32 even so.
 std::unique_ptr<Step> make_step(
-    const std::string& kind, const std::vector<Tensor>& weights, const std::vector<int64_t>& integers, const std::vector<double>& numbers);
+    const std::string& kind, bool bfloat16, const std::vector<Tensor>& weights, const std::vector<int64_t>& integers,
+    const std::vector<double>& numbers);
 
 }  // namespace mvit3

@@ -1,4 +1,5 @@
-// y = x + dropout(W2 dropout(SiLU(W1 norm(x) + b1)) + b2). The hidden tensor exists in tiles only, unless training keeps it.
+// y = x + dropout(W2 dropout(SiLU(W1 norm(x) + b1)) + b2). The hidden tensor exists in tiles only, unless training
+// keeps it.
 #pragma once
 
 #include "activation.h"
@@ -15,24 +16,24 @@ struct FeedForwardWeightsOf {
   Scratch<float> bias;
 
   FeedForwardWeightsOf(const NormLinearParameters& first, const FloatMatrix& second, Scratch<float> bias)
-      : first(first), second(PackedWeightOf<E>::rows(second.data(), first.inputs, first.outputs, first.outputs)), bias(std::move(bias)) {}
+      : first(first), second(PackedWeightOf<E>::rows(second.data(), first.inputs, first.outputs, first.outputs)),
+        bias(std::move(bias)) {}
 };
-
-using FeedForwardWeights = FeedForwardWeightsOf<float>;
 
 // The two dropouts of a call.
 struct FeedForwardDropout {
   Dropout hidden, output;
 
   FeedForwardDropout() = default;
-  FeedForwardDropout(double hidden, double output, const std::optional<Tensor>& seed)
-      : hidden("hidden_dropout", hidden, seed, 0), output("output_dropout", output, seed, 1) {}
+  explicit FeedForwardDropout(const DropoutArguments& a)
+      : hidden("hidden_dropout", a.first, a.seed, 0), output("output_dropout", a.output, a.seed, 1) {}
 };
 
 // The part of a mask that belongs to the rows of a tile.
 class TileMask {
  public:
-  TileMask(const Dropout& dropout, int64_t first, int64_t count, int64_t rows_per_sample, int64_t width) : dropout_(dropout) {
+  TileMask(const Dropout& dropout, int64_t first, int64_t count, int64_t rows_per_sample, int64_t width)
+      : dropout_(dropout) {
     if (!dropout.active()) return;
     for (int64_t r = 0; r < count; ++r) {
       keys_[r] = dropout.key((first + r) / rows_per_sample);
@@ -54,31 +55,37 @@ class TileMask {
 // Statistics that the map has no memory for are not kept; nor is W1 norm(x) + b1 without memory of its own.
 template <typename E, typename T>
 void feed_forward(
-    const NormedMap<T>& x, double eps, const FeedForwardWeightsOf<E>& w, const FeedForwardDropout& dropout, T* y, T* kept = nullptr) {
-  const int64_t channels = x.tokens().channels, lanes = lanes_of(channels), wide = w.second.inputs(), wide_lanes = lanes_of(wide);
-  const int64_t tile = tile_rows(lanes + wide_lanes);
+    const NormedMap<T>& x, double eps, const FeedForwardWeightsOf<E>& w, const FeedForwardDropout& dropout, T* y,
+    T* kept = nullptr) {
+  const int64_t channels = x.tokens().channels, lanes = lanes_of(channels), width = w.second.inputs(),
+                hidden_lanes = lanes_of(width);
+  const int64_t tile = tile_rows(lanes + hidden_lanes);
   x.measure(eps);
-  for_each_tile(x.tokens().total(), count_parts(x.tokens().total() * channels * wide, 1 << 19), [&](int64_t, int64_t first, int64_t count) {
-    E* normalised = tile_of<E>(workspace(tile * (lanes + wide_lanes)));
-    E* hidden = normalised + tile * lanes;
-    const TileMask hidden_mask(dropout.hidden, first, count, x.tokens().rows, wide), mask(dropout.output, first, count, x.tokens().rows, channels);
-    x.normalise(first, count, eps, normalised, lanes);
-    multiply(normalised, lanes, count, w.first.weight, [&](int64_t r, int64_t c, Vec sums) {
-      const Vec value = sums + load(w.first.bias.data() + c);
-      if (kept) {
-        T* out = kept + (first + r) * wide + c;
-        prefetch_to_write(out + kPanel);
-        store_some(out, value, wide - c);
-      }
-      store(hidden + r * wide_lanes + c, hidden_mask(activate<kSilu>(value), r, c));
-    });
-    multiply(hidden, wide_lanes, count, w.second, [&](int64_t r, int64_t c, Vec sums) {
-      const int64_t left = channels - c;
-      T* out = y + (first + r) * channels + c;
-      prefetch_to_write(out + kPanel);
-      store_some(out, load_some(x.row(first + r) + c, left) + mask(sums + load(w.bias.data() + c), r, c), left);
-    });
-  }, tile);
+  for_each_tile(
+      x.tokens().total(), count_parts(x.tokens().total() * channels * width, 1 << 19),
+      [&](int64_t, int64_t first, int64_t count) {
+        E* normalised = tile_of<E>(workspace(tile * (lanes + hidden_lanes)));
+        E* hidden = normalised + tile * lanes;
+        const TileMask hidden_mask(dropout.hidden, first, count, x.tokens().rows, width),
+            mask(dropout.output, first, count, x.tokens().rows, channels);
+        x.normalise(first, count, eps, normalised, lanes);
+        multiply(normalised, lanes, count, w.first.weight, [&](int64_t r, int64_t c, Vec sums) {
+          const Vec value = sums + load(w.first.bias.data() + c);
+          if (kept) {
+            T* out = kept + (first + r) * width + c;
+            prefetch_to_write(out + kPanel);
+            store_some(out, value, width - c);
+          }
+          store(hidden + r * hidden_lanes + c, hidden_mask(activate<kSilu>(value), r, c));
+        });
+        multiply(hidden, hidden_lanes, count, w.second, [&](int64_t r, int64_t c, Vec sums) {
+          const int64_t left = channels - c;
+          T* out = y + (first + r) * channels + c;
+          prefetch_to_write(out + kPanel);
+          store_some(out, load_some(x.row(first + r) + c, left) + mask(sums + load(w.bias.data() + c), r, c), left);
+        });
+      },
+      tile);
 }
 
 }  // namespace mvit3

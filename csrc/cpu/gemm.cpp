@@ -9,7 +9,9 @@ namespace {
 
 // Hides where a pointer came from: GCC would otherwise keep one register for each row's distance, and spill them.
 template <typename E>
-MVIT3_INLINE void forget(const E*& p) { asm("" : "+r"(p)); }
+MVIT3_INLINE void forget(const E*& p) {
+  asm("" : "+r"(p));
+}
 
 template <typename E, int Rows, int Vecs, bool AlongRows>
 void block(const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
@@ -47,7 +49,9 @@ void block(const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vecs; ++v) {
       float* p = out + r * out_stride + v * kLanes;
-      store(p, add ? load(p) + sums[r][v] : sums[r][v]);  // a sum of sums: a running one over all rows of a map errs 3 times as much
+      store(
+          p, add ? load(p) + sums[r][v]
+                 : sums[r][v]);  // a sum of sums: a running one over all rows of a map errs 3 times as much
     }
 }
 
@@ -62,12 +66,19 @@ constexpr std::array<Block<E>, kBlockRows> blocks(std::integer_sequence<int, Les
 constexpr std::make_integer_sequence<int, kBlockRows> kSizes;
 template <typename E>
 constexpr std::array<Block<E>, kBlockRows> kBlocks[2][2] = {
-    {blocks<E, 1, false>(kSizes), blocks<E, kPanelVecs, false>(kSizes)}, {blocks<E, 1, true>(kSizes), blocks<E, kPanelVecs, true>(kSizes)}};
+    {blocks<E, 1, false>(kSizes), blocks<E, kPanelVecs, false>(kSizes)},
+    {blocks<E, 1, true>(kSizes), blocks<E, kPanelVecs, true>(kSizes)}};
 
 }  // namespace
 
 template <typename E>
 void multiply_block(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
+  if (in_registers(in)) {
+    constexpr int64_t kBytes = sizeof(E);
+    return amx::multiply(
+        rows, vecs, in.depth, in.a, in.row_step * kBytes, in.b, in.b_step * kBytes, out,
+        out_stride * int64_t(sizeof(float)), add);
+  }
   kBlocks<E>[in.row_step != Dot<E>::kDepth][vecs - 1][rows - 1](in, out, out_stride, add);
 }
 

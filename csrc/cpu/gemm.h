@@ -1,9 +1,10 @@
 // Matrix products on the rows of feature maps: the core that the 1x1 convolutions and linear maps share.
 //
-// A weight (outputs, inputs) is packed into panels of a few vectors of outputs, each panel [inputs][outputs of the panel], so that a
-// micro-kernel streams it from the first-level cache while a block of rows accumulates in registers. What happens to the finished
-// sums is up to the caller: `emit(row, output, sums)` is inlined, so a norm, an activation or a residual costs no pass.
-// E is the type of both operands (dot.h): float, or bfloat16 in pairs of inputs where the CPU multiplies it.
+// A weight (outputs, inputs) is packed into panels of a few vectors of outputs, each panel [inputs][outputs of the
+// panel], so that a micro-kernel streams it from the first-level cache while a block of rows accumulates in registers.
+// What happens to the finished sums is up to the caller: `emit(row, output, sums)` is inlined, so a norm, an activation
+// or a residual costs no pass. E is the type of both operands (dot.h): float, or bfloat16 in pairs of inputs where the
+// CPU multiplies it.
 #pragma once
 
 #include "dot.h"
@@ -44,12 +45,15 @@ class PackedWeightOf {
       for (int64_t begin = 0; begin < depth_; begin += kBlock)
         for (int64_t o = 0; o < width; ++o)
           for (int64_t i = begin; i < std::min(begin + kBlock, depth_); ++i)
-            out[(i / kDepth * width + o) * kDepth + i % kDepth] = from_float<E>(first + o < outputs_ && i < inputs_ ? at(first + o, i) : 0.0f);
+            out[(i / kDepth * width + o) * kDepth + i % kDepth] =
+                from_float<E>(first + o < outputs_ && i < inputs_ ? at(first + o, i) : 0.0f);
     });
   }
 
-  // The weight w (outputs, inputs), its rows `stride` apart; with `scale`, padded to whole vectors, column c times scale[c].
-  static PackedWeightOf rows(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
+  // The weight w (outputs, inputs), its rows `stride` apart; with `scale`, padded to whole vectors, column c times
+  // scale[c].
+  static PackedWeightOf rows(
+      const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
     PackedWeightOf packed(outputs, inputs);
     packed.for_each_panel([&](int64_t first, int64_t width, E* out) {
       for (int64_t i = 0; i < inputs; i += kLanes)  // what is written stays in the first-level cache
@@ -68,13 +72,15 @@ class PackedWeightOf {
   }
 
   // The transpose of w (inputs, outputs), its rows `stride` apart; `scale` as above.
-  static PackedWeightOf columns(const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
+  static PackedWeightOf columns(
+      const float* w, int64_t outputs, int64_t inputs, int64_t stride, const float* scale = nullptr) {
     PackedWeightOf packed(outputs, inputs);
     packed.for_each_panel([&](int64_t first, int64_t width, E* out) {
       for (int64_t i = 0; i < inputs; i += kDepth)
         for (int64_t o = 0; o < width; o += kLanes)
           store_step(out + i * width + o * kDepth, [&](int64_t k) {
-            const Vec row = i + k < inputs ? load_some(w + (i + k) * stride + first + o, outputs - first - o) : Vec(0.0f);
+            const Vec row =
+                i + k < inputs ? load_some(w + (i + k) * stride + first + o, outputs - first - o) : Vec(0.0f);
             return scale ? row * load(scale + first + o) : row;
           });
     });
@@ -88,18 +94,22 @@ class PackedWeightOf {
 
   // The panel that begins with output `first`, a multiple of kPanel, and its number of vectors.
   const E* panel(int64_t first) const { return data_.data() + first * depth_; }
-  int64_t panel_vecs(int64_t first) const { return std::min<int64_t>(kPanelVecs, (outputs_ - first + kLanes - 1) / kLanes); }
+  int64_t panel_vecs(int64_t first) const {
+    return std::min<int64_t>(kPanelVecs, (outputs_ - first + kLanes - 1) / kLanes);
+  }
 
  private:
   static constexpr int64_t kDepth = Dot<E>::kDepth;
 
   PackedWeightOf(int64_t outputs, int64_t inputs)
-      : outputs_(outputs), inputs_(inputs), depth_(round_up(inputs, kDepth)), data_(round_up(outputs, kLanes) * depth_) {}
+      : outputs_(outputs), inputs_(inputs), depth_(round_up(inputs, kDepth)),
+        data_(round_up(outputs, kLanes) * depth_) {}
 
   // f(first output, width, data) for every panel, over all threads.
   template <typename F>
   void for_each_panel(const F& f) {
-    const int64_t panels = this->panels().size(), parts = std::clamp<int64_t>(panels, 1, count_parts(outputs_ * inputs_));
+    const int64_t panels = this->panels().size(),
+                  parts = std::clamp<int64_t>(panels, 1, count_parts(outputs_ * inputs_));
     for_each_part(parts, [&](int64_t part) {
       const Range range = part_range(panels, part, parts);
       for (int64_t first = range.begin * kPanel; first < range.end * kPanel; first += kPanel)
@@ -113,9 +123,9 @@ class PackedWeightOf {
 
 using PackedWeight = PackedWeightOf<float>;
 
-// Two operands of a block, with Dot<E>::kDepth neighbours at each place: a(row, k) = a[row * row_step + k * step], b(k, vector) =
-// b[k * b_step + vector * kLanes * kDepth]. One of row_step and step is kDepth: either the reduction runs along the rows of a feature map,
-// or the rows of the block do.
+// Two operands of a block, with Dot<E>::kDepth neighbours at each place: a(row, k) = a[row * row_step + k * step], b(k,
+// vector) = b[k * b_step + vector * kLanes * kDepth]. One of row_step and step is kDepth: either the reduction runs
+// along the rows of a feature map, or the rows of the block do.
 template <typename E>
 struct OperandsOf {
   const E *a, *b;
@@ -124,18 +134,29 @@ struct OperandsOf {
 
 using Operands = OperandsOf<float>;
 
-// Writes (or, with `add`, adds) the product of a block of 1..kBlockRows rows and 1..kPanelVecs vectors to out[row * out_stride + column].
+// Whether such products run in matrix registers: those of bfloat16 whose reduction runs along the rows of a.
+template <typename E>
+MVIT3_INLINE bool in_registers(const OperandsOf<E>& in) {
+  if constexpr (kMultipliesBFloat16 && std::is_same_v<E, BFloat16>)
+    return in.step == Dot<E>::kDepth && amx::Share::open();
+  return false;
+}
+
+// Writes (or, with `add`, adds) the product of a block of 1..kBlockRows rows, 1..amx::kRows in matrix registers, and
+// 1..kPanelVecs vectors to out[row * out_stride + column].
 template <typename E>
 void multiply_block(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add);
 
-// The same for a sum of any length, cut: a sum of sums errs less than a running one, and a piece of a panel stays in cache.
+// The same for a sum of any length, cut: a sum of sums errs less than a running one, and a piece of a panel stays in
+// cache.
 template <typename E>
 void multiply_long(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
   constexpr int64_t kLongest = 512;
   const int64_t pieces = std::max<int64_t>((in.depth + kLongest - 1) / kLongest, 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const Range range = part_range(in.depth, piece, pieces);
-    const OperandsOf<E> part{in.a + range.begin * in.step, in.b + range.begin * in.b_step, in.row_step, in.step, in.b_step, range.size()};
+    const OperandsOf<E> part{
+        in.a + range.begin * in.step, in.b + range.begin * in.b_step, in.row_step, in.step, in.b_step, range.size()};
     multiply_block(rows, vecs, part, out, out_stride, add || piece > 0);
   }
 }
@@ -143,8 +164,15 @@ void multiply_long(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* o
 // All blocks of rows against one panel of `vecs` vectors: f(first row, number of rows, operands of the block).
 template <typename E, typename F>
 MVIT3_INLINE void for_each_block_of(int64_t rows, OperandsOf<E> in, const F& f) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   const E* a = in.a;
+  if (in_registers(in)) {
+    for (int64_t first = 0; first < rows; first += amx::kRows) {
+      in.a = a + first * in.row_step;
+      f(first, std::min(amx::kRows, rows - first), in);
+    }
+    return;
+  }
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t block = 0; block < blocks; ++block) {
     const Range range = part_range(rows, block, blocks);  // blocks of almost equal size: no short last one
     in.a = a + range.begin * in.row_step;
@@ -154,7 +182,8 @@ MVIT3_INLINE void for_each_block_of(int64_t rows, OperandsOf<E> in, const F& f) 
 
 // out[row * out_stride + column] = (or, with `add`, +=) the product of all rows and one panel of `vecs` vectors.
 template <typename E = float>
-void multiply_panel_into(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
+void multiply_panel_into(
+    int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
   for_each_block_of(rows, in, [&](int64_t first, int64_t count, const OperandsOf<E>& block) {
     multiply_long(count, vecs, block, out + first * out_stride, out_stride, add);
   });
@@ -163,7 +192,9 @@ void multiply_panel_into(int64_t rows, int64_t vecs, const OperandsOf<E>& in, fl
 // emit(row, column, sums) for every row and vector of a panel that begins with `column`.
 template <typename E = float, typename Emit>
 void multiply_panel(int64_t rows, int64_t vecs, const OperandsOf<E>& in, int64_t column, const Emit& emit) {
-  alignas(64) float sums[kBlockRows * kPanel];  // in the first-level cache: what becomes of the sums is compiled once, not once a block size
+  constexpr int64_t kMost = kMultipliesBFloat16 && std::is_same_v<E, BFloat16> ? amx::kRows : kBlockRows;
+  alignas(64) float sums[kMost * kPanel];  // in the first-level cache: what becomes of the sums is compiled once,
+                                           // not once a block size
   for_each_block_of(rows, in, [&](int64_t first, int64_t count, const OperandsOf<E>& block) {
     multiply_long(count, vecs, block, sums, kPanel, false);
     for (int64_t r = 0; r < count; ++r)
@@ -184,10 +215,11 @@ OperandsOf<E> operands(const E* x, int64_t stride, const PackedWeightOf<E>& weig
   return {x, weight.panel(output), stride, kDepth, vecs * kLanes * kDepth, weight.steps()};
 }
 
-// emit(row, output, sums) for every row 0..rows-1 and vector of outputs: sums = x[row] W^T. Row r begins at x + r * stride, and is readable to
-// a whole step.
+// emit(row, output, sums) for every row 0..rows-1 and vector of outputs: sums = x[row] W^T. Row r begins at x + r *
+// stride, and is readable to a whole step.
 template <typename E, typename Emit>
-void multiply(const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, Range panels, const Emit& emit) {
+void multiply(
+    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, Range panels, const Emit& emit) {
   for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
     multiply_panel(rows, vecs, operands(x, stride, weight, output, vecs), output, emit);
   });
@@ -201,7 +233,8 @@ void multiply(const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>&
 // out[row * out_stride + output] = (or, with `add`, +=) x[row] W^T. Rows of out are padded to whole vectors.
 template <typename E>
 void multiply_into(
-    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, Range panels, float* out, int64_t out_stride, bool add = false) {
+    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, Range panels, float* out,
+    int64_t out_stride, bool add = false) {
   for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
     multiply_panel_into(rows, vecs, operands(x, stride, weight, output, vecs), out + output, out_stride, add);
   });
@@ -209,33 +242,39 @@ void multiply_into(
 
 template <typename E>
 void multiply_into(
-    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, float* out, int64_t out_stride, bool add = false) {
+    const E* x, int64_t stride, int64_t rows, const PackedWeightOf<E>& weight, float* out, int64_t out_stride,
+    bool add = false) {
   multiply_into(x, stride, rows, weight, weight.panels(), out, out_stride, add);
 }
 
-// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `steps` steps of rows, each of Dot<E>::kDepth rows side by side, column
-// by column (`rows_in_steps`). Strides are those of a and b from step to step. Rows of b and of out are padded to whole vectors.
+// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `steps` steps of rows, each of Dot<E>::kDepth
+// rows side by side, column by column (`rows_in_steps`). Strides are those of a and b from step to step. Rows of b and
+// of out are padded to whole vectors.
 template <typename E>
 void add_outer(
-    const E* a, int64_t a_stride, int64_t a_columns, const E* b, int64_t b_stride, int64_t b_columns, int64_t steps, float* out, int64_t out_stride,
-    bool add = true) {
+    const E* a, int64_t a_stride, int64_t a_columns, const E* b, int64_t b_stride, int64_t b_columns, int64_t steps,
+    float* out, int64_t out_stride, bool add = true) {
   constexpr int64_t kDepth = Dot<E>::kDepth;
   for (int64_t column = 0; column < b_columns; column += kPanel) {
     const int64_t vecs = std::min<int64_t>(kPanelVecs, (b_columns - column + kLanes - 1) / kLanes);
-    multiply_panel_into<E>(a_columns, vecs, {a, b + column * kDepth, kDepth, a_stride, b_stride, steps}, out + column, out_stride, add);
+    multiply_panel_into<E>(
+        a_columns, vecs, {a, b + column * kDepth, kDepth, a_stride, b_stride, steps}, out + column, out_stride, add);
   }
 }
 
-// Cuts a product over threads: f(range of rows, range of panels) once a part, all parts in parallel. Rows are cut first, in ranges that fill
-// blocks; a map of few rows is cut over panels as well, so that every thread has work and reads only its part of the weight.
+// Cuts a product over threads: f(range of rows, range of panels) once a part, all parts in parallel. Rows are cut
+// first, in ranges that fill blocks; a map of few rows is cut over panels as well, so that every thread has work and
+// reads only its part of the weight.
 template <typename E, typename F>
 void for_each_block(int64_t rows, const PackedWeightOf<E>& weight, const F& f) {
-  const int64_t panels = weight.panels().size(), threads = count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16);
+  const int64_t panels = weight.panels().size(),
+                threads = count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16);
   int64_t row_parts = 1;
   double least = 0;
   for (int64_t parts = 1; parts <= threads; ++parts) {  // the longest part decides: blocks of rows times panels
     if (threads % parts) continue;
-    const int64_t columns = threads / parts, part_rows = (rows + parts - 1) / parts, part_panels = (panels + columns - 1) / columns;
+    const int64_t columns = threads / parts, part_rows = (rows + parts - 1) / parts,
+                  part_panels = (panels + columns - 1) / columns;
     const double cost = double((part_rows + kBlockRows - 1) / kBlockRows * kBlockRows * part_panels);
     if (parts == 1 || cost <= least * 1.02) {
       row_parts = parts;
@@ -244,7 +283,8 @@ void for_each_block(int64_t rows, const PackedWeightOf<E>& weight, const F& f) {
   }
   const int64_t columns = threads / row_parts;
   for_each_part(threads, [&](int64_t part) {
-    const Range mine = part_range(rows, part / columns, row_parts), outputs = part_range(panels, part % columns, columns);
+    const Range mine = part_range(rows, part / columns, row_parts),
+                outputs = part_range(panels, part % columns, columns);
     if (mine.size() > 0 && outputs.size() > 0) f(mine, outputs);
   });
 }

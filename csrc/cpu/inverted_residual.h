@@ -1,5 +1,5 @@
-// inverted_residual: what training and evaluation share, and evaluation itself on packed weights, where everything between x and y stays
-// in cache.
+// inverted_residual: what training and evaluation share, and evaluation itself on packed weights, where everything
+// between x and y stays in cache.
 #pragma once
 
 #include "depthwise_conv.h"
@@ -7,7 +7,7 @@
 namespace mvit3 {
 
 struct InvertedResidualShape {
-  int64_t batch, height, width, inputs, wide, outputs, stride, dilation;
+  int64_t batch, height, width, inputs, expanded, outputs, stride, dilation;
 
   int64_t out_height() const { return (height + stride - 1) / stride; }
   int64_t out_width() const { return (width + stride - 1) / stride; }
@@ -20,20 +20,24 @@ struct InvertedResidualShape {
 
 // One of the three convolutions and its norm, as the op receives them.
 struct ConvNorm : Norm {
-  FloatMatrix weight;
+  FloatMatrix matrix;  // (outputs, inputs), or (outputs, 9) where it is depth-wise
 
   ConvNorm(
-      const std::string& name, const Tensor& w, int64_t outputs, int64_t inputs, const Tensor& norm_weight, const Tensor& norm_bias, double eps)
-      : Norm(name + "_", norm_weight, norm_bias, outputs, eps), weight(name, w, outputs, inputs) {}
+      const std::string& name, const Tensor& w, int64_t outputs, int64_t inputs, const Tensor& norm_weight,
+      const Tensor& norm_bias, double eps)
+      : Norm(name + "_", norm_weight, norm_bias, outputs, eps), matrix(name, w, outputs, inputs) {}
 
   template <typename E = float>
-  PackedWeightOf<E> pack(int64_t outputs, int64_t inputs) const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs, inputs); }
+  PackedWeightOf<E> pack(int64_t outputs, int64_t inputs) const {
+    return PackedWeightOf<E>::rows(matrix.data(), outputs, inputs, inputs);
+  }
 };
 
 // `Columns` neighbours of a filtered row, each the sum of nine taps: a pixel that several of them read is loaded once.
 template <int Stride, int Columns, typename Emit>
 MVIT3_INLINE void filter_columns(
-    const float* const* rows, int64_t at, int64_t pixel, const Vec* w, int64_t column, int64_t channel, const Emit& emit) {
+    const float* const* rows, int64_t at, int64_t pixel, const Vec* w, int64_t column, int64_t channel,
+    const Emit& emit) {
   Vec sums[Columns];
   for (int j = 0; j < Columns; ++j) sums[j] = 0.0f;
   for (int t = 0; t < 3; ++t) {
@@ -46,12 +50,12 @@ MVIT3_INLINE void filter_columns(
   for (int j = 0; j < Columns; ++j) emit(column + j, channel, sums[j]);
 }
 
-// emit(column, channel, sums of nine taps) for `columns` pixels of a filtered row, channel by channel; rows[t] is the border before the row
-// that tap row t reads, `pixel` floats from pixel to pixel.
+// emit(column, channel, sums of nine taps) for `columns` pixels of a filtered row, channel by channel; rows[t] is the
+// border before the row that tap row t reads, `pixel` floats from pixel to pixel.
 template <typename Emit>
 void filter_row(
-    const float* const* rows, int64_t pixel, int64_t channels, int64_t columns, int64_t stride, int64_t dilation, const float* taps,
-    const Emit& emit) {
+    const float* const* rows, int64_t pixel, int64_t channels, int64_t columns, int64_t stride, int64_t dilation,
+    const float* taps, const Emit& emit) {
   constexpr int kColumns = kParts == 1 ? 4 : 2;
   const int64_t together = dilation == 1 && stride <= 2 ? columns / kColumns * kColumns : 0;
   for (int64_t channel = 0; channel < channels; channel += kLanes) {
@@ -73,7 +77,8 @@ void filter_row(
   }
 }
 
-// Calls f(part, image, range of rows) for every task: `height` rows of each image in `ranges` ranges, all tasks in `parts` parts.
+// Calls f(part, image, range of rows) for every task: `height` rows of each image in `ranges` ranges, all tasks in
+// `parts` parts.
 template <typename F>
 void for_each_range(int64_t batch, int64_t height, int64_t ranges, int64_t parts, const F& f) {
   const int64_t tasks = batch * ranges;
@@ -89,7 +94,7 @@ void for_each_range(int64_t batch, int64_t height, int64_t ranges, int64_t parts
 // The block in evaluation: the three norms are folded into the weights, what is left of them is a shift.
 template <typename E>
 struct InvertedResidualWeightsOf {
-  int64_t inputs, wide, outputs, stride, dilation, act;
+  int64_t inputs, expanded, outputs, stride, dilation, act;
   PackedWeightOf<E> expand, project;
   Scratch<float> taps, expand_shift, filter_shift, project_shift;
 
@@ -98,36 +103,34 @@ struct InvertedResidualWeightsOf {
       : InvertedResidualWeightsOf(s, first, second, third, act, first.affine(), second.affine(), third.affine()) {}
 
   InvertedResidualShape shape(int64_t batch, int64_t height, int64_t width) const {
-    return {batch, height, width, inputs, wide, outputs, stride, nearest_dilation(dilation, height, width)};
+    return {batch, height, width, inputs, expanded, outputs, stride, nearest_dilation(dilation, height, width)};
   }
 
  private:
   InvertedResidualWeightsOf(
-      const InvertedResidualShape& s, const ConvNorm& first, const ConvNorm& second, const ConvNorm& third, int64_t act, ScaleShift a,
-      ScaleShift b, ScaleShift c)
-      : inputs(s.inputs), wide(s.wide), outputs(s.outputs), stride(s.stride), dilation(s.dilation), act(act),
-        expand(scaled(first, a, wide, inputs)), project(scaled(third, c, outputs, wide)),
-        taps(pack_taps(second.weight.data(), wide, b.scale.data())), expand_shift(std::move(a.shift)), filter_shift(std::move(b.shift)),
-        project_shift(std::move(c.shift)) {}
+      const InvertedResidualShape& s, const ConvNorm& first, const ConvNorm& second, const ConvNorm& third, int64_t act,
+      ScaleShift a, ScaleShift b, ScaleShift c)
+      : inputs(s.inputs), expanded(s.expanded), outputs(s.outputs), stride(s.stride), dilation(s.dilation), act(act),
+        expand(scaled(first, a, expanded, inputs)), project(scaled(third, c, outputs, expanded)),
+        taps(pack_taps(second.matrix.data(), expanded, b.scale.data())), expand_shift(std::move(a.shift)),
+        filter_shift(std::move(b.shift)), project_shift(std::move(c.shift)) {}
 
   static PackedWeightOf<E> scaled(const ConvNorm& conv, const ScaleShift& norm, int64_t outputs, int64_t inputs) {
-    const float *w = conv.weight.data(), *scale = norm.scale.data();
+    const float *w = conv.matrix.data(), *scale = norm.scale.data();
     return PackedWeightOf<E>(outputs, inputs, [=](int64_t o, int64_t i) { return w[o * inputs + i] * scale[o]; });
   }
 };
 
-using InvertedResidualWeights = InvertedResidualWeightsOf<float>;
-
-template <typename T, int Act>
+template <typename T, typename E, int Act>
 class InvertedResidualForward {
-  using E = Multiplied<T>;
   using Weights = InvertedResidualWeightsOf<E>;
 
  public:
   InvertedResidualForward(const Weights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y)
       : w_(w), s_(w.shape(batch, height, width)), x_(x), y_(y) {}
 
-  // With a handful of rows a thread, the rows that two ranges both expand cost more than passing the filtered map from thread to thread.
+  // With a handful of rows a thread, the rows that two ranges both expand cost more than passing the filtered map from
+  // thread to thread.
   void run() const {
     if (s_.batch * s_.out_height() < 6 * torch::stable::get_num_threads() && s_.pixels() <= 4096)
       by_channels();
@@ -136,55 +139,65 @@ class InvertedResidualForward {
   }
 
  private:
-
   // Large maps: a task is a range of rows of one image, and a ring holds the expanded rows that the taps need.
   void by_rows() const {
-    const int64_t pixel = tile_stride(s_.wide), row_floats = s_.width * pixel, out_width = s_.out_width(), d = s_.dilation;
-    const int64_t ranges = std::clamp<int64_t>((torch::stable::get_num_threads() + s_.batch - 1) / s_.batch, 1, s_.out_height());
-    for_each_range(s_.batch, s_.out_height(), ranges, parts_for(s_.batch * ranges), [&](int64_t, int64_t image, Range range) {
-      const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
-      const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1, ring_floats = Ring::floats(slots, s_.width, d, pixel);
-      float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
-      E *filtered = tile_of<E>(memory + ring_floats), *narrow = filtered + tile * out_width * pixel;
-      const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
-      int64_t next = 0;  // the first row that is not expanded yet
-      for (int64_t first = range.begin; first < range.end; first += tile) {
-        const int64_t last = std::min(first + tile, range.end);
-        next = std::max({next, first * s_.stride - d, int64_t(0)});
-        for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
-          float* out = ring.row(next);
-          const RowsOf<E> in = as_rows(x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, narrow);
-          expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
-        }
-        for (int64_t row = first; row < last; ++row)
-          filter(ring, row, filtered + (row - first) * out_width * pixel, {0, lanes_of(s_.wide)}, pixel, pixel);
-        project(filtered, pixel, image * s_.out_pixels() + first * out_width, (last - first) * out_width, w_.project.panels());
-      }
-    });
+    const int64_t pixel = tile_stride(s_.expanded), row_floats = s_.width * pixel, out_width = s_.out_width(),
+                  d = s_.dilation;
+    const int64_t ranges =
+        std::clamp<int64_t>((torch::stable::get_num_threads() + s_.batch - 1) / s_.batch, 1, s_.out_height());
+    for_each_range(
+        s_.batch, s_.out_height(), ranges, parts_for(s_.batch * ranges), [&](int64_t, int64_t image, Range range) {
+          const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
+          const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1,
+                        ring_floats = Ring::floats(slots, s_.width, d, pixel);
+          float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
+          E *filtered = tile_of<E>(memory + ring_floats), *converted = filtered + tile * out_width * pixel;
+          const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
+          int64_t next = 0;  // the first row that is not expanded yet
+          for (int64_t first = range.begin; first < range.end; first += tile) {
+            const int64_t last = std::min(first + tile, range.end);
+            next = std::max({next, first * s_.stride - d, int64_t(0)});
+            for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
+              float* out = ring.row(next);
+              const RowsOf<E> in = as_rows(
+                  x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, converted);
+              expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
+            }
+            for (int64_t row = first; row < last; ++row)
+              filter(ring, row, filtered + (row - first) * out_width * pixel, {0, lanes_of(s_.expanded)}, pixel, pixel);
+            project(
+                filtered, pixel, image * s_.out_pixels() + first * out_width, (last - first) * out_width,
+                w_.project.panels());
+          }
+        });
   }
 
-  // Small maps: a task is a few channels of one image, so that it reads its part of the weights once and no row is expanded twice;
-  // the projection follows when all channels are there.
+  // Small maps: a task is a few channels of one image, so that it reads its part of the weights once and no row is
+  // expanded twice; the projection follows when all channels are there.
   void by_channels() const {
-    const int64_t pixels = s_.pixels(), d = s_.dilation, panels = w_.expand.panels().size(), threads = torch::stable::get_num_threads();
+    const int64_t pixels = s_.pixels(), d = s_.dilation, panels = w_.expand.panels().size(),
+                  threads = torch::stable::get_num_threads();
     const int64_t bordered = (s_.height + 1) * (s_.width + 2 * d);
     const int64_t fitting = std::clamp<int64_t>(kTileFloats / (bordered * kPanel), 1, panels);
     // As many chunks as fill all threads evenly.
     const int64_t tasks = round_up(s_.batch * ((panels + fitting - 1) / fitting), threads);
     const int64_t chunks = std::clamp<int64_t>(tasks / s_.batch, 1, panels);
-    const int64_t widest = (panels + chunks - 1) / chunks * kPanel, hidden = tile_stride(s_.wide);
+    const int64_t widest = (panels + chunks - 1) / chunks * kPanel, hidden = tile_stride(s_.expanded);
     E* filtered = tile_of<E>(workspace<1>(s_.out_rows() * hidden));
     for_each_range(s_.batch, panels, chunks, parts_for(s_.batch * chunks), [&](int64_t, int64_t image, Range range) {
-      const Range channels{range.begin * kPanel, std::min(range.end * kPanel, lanes_of(s_.wide))};
+      const Range channels{range.begin * kPanel, std::min(range.end * kPanel, lanes_of(s_.expanded))};
       const int64_t pixel = tile_stride(channels.size()), ring_floats = Ring::floats(s_.height, s_.width, d, pixel);
-      float* memory = workspace(Ring::floats(s_.height, s_.width, d, tile_stride(widest)) + pixels * lanes_of(s_.inputs));
+      float* memory =
+          workspace(Ring::floats(s_.height, s_.width, d, tile_stride(widest)) + pixels * lanes_of(s_.inputs));
       const Ring ring(memory, s_.height, s_.height, s_.width, d, pixel);
-      const RowsOf<E> in = as_rows(x_ + image * pixels * s_.inputs, s_.inputs, pixels, s_.inputs, tile_of<E>(memory + ring_floats));
+      const RowsOf<E> in =
+          as_rows(x_ + image * pixels * s_.inputs, s_.inputs, pixels, s_.inputs, tile_of<E>(memory + ring_floats));
       expand(in, pixels, range, [&](int64_t r, int64_t c) {
         return ring.row(0) + (r + r / s_.width * 2 * d) * pixel + c - channels.begin;
       });
       for (int64_t row = 0; row < s_.out_height(); ++row)
-        filter(ring, row, filtered + (image * s_.out_height() + row) * s_.out_width() * hidden, channels, pixel, hidden);
+        filter(
+            ring, row, filtered + (image * s_.out_height() + row) * s_.out_width() * hidden, channels, pixel, hidden);
     });
     for_each_block(s_.out_rows(), w_.project, [&](Range rows, Range outputs) {
       project(filtered + rows.begin * hidden, hidden, rows.begin, rows.size(), outputs);
@@ -206,9 +219,11 @@ class InvertedResidualForward {
     for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(row * s_.stride + (t - 1) * s_.dilation);
     const float *shift = w_.filter_shift.data() + channels.begin, *taps = w_.taps.data() + channels.begin * 9;
     out += channels.begin;
-    filter_row(rows, pixel, channels.size(), s_.out_width(), s_.stride, s_.dilation, taps, [=](int64_t column, int64_t c, Vec sum) {
-      store(out + column * out_pixel + c, activate<Act>(sum + load(shift + c)));
-    });
+    filter_row(
+        rows, pixel, channels.size(), s_.out_width(), s_.stride, s_.dilation, taps,
+        [=](int64_t column, int64_t c, Vec sum) {
+          store(out + column * out_pixel + c, activate<Act>(sum + load(shift + c)));
+        });
   }
 
   void project(const E* filtered, int64_t pixel, int64_t first, int64_t rows, Range panels) const {
@@ -230,10 +245,12 @@ class InvertedResidualForward {
 };
 
 // y (batch, height / stride, width / stride, outputs) from x (batch, height, width, inputs).
-template <typename T>
-void inverted_residual_forward(const InvertedResidualWeightsOf<Multiplied<T>>& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y) {
+template <typename E, typename T>
+void evaluate_inverted_residual(
+    const InvertedResidualWeightsOf<E>& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y) {
   if (batch * height * width * w.outputs == 0) return;
-  dispatch_activation(w.act, [&](auto act) { InvertedResidualForward<T, act>(w, x, batch, height, width, y).run(); });
+  dispatch_activation(
+      w.act, [&](auto act) { InvertedResidualForward<T, E, act>(w, x, batch, height, width, y).run(); });
 }
 
 }  // namespace mvit3

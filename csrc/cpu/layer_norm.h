@@ -1,6 +1,6 @@
-// Layer normalisation of each token over its channels, or of each sample over all of its values (one-group group normalisation), in
-// front of a linear map: the scale and the shift of the norm are folded into the map (identity C of the design), so what a tile holds
-// is (x - mean) / deviation.
+// Layer normalisation of each token over its channels, or of each sample over all of its values (one-group group
+// normalisation), in front of a linear map: the scale and the shift of the norm are folded into the map (identity C of
+// the design), so what a tile holds is (x - mean) / deviation.
 #pragma once
 
 #include <array>
@@ -19,26 +19,40 @@ struct Tokens {
   int64_t norms(bool per_sample) const { return per_sample ? samples : total(); }
 };
 
+// Mean and 1 / deviation of each token or sample, float32: an output forward, an argument backward.
+struct NormStatistics {
+  Tensor mean, rstd;
+
+  static NormStatistics empty(const Tensor& x, int64_t count) {
+    const auto floats = [&] { return torch::stable::new_empty(x, {count}, ScalarType::Float); };
+    return {floats(), floats()};
+  }
+  NormStatistics checked(int64_t count) const {
+    return {contiguous_kept("mean", mean, {count}), contiguous_kept("rstd", rstd, {count})};
+  }
+};
+
 // The sum of the lanes, in float64.
-MVIT3_INLINE double sum_lanes(Wide wide) {
-  NativeDouble sum = wide.part[0];
-  for (int i = 1; i < 2 * kParts; ++i) sum += wide.part[i];
+MVIT3_INLINE double sum_lanes(DoubleVec v) {
+  NativeDouble sum = v.part[0];
+  for (int i = 1; i < 2 * kParts; ++i) sum += v.part[i];
   double total = 0;
   for (int i = 0; i < kWidth / 2; ++i) total += sum[i];
   return total;
 }
 
-MVIT3_INLINE double sum_lanes(Vec v) { return sum_lanes(widen(v)); }
+MVIT3_INLINE double sum_lanes(Vec v) { return sum_lanes(to_doubles(v)); }
 
 // Of the last values of a row, less than a vector.
 template <typename T>
 MVIT3_INLINE RunMoments tail_moments(const T* values, int64_t count, Vec pivot) {
-  return RunMoments::of(1, pivot, [&](int64_t) { return load_some(values, count, pivot); });  // the padding has no distance
+  return RunMoments::of(
+      1, pivot, [&](int64_t) { return load_some(values, count, pivot); });  // the padding has no distance
 }
 
 // Of one row: the mean first, then the distances to it, which a large mean does not harm.
 template <typename T>
-MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
+MVIT3_INLINE Moments row_moments(const T* row, int64_t channels) {
   const int64_t full = channels / kLanes * kLanes, left = channels - full;
   Vec sum = 0.0f;
   for (int64_t c = 0; c < full; c += kLanes) sum += load(row + c);
@@ -50,13 +64,14 @@ MVIT3_INLINE Spread row_spread(const T* row, int64_t channels) {
     all.sum += tail.sum;
     all.square += tail.square;
   }
-  return Spread::about(centre, double(channels), sum_lanes(all.sum), sum_lanes(all.square));
+  return Moments::about(centre, double(channels), sum_lanes(all.sum), sum_lanes(all.square));
 }
 
 // Of `count` values that lie one behind the other, by their distances to the first one.
 template <typename T>
-Spread spread(const T* x, int64_t count) {
-  constexpr int64_t kRun = 64, kChains = 4;  // vectors that float32 sums up; independent sums, for the latency of an addition
+Moments moments_of(const T* x, int64_t count) {
+  constexpr int64_t kRun = 64,
+                    kChains = 4;  // vectors that float32 sums up; independent sums, for the latency of an addition
   const float first = count > 0 ? to_float(x[0]) : 0.0f, pivot = std::isfinite(first) ? first : 0.0f;
   const int64_t vectors = count / kLanes, left = count % kLanes;
   RunMoments all{};
@@ -68,7 +83,7 @@ Spread spread(const T* x, int64_t count) {
     add(RunMoments::of<kChains>(
         std::min(kRun, vectors - begin), pivot, [&](int64_t i) { return load(x + (begin + i) * kLanes); }));
   if (left) add(tail_moments(x + vectors * kLanes, left, pivot));
-  return Spread::about(pivot, double(count), sum_lanes(all.sum), sum_lanes(all.square));
+  return Moments::about(pivot, double(count), sum_lanes(all.sum), sum_lanes(all.square));
 }
 
 // A map and the statistics of its norm: `mean` and `rstd` of each token or of each sample.
@@ -78,6 +93,8 @@ class NormedMap {
   // Where the norm is per token, `mean` and `rstd` may be null: nothing is kept then.
   NormedMap(const T* x, const Tokens& tokens, bool per_sample, float* mean, float* rstd)
       : x_(x), tokens_(tokens), per_sample_(per_sample), mean_(mean), rstd_(rstd) {}
+  NormedMap(const T* x, const Tokens& tokens, bool per_sample, const NormStatistics& kept)
+      : NormedMap(x, tokens, per_sample, mutable_data_of<float>(kept.mean), mutable_data_of<float>(kept.rstd)) {}
 
   const Tokens& tokens() const { return tokens_; }
   const T* row(int64_t r) const { return x_ + r * tokens_.channels; }
@@ -87,26 +104,27 @@ class NormedMap {
   void measure(double eps) const {
     if (!per_sample_ || tokens_.total() == 0) return;
     const int64_t pieces = (tokens_.rows + kTileRows - 1) / kTileRows, tasks = tokens_.samples * pieces;
-    thread_local std::vector<Spread> memory;
-    memory.assign(tasks, Spread{});
-    Spread* spreads = memory.data();  // a thread_local would be another one in each thread
+    thread_local std::vector<Moments> memory;
+    memory.assign(tasks, Moments{});
+    Moments* moments = memory.data();  // a thread_local would be another one in each thread
     const int64_t parts = std::min(tasks, count_parts(tokens_.total() * tokens_.channels));
     for_each_part(parts, [&](int64_t part) {
       const Range mine = part_range(tasks, part, parts);
       for (int64_t task = mine.begin; task < mine.end; ++task) {
         const Range range = part_range(tokens_.rows, task % pieces, pieces);
-        spreads[task] = spread(row(task / pieces * tokens_.rows + range.begin), range.size() * tokens_.channels);
+        moments[task] = moments_of(row(task / pieces * tokens_.rows + range.begin), range.size() * tokens_.channels);
       }
     });
     for (int64_t sample = 0; sample < tokens_.samples; ++sample) {
-      Spread whole;
-      for (int64_t piece = 0; piece < pieces; ++piece) whole.join(spreads[sample * pieces + piece]);
+      Moments whole;
+      for (int64_t piece = 0; piece < pieces; ++piece) whole.join(moments[sample * pieces + piece]);
       mean_[sample] = float(whole.mean);
       rstd_[sample] = whole.rstd(eps);
     }
   }
 
-  // The normalised rows, `stride` apart, zero from the last channel to the next whole vector. The first time, tokens are measured.
+  // The normalised rows, `stride` apart, zero from the last channel to the next whole vector. The first time, tokens
+  // are measured.
   template <typename E>
   void normalise(int64_t first, int64_t count, double eps, E* out, int64_t stride) const {
     for (int64_t r = first; r < first + count; ++r, out += stride) {
@@ -114,8 +132,8 @@ class NormedMap {
         write(r, mean_[r / tokens_.rows], rstd_[r / tokens_.rows], out);
         continue;
       }
-      const Spread spread = row_spread(row(r), tokens_.channels);
-      const float mean = float(spread.mean), rstd = spread.rstd(eps);
+      const Moments moments = row_moments(row(r), tokens_.channels);
+      const float mean = float(moments.mean), rstd = moments.rstd(eps);
       if (mean_) {
         mean_[r] = mean;
         rstd_[r] = rstd;
@@ -146,13 +164,15 @@ class NormedMap {
   float *mean_, *rstd_;
 };
 
-// The gradient of the normalised rows to that of x: rstd (grad - mean(grad) - normalised mean(grad normalised)), and a residual's
-// gradient on top where there is one. Per sample the two means are known only at the end: until then dx holds the incoming gradient.
+// The gradient of the normalised rows to that of x: rstd (grad - mean(grad) - normalised mean(grad normalised)), and a
+// residual's gradient on top where there is one. Per sample the two means are known only at the end: until then dx
+// holds the incoming gradient.
 template <typename T>
 class NormedMapBackward {
  public:
   NormedMapBackward(const NormedMap<T>& map, const T* residual, T* dx, int64_t parts)
-      : map_(map), residual_(residual), dx_(dx), sums_(accumulators<double>(parts, map.per_sample() ? 2 * map.tokens().samples : 1)) {}
+      : map_(map), residual_(residual), dx_(dx),
+        sums_(accumulators<double>(parts, map.per_sample() ? 2 * map.tokens().samples : 1)) {}
 
   // Rows `stride` apart: grads zero behind the last channel.
   template <typename E>
@@ -169,10 +189,13 @@ class NormedMapBackward {
         double* sums = sums_[part].data() + r / map_.tokens().rows * 2;
         sums[0] += sum_lanes(sum);
         sums[1] += sum_lanes(dot);
-        for (int64_t c = 0; c < channels; c += kLanes) store_some(dx_ + r * channels + c, load(grads + c), channels - c);
+        for (int64_t c = 0; c < channels; c += kLanes)
+          store_some(dx_ + r * channels + c, load(grads + c), channels - c);
       } else {
         const float offset = float(sum_lanes(sum) / double(channels)), slope = float(sum_lanes(dot) / double(channels));
-        correct(r, offset, slope, [&](int64_t c) { return load(grads + c); }, [&](int64_t c) { return load(normalised + c); });
+        correct(
+            r, offset, slope, [&](int64_t c) { return load(grads + c); },
+            [&](int64_t c) { return load(normalised + c); });
       }
     }
   }

@@ -19,7 +19,8 @@ class Pool {
  public:
   Pool() {
     const int64_t physical = int64_t(sysconf(_SC_PHYS_PAGES)) * page_;
-    void* p = mmap(nullptr, size_t(physical), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* p =
+        mmap(nullptr, size_t(physical), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) return;
 #if defined(MADV_HUGEPAGE)
     madvise(p, size_t(physical), MADV_HUGEPAGE);  // a hint: failure changes nothing
@@ -31,7 +32,8 @@ class Pool {
     bytes = (bytes + page_ - 1) / page_ * page_;
     const std::lock_guard<std::mutex> lock(mutex_);
     // First fit: ranges at low addresses are used again, those at high ones stay untouched.
-    const auto found = std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= bytes; });
+    const auto found =
+        std::find_if(free_.begin(), free_.end(), [&](const auto& range) { return range.second >= bytes; });
     if (found == free_.end()) return nullptr;
     const auto [begin, size] = *found;
     free_.erase(found);
@@ -71,7 +73,8 @@ class Pool {
   }
 
  private:
-  const int64_t page_ = sysconf(_SC_PAGESIZE);  // 4 KiB on most systems, up to 64 KiB on some: what is given back are whole pages
+  const int64_t page_ =
+      sysconf(_SC_PAGESIZE);  // 4 KiB on most systems, up to 64 KiB on some: what is given back are whole pages
   std::mutex mutex_;
   std::map<char*, int64_t> free_, taken_;
   char* touched_ = nullptr;  // the end of what has ever been handed out

@@ -1,8 +1,8 @@
 // Memory for large tensors that stays with the process when they are freed.
 //
-// A fresh buffer costs a page fault per page, in which the system clears it: for the maps of a training step, a tenth of the step's
-// time. Here a freed range is handed out again, joined with its free neighbours, so that the second step meets no faults; what the
-// process holds is the most that was in use at a time, and the gaps between.
+// A fresh buffer costs a page fault per page, in which the system clears it: for the maps of a training step, a tenth
+// of the step's time. Here a freed range is handed out again, joined with its free neighbours, so that the second step
+// meets no faults; what the process holds is the most that was in use at a time, and the gaps between.
 #pragma once
 
 #include <cstdint>

@@ -8,17 +8,18 @@
 
 namespace mvit3 {
 
-// Number, mean and sum of squared distances to the mean of some values; sets of values join by the formula of Chan, Golub and LeVeque.
-struct Spread {
+// Number, mean and sum of squared distances to the mean of some values; sets of values join by the formula of Chan,
+// Golub and LeVeque.
+struct Moments {
   double count = 0, mean = 0, squares = 0;
 
   // From the sums of the values' distances to a pivot and of the distances squared.
-  static Spread about(double pivot, double count, double sum, double square) {
+  static Moments about(double pivot, double count, double sum, double square) {
     const double offset = count > 0 ? sum / count : 0;
     return {count, pivot + offset, square - sum * offset};
   }
 
-  void join(const Spread& other) {
+  void join(const Moments& other) {
     if (other.count == 0) return;
     const double total = count + other.count, delta = other.mean - mean;
     if (std::isfinite(delta)) {
@@ -37,22 +38,23 @@ struct Spread {
 
 // Sums over a run of values, for each lane, of the distance to a pivot and of the distance squared.
 struct RunMoments {
-  Wide sum, square;
+  DoubleVec sum, square;
 
   // Of value(0) .. value(count - 1), in float64.
   template <typename Value>
-  static MVIT3_INLINE RunMoments wide(int64_t count, Wide pivot, const Value& value) {
+  static MVIT3_INLINE RunMoments in_float64(int64_t count, DoubleVec pivot, const Value& value) {
     RunMoments run{};
     for (int64_t i = 0; i < count; ++i) {
-      const Wide distance = widen(value(i)) - pivot;
+      const DoubleVec distance = to_doubles(value(i)) - pivot;
       run.sum += distance;
       run.square = fma(distance, distance, run.square);
     }
     return run;
   }
 
-  // The same of a short run in float32, which is exact enough for it, in `Chains` independent sums. Where float32 cannot hold the squares,
-  // as of values about 1e19 apart, they are taken again in float64: this is what every norm of a kernel but batch_norm_act's is made from.
+  // The same of a short run in float32, which is exact enough for it, in `Chains` independent sums. Where float32
+  // cannot hold the squares, as of values about 1e19 apart, they are taken again in float64: this is what every norm of
+  // a kernel but batch_norm_act's is made from.
   template <int Chains = 1, typename Value>
   static MVIT3_INLINE RunMoments of(int64_t count, Vec pivot, const Value& value) {
     Vec sum[Chains], square[Chains];
@@ -70,8 +72,8 @@ struct RunMoments {
         sum[k] += sum[k + width];
         square[k] += square[k + width];
       }
-    if (__builtin_expect(all_finite(square[0]), true)) return {widen(sum[0]), widen(square[0])};
-    return wide(count, widen(pivot), value);
+    if (__builtin_expect(all_finite(square[0]), true)) return {to_doubles(sum[0]), to_doubles(square[0])};
+    return in_float64(count, to_doubles(pivot), value);
   }
 };
 
@@ -92,11 +94,13 @@ void add_columns(const T* rows, int64_t stride, int64_t count, int64_t columns, 
     });
 }
 
-// Sums of one thread, in float64, of each channel's distance to its pivot and of the distance squared. The pivot is about the mean, so
-// that little is left to cancel: the mean of the first run of rows, taken by distances to the first row, which leaves a constant exact.
+// Sums of one thread, in float64, of each channel's distance to its pivot and of the distance squared. The pivot is
+// about the mean, so that little is left to cancel: the mean of the first run of rows, taken by distances to the first
+// row, which leaves a constant exact.
 class ChannelSums {
  public:
-  explicit ChannelSums(int64_t channels) : channels_(channels), pivot_(lanes(), 0.0f), sum_(lanes(), 0.0), square_(lanes(), 0.0) {}
+  explicit ChannelSums(int64_t channels)
+      : channels_(channels), pivot_(lanes(), 0.0f), sum_(lanes(), 0.0), square_(lanes(), 0.0) {}
 
   // `count` rows, the first at `rows`.
   template <typename T>
@@ -106,13 +110,15 @@ class ChannelSums {
     for (int64_t c = 0; c < channels_; c += kLanes) {
       const Vec pivot = load(pivot_.data() + c);
       for_each_run(count, [&](int64_t first, int64_t last) {
-        add_run(c, RunMoments::of(last - first, pivot, [&](int64_t i) { return load_some(rows + (first + i) * stride + c, channels_ - c); }));
+        add_run(c, RunMoments::of(last - first, pivot, [&](int64_t i) {
+                  return load_some(rows + (first + i) * stride + c, channels_ - c);
+                }));
       });
     }
   }
 
-  // The same in steps, for a kernel that has the values in registers: how many rows will follow, beginning with a first row that gives the
-  // pivots (only `add_run` for the first time needs them), then the sums of short runs of rows.
+  // The same in steps, for a kernel that has the values in registers: how many rows will follow, beginning with a first
+  // row that gives the pivots (only `add_run` for the first time needs them), then the sums of short runs of rows.
   bool empty() const { return count_ == 0; }
   void count(int64_t rows) { count_ += rows; }
   void set_pivot(int64_t c, Vec value) { store(pivot_.data() + c, finite_or_zero(value)); }
@@ -125,8 +131,9 @@ class ChannelSums {
   // Puts the sums of all threads together.
   static void combine(const std::vector<ChannelSums>& parts, Values& mean, Values& var) {
     for (size_t c = 0; c < mean.size(); ++c) {
-      Spread all;
-      for (const ChannelSums& part : parts) all.join(Spread::about(part.pivot_[c], double(part.count_), part.sum_[c], part.square_[c]));
+      Moments all;
+      for (const ChannelSums& part : parts)
+        all.join(Moments::about(part.pivot_[c], double(part.count_), part.sum_[c], part.square_[c]));
       mean[c] = all.mean;
       var[c] = all.variance();
     }

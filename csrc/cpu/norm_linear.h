@@ -1,7 +1,8 @@
-// y = W norm(x) + b. The norm's scale and shift are part of the weight and the bias (identity C of the design); the normalised rows
-// exist in tiles only.
+// y = W norm(x) + b. The norm's scale and shift are part of the weight and the bias (identity C of the design); the
+// normalised rows exist in tiles only.
 #pragma once
 
+#include "../op_arguments.h"
 #include "layer_norm.h"
 
 namespace mvit3 {
@@ -9,38 +10,45 @@ namespace mvit3 {
 // The parameters of a norm and of the linear map behind it, as the op receives them.
 struct NormLinearParameters {
   int64_t inputs, outputs;
-  Values gamma, beta;
+  Values norm_weight, norm_bias;
   FloatMatrix weight;
   Scratch<float> bias;
 
+  // `weight_name` and `bias_name` are those of the linear map.
   NormLinearParameters(
-      const Tensor& norm_weight, const Tensor& norm_bias, const std::string& name, const Tensor& weight, const std::string& bias_name,
-      const std::optional<Tensor>& bias, int64_t inputs)
-      : inputs(inputs), outputs(outputs_of(name, weight)), gamma(read_channels("norm_weight", norm_weight, inputs)),
-        beta(read_channels("norm_bias", norm_bias, inputs)), weight(name, weight, outputs, inputs),
-        bias(read_vector(bias_name, bias, outputs)) {}
+      const LayerNormArguments& norm, const std::string& weight_name, const std::string& bias_name,
+      const LinearArguments& linear, int64_t inputs)
+      : inputs(inputs), outputs(outputs_of(weight_name, linear.weight)),
+        norm_weight(read_channels("norm_weight", norm.weight, inputs)),
+        norm_bias(read_channels("norm_bias", norm.bias, inputs)), weight(weight_name, linear.weight, outputs, inputs),
+        bias(read_vector(bias_name, linear.bias, outputs)) {}
 
   // Scale and shift as float32, padded with zeros.
-  Scratch<float> scale() const { return padded(gamma); }
-  Scratch<float> shift() const { return padded(beta); }
+  Scratch<float> scale() const { return padded(norm_weight); }
+  Scratch<float> shift() const { return padded(norm_bias); }
 
-  // b + W beta
+  // b + W norm_bias
   Scratch<float> folded_bias() const {
     Scratch<float> out(std::max<int64_t>(lanes_of(outputs), 1), 0.0f);
     const Scratch<float> shift = this->shift();
     for_each_output([&](int64_t o) {
       Vec sum = 0.0f;
-      for (int64_t c = 0; c < inputs; c += kLanes) sum = fma(load_some(weight.data() + o * inputs + c, inputs - c), load(shift.data() + c), sum);
+      for (int64_t c = 0; c < inputs; c += kLanes)
+        sum = fma(load_some(weight.data() + o * inputs + c, inputs - c), load(shift.data() + c), sum);
       out[o] = float(bias[o] + sum_lanes(sum));
     });
     return out;
   }
 
-  // W gamma and its transpose.
+  // W norm_weight and its transpose.
   template <typename E>
-  PackedWeightOf<E> packed() const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs, inputs, scale().data()); }
+  PackedWeightOf<E> packed() const {
+    return PackedWeightOf<E>::rows(weight.data(), outputs, inputs, inputs, scale().data());
+  }
   template <typename E>
-  PackedWeightOf<E> transposed() const { return PackedWeightOf<E>::columns(weight.data(), inputs, outputs, inputs, scale().data()); }
+  PackedWeightOf<E> transposed() const {
+    return PackedWeightOf<E>::columns(weight.data(), inputs, outputs, inputs, scale().data());
+  }
 
  private:
   static Scratch<float> padded(const Values& values) {
@@ -68,8 +76,6 @@ struct NormLinearWeightsOf {
   explicit NormLinearWeightsOf(const NormLinearParameters& p) : weight(p.packed<E>()), bias(p.folded_bias()) {}
 };
 
-using NormLinearWeights = NormLinearWeightsOf<float>;
-
 // y, (rows of the map, outputs). Statistics that the map has no memory for are not kept.
 template <typename E, typename T>
 void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeightsOf<E>& w, T* y) {
@@ -82,21 +88,24 @@ void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeightsOf<E>
       x.normalise(first, count, eps, tile, lanes);
       multiply(tile, lanes, count, w.weight, panels, [&](int64_t r, int64_t o, Vec sums) {
         T* out = y + (first + r) * outputs + o;
-        prefetch_to_write(out + kPanel);  // of the panel that comes next: waiting for its lines would cost a tenth of the product
+        prefetch_to_write(
+            out + kPanel);  // of the panel that comes next: waiting for its lines would cost a tenth of the product
         store_some(out, sums + load(w.bias.data() + o), outputs - o);
       });
     }
   });
 }
 
-// Gradients of the parameters from those of the folded ones: `products` (one a part, outputs x lanes of the inputs) sum to the gradient of
-// the folded weight, dbias is that of the bias. As W gamma is the folded weight and b + W beta the folded bias, every part of the norm's
-// own gradient is a sum over a column of the weight.
+// Gradients of the parameters from those of the folded ones: `products` (one a part, outputs x lanes of the inputs) sum
+// to the gradient of the folded weight, dbias is that of the bias. As W norm_weight is the folded weight and b + W
+// norm_bias the folded bias, every part of the norm's own gradient is a sum over a column of the weight.
 struct NormLinearGradients {
   Tensor dweight;
-  Values dgamma, dbeta;
+  Values dnorm_weight, dnorm_bias;
 
-  NormLinearGradients(const NormLinearParameters& p, const std::vector<Scratch<float>>& products, const Values& dbias, const Tensor& like)
+  NormLinearGradients(
+      const NormLinearParameters& p, const std::vector<Scratch<float>>& products, const Values& dbias,
+      const Tensor& like)
       : dweight(torch::stable::new_empty(like, like.sizes())) {
     const int64_t lanes = lanes_of(p.inputs), ranges = count_parts(p.outputs * p.inputs);
     const Scratch<float> scale = p.scale(), shift = p.shift();
@@ -115,14 +124,16 @@ struct NormLinearGradients {
             const Vec weight = load_some(p.weight.data() + o * p.inputs + c, p.inputs - c);
             accumulate(dscale + c, weight * product);
             accumulate(dshift + c, weight * bias);
-            store_some(out + o * p.inputs + c, fma(product, load(scale.data() + c), bias * load(shift.data() + c)), p.inputs - c);
+            store_some(
+                out + o * p.inputs + c, fma(product, load(scale.data() + c), bias * load(shift.data() + c)),
+                p.inputs - c);
           }
         }
       });
     });
     const Values all = add_up(sums, 2 * lanes);
-    dgamma.assign(all.begin(), all.begin() + p.inputs);
-    dbeta.assign(all.begin() + lanes, all.begin() + lanes + p.inputs);
+    dnorm_weight.assign(all.begin(), all.begin() + p.inputs);
+    dnorm_bias.assign(all.begin() + lanes, all.begin() + lanes + p.inputs);
   }
 };
 

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "amx.h"
+
 namespace mvit3 {
 
 struct Range {
@@ -13,18 +15,22 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// How many parts `elements` of work are worth: one per thread of torch's pool, fewer where a part would be too small to pay.
+// How many parts `elements` of work are worth: one per thread of torch's pool, fewer where a part would be too small to
+// pay.
 inline int64_t count_parts(int64_t elements, int64_t least_per_part = 32768) {
   return std::clamp<int64_t>(elements / least_per_part, 1, torch::stable::get_num_threads());
 }
 
 // The part'th of `parts` almost equal ranges of 0..total.
-inline Range part_range(int64_t total, int64_t part, int64_t parts) { return {total * part / parts, total * (part + 1) / parts}; }
+inline Range part_range(int64_t total, int64_t part, int64_t parts) {
+  return {total * part / parts, total * (part + 1) / parts};
+}
 
 // f(part) for every part, on torch's own thread pool. `f` must not throw.
 template <typename F>
 void for_each_part(int64_t parts, const F& f) {
   const auto run = [&](int64_t begin, int64_t end) {
+    const amx::Share share;
     for (int64_t part = begin; part < end; ++part) f(part);
   };
   if (parts == 1)

@@ -1,9 +1,12 @@
-// patch_attention: multi-head softmax attention among the pixels that share their position inside a patch. Forward core and geometry.
+// patch_attention: multi-head softmax attention among the pixels that share their position inside a patch. Forward core
+// and geometry.
 //
-// Unfold and fold are index arithmetic: a head of a group of pixels is copied to dense rows in a thread's cache (and converted to float32
-// there), and the result is written where the pixels lie. The vector lanes are queries: scores are S^T[key][query], so that neither a
-// head width nor a number of keys is padded, the softmax runs along rows, and keys and values are read by the micro-kernel as they are.
-// Scores are in units of log 2. Many keys are taken in blocks, with the running maximum and sum of the online softmax.
+// Unfold and fold are index arithmetic: a head of a group of pixels is copied to dense rows in a thread's cache (and
+// converted to float32 there), and the result is written where the pixels lie. The vector lanes are queries: scores are
+// S^T[key][query], so that neither a head width nor a number of keys is padded, the softmax runs along rows, and keys
+// and values are read by the micro-kernel as they are. Scores are in units of log 2. Many keys are taken in blocks,
+// with the running maximum and sum of the online softmax. Products of bfloat16 read copies of the keys and of the
+// transposed values, which are made once for all blocks of queries, and the exponentials in pairs of keys.
 #pragma once
 
 #include <cmath>
@@ -14,13 +17,15 @@
 
 namespace mvit3 {
 
-// The pixels of one image that share their position inside a patch, as one head sees them, are a group: its tokens attend to each other.
+// The pixels of one image that share their position inside a patch, as one head sees them, are a group: its tokens
+// attend to each other.
 struct PatchGroups {
   int64_t batch, height, width, heads, dim, patch_height, patch_width;
 
   int64_t channels() const { return heads * dim; }
   int64_t tokens() const { return (height / patch_height) * (width / patch_width); }
-  int64_t per_image() const { return patch_height * patch_width * heads; }
+  int64_t positions() const { return patch_height * patch_width; }
+  int64_t per_image() const { return positions() * heads; }
   int64_t groups() const { return batch * per_image(); }
   int64_t channel(int64_t group) const { return group % heads * dim; }
   // Of maps of `parts` times D channels.
@@ -33,8 +38,9 @@ struct PatchGroups {
   // f(i, pixel) for tokens first..first+count-1 of a group: the i'th of them is that pixel of the whole map.
   template <typename F>
   MVIT3_INLINE void for_each_token(int64_t group, int64_t first, int64_t count, const F& f) const {
-    const int64_t position = group / heads % (patch_height * patch_width), columns = width / patch_width;
-    int64_t row = group / per_image() * height + first / columns * patch_height + position / patch_width, column = first % columns;
+    const int64_t position = group / heads % positions(), columns = width / patch_width;
+    int64_t row = group / per_image() * height + first / columns * patch_height + position / patch_width,
+            column = first % columns;
     for (int64_t i = 0; i < count; ++i) {
       f(i, row * width + column * patch_width + position % patch_width);
       if (++column == columns) column = 0, row += patch_height;
@@ -44,12 +50,12 @@ struct PatchGroups {
   // Floats of a group's tokens as dense rows, the last of which may be followed by up to a vector of anything.
   int64_t rows_floats() const { return round_up(tokens() * dim + kLanes, kLanes); }
 
-  // How many heads to load at once, if a head takes that many floats: what lies together in a pixel is best read together, and should
-  // stay in the second-level cache.
+  // How many heads to load at once, if a head takes that many floats: what lies together in a pixel is best read
+  // together, and should stay in the second-level cache.
   int64_t heads_at_once(int64_t floats) const { return std::clamp<int64_t>(kTileFloats / floats, 1, heads); }
 
-  // All tokens of `count` groups, the heads from that of `group` on, from a map x of `parts` times D channels, as dense float32 rows:
-  // part p of the i'th group begins at rows + (i * parts + p) * rows_floats().
+  // All tokens of `count` groups, the heads from that of `group` on, from a map x of `parts` times D channels, as dense
+  // float32 rows: part p of the i'th group begins at rows + (i * parts + p) * rows_floats().
   template <typename T>
   void load_tokens(int64_t group, int64_t count, const T* x, int64_t parts, float* rows) const {
     const int64_t size = rows_floats();
@@ -71,7 +77,8 @@ struct PatchGroups {
     for_each_token(group, tokens.begin, tokens.size(), [&](int64_t, int64_t pixel) {
       for (int64_t p = 0; p < parts; ++p) {
         const T* source = x + (pixel * parts + p) * channels() + channel(group);
-        for (auto line = reinterpret_cast<uintptr_t>(source) & ~(kLine - 1); line < reinterpret_cast<uintptr_t>(source + count * dim); line += kLine)
+        for (auto line = reinterpret_cast<uintptr_t>(source) & ~(kLine - 1);
+             line < reinterpret_cast<uintptr_t>(source + count * dim); line += kLine)
           prefetch(reinterpret_cast<const void*>(line));
       }
     });
@@ -79,23 +86,28 @@ struct PatchGroups {
 
   // The way back, from rows of lanes_of(dim) floats, each times factor(i).
   template <typename T, typename Factor>
-  void store_tokens(int64_t group, int64_t first, int64_t count, const float* rows, const Factor& factor, T* x, int64_t stride, int64_t channel) const {
+  void store_tokens(
+      int64_t group, int64_t first, int64_t count, const float* rows, const Factor& factor, T* x, int64_t stride,
+      int64_t channel) const {
     for_each_token(group, first, count, [&](int64_t i, int64_t pixel) {
       T* target = x + pixel * stride + channel;
       const Vec times = factor(i);
-      for (int64_t c = 0; c < dim; c += kLanes) store_some(target + c, load(rows + i * lanes_of(dim) + c) * times, dim - c);
+      for (int64_t c = 0; c < dim; c += kLanes)
+        store_some(target + c, load(rows + i * lanes_of(dim) + c) * times, dim - c);
     });
   }
 };
 
-// The groups that a thread loads next. Their pixels lie too far apart for the hardware to fetch them ahead of `load_tokens`, and asking for
-// all of them at once takes as long as reading them: so a share is fetched before every product of the groups at hand.
+// The groups that a thread loads next. Their pixels lie too far apart for the hardware to fetch them ahead of
+// `load_tokens`, and asking for all of them at once takes as long as reading them: so a share is fetched before every
+// product of the groups at hand.
 struct GroupsAhead {
   int64_t group = 0, count = 0;  // no groups: nothing to fetch
   int64_t share = 0, done = 0;   // tokens
 
   GroupsAhead() = default;
-  // After `before` groups from `first` on, whose work has `products` products each. The next heads of an image follow each other.
+  // After `before` groups from `first` on, whose work has `products` products each. The next heads of an image follow
+  // each other.
   GroupsAhead(const PatchGroups& g, int64_t first, int64_t before, int64_t at_once, int64_t products)
       : group(first + before), count(group < g.groups() ? std::min(at_once, g.heads - group % g.heads) : 0),
         share((g.tokens() + before * products - 1) / (before * products)) {}
@@ -113,8 +125,8 @@ struct GroupsAhead {
   static bool pays(int64_t bytes) { return bytes > int64_t(8) << 20; }
 };
 
-// Attention of blocks of kPanel queries; a group has blocks_per_group() of them.
-template <typename T>
+// Attention of blocks of kPanel queries; a group has blocks_per_group() of them. Products are made of E.
+template <typename T, typename E>
 class AttentionForward {
  public:
   static constexpr int64_t kKeys = 128;  // of a block of scores: 16 KiB
@@ -127,45 +139,109 @@ class AttentionForward {
   int64_t blocks() const { return g_.groups() * blocks_per_group(); }
 
   // The memory that `run` needs.
-  int64_t floats() const { return heads_at_once() * group_floats() + std::min(kKeys, g_.tokens()) * kPanel + 2 * g_.dim * kPanel + kPanel * lanes_of(g_.dim) + 2 * kPanel; }
+  int64_t floats() const {
+    return heads_at_once() * group_floats() + copies_floats() + std::min(kKeys, g_.tokens()) * kPanel +
+           2 * depth() * kPanel + kPanel * lanes_of(g_.dim) + 2 * kPanel;
+  }
 
   void run(Range blocks, float* memory) const {
     const int64_t per_group = blocks_per_group();
-    int64_t loaded = 0, end = 0;  // the groups in memory
+    int64_t loaded = 0, end = 0, copied = -1;  // the groups in memory; the one whose operands are
     GroupsAhead ahead;
+    E* copies = tile_of<E>(memory + heads_at_once() * group_floats());
+    float* rest = memory + heads_at_once() * group_floats() + copies_floats();
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const int64_t group = block / per_group, first = block % per_group * kPanel, count = std::min(kPanel, g_.tokens() - first);
+      const int64_t group = block / per_group, first = block % per_group * kPanel,
+                    count = std::min(kPanel, g_.tokens() - first);
       if (group >= end) {
         loaded = group;
-        end = group + std::min({heads_at_once(), g_.heads - group % g_.heads, (blocks.end - 1) / per_group - group + 1});
+        end =
+            group + std::min({heads_at_once(), g_.heads - group % g_.heads, (blocks.end - 1) / per_group - group + 1});
         g_.load_tokens(group, end - group, qkv_, 3, memory);
-        if (far_) ahead = GroupsAhead(g_, group, end - group, heads_at_once(), per_group * 2 * ((g_.tokens() + kKeys - 1) / kKeys));
+        if (far_)
+          ahead =
+              GroupsAhead(g_, group, end - group, heads_at_once(), per_group * 2 * ((g_.tokens() + kKeys - 1) / kKeys));
       }
       const float* tokens = memory + (group - loaded) * group_floats();
-      float* rest = memory + heads_at_once() * group_floats();
+      if (kCopies && group != copied) copy(tokens, copies);
+      copied = group;
       if (count > kLanes)
-        attend<kPanelVecs>(group, first, count, tokens, ahead, rest);
+        attend<kPanelVecs>(group, first, count, tokens, copies, ahead, rest);
       else
-        attend<1>(group, first, count, tokens, ahead, rest);
+        attend<1>(group, first, count, tokens, copies, ahead, rest);
     }
   }
 
  private:
+  static constexpr int64_t kDepth = Dot<E>::kDepth;
+  static constexpr bool kCopies = !std::is_same_v<E, float>;
+
   int64_t group_floats() const { return 3 * g_.rows_floats(); }
   int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
+
+  // Copies: keys as rows of `depth` elements, whole steps of a head, and values transposed, rows of `width` keys.
+  int64_t depth() const { return round_up(g_.dim, kDepth); }
+  int64_t width() const { return lanes_of(g_.tokens()); }
+  int64_t keys_size() const { return round_up(g_.tokens() * depth() + kLanes, 2 * kLanes); }
+  int64_t copies_floats() const { return kCopies ? keys_size() + g_.dim * width() : 0; }
+
+  void copy(const float* rows, E* copies) const {
+    const int64_t dim = g_.dim, tokens = g_.tokens();
+    const float *keys = rows + g_.rows_floats(), *values = keys + g_.rows_floats();
+    for (int64_t token = 0; token < tokens; ++token)
+      load_rows(keys + token * dim, 0, 1, dim, copies + token * depth(), 0);
+    E* out = copies + keys_size();
+    for (int64_t c = 0; c < dim; c += kLanes)
+      for (int64_t token = 0; token < tokens; token += kLanes) {
+        alignas(64) float square[kLanes * kLanes];
+        for (int64_t i = 0; i < kLanes; ++i)
+          store(
+              square + i * kLanes, token + i < tokens ? load_some(values + (token + i) * dim + c, dim - c) : Vec(0.0f));
+        transpose(square);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, dim - c); ++i)
+          store(out + (c + i) * width() + token, load(square + i * kLanes));
+      }
+  }
+
+  // Scaled queries as the second operand of a product, in their place or in `steps`.
+  template <int Vecs>
+  const E* in_steps(const float* queries, float* steps) const {
+    if constexpr (!kCopies) return queries;
+    E* out = tile_of<E>(steps);
+    for (int64_t c = 0; c < g_.dim; c += kDepth)
+      for (int v = 0; v < Vecs; ++v)
+        store_step(out + (c * Vecs + v * kDepth) * kLanes, [&](int64_t k) {
+          return c + k < g_.dim ? load(queries + ((c + k) * Vecs + v) * kLanes) : Vec(0.0f);
+        });
+    return out;
+  }
+
+  // Keys from `key` on and queries, for scores; transposed values from `key` on and the exponentials of `n` keys.
+  OperandsOf<E> of_scores(const float* rows, const E* copies, int64_t key, const E* queries, int64_t width) const {
+    if constexpr (!kCopies) return {rows + g_.rows_floats() + key * g_.dim, queries, g_.dim, 1, width, g_.dim};
+    return {copies + key * depth(), queries, depth(), kDepth, width * kDepth, depth() / kDepth};
+  }
+  OperandsOf<E> of_sums(
+      const float* rows, const E* copies, int64_t key, const E* weights, int64_t width, int64_t n) const {
+    if constexpr (!kCopies) return {rows + 2 * g_.rows_floats() + key * g_.dim, weights, 1, g_.dim, width, n};
+    return {copies + keys_size() + key, weights, this->width(), kDepth, width * kDepth, (n + kDepth - 1) / kDepth};
+  }
 
   void fetch(GroupsAhead& ahead) const {
     ahead.step(g_, [&](Range tokens) { g_.prefetch_tokens(ahead.group, ahead.count, tokens, qkv_, 3); });
   }
 
   template <int Vecs>
-  void attend(int64_t group, int64_t first, int64_t count, const float* rows, GroupsAhead& ahead, float* memory) const {
-    constexpr int64_t kWide = Vecs * kLanes;
+  void attend(
+      int64_t group, int64_t first, int64_t count, const float* rows, const E* copies, GroupsAhead& ahead,
+      float* memory) const {
+    constexpr int64_t kQueries = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens();
-    const float *keys = rows + g_.rows_floats(), *values = keys + g_.rows_floats();
-    float *scores = memory, *queries = scores + std::min(kKeys, tokens) * kPanel, *sums = queries + dim * kPanel;
-    float *results = sums + dim * kPanel, *greatest = results + kPanel * lanes_of(dim), *totals = greatest + kPanel;
-    transpose(rows + first * dim, dim, count, dim, g_.scale() * kLog2e, queries, kWide);
+    float *scores = memory, *scaled = scores + std::min(kKeys, tokens) * kPanel, *sums = scaled + depth() * kPanel;
+    float *results = sums + depth() * kPanel, *greatest = results + kPanel * lanes_of(dim), *totals = greatest + kPanel;
+    E* weights = tile_of<E>(scores);  // in the place of the scores, which are read before
+    transpose(rows + first * dim, dim, count, dim, g_.scale() * kLog2e, scaled, kQueries);
+    const E* queries = in_steps<Vecs>(scaled, results);
 
     Vec top[Vecs], total[Vecs];
     for (int v = 0; v < Vecs; ++v) {
@@ -175,42 +251,46 @@ class AttentionForward {
     for (int64_t key = 0; key < tokens; key += kKeys) {
       const int64_t n = std::min(kKeys, tokens - key);
       fetch(ahead);
-      multiply_panel_into(n, Vecs, {keys + key * dim, queries, dim, 1, kWide, dim}, scores, kWide, false);
+      multiply_panel_into(n, Vecs, of_scores(rows, copies, key, queries, kQueries), scores, kQueries, false);
       Vec before[Vecs];
       for (int v = 0; v < Vecs; ++v) before[v] = top[v];
       for (int64_t k = 0; k < n; ++k)
-        for (int v = 0; v < Vecs; ++v) top[v] = max(load(scores + k * kWide + v * kLanes), top[v]);
+        for (int v = 0; v < Vecs; ++v) top[v] = max(load(scores + k * kQueries + v * kLanes), top[v]);
       if (key > 0)
         for (int v = 0; v < Vecs; ++v) {
           const Vec shrink = exp2(before[v] - top[v]);
           total[v] = total[v] * shrink;
           for (int64_t c = 0; c < dim; ++c) {
-            float* p = sums + c * kWide + v * kLanes;
+            float* p = sums + c * kQueries + v * kLanes;
             store(p, load(p) * shrink);
           }
         }
-      for (int64_t begin = 0; begin < n; begin += 16) {  // short runs: what a sum of many terms rounds off, every output would share
+      for (int64_t begin = 0; begin < n;
+           begin += 16) {  // short runs: what a sum of many terms rounds off, every output would share
         Vec run[Vecs] = {};
-        for (int64_t k = begin; k < std::min(begin + 16, n); ++k)
-          for (int v = 0; v < Vecs; ++v) {
-            float* p = scores + k * kWide + v * kLanes;
-            const Vec weight = exp2(load(p) - top[v]);
-            run[v] += weight;
-            store(p, weight);
-          }
+        for (int64_t k = begin; k < std::min(begin + 16, n); k += kDepth)
+          for (int v = 0; v < Vecs; ++v)
+            store_step(weights + k * kQueries + v * kLanes * kDepth, [&](int64_t i) {
+              if (k + i >= n) return Vec(0.0f);
+              const Vec weight = exp2(load(scores + (k + i) * kQueries + v * kLanes) - top[v]);
+              run[v] += weight;
+              return weight;
+            });
         for (int v = 0; v < Vecs; ++v) total[v] += run[v];
       }
       if (dropout_.active()) drop<Vecs>(group, first, key, n, scores);
       fetch(ahead);
-      multiply_panel_into(dim, Vecs, {values + key * dim, scores, 1, dim, kWide, n}, sums, kWide, key > 0);
+      multiply_panel_into(dim, Vecs, of_sums(rows, copies, key, weights, kQueries, n), sums, kQueries, key > 0);
     }
 
     for (int v = 0; v < Vecs; ++v) {
       store(greatest + v * kLanes, top[v]);
       store(totals + v * kLanes, total[v]);
     }
-    transpose(sums, kWide, dim, count, 1.0f, results, lanes_of(dim));
-    g_.store_tokens(group, first, count, results, [&](int64_t i) { return Vec(1 / totals[i]); }, out_, g_.channels(), g_.channel(group));
+    transpose(sums, kQueries, dim, count, 1.0f, results, lanes_of(dim));
+    g_.store_tokens(
+        group, first, count, results, [&](int64_t i) { return Vec(1 / totals[i]); }, out_, g_.channels(),
+        g_.channel(group));
     if (lse_)
       for (int64_t i = 0; i < count; ++i) lse_[group * tokens + first + i] = greatest[i] + std::log2(totals[i]);
   }
@@ -234,13 +314,15 @@ class AttentionForward {
   bool far_;
 };
 
-// qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads.
-template <typename T>
+// qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads. Dropout has products of float alone.
+template <typename T, typename E = float>
 void patch_attention(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse) {
-  const AttentionForward<T> forward(groups, dropout, qkv, out, lse);
+  const AttentionForward<T, E> forward(groups, dropout, qkv, out, lse);
   const int64_t work = groups.groups() * groups.tokens() * groups.tokens() * 2 * groups.dim;
   const int64_t parts = std::min(forward.blocks(), count_parts(work, 1 << 17));
-  for_each_part(parts, [&](int64_t part) { forward.run(part_range(forward.blocks(), part, parts), workspace(forward.floats())); });
+  for_each_part(parts, [&](int64_t part) {
+    forward.run(part_range(forward.blocks(), part, parts), workspace(forward.floats()));
+  });
 }
 
 }  // namespace mvit3

@@ -1,33 +1,40 @@
-// pointwise_conv and pointwise_fusion, forward and backward. Meaning: mvit3_kernels/ops/pointwise_{conv,fusion}/reference.py.
+// pointwise_conv and pointwise_fusion, forward and backward. Meaning:
+// mvit3_kernels/ops/pointwise_{conv,fusion}/reference.py.
 //
 // One file for the two ops, and one registration: they are one computation with one or two inputs.
 //
-// The statistics of a training norm are those of the plain product p = W_a a + W_b b, taken while a tile of p is in cache; the bias only
-// moves their mean, so p never holds it. (The moments of the input would give them too, identity A of the design, but only to save the
-// second read of p, which costs less than that product of moments.) Backward keeps a, b and p, and p only where the derivative of a norm
-// or an activation needs it.
+// The statistics of a training norm are those of the plain product p = W_a a + W_b b, taken while a tile of p is in
+// cache; the bias only moves their mean, so p never holds it. (The moments of the input would give them too, identity A
+// of the design, but only to save the second read of p, which costs less than that product of moments.) Backward keeps
+// a, b and p, and p only where the derivative of a norm or an activation needs it.
 
 #include "pointwise_conv.h"
 
-#include <tuple>
+#include "../op_arguments.h"
 
 namespace mvit3 {
 namespace {
 
 enum class Statistics { kNone, kFixed, kBatch };  // no norm; from running statistics; of the batch
 
-// Checks the arguments that say how large the others must be.
-void check_inputs(
-    const Tensor& a, const std::optional<Tensor>& b, const Tensor& weight, const std::optional<Tensor>& norm_weight,
-    const std::optional<Tensor>& norm_bias) {
-  check_map("a", a);
-  if (b) {
-    check_map("b", *b);
-    contiguous_map("b", *b, a, {a.size(0), a.size(1), a.size(2), b->size(3)});
+// One or two inputs, the convolution, and the norm behind it, which a call may leave out.
+struct LayerArguments {
+  Tensor a;
+  OptionalTensor b;
+  LinearArguments conv;
+  OptionalTensor norm_weight, norm_bias;
+
+  // Checks those that say how large the others must be.
+  void check() const {
+    check_map("a", a);
+    if (b) {
+      check_map("b", *b);
+      contiguous_map("b", *b, a, {a.size(0), a.size(1), a.size(2), b->size(3)});
+    }
+    outputs_of("weight", conv.weight);
+    MVIT3_CHECK(norm_weight.has_value() == norm_bias.has_value(), "norm_weight and norm_bias must be given together");
   }
-  outputs_of("weight", weight);
-  STD_TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "norm_weight and norm_bias must be given together");
-}
+};
 
 // The arguments of the op, made contiguous.
 template <typename T>
@@ -42,44 +49,49 @@ struct Layer {
   Values bias;
   Norm norm;  // of the plain product
 
-  Layer(
-      const Tensor& first,
-      const std::optional<Tensor>& second,
-      const Tensor& w,
-      const std::optional<Tensor>& b_conv,
-      const std::optional<Tensor>& norm_weight,
-      const std::optional<Tensor>& norm_bias,
-      bool training,
-      double eps)
-      : a(torch::stable::contiguous(first)), b(second ? torch::stable::contiguous(*second) : a), rows(a.size(0) * a.size(1) * a.size(2)),
-        outputs(w.size(0)), inputs{data_of<T>(a), second ? data_of<T>(b) : nullptr, a.size(3), second ? b.size(3) : 0},
-        statistics(!norm_weight ? Statistics::kNone : training ? Statistics::kBatch : Statistics::kFixed),
-        weight("weight", w, outputs, inputs.channels()), bias(b_conv ? read_channels("bias", *b_conv, outputs) : Values(outputs, 0.0)),
-        norm(norm_weight ? Norm("norm_", *norm_weight, *norm_bias, outputs, eps) : Norm(Values(outputs, 1.0), bias)) {}
+  Layer(const LayerArguments& given, bool training, double eps)
+      : a(torch::stable::contiguous(given.a)), b(given.b ? torch::stable::contiguous(*given.b) : a),
+        rows(a.size(0) * a.size(1) * a.size(2)), outputs(given.conv.weight.size(0)),
+        inputs{data_of<T>(a), given.b ? data_of<T>(b) : nullptr, a.size(3), given.b ? b.size(3) : 0},
+        statistics(
+            !given.norm_weight ? Statistics::kNone
+            : training         ? Statistics::kBatch
+                               : Statistics::kFixed),
+        weight("weight", given.conv.weight, outputs, inputs.channels()),
+        bias(given.conv.bias ? read_channels("bias", *given.conv.bias, outputs) : Values(outputs, 0.0)),
+        norm(
+            given.norm_weight ? Norm("norm_", *given.norm_weight, *given.norm_bias, outputs, eps)
+                              : Norm(Values(outputs, 1.0), bias)) {}
 
-  // `mean` and `var`, arguments whose names begin with `prefix`, are of the product with the bias, which moves the mean.
+  // `mean` and `var`, arguments whose names begin with `prefix`, are of the product with the bias, which moves the
+  // mean.
   void set_statistics(const std::string& prefix, const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
     if (statistics == Statistics::kNone) return;
-    STD_TORCH_CHECK(mean && var, prefix, "mean and ", prefix, "var must be given");
+    MVIT3_CHECK(mean && var, prefix, "mean and ", prefix, "var must be given");
     norm.mean = read_channels(prefix + "mean", *mean, outputs);
     norm.var = read_channels(prefix + "var", *var, outputs);
     for (int64_t c = 0; c < outputs; ++c) norm.mean[c] -= bias[c];
   }
 
-  PackedWeightOf<E> packed() const { return PackedWeightOf<E>::rows(weight.data(), outputs, inputs.channels(), inputs.channels()); }
+  PackedWeightOf<E> packed() const {
+    return PackedWeightOf<E>::rows(weight.data(), outputs, inputs.channels(), inputs.channels());
+  }
   // The columns of `channels` inputs as a weight from outputs to inputs.
   PackedWeightOf<E> transposed(int64_t first, int64_t channels) const {
     return PackedWeightOf<E>::columns(weight.data() + first, channels, outputs, inputs.channels());
   }
 
-  Tensor new_map(int64_t channels) const { return new_output(torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), channels})); }
+  Tensor new_map(int64_t channels) const {
+    return new_output(torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), channels}));
+  }
   Tensor nothing() const { return torch::stable::new_empty(a, {0}); }
 };
 
 // Calls f(storage type, activation).
 template <typename F>
 auto dispatch(const Tensor& a, int64_t act, const F& f) {
-  return dispatch_dtype("a", a, [&](auto type) { return dispatch_activation(act, [&](auto code) { return f(type, code); }); });
+  return dispatch_dtype(
+      "a", a, [&](auto type) { return dispatch_activation(act, [&](auto code) { return f(type, code); }); });
 }
 
 // p and y; the statistics where they are of the batch. Where they are known, y follows p tile by tile.
@@ -98,7 +110,9 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   const ScaleShift known = layer.norm.affine();
   for_each_tile(layer.rows, parts, [&](int64_t part, int64_t first, int64_t count) {
     float* tile = workspace(kTileRows * lanes + layer.inputs.tile_floats(kTileRows));
-    multiply_to(layer.inputs.rows(first, count, tile_of<E>(tile + kTileRows * lanes)), count, weight, p + first * outputs, tile);
+    multiply_to(
+        layer.inputs.rows(first, count, tile_of<E>(tile + kTileRows * lanes)), count, weight, p + first * outputs,
+        tile);
     if (of_batch)
       sums[part].add(p + first * outputs, count, outputs);
     else
@@ -113,7 +127,7 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
 template <typename E>
 struct Gradients {
   OuterSumsOf<E> weight;
-  Values bias, gamma, beta;
+  Values bias, norm_weight, norm_bias;
 };
 
 template <int Act, typename T>
@@ -122,8 +136,10 @@ class Backward {
 
  public:
   Backward(const Layer<T>& layer, const T* dy, const T* p)
-      : layer_(layer), dy_(dy), p_(p), affine_(layer.norm.affine()), mean_(layer.norm.means()), lanes_(lanes_of(layer.outputs)),
-        parts_(count_parts(layer.rows * layer.outputs * layer.inputs.channels(), 1 << 18)), sums_(accumulators<double>(parts_, 2 * lanes_)) {}
+      : layer_(layer), dy_(dy), p_(p), affine_(layer.norm.affine()), mean_(layer.norm.means()),
+        lanes_(lanes_of(layer.outputs)),
+        parts_(count_parts(layer.rows * layer.outputs * layer.inputs.channels(), 1 << 18)),
+        sums_(accumulators<double>(parts_, 2 * lanes_)) {}
 
   // The gradients of a and b, in da and db, and those of the parameters.
   Gradients<E> run(T* da, T* db) {
@@ -132,7 +148,8 @@ class Backward {
       norm_ = NormBackward::from(layer_.norm, sums_, layer_.rows);
     }
     const auto& x = layer_.inputs;
-    const PackedWeightOf<E> to_a = layer_.transposed(0, x.a_channels), to_b = layer_.transposed(x.a_channels, x.b_channels);
+    const PackedWeightOf<E> to_a = layer_.transposed(0, x.a_channels),
+                            to_b = layer_.transposed(x.a_channels, x.b_channels);
     OuterSumsOf<E> products(parts_, layer_.outputs, x.stride());
     for_each_tile(layer_.rows, parts_, [&](int64_t part, int64_t first, int64_t count) {
       float* gradient = workspace(kTileRows * (lanes_ + x.stride()) + x.tile_floats(kTileRows));
@@ -143,12 +160,13 @@ class Backward {
       if (db) multiply_to(dp, count, to_b, db + first * x.b_channels, tile);
     });
     if (!norm_) norm_ = NormBackward::from(layer_.norm, sums_, 1);
-    Values bias = norm_->dbeta;
+    Values bias = norm_->dbias;
     for (int64_t c = 0; c < layer_.outputs; ++c) {
       if (layer_.statistics == Statistics::kFixed) bias[c] *= norm_->scale[c];
-      if (layer_.statistics == Statistics::kBatch) bias[c] = 0 * (bias[c] + norm_->dgamma[c]);  // the norm takes it away again; NaN stays NaN
+      if (layer_.statistics == Statistics::kBatch)
+        bias[c] = 0 * (bias[c] + norm_->dweight[c]);  // the norm takes it away again; NaN stays NaN
     }
-    return {std::move(products), bias, norm_->dgamma, norm_->dbeta};
+    return {std::move(products), bias, norm_->dweight, norm_->dbias};
   }
 
  private:
@@ -178,7 +196,9 @@ class Backward {
   }
 
   void add_sums(int64_t part, FloatRows grads, int64_t first, int64_t count) {
-    add_sum_and_dot(grads.data, grads.stride, p_ + first * layer_.outputs, layer_.outputs, mean_, layer_.outputs, count, sums_[part]);
+    add_sum_and_dot(
+        grads.data, grads.stride, p_ + first * layer_.outputs, layer_.outputs, mean_, layer_.outputs, count,
+        sums_[part]);
   }
 
   // The gradient of the product; its sums too where they are not known yet.
@@ -191,13 +211,16 @@ class Backward {
       return dp;
     }
     if (norm_) {
-      norm_gradient(first, count, [&](int64_t at, int64_t c, Vec value, Vec grad) { store(rounded + at, (*norm_)(grad, value, c)); });
+      norm_gradient(first, count, [&](int64_t at, int64_t c, Vec value, Vec grad) {
+        store(rounded + at, (*norm_)(grad, value, c));
+      });
       return {rounded, lanes_};
     }
     norm_gradient(first, count, [&](int64_t at, int64_t, Vec, Vec grad) { store(tile + at, grad); });
     add_sums(part, {tile, lanes_}, first, count);
     for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < outputs; c += kLanes) store(rounded + r * lanes_ + c, load(tile + r * lanes_ + c) * load(affine_.scale.data() + c));
+      for (int64_t c = 0; c < outputs; c += kLanes)
+        store(rounded + r * lanes_ + c, load(tile + r * lanes_ + c) * load(affine_.scale.data() + c));
     return {rounded, lanes_};
   }
 
@@ -210,51 +233,47 @@ class Backward {
   std::optional<NormBackward> norm_;
 };
 
-Tensor pointwise_conv_inference(
-    const Tensor& a,
-    std::optional<Tensor> b,
-    const Tensor& weight,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias,
-    std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    double eps,
-    int64_t act,
-    std::optional<Tensor> residual) {
-  check_inputs(a, b, weight, norm_weight, norm_bias);
-  return dispatch(a, act, [&](auto type, auto code) {
+struct InferenceArguments {
+  LayerArguments layer;
+  OptionalTensor running_mean, running_var;
+  double eps;
+  int64_t act;
+  OptionalTensor residual;
+};
+
+Tensor pointwise_conv_inference(const InferenceArguments& a) {
+  a.layer.check();
+  return dispatch(a.layer.a, a.act, [&](auto type, auto code) {
     using T = decltype(type);
-    Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, false, eps);
-    layer.set_statistics("running_", running_mean, running_var);
-    const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
+    Layer<T> layer(a.layer, false, a.eps);
+    layer.set_statistics("running_", a.running_mean, a.running_var);
+    const Tensor y = layer.new_map(layer.outputs), added = a.residual ? contiguous_like("residual", *a.residual, y) : y;
     const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
-    pointwise_conv<code>(weights, layer.inputs, residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), layer.rows);
+    pointwise_conv<code>(
+        weights, layer.inputs, a.residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), layer.rows);
     return y;
   });
 }
 
-// y, the batch's mean and variance where the norm is in training, and p where backward needs it; empty tensors where not.
-std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_training(
-    const Tensor& a,
-    std::optional<Tensor> b,
-    const Tensor& weight,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias,
-    std::optional<Tensor> running_mean,
-    std::optional<Tensor> running_var,
-    bool training,
-    double eps,
-    int64_t act,
-    std::optional<Tensor> residual) {
-  check_inputs(a, b, weight, norm_weight, norm_bias);
-  return dispatch(a, act, [&](auto type, auto code) {
+struct ForwardArguments {
+  LayerArguments layer;
+  OptionalTensor running_mean, running_var;
+  bool training;
+  double eps;
+  int64_t act;
+  OptionalTensor residual;
+};
+
+// y, the batch's mean and variance where the norm is in training, and p where backward needs it; empty tensors where
+// not.
+std::array<Tensor, 4> pointwise_conv_forward(const ForwardArguments& a) {
+  a.layer.check();
+  return dispatch(a.layer.a, a.act, [&](auto type, auto code) {
     using T = decltype(type);
-    Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
-    if (layer.statistics == Statistics::kFixed) layer.set_statistics("running_", running_mean, running_var);
-    const Tensor y = layer.new_map(layer.outputs), added = residual ? contiguous_like("residual", *residual, y) : y;
-    const T* add = residual ? data_of<T>(added) : nullptr;
+    Layer<T> layer(a.layer, a.training, a.eps);
+    if (layer.statistics == Statistics::kFixed) layer.set_statistics("running_", a.running_mean, a.running_var);
+    const Tensor y = layer.new_map(layer.outputs), added = a.residual ? contiguous_like("residual", *a.residual, y) : y;
+    const T* add = a.residual ? data_of<T>(added) : nullptr;
     Tensor p = layer.nothing();
     if (layer.statistics == Statistics::kNone && code == kIdentity) {
       const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
@@ -269,43 +288,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pointwise_conv_training(
       var = layer.norm.var;
       for (int64_t c = 0; layer.rows && c < layer.outputs; ++c) mean[c] += layer.bias[c];
     }
-    const Tensor like = torch::stable::new_empty(a, {0}, ScalarType::Float);
-    return std::make_tuple(y, write_channels(mean, like), write_channels(var, like), p);
+    const Tensor like = torch::stable::new_empty(a.layer.a, {0}, ScalarType::Float);
+    return std::array<Tensor, 4>{y, write_channels(mean, like), write_channels(var, like), p};
   });
 }
 
-// Gradients of a, b, weight, bias, norm_weight and norm_bias; empty tensors for what is not there. `mean` and `var` are what the norm used.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backward(
-    const Tensor& dy,
-    const Tensor& a,
-    std::optional<Tensor> b,
-    const Tensor& weight,
-    std::optional<Tensor> bias,
-    std::optional<Tensor> norm_weight,
-    std::optional<Tensor> norm_bias,
-    std::optional<Tensor> mean,
-    std::optional<Tensor> var,
-    const Tensor& p,
-    bool training,
-    double eps,
-    int64_t act) {
-  check_inputs(a, b, weight, norm_weight, norm_bias);
-  return dispatch(a, act, [&](auto type, auto code) {
+// `mean` and `var` are what the norm used.
+struct BackwardArguments {
+  Tensor dy;
+  LayerArguments layer;
+  OptionalTensor mean, var;
+  Tensor p;
+  bool training;
+  double eps;
+  int64_t act;
+};
+
+// Gradients of a, b, weight, bias, norm_weight and norm_bias; empty tensors for what is not there.
+std::array<Tensor, 6> pointwise_conv_backward(const BackwardArguments& args) {
+  args.layer.check();
+  const Tensor& a = args.layer.a;
+  const OptionalTensor& b = args.layer.b;
+  return dispatch(a, args.act, [&](auto type, auto code) {
     using T = decltype(type);
-    Layer<T> layer(a, b, weight, bias, norm_weight, norm_bias, training, eps);
-    layer.set_statistics("", mean, var);
+    Layer<T> layer(args.layer, args.training, args.eps);
+    layer.set_statistics("", args.mean, args.var);
     const bool kept = layer.statistics != Statistics::kNone || code != kIdentity;
     const std::vector<int64_t> shape{a.size(0), a.size(1), a.size(2), layer.outputs};
-    const Tensor dense_dy = contiguous_map("dy", dy, a, shape), dense_p = kept ? contiguous_map("p", p, a, shape) : p;
+    const Tensor dy = contiguous_map("dy", args.dy, a, shape),
+                 p = kept ? contiguous_map("p", args.p, a, shape) : args.p;
     const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
-    Backward<code, T> backward(layer, data_of<T>(dense_dy), kept ? data_of<T>(dense_p) : nullptr);
+    Backward<code, T> backward(layer, data_of<T>(dy), kept ? data_of<T>(p) : nullptr);
     Gradients<Multiplied<T>> grads = backward.run(mutable_data_of<T>(da), b ? mutable_data_of<T>(db) : nullptr);
-    const Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
-    dispatch_dtype("weight", weight, [&](auto w) {
-      add_up_rows(grads.weight.parts(), layer.outputs, layer.inputs.channels(), layer.inputs.stride(), mutable_data_of<decltype(w)>(dweight));
-    });
-    const auto channels = [&](const Values& values, const std::optional<Tensor>& like) { return like ? write_channels(values, *like) : layer.nothing(); };
-    return std::make_tuple(da, db, dweight, channels(grads.bias, bias), channels(grads.gamma, norm_weight), channels(grads.beta, norm_bias));
+    const Tensor dweight =
+        write_weight("weight", grads.weight.parts(), layer.outputs, layer.inputs.channels(), args.layer.conv.weight);
+    const auto channels = [&](const Values& values, const OptionalTensor& like) {
+      return like ? write_channels(values, *like) : layer.nothing();
+    };
+    return std::array<Tensor, 6>{
+        da,
+        db,
+        dweight,
+        channels(grads.bias, args.layer.conv.bias),
+        channels(grads.norm_weight, args.layer.norm_weight),
+        channels(grads.norm_bias, args.layer.norm_bias)};
   });
 }
 
@@ -313,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pointwise_conv_backwa
 }  // namespace mvit3
 
 STABLE_TORCH_LIBRARY_IMPL(mvit3, CPU, m) {
-  m.impl("pointwise_conv_inference", TORCH_BOX(&mvit3::pointwise_conv_inference));
-  m.impl("pointwise_conv_training", TORCH_BOX(&mvit3::pointwise_conv_training));
-  m.impl("pointwise_conv_backward", TORCH_BOX(&mvit3::pointwise_conv_backward));
+  m.impl("pointwise_conv_inference", mvit3::boxed<mvit3::pointwise_conv_inference>);
+  m.impl("pointwise_conv_forward", mvit3::boxed<mvit3::pointwise_conv_forward>);
+  m.impl("pointwise_conv_backward", mvit3::boxed<mvit3::pointwise_conv_backward>);
 }

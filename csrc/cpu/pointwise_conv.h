@@ -1,23 +1,23 @@
 // 1x1 convolution of one input or of two, forward: y = act(norm(W_a a + W_b b + bias)) + residual.
 //
-// The two inputs are the halves of a concatenation that is built for a tile of rows at a time, in cache: that costs a copy of the tile,
-// one part in hundreds of its product, and lets one packed weight and one loop serve both ops.
+// The two inputs are the halves of a concatenation that is built for a tile of rows at a time, in cache: that costs a
+// copy of the tile, one part in hundreds of its product, and lets one packed weight and one loop serve both ops.
 #pragma once
 
 #include "norm.h"
 
 namespace mvit3 {
 
-// Rows of a, or of a|b where there is a second input.
-template <typename T>
+// Rows of a, or of a|b where there is a second input, as products of E read them.
+template <typename T, typename E = Multiplied<T>>
 struct PointwiseInputs {
-  using E = Multiplied<T>;
   const T *a, *b;
   int64_t a_channels, b_channels;
 
   int64_t channels() const { return a_channels + b_channels; }
   int64_t stride() const { return lanes_of(channels()); }
-  // Of a tile for `rows`. Padding a row of b may run into the next row, before that is written, and behind the last one.
+  // Of a tile for `rows`. Padding a row of b may run into the next row, before that is written, and behind the last
+  // one.
   int64_t tile_floats(int64_t rows) const { return rows * stride() + kLanes; }
 
   // Rows padded to whole vectors with zeros: where they lie, if they are such rows, or in `tile`.
@@ -40,15 +40,17 @@ void multiply_to(RowsOf<E> x, int64_t rows, const PackedWeightOf<E>& weight, T* 
     if (channels == stride) return multiply_into(x.data, x.stride, rows, weight, out, stride);
   multiply_into(x.data, x.stride, rows, weight, tile, stride);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; c += kLanes) store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
+    for (int64_t c = 0; c < channels; c += kLanes)
+      store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
 }
 
-// y = act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and residual are dense. What
-// follows a product is a walk of its own over a tile in second-level cache: it costs a few cycles beside the hundreds of a sum over 128 and
-// more inputs, and reads the residual in order.
+// y = act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and
+// residual are dense. What follows a product is a walk of its own over a tile in second-level cache: it costs a few
+// cycles beside the hundreds of a sum over 128 and more inputs, and reads the residual in order.
 template <int Act, typename U, typename T>
 void finish_rows(
-    const U* product, int64_t stride, int64_t rows, Range columns, int64_t channels, const ScaleShift& affine, const T* residual, T* y) {
+    const U* product, int64_t stride, int64_t rows, Range columns, int64_t channels, const ScaleShift& affine,
+    const T* residual, T* y) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
       const int64_t left = channels - c, at = r * channels + c;
@@ -65,20 +67,20 @@ struct PointwiseWeightsOf {
   ScaleShift affine;         // bias and norm
 };
 
-using PointwiseWeights = PointwiseWeightsOf<float>;
-
 // Evaluation, in one pass.
-template <int Act, typename T>
-void pointwise_conv(const PointwiseWeightsOf<Multiplied<T>>& weights, const PointwiseInputs<T>& x, const T* residual, T* y, int64_t rows) {
+template <int Act, typename E, typename T>
+void pointwise_conv(
+    const PointwiseWeightsOf<E>& weights, const PointwiseInputs<T, E>& x, const T* residual, T* y, int64_t rows) {
   const int64_t outputs = weights.weight.outputs(), stride = lanes_of(outputs);
   for_each_block(rows, weights.weight, [&](Range mine, Range panels) {
     float* product = workspace(kTileRows * stride + x.tile_floats(kTileRows));
     const Range columns{panels.begin * kPanel, std::min(panels.end * kPanel, outputs)};
     for (int64_t first = mine.begin; first < mine.end; first += kTileRows) {
       const int64_t count = std::min(kTileRows, mine.end - first), at = first * outputs;
-      const auto in = x.rows(first, count, tile_of<Multiplied<T>>(product + kTileRows * stride));
+      const auto in = x.rows(first, count, tile_of<E>(product + kTileRows * stride));
       multiply_into(in.data, in.stride, count, weights.weight, panels, product, stride);
-      finish_rows<Act>(product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at);
+      finish_rows<Act>(
+          product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at);
     }
   });
 }

@@ -1,7 +1,7 @@
 // Counter-based dropout: the hash of mvit3_kernels/ops/random.py, sixteen elements at a time.
 //
-// Whether an element is kept is a function of (seed, site, sample, element), so forward and backward compute the same mask, and no mask
-// is ever stored.
+// Whether an element is kept is a function of (seed, site, sample, element), so forward and backward compute the same
+// mask, and no mask is ever stored.
 #pragma once
 
 #include "tensor.h"
@@ -15,9 +15,9 @@ class Dropout {
  public:
   // Active with probability `p`, the argument `name`; `seed` is read only where that is positive.
   Dropout(const char* name, double p, const std::optional<Tensor>& seed, uint32_t site) : site_(site), active_(p > 0) {
-    STD_TORCH_CHECK(p >= 0 && p < 1, name, " must be at least 0 and below 1, got ", p);
+    MVIT3_CHECK(p >= 0 && p < 1, name, " must be at least 0 and below 1, got ", p);
     if (!active_) return;
-    STD_TORCH_CHECK(
+    MVIT3_CHECK(
         seed && seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
         "seed must be one int64 on the CPU where ", name, " is positive");
     const uint64_t bits = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
@@ -32,15 +32,19 @@ class Dropout {
 
   bool active() const { return active_; }
 
-  uint32_t key(int64_t sample) const { return mix(mix(low_ + uint32_t(sample) * kGolden, 16, kFirst) ^ high_ ^ site_, 15, kSecond); }
+  uint32_t key(int64_t sample) const {
+    return mix(mix(low_ + uint32_t(sample) * kGolden, 16, kFirst) ^ high_ ^ site_, 15, kSecond);
+  }
 
-  // Of sixteen elements, `step` apart, of the sample with this key: 1 / (1 - p) where the element is kept, 0 where it is dropped.
+  // Of sixteen elements, `step` apart, of the sample with this key: 1 / (1 - p) where the element is kept, 0 where it
+  // is dropped.
   MVIT3_INLINE Vec operator()(uint32_t key, int64_t element, int64_t step = 1) const {
     const uint32_t first = uint32_t(element) * kGolden, stride = uint32_t(step) * kGolden;
     Vec kept;
     for (int i = 0; i < kParts; ++i) {
       NativeWord word;
-      for (int lane = 0; lane < kWidth; ++lane) word[lane] = uint32_t(i * kWidth + lane) * stride;  // constant in a loop
+      for (int lane = 0; lane < kWidth; ++lane)
+        word[lane] = uint32_t(i * kWidth + lane) * stride;  // constant in a loop
       word = mix((word + first) ^ key, 16, kFirst);
       word = mix(word ^ key * kGolden, 15, kSecond);
       word ^= word >> 16;

@@ -1,4 +1,5 @@
-// separable_attention: the layer branch of MobileViTv2 with its norm and residual, x + W_o(ReLU(W_v n + b_v) * context) + b_o.
+// separable_attention: the layer branch of MobileViTv2 with its norm and residual, x + W_o(ReLU(W_v n + b_v) * context)
+// + b_o.
 #pragma once
 
 #include "norm_linear.h"
@@ -14,25 +15,35 @@ struct PatchedMap {
   int64_t positions() const { return patch_height * patch_width; }
   int64_t patches() const { return tokens() / positions(); }
   int64_t lanes() const { return lanes_of(channels); }
+  int64_t norms(bool per_sample) const { return per_sample ? samples : samples * tokens(); }
 };
 
-// The parameters, packed once for a version of them; the norm is part of score, key and value (identity C of the design).
-struct SeparableAttentionWeights {
+// The parameters, packed once for a version of them; the norm is part of score, key and value (identity C of the
+// design). The products of all tokens are made of E; keys meet a few means alone.
+template <typename E>
+struct SeparableAttentionWeightsOf {
   Scratch<float> score, key_bias, value_bias, out_bias;
   float score_bias;
-  PackedWeight key, value, out;
+  PackedWeight key;
+  PackedWeightOf<E> value, out;
 
   // `qkv` holds the score, the keys and the values, (1 + 2D, D); `out` is (D, D).
-  SeparableAttentionWeights(const NormLinearParameters& qkv, const FloatMatrix& out, const std::optional<Tensor>& out_bias);
+  SeparableAttentionWeightsOf(
+      const NormLinearParameters& qkv, const FloatMatrix& out, const std::optional<Tensor>& out_bias);
 
  private:
-  SeparableAttentionWeights(
-      const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out_weight, const std::optional<Tensor>& out_bias, int64_t channels);
+  SeparableAttentionWeightsOf(
+      const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out_weight,
+      const std::optional<Tensor>& out_bias, int64_t channels);
 };
 
-// What the forward pass leaves for the backward pass, with L = lanes: mean and 1 / deviation of each sample or token; the softmax of the
-// scores (samples, positions, patches), null where nobody wants it; and for each position the weighted mean of the normalised tokens and
-// the context, (samples, positions, L).
+// Of an op, whatever the type of its maps: a value that is rounded before ReLU may change its sign, which costs its
+// whole gradient.
+using SeparableAttentionWeights = SeparableAttentionWeightsOf<float>;
+
+// What the forward pass leaves for the backward pass, with L = lanes: mean and 1 / deviation of each sample or token;
+// the softmax of the scores (samples, positions, patches), null where nobody wants it; and for each position the
+// weighted mean of the normalised tokens and the context, (samples, positions, L).
 struct SeparableAttentionKept {
   float *mean, *rstd, *scores, *pooled, *context;
 };
@@ -41,18 +52,21 @@ struct SeparableAttentionDropout {
   Dropout score, output;
 
   SeparableAttentionDropout() = default;
-  SeparableAttentionDropout(double score, double output, const std::optional<Tensor>& seed)
-      : score("attention_dropout", score, seed, 0), output("output_dropout", output, seed, 1) {}
+  explicit SeparableAttentionDropout(const DropoutArguments& a)
+      : score("attention_dropout", a.first, a.seed, 0), output("output_dropout", a.output, a.seed, 1) {}
 };
 
-// For float, BFloat16 and Float16. Allocates nothing after the first call of a size.
-template <typename T>
+// For float, BFloat16 and Float16; for float also of products of BFloat16. Allocates nothing after the first call of a
+// size.
+template <typename T, typename E>
 void separable_attention(
-    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeights& weights, const SeparableAttentionDropout& dropout, const T* x,
-    T* y, const SeparableAttentionKept& kept);
+    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights,
+    const SeparableAttentionDropout& dropout, const T* x, T* y, const SeparableAttentionKept& kept);
 
 // The same where no backward pass follows.
-template <typename T>
-void separable_attention(const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeights& weights, const T* x, T* y);
+template <typename T, typename E>
+void separable_attention(
+    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights, const T* x,
+    T* y);
 
 }  // namespace mvit3

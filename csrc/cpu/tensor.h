@@ -1,7 +1,7 @@
-// What every CPU kernel does with its arguments: check them, make them contiguous, read per-channel parameters, allocate outputs.
+// What every CPU kernel does with its arguments: check them, make them contiguous, read per-channel parameters,
+// allocate outputs.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -17,13 +17,13 @@
 #include <unistd.h>
 #endif
 
+#include "../registration.h"
 #include "convert.h"
 #include "memory.h"
 
 namespace mvit3 {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Scratch memory on a cache line boundary, for plain numbers; uninitialised unless a value is given.
 template <typename T>
@@ -66,9 +66,8 @@ T* mutable_data_of(const Tensor& t) {
 template <typename F>
 auto dispatch_dtype(const std::string& name, const Tensor& x, F&& f) {
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-      name,
+  MVIT3_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
       " must be float32, bfloat16 or float16 for the compiled CPU kernels");
   if (dtype == ScalarType::Float) return f(float{});
   if (dtype == ScalarType::BFloat16) return f(BFloat16{});
@@ -90,37 +89,45 @@ inline std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
 
 inline void check_shape(const std::string& name, const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   const bool same = t.dim() == int64_t(sizes.size()) && std::equal(sizes.begin(), sizes.end(), t.sizes().begin());
-  STD_TORCH_CHECK(same, name, " must have shape ", text(sizes), ", got ", text(t.sizes()));
+  MVIT3_CHECK(same, name, " must have shape ", text(sizes), ", got ", text(t.sizes()));
 }
 
 // A feature map (B, H, W, C) in one of the storage types.
 inline void check_map(const std::string& name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(t.dim() == 4, name, " must be a feature map (B, H, W, C), got shape ", text(t.sizes()));
+  MVIT3_CHECK(t.is_cpu(), name, " must be on the CPU");
+  MVIT3_CHECK(t.dim() == 4, name, " must be a feature map (B, H, W, C), got shape ", text(t.sizes()));
   dispatch_dtype(name, t, [](auto) {});
 }
 
 // Convolutions with taps around a pixel, like PyTorch's, take no map without pixels; one of no images is fine.
 inline void check_pixels(const std::string& name, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(height > 0 && width > 0, name, " must have at least one row and one column, got ", height, " x ", width);
+  MVIT3_CHECK(height > 0 && width > 0, name, " must have at least one row and one column, got ", height, " x ", width);
 }
 
-inline void check_eps(const std::string& name, double eps) { STD_TORCH_CHECK(eps >= 0, name, " must be at least 0, got ", eps); }
+inline void check_eps(const std::string& name, double eps) {
+  MVIT3_CHECK(eps >= 0, name, " must be at least 0, got ", eps);
+}
 
 // `t`, contiguous, after checking that it can stand beside `x`: a map of this shape, of the dtype and the device of x.
-inline Tensor contiguous_map(const std::string& name, const Tensor& t, const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
-  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+inline Tensor contiguous_map(
+    const std::string& name, const Tensor& t, const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  MVIT3_CHECK(t.is_cpu(), name, " must be on the CPU");
+  MVIT3_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
   check_shape(name, t, sizes);
   return torch::stable::contiguous(t);
 }
 
-inline Tensor contiguous_like(const std::string& name, const Tensor& t, const Tensor& x) { return contiguous_map(name, t, x, x.sizes()); }
+inline Tensor contiguous_like(const std::string& name, const Tensor& t, const Tensor& x) {
+  return contiguous_map(name, t, x, x.sizes());
+}
 
 // What a forward pass kept for its backward pass: `t`, contiguous.
 inline Tensor contiguous_kept(
-    const std::string& name, const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype = ScalarType::Float) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, name, " must be what the forward pass returned: another dtype or device came");
+    const std::string& name, const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    ScalarType dtype = ScalarType::Float) {
+  MVIT3_CHECK(
+      t.is_cpu() && t.scalar_type() == dtype, name,
+      " must be what the forward pass returned: another dtype or device came");
   check_shape(name, t, sizes);
   return torch::stable::contiguous(t);
 }
@@ -133,7 +140,7 @@ void copy_channels(const Tensor& t, int64_t channels, F&& to_double, double* out
 
 // A parameter (channels,) of any floating-point dtype, as float64.
 inline std::vector<double> read_channels(const std::string& name, const Tensor& t, int64_t channels) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
+  MVIT3_CHECK(t.is_cpu(), name, " must be on the CPU");
   check_shape(name, t, {channels});
   std::vector<double> values(static_cast<size_t>(channels));
   const Tensor dense = torch::stable::contiguous(t);

@@ -1,4 +1,5 @@
-// Tiles: a few rows of a feature map in float32, in a thread's second-level cache. Kernels read a tile, work on it, and write a tile.
+// Tiles: a few rows of a feature map in float32, in a thread's second-level cache. Kernels read a tile, work on it, and
+// write a tile.
 #pragma once
 
 #include <vector>
@@ -14,11 +15,15 @@ constexpr int64_t kTileFloats = 128 * 1024;  // of a thread's tiles together: ha
 
 inline int64_t lanes_of(int64_t channels) { return round_up(channels, kLanes); }
 
-// Floats from one row of a wide tile to the next: an odd number of cache lines, so that walking down a column meets every set of the cache.
-inline int64_t tile_stride(int64_t channels) { return lanes_of(channels) + (lanes_of(channels) / kLanes % 2 ? 0 : kLanes); }
+// Floats from one row of a tile of many channels to the next: an odd number of cache lines, so that walking down a
+// column meets every set of the cache.
+inline int64_t tile_stride(int64_t channels) {
+  return lanes_of(channels) + (lanes_of(channels) / kLanes % 2 ? 0 : kLanes);
+}
 
-// Memory of a thread that outlives the call, so that a call does not pay for fresh pages. A second request of the same thread hands out
-// the same memory: ask once in a task, for all of its tiles. Slot 1 is for what the calling thread lends to the parts of a call.
+// Memory of a thread that outlives the call, so that a call does not pay for fresh pages. A second request of the same
+// thread hands out the same memory: ask once in a task, for all of its tiles. Slot 1 is for what the calling thread
+// lends to the parts of a call.
 template <int Slot = 0>
 float* workspace(int64_t floats) {
   thread_local Scratch<float> memory(1);
@@ -34,7 +39,8 @@ inline int64_t parts_for(int64_t tasks) { return std::clamp<int64_t>(tasks, 1, t
 
 // The number of rows, whole blocks of them, whose tiles of `floats` floats a row fit a cache.
 inline int64_t tile_rows(int64_t floats) {
-  return std::clamp<int64_t>(kTileFloats / std::max<int64_t>(floats, 1) / kBlockRows * kBlockRows, kBlockRows, kTileRows);
+  return std::clamp<int64_t>(
+      kTileFloats / std::max<int64_t>(floats, 1) / kBlockRows * kBlockRows, kBlockRows, kTileRows);
 }
 
 // Calls f(part, first row, number of rows) for tiles of at most `tile` of `rows` rows.
@@ -42,20 +48,25 @@ template <typename F>
 void for_each_tile(int64_t rows, int64_t parts, const F& f, int64_t tile = kTileRows) {
   for_each_part(parts, [&](int64_t part) {
     const Range range = part_range(rows, part, parts);
-    for (int64_t first = range.begin; first < range.end; first += tile) f(part, first, std::min(tile, range.end - first));
+    for (int64_t first = range.begin; first < range.end; first += tile)
+      f(part, first, std::min(tile, range.end - first));
   });
 }
 
-// `rows` rows of `channels` elements to rows of another type, `stride` apart, zero from the last channel to the next whole vector.
+// `rows` rows of `channels` elements to rows of another type, `stride` apart, zero from the last channel to the next
+// whole vector.
 template <typename T, typename E>
 void load_rows(const T* x, int64_t x_stride, int64_t rows, int64_t channels, E* tile, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; c += kLanes) store(tile + r * stride + c, load_some(x + r * x_stride + c, channels - c));
+    for (int64_t c = 0; c < channels; c += kLanes)
+      store(tile + r * stride + c, load_some(x + r * x_stride + c, channels - c));
 }
 
 // The reverse. `past_cache` streams whole vectors; then `stream_fence` must follow.
 template <typename T>
-void store_rows(const float* tile, int64_t stride, int64_t rows, int64_t channels, T* out, int64_t out_stride, bool past_cache = false) {
+void store_rows(
+    const float* tile, int64_t stride, int64_t rows, int64_t channels, T* out, int64_t out_stride,
+    bool past_cache = false) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; c += kLanes) {
       const Vec value = load(tile + r * stride + c);
@@ -80,7 +91,8 @@ struct RowsOf {
 
 using FloatRows = RowsOf<float>;
 
-// Rows of another type, for a product: where they lie if they are of that type (and of whole steps of it), or converted to `tile`.
+// Rows of another type, for a product: where they lie if they are of that type (and of whole steps of it), or converted
+// to `tile`.
 template <typename E, typename T>
 RowsOf<E> as_rows(const T* x, int64_t stride, int64_t rows, int64_t channels, E* tile) {
   if constexpr (std::is_same_v<E, T>)
@@ -117,7 +129,8 @@ Values add_up(const std::vector<Scratch<T>>& parts, int64_t size) {
   return out;
 }
 
-// The sums of all parts, `rows` rows of `columns` at `stride`, as a contiguous tensor's data. One pass, by rows over all threads.
+// The sums of all parts, `rows` rows of `columns` at `stride`, as a contiguous tensor's data. One pass, by rows over
+// all threads.
 template <typename T>
 void add_up_rows(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t columns, int64_t stride, T* out) {
   const int64_t ranges = count_parts(rows * columns);
@@ -132,25 +145,41 @@ void add_up_rows(const std::vector<Scratch<float>>& parts, int64_t rows, int64_t
   });
 }
 
-// Rows as `add_outer` reads them: Dot<E>::kDepth rows side by side, column by column, padded with zeros to whole vectors of columns and
-// whole steps of rows.
+// The same as a new tensor like the weight of this name, whose gradient the sums are; rows padded to whole vectors.
+inline Tensor write_weight(
+    const char* name, const std::vector<Scratch<float>>& parts, int64_t rows, int64_t columns, const Tensor& weight) {
+  const Tensor out = torch::stable::new_empty(weight, weight.sizes());
+  dispatch_dtype(name, out, [&](auto type) {
+    add_up_rows(parts, rows, columns, lanes_of(columns), mutable_data_of<decltype(type)>(out));
+  });
+  return out;
+}
+
+// Rows as `add_outer` reads them: Dot<E>::kDepth rows side by side, column by column, padded with zeros to whole
+// vectors of columns and whole steps of rows. `out_stride` elements lie from one row to the next.
 template <typename E, typename T>
-void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out) {
+void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out, int64_t out_stride) {
   constexpr int64_t kDepth = Dot<E>::kDepth;
   for (int64_t r = 0; r < rows; r += kDepth)
     for (int64_t c = 0; c < columns; c += kLanes)
-      store_step(out + r * lanes_of(columns) + c * kDepth, [&](int64_t k) {
+      store_step(out + r * out_stride + c * kDepth, [&](int64_t k) {
         return r + k < rows ? load_some(x + (r + k) * stride + c, columns - c) : Vec(0.0f);
       });
 }
 
-// Sums of products a^T b over the rows of tiles, one a part: the gradient of a weight. The first product of a part is written, not
-// added, so that nothing is cleared.
+template <typename E, typename T>
+void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out) {
+  rows_in_steps(x, stride, rows, columns, out, lanes_of(columns));
+}
+
+// Sums of products a^T b over the rows of tiles, one a part: the gradient of a weight. The first product of a part is
+// written, not added, so that nothing is cleared.
 template <typename E>
 class OuterSumsOf {
  public:
   // `columns` of a, rows of `stride` floats for the columns of b, padded to whole vectors.
-  OuterSumsOf(int64_t parts, int64_t columns, int64_t stride) : columns_(columns), stride_(stride), begun_(parts, false) {
+  OuterSumsOf(int64_t parts, int64_t columns, int64_t stride)
+      : columns_(columns), stride_(stride), begun_(parts, false) {
     for (int64_t i = 0; i < parts; ++i) sums_.emplace_back(columns * stride);
   }
 
@@ -165,7 +194,8 @@ class OuterSumsOf {
       E* b_steps = a_steps + steps * kDepth * lanes;
       rows_in_steps(a.data, a.stride, count, columns_, a_steps);
       rows_in_steps(b.data, b.stride, count, stride_, b_steps);
-      add_outer(a_steps, lanes * kDepth, columns_, b_steps, stride_ * kDepth, stride_, steps, sums, stride_, begun_[part]);
+      add_outer(
+          a_steps, lanes * kDepth, columns_, b_steps, stride_ * kDepth, stride_, steps, sums, stride_, begun_[part]);
     }
     begun_[part] = true;
   }
@@ -187,17 +217,25 @@ using OuterSums = OuterSumsOf<float>;
 
 // Whether the map is cut into whole patches.
 inline void check_patches(const std::string& name, const Tensor& map, int64_t patch_height, int64_t patch_width) {
-  STD_TORCH_CHECK(patch_height >= 1 && patch_width >= 1, "patch_height and patch_width must be positive, got ", patch_height, " and ", patch_width);
-  STD_TORCH_CHECK(
-      map.size(1) % patch_height == 0 && map.size(2) % patch_width == 0, name, " of height ", map.size(1), " and width ", map.size(2),
-      " must be a multiple of (patch_height, patch_width), got (", patch_height, ", ", patch_width, ")");
+  MVIT3_CHECK(
+      patch_height >= 1 && patch_width >= 1, "patch_height and patch_width must be positive, got ", patch_height,
+      " and ", patch_width);
+  MVIT3_CHECK(
+      map.size(1) % patch_height == 0 && map.size(2) % patch_width == 0, name, " of height ", map.size(1),
+      " and width ", map.size(2), " must be a multiple of (patch_height, patch_width), got (", patch_height, ", ",
+      patch_width, ")");
   const int64_t most = int64_t(1) << 20;  // of a map without pixels, which has patches of any size
-  STD_TORCH_CHECK(patch_height <= most && patch_width <= most, "patch_height and patch_width must be at most ", most);
+  MVIT3_CHECK(patch_height <= most && patch_width <= most, "patch_height and patch_width must be at most ", most);
+}
+
+// Taps further from the centre than the map is large meet zeros alone, however far they are.
+inline int64_t nearest_dilation(int64_t dilation, int64_t height, int64_t width) {
+  return std::min(dilation, std::max({height, width, int64_t(1)}));
 }
 
 // The number of outputs of a weight (outputs, inputs), with or without the sizes of a convolution's taps behind it.
 inline int64_t outputs_of(const std::string& name, const Tensor& weight) {
-  STD_TORCH_CHECK(
+  MVIT3_CHECK(
       (weight.dim() == 2 || weight.dim() == 4) && weight.size(0) >= 1, name,
       " must have shape (outputs, inputs), with or without the sizes of taps behind it, got ", text(weight.sizes()));
   return weight.size(0);
@@ -207,11 +245,12 @@ inline int64_t outputs_of(const std::string& name, const Tensor& weight) {
 class FloatMatrix {
  public:
   FloatMatrix(const std::string& name, const Tensor& weight, int64_t outputs, int64_t inputs)
-      : dense_(torch::stable::contiguous(weight)), copy_(weight.scalar_type() == ScalarType::Float ? 0 : outputs * inputs) {
-    STD_TORCH_CHECK(weight.is_cpu(), name, " must be on the CPU");
-    STD_TORCH_CHECK(
-        outputs_of(name, weight) == outputs && weight.numel() == outputs * inputs, name, " must have ", outputs, " outputs of ", inputs,
-        " values, got shape ", text(weight.sizes()));
+      : dense_(torch::stable::contiguous(weight)),
+        copy_(weight.scalar_type() == ScalarType::Float ? 0 : outputs * inputs) {
+    MVIT3_CHECK(weight.is_cpu(), name, " must be on the CPU");
+    MVIT3_CHECK(
+        outputs_of(name, weight) == outputs && weight.numel() == outputs * inputs, name, " must have ", outputs,
+        " outputs of ", inputs, " values, got shape ", text(weight.sizes()));
     dispatch_dtype(name, dense_, [&](auto type) {
       using T = decltype(type);
       if constexpr (std::is_same_v<T, float>)
@@ -219,7 +258,8 @@ class FloatMatrix {
       else {
         const int64_t count = outputs * inputs;
         const T* source = data_of<T>(dense_);
-        for (int64_t i = 0; i < count; i += kLanes) store_some(copy_.data() + i, load_some(source + i, count - i), count - i);
+        for (int64_t i = 0; i < count; i += kLanes)
+          store_some(copy_.data() + i, load_some(source + i, count - i), count - i);
         data_ = copy_.data();
       }
     });

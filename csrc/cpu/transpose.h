@@ -13,11 +13,16 @@ namespace mvit3 {
 #define MVIT3_SHUFFLE(a, b, lane) __builtin_shuffle(a, b, NativeInt{lane...})
 #endif
 
-// One step of the transposition of a block: swaps the lanes of `a` that have the bit `Step` with those of `b` that lack it.
+// One step of the transposition of a block: swaps the lanes of `a` that have the bit `Step` with those of `b` that lack
+// it.
 template <int Step, int... Lane>
 MVIT3_INLINE void exchange(NativeFloat& a, NativeFloat& b, std::integer_sequence<int, Lane...>) {
-  const auto low = [](NativeFloat x, NativeFloat y) { return MVIT3_SHUFFLE(x, y, (Lane & Step ? kWidth + Lane - Step : Lane)); };
-  const auto high = [](NativeFloat x, NativeFloat y) { return MVIT3_SHUFFLE(x, y, (Lane & Step ? kWidth + Lane : Lane + Step)); };
+  const auto low = [](NativeFloat x, NativeFloat y) {
+    return MVIT3_SHUFFLE(x, y, (Lane & Step ? kWidth + Lane - Step : Lane));
+  };
+  const auto high = [](NativeFloat x, NativeFloat y) {
+    return MVIT3_SHUFFLE(x, y, (Lane & Step ? kWidth + Lane : Lane + Step));
+  };
   const NativeFloat first = low(a, b);
   b = high(a, b);
   a = first;
@@ -39,15 +44,17 @@ MVIT3_INLINE void transpose_native(NativeFloat* rows) {
   if constexpr (kWidth > 8) exchange_all<8>(rows);
 }
 
-// out[c][r] = in[r][c] * factor for `rows` x `columns` floats. A row of `in` must be readable, one of `out` is written, up to a whole number
-// of vectors; what is written beyond `rows` is zero.
-inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float factor, float* out, int64_t out_stride) {
+// out[c][r] = in[r][c] * factor for `rows` x `columns` floats. A row of `in` must be readable, one of `out` is written,
+// up to a whole number of vectors; what is written beyond `rows` is zero.
+inline void transpose(
+    const float* in, int64_t in_stride, int64_t rows, int64_t columns, float factor, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += kWidth)
     for (int64_t c = 0; c < columns; c += kWidth) {
       NativeFloat block[kWidth];  // unrolled, or the block would not stay in registers
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kWidth; ++i)
-        block[i] = r + i < rows ? *reinterpret_cast<const UnalignedFloat*>(in + (r + i) * in_stride + c) * factor : NativeFloat{};
+        block[i] = r + i < rows ? *reinterpret_cast<const UnalignedFloat*>(in + (r + i) * in_stride + c) * factor
+                                : NativeFloat{};
       transpose_native(block);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kWidth; ++i)
@@ -55,7 +62,8 @@ inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t 
     }
   if constexpr (kWidth < kLanes)  // the rest of the last vector
     for (int64_t c = 0; c < columns; ++c)
-      for (int64_t r = (rows + kWidth - 1) / kWidth * kWidth; r % kLanes; r += kWidth) *reinterpret_cast<UnalignedFloat*>(out + c * out_stride + r) = NativeFloat{};
+      for (int64_t r = (rows + kWidth - 1) / kWidth * kWidth; r % kLanes; r += kWidth)
+        *reinterpret_cast<UnalignedFloat*>(out + c * out_stride + r) = NativeFloat{};
 }
 
 }  // namespace mvit3

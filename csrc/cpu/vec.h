@@ -1,7 +1,7 @@
 // Sixteen floats at a time, on every instruction set: one 512-bit register, two of 256 bits or four of 128.
 //
-// A kernel is written once against `Vec`; the compiler flags of the variant decide what it becomes. The layout of blocks and
-// periods (always multiples of sixteen lanes) is therefore the same in all variants.
+// A kernel is written once against `Vec`; the compiler flags of the variant decide what it becomes. The layout of
+// blocks and periods (always multiples of sixteen lanes) is therefore the same in all variants.
 #pragma once
 
 #include <cstdint>
@@ -108,7 +108,8 @@ MVIT3_INLINE bool all_finite(Vec v) {
 
 // v, zero where it is infinite or NaN.
 MVIT3_INLINE Vec finite_or_zero(Vec v) {
-  for (int i = 0; i < kParts; ++i) v.part[i] = NativeFloat(NativeInt(v.part[i]) & (v.part[i] - v.part[i] == NativeFloat{}));
+  for (int i = 0; i < kParts; ++i)
+    v.part[i] = NativeFloat(NativeInt(v.part[i]) & (v.part[i] - v.part[i] == NativeFloat{}));
   return v;
 }
 
@@ -128,7 +129,8 @@ MVIT3_INLINE void store(float* p, Vec v) {
 MVIT3_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 MVIT3_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 2); }
 
-// Two halves of a transposition: lanes whose number has the bit `Distance` change places between rows that lie `Distance` apart.
+// Two halves of a transposition: lanes whose number has the bit `Distance` change places between rows that lie
+// `Distance` apart.
 template <int Distance>
 MVIT3_INLINE void exchange(NativeFloat* rows) {
   NativeInt low, high;
@@ -154,7 +156,8 @@ MVIT3_INLINE void exchange(NativeFloat* rows) {
 // Transposes a square of kLanes x kLanes floats in place.
 MVIT3_INLINE void transpose(float* square) {
   const auto read = [&](int row, int column, NativeFloat* rows) {
-    for (int i = 0; i < kWidth; ++i) rows[i] = *reinterpret_cast<const UnalignedFloat*>(square + (row + i) * kLanes + column);
+    for (int i = 0; i < kWidth; ++i)
+      rows[i] = *reinterpret_cast<const UnalignedFloat*>(square + (row + i) * kLanes + column);
     exchange<1>(rows);
     exchange<2>(rows);
     if constexpr (kWidth > 4) exchange<4>(rows);
@@ -178,12 +181,12 @@ MVIT3_INLINE void transpose(float* square) {
 // The same sixteen lanes in float64, for sums over many rows.
 typedef double NativeDouble __attribute__((vector_size(kWidth * 4)));
 
-struct Wide {
+struct DoubleVec {
   NativeDouble part[2 * kParts];
 };
 
-MVIT3_INLINE Wide widen(Vec v) {
-  Wide r;
+MVIT3_INLINE DoubleVec to_doubles(Vec v) {
+  DoubleVec r;
   for (int i = 0; i < kParts; ++i) {
 #if defined(__AVX512F__)
     const __m512 part = __m512(v.part[i]);
@@ -207,35 +210,35 @@ MVIT3_INLINE Wide widen(Vec v) {
 
 typedef NativeDouble UnalignedDouble __attribute__((aligned(8), may_alias));
 
-MVIT3_INLINE Wide load(const double* p) {
-  Wide r;
+MVIT3_INLINE DoubleVec load(const double* p) {
+  DoubleVec r;
   for (int i = 0; i < 2 * kParts; ++i) r.part[i] = *reinterpret_cast<const UnalignedDouble*>(p + i * (kWidth / 2));
   return r;
 }
 
-MVIT3_INLINE void store(double* p, Wide v) {
+MVIT3_INLINE void store(double* p, DoubleVec v) {
   for (int i = 0; i < 2 * kParts; ++i) *reinterpret_cast<UnalignedDouble*>(p + i * (kWidth / 2)) = v.part[i];
 }
 
-MVIT3_INLINE Wide operator+(Wide a, Wide b) {
+MVIT3_INLINE DoubleVec operator+(DoubleVec a, DoubleVec b) {
   for (int i = 0; i < 2 * kParts; ++i) a.part[i] += b.part[i];
   return a;
 }
 
-MVIT3_INLINE Wide operator-(Wide a, Wide b) {
+MVIT3_INLINE DoubleVec operator-(DoubleVec a, DoubleVec b) {
   for (int i = 0; i < 2 * kParts; ++i) a.part[i] -= b.part[i];
   return a;
 }
 
-MVIT3_INLINE Wide& operator+=(Wide& a, Wide b) { return a = a + b; }
+MVIT3_INLINE DoubleVec& operator+=(DoubleVec& a, DoubleVec b) { return a = a + b; }
 
-MVIT3_INLINE Wide fma(Wide a, Wide b, Wide c) {
+MVIT3_INLINE DoubleVec fma(DoubleVec a, DoubleVec b, DoubleVec c) {
   for (int i = 0; i < 2 * kParts; ++i) c.part[i] += a.part[i] * b.part[i];
   return c;
 }
 
-MVIT3_INLINE void accumulate(double* p, Wide v) { store(p, load(p) + v); }
-MVIT3_INLINE void accumulate(double* p, Vec v) { accumulate(p, widen(v)); }
+MVIT3_INLINE void accumulate(double* p, DoubleVec v) { store(p, load(p) + v); }
+MVIT3_INLINE void accumulate(double* p, Vec v) { accumulate(p, to_doubles(v)); }
 
 // x limited to low..high; NaN stays NaN.
 MVIT3_INLINE Vec clamp(Vec x, Vec low, Vec high) {
@@ -278,7 +281,8 @@ MVIT3_INLINE Vec floor(Vec x) {
 #endif
 }
 
-// 2^(floor(x) + r) for r of 0 .. 1, NaN where r is NaN. Without AVX-512 x must be an integer of -126 .. 127, or NaN with r.
+// 2^(floor(x) + r) for r of 0 .. 1, NaN where r is NaN. Without AVX-512 x must be an integer of -126 .. 127, or NaN
+// with r.
 MVIT3_INLINE Vec exp2_parts(Vec x, Vec r) {
   Vec p = exp2_fraction(r);
 #if defined(__AVX512F__)
@@ -330,7 +334,8 @@ MVIT3_INLINE Vec exp(Vec x) {
   return select_greater(-86.0f, x, 0.0f, exp2_parts(n, fnma(n, kLn2Rest, fnma(n, kLn2High, v)) * kLog2e));
 }
 
-// 1 + exp(-x), relative error up to 2e-7 + 6e-8 |x|. A division by it beats an estimate refined by Newton's method: it has a unit of its own.
+// 1 + exp(-x), relative error up to 2e-7 + 6e-8 |x|. A division by it beats an estimate refined by Newton's method: it
+// has a unit of its own.
 MVIT3_INLINE Vec sigmoid_divisor(Vec x) { return Vec(1.0f) + exp2(x * -kLog2e); }
 
 MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / sigmoid_divisor(x); }

@@ -1,9 +1,10 @@
-// Whether the tensors that a program was packed from are still what they were, whoever wrote them: PyTorch's count of versions knows nothing
-// of fused optimisers, of `p.data`, of numpy, or of tensors made in inference mode.
+// Whether the tensors that a program was packed from are still what they were, whoever wrote them: PyTorch's count of
+// versions knows nothing of fused optimisers, of `p.data`, of numpy, or of tensors made in inference mode.
 //
-// The memory of each tensor is cut into slices, and each slice has a sum. A call compares the next slice of every tensor: one that has been
-// rewritten is noticed at once, a single element after at most kSlices calls, for 1/kSlices of the memory. The caller keeps the memory
-// alive and knows that the tensors still lie there: a tensor that is held here could not be given another content by swap_tensors.
+// The memory of each tensor is cut into slices, and each slice has a sum. A call compares the next slice of every
+// tensor: one that has been rewritten is noticed at once, a single element after at most kSlices calls, for 1/kSlices
+// of the memory. The caller keeps the memory alive and knows that the tensors still lie there: a tensor that is held
+// here could not be given another content by swap_tensors.
 
 #include <atomic>
 #include <cstring>
@@ -55,12 +56,15 @@ struct Slice {
 
 class Weights {
  public:
-  // One slice of each tensor for every call of a round, in the order in which they are read: they are far from the caches by then.
+  // One slice of each tensor for every call of a round, in the order in which they are read: they are far from the
+  // caches by then.
   explicit Weights(const std::vector<Tensor>& tensors) : rounds_(kSlices) {
     for (const Tensor& tensor : tensors) {
       const char* const data = static_cast<const char*>(tensor.data_ptr());
       const int64_t bytes = extent(tensor), slices = std::min(kSlices, (bytes + kLine - 1) / kLine);
-      const auto begin = [&](int64_t slice) { return slice == slices ? bytes : bytes * slice / slices / kLine * kLine; };
+      const auto begin = [&](int64_t slice) {
+        return slice == slices ? bytes : bytes * slice / slices / kLine * kLine;
+      };
       for (int64_t call = 0; slices > 0 && call < kSlices; ++call) {
         const int64_t slice = call % slices, length = begin(slice + 1) - begin(slice);
         rounds_[call].push_back({data + begin(slice), length, sum_of(data + begin(slice), length)});
@@ -104,7 +108,8 @@ bool weights_changed(int64_t number, bool all) {
   {
     const std::lock_guard<std::mutex> lock(weights_mutex);
     const auto found = known_weights.find(number);
-    STD_TORCH_CHECK(found != known_weights.end(), "weights must be a number of weights_new that is not freed, got ", number);
+    MVIT3_CHECK(
+        found != known_weights.end(), "weights must be a number of weights_new that is not freed, got ", number);
     weights = found->second;
   }
   return weights->changed(all);

@@ -1,5 +1,5 @@
-// The arguments of the launchers, which the bindings fill in. Maps are contiguous (B, H, W, channels) in bfloat16 or float16; those of the
-// depth-wise convolution by itself in float32 too.
+// The arguments of the launchers, which the bindings fill in. Maps are contiguous (B, H, W, channels) in bfloat16 or
+// float16; those of the depth-wise convolution by itself in float32 too.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +24,12 @@ struct Maps {
   int64_t batch;
   int height, width, inputs;           // x
   int out_height, out_width, outputs;  // the map behind the depth-wise convolution; channels of the projection
-  int wide;                            // channels between
+  int expanded;                        // channels between
   int dilation;
 };
 
-// Parameters as the kernels copy them into shared memory: rounded, padded with zeros, norms folded. A launcher fills it in its workspace.
-// `channels` is the number of expanded ones, a multiple of 32.
+// Parameters as the kernels copy them into shared memory: rounded, padded with zeros, norms folded. A launcher fills it
+// in its workspace. `channels` is the number of expanded ones, a multiple of 32.
 struct Packed {
   const void* expand;     // (channels, inputs padded to a multiple of 16), type of the map
   const void* project;    // (outputs, channels), type of the map
@@ -89,9 +89,11 @@ struct InferenceArguments {
 int64_t inference_workspace(const InferenceArguments& a);
 void inference(const InferenceArguments& a, void* stream);
 
-// The gradient dp of the projection to that of x, without the correction of the first norm (identity B of the design), and what that needs.
-//   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z, da = depth-wise^T dz, pre = norm(x expand^T), G = da * act'(pre);
-//   dx = (G * scale) expand, n1 = G^T x, g1 = sum of G, dtaps = the gradient of the depth-wise weights.
+// The gradient dp of the projection to that of x, without the correction of the first norm (identity B of the design),
+// and what that needs.
+//   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z, da = depth-wise^T dz, pre = norm(x expand^T),
+//   G = da * act'(pre); dx = (G * scale) expand, n1 = G^T x, g1 = sum of G, dtaps = the gradient of the depth-wise
+//   weights.
 struct BackwardArguments {
   ExpansionArguments front;
   const void *dp, *z;
@@ -109,8 +111,9 @@ void backward(const BackwardArguments& a, void* stream);
 
 enum class Type { kFloat, kBFloat16, kFloat16 };
 
-// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are the channels, and
-// outputs and wide have no part. Neither map is empty, and the dilation is not larger than the map.
+// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are
+// the channels, and outputs and expanded have no part. Neither map is empty, and the dilation is not larger than the
+// map.
 struct DepthwiseArguments {
   Maps maps;
   const void *x, *dz;

@@ -1,5 +1,5 @@
-// What a kernel's body needs of the device: its place in the launch, barriers, shared memory, 16-bit numbers, copies. A body uses nothing
-// else, so that it also compiles for the host, where tests/cuda/emulation.h stands for the device.
+// What a kernel's body needs of the device: its place in the launch, barriers, shared memory, 16-bit numbers, copies. A
+// body uses nothing else, so that it also compiles for the host, where tests/cuda/emulation.h stands for the device.
 #pragma once
 
 #include <cstdint>
@@ -27,37 +27,51 @@ constexpr int kWarp = 32;
 
 namespace mvit3 {
 
-// Read anew at each use: what follows from it alone is then computed where it is needed, not once for the whole kernel, which would keep
-// dozens of registers for it.
-MVIT3_DEVICE int thread() {
+// Read anew at each use: what follows from it alone is then computed where it is needed, not once for the whole kernel,
+// which would keep dozens of registers for it.
+MVIT3_DEVICE
+int thread() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
-MVIT3_DEVICE int block() { return int(blockIdx.x); }
-MVIT3_DEVICE int blocks() { return int(gridDim.x); }
-MVIT3_DEVICE int slice() { return int(blockIdx.y); }
-MVIT3_DEVICE void synchronize() { __syncthreads(); }
-MVIT3_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+MVIT3_DEVICE
+int block() { return int(blockIdx.x); }
+MVIT3_DEVICE
+int blocks() { return int(gridDim.x); }
+MVIT3_DEVICE
+int slice() { return int(blockIdx.y); }
+MVIT3_DEVICE
+void synchronize() { __syncthreads(); }
+MVIT3_DEVICE
+float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-MVIT3_DEVICE char* shared_memory() {
+MVIT3_DEVICE
+char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
   return memory;
 }
 
 // Where something lies in shared memory, as the instructions that take matrices want it.
 using SharedAddress = uint32_t;
-MVIT3_DEVICE SharedAddress shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+MVIT3_DEVICE
+SharedAddress shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Copies 16 aligned bytes from global to shared memory; they are there for the thread after copies_arrive, for its block after a barrier.
-MVIT3_DEVICE void copy_16(void* shared, const void* global) {
+// Copies 16 aligned bytes from global to shared memory; they are there for the thread after copies_arrive, for its
+// block after a barrier.
+MVIT3_DEVICE
+void copy_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
-MVIT3_DEVICE void copies_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+MVIT3_DEVICE
+void copies_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-MVIT3_DEVICE float to_float(float x) { return x; }
-MVIT3_DEVICE float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-MVIT3_DEVICE float to_float(Float16 x) {
+MVIT3_DEVICE
+float to_float(float x) { return x; }
+MVIT3_DEVICE
+float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+MVIT3_DEVICE
+float to_float(Float16 x) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;
@@ -65,24 +79,28 @@ MVIT3_DEVICE float to_float(Float16 x) {
 
 // Two numbers in one register, the first in the low half; rounded to nearest even.
 template <typename T>
-MVIT3_DEVICE uint32_t pack(float first, float second);
+MVIT3_DEVICE
+uint32_t pack(float first, float second);
 template <>
-MVIT3_DEVICE uint32_t pack<BFloat16>(float first, float second) {
+MVIT3_DEVICE
+uint32_t pack<BFloat16>(float first, float second) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
   return bits;
 }
 template <>
-MVIT3_DEVICE uint32_t pack<Float16>(float first, float second) {
+MVIT3_DEVICE
+uint32_t pack<Float16>(float first, float second) {
   uint32_t bits;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
   return bits;
 }
 
 // The device's fast exponential and division (errors of a few 2^-23).
-MVIT3_DEVICE float fast_exp(float x) { return __expf(x); }
-MVIT3_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
-MVIT3_DEVICE float square_root(float x) { return sqrtf(x); }
+MVIT3_DEVICE
+float fast_exp(float x) { return __expf(x); }
+MVIT3_DEVICE
+float fast_divide(float a, float b) { return __fdividef(a, b); }
 
 }  // namespace mvit3
 
@@ -100,17 +118,14 @@ struct alignas(8) Pair {
 };
 
 template <typename T>
-MVIT3_DEVICE T from_float(float x) {
-  return T{uint16_t(pack<T>(x, 0.0f))};
-}
+MVIT3_DEVICE
+T from_float(float x) { return T{uint16_t(pack<T>(x, 0.0f))}; }
 template <>
-MVIT3_DEVICE float from_float<float>(float x) {
-  return x;
-}
+MVIT3_DEVICE
+float from_float<float>(float x) { return x; }
 
 template <typename T>
-MVIT3_DEVICE Pair unpack(uint32_t bits) {
-  return {to_float(T{uint16_t(bits & 0xffff)}), to_float(T{uint16_t(bits >> 16)})};
-}
+MVIT3_DEVICE
+Pair unpack(uint32_t bits) { return {to_float(T{uint16_t(bits & 0xffff)}), to_float(T{uint16_t(bits >> 16)})}; }
 
 }  // namespace mvit3

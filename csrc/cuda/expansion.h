@@ -1,8 +1,9 @@
-// The front of an inverted residual on one tile: the expanded map of the tile and of its border, 32 channels at a time, in shared memory.
+// The front of an inverted residual on one tile: the expanded map of the tile and of its border, 32 channels at a time,
+// in shared memory.
 //
-// Shared memory holds the tile of x (all input channels, or a slice of them), the weights of the 32 channels and their expanded pixels.
-// Weights and tile of the step to come are copied while the present one is filtered. A step has two barriers: one behind the expansion, one
-// behind the filter.
+// Shared memory holds the tile of x (all input channels, or a slice of them), the weights of the 32 channels and their
+// expanded pixels. Weights and tile of the step to come are copied while the present one is filtered. A step has two
+// barriers: one behind the expansion, one behind the filter.
 #pragma once
 
 #include "tile.h"
@@ -16,14 +17,16 @@ constexpr int kChunkPitch = kChunk + 8;
 struct Carver {
   int bytes = 0;
 
-  MVIT3_BOTH int take(int64_t count, int size) {
+  MVIT3_BOTH
+  int take(int64_t count, int size) {
     const int at = bytes;
     bytes += round_up(int(count) * size, 16);
     return at;
   }
 };
 
-// A tile of the filtered map, and the rectangle of x that it is made of. 180 and 153 pixels fill most of 12 and 10 blocks of 16 rows.
+// A tile of the filtered map, and the rectangle of x that it is made of. 180 and 153 pixels fill most of 12 and 10
+// blocks of 16 rows.
 template <int Stride>
 struct OutputTile {
   static constexpr int kHeight = Stride == 1 ? 8 : 4, kWidth = Stride == 1 ? 16 : 8;
@@ -40,30 +43,37 @@ struct Expansion {
   static_assert(Tile::kPixels <= 4 * 16 * kRowBlocks, "the warps cover all pixels");
 
   struct Layout {
-    int x, weight, wide, affine, taps;
-    MVIT3_BOTH Layout(Carver& carver, int slice)
+    int x, weight, expanded, affine, taps;
+    MVIT3_BOTH
+    Layout(Carver& carver, int slice)
         : x(carver.take(Tile::kPixels * (slice + 8), sizeof(T))), weight(carver.take(kChunk * (slice + 8), sizeof(T))),
-          wide(carver.take(Tile::kPixels * kChunkPitch, sizeof(T))), affine(carver.take(kChunk, sizeof(Affine))),
+          expanded(carver.take(Tile::kPixels * kChunkPitch, sizeof(T))), affine(carver.take(kChunk, sizeof(Affine))),
           taps(carver.take(9 * kChunk, sizeof(float))) {}
   };
 
   const ExpansionArguments& arguments;
-  Matrix<T> x, weight, wide;
+  Matrix<T> x, weight, expanded;
   Affine* affine;
   float* taps;
 
-  MVIT3_DEVICE Expansion(const ExpansionArguments& a, const Layout& layout)
-      : arguments(a), x{at<T>(layout.x), a.slice + 8}, weight{at<T>(layout.weight), a.slice + 8}, wide{at<T>(layout.wide), kChunkPitch},
-        affine(at<Affine>(layout.affine)), taps(at<float>(layout.taps)) {}
+  MVIT3_DEVICE
+  Expansion(const ExpansionArguments& a, const Layout& layout)
+      : arguments(a), x{at<T>(layout.x), a.slice + 8}, weight{at<T>(layout.weight), a.slice + 8},
+        expanded{at<T>(layout.expanded), kChunkPitch}, affine(at<Affine>(layout.affine)), taps(at<float>(layout.taps)) {
+  }
 
   template <typename V>
-  static MVIT3_DEVICE V* at(int offset) { return reinterpret_cast<V*>(shared_memory() + offset); }
+  static MVIT3_DEVICE
+  V* at(int offset) { return reinterpret_cast<V*>(shared_memory() + offset); }
 
-  MVIT3_DEVICE bool whole() const { return arguments.slice >= arguments.maps.inputs; }
+  MVIT3_DEVICE
+  bool whole() const { return arguments.slice >= arguments.maps.inputs; }
 
-  static MVIT3_DEVICE Place of_x(Place tile) { return tile.moved_to(tile.top * Stride - 1, tile.left * Stride - 1); }
+  static MVIT3_DEVICE
+  Place of_x(Place tile) { return tile.moved_to(tile.top * Stride - 1, tile.left * Stride - 1); }
 
-  MVIT3_DEVICE void load_slice(Place tile, int chunk, int first, bool with_pixels) const {
+  MVIT3_DEVICE
+  void load_slice(Place tile, int chunk, int first, bool with_pixels) const {
     const Maps& m = arguments.maps;
     if (with_pixels)
       load_pixels<Tile::kInHeight, Tile::kInWidth>(
@@ -72,14 +82,18 @@ struct Expansion {
     load_matrix(weight, p.expand, p.channels, p.inputs, chunk, kChunk, first, arguments.slice);
   }
 
-  // Begins the copies of a step, where they fit as a whole. Nobody may read weight, affine or, at the first chunk, x any more.
-  MVIT3_DEVICE void prefetch(Place tile, int chunk) const {
+  // Begins the copies of a step, where they fit as a whole. Nobody may read weight, affine or, at the first chunk, x
+  // any more.
+  MVIT3_DEVICE
+  void prefetch(Place tile, int chunk) const {
     if (whole()) load_slice(tile, chunk, 0, chunk == 0);
     load_floats(&affine[0].scale, arguments.packed.affine + 2 * chunk, 2 * kChunk, 0);
   }
 
-  // Fills `wide` and `taps`. What was prefetched must have arrived, and nobody may read them any more; a barrier must follow.
-  MVIT3_DEVICE void expand(Place tile, int chunk) const {
+  // Fills `expanded` and `taps`. What was prefetched must have arrived, and nobody may read them any more; a barrier
+  // must follow.
+  MVIT3_DEVICE
+  void expand(Place tile, int chunk) const {
     const Maps& m = arguments.maps;
     load_floats(taps, arguments.packed.taps + 9 * chunk, 9 * kChunk, 0);
     const int first_row = warp() % 4 * 16 * kRowBlocks, first_column = warp() / 4 * 8 * kColumnBlocks;
@@ -124,40 +138,47 @@ struct Expansion {
         const bool there = inside(from.y(pixel / Tile::kInWidth), from.x(pixel % Tile::kInWidth), m.height, m.width);
 #pragma unroll
         for (int j = 0; j < kColumnBlocks; ++j)
-          *reinterpret_cast<uint32_t*>(wide.row(pixel) + first_column + 8 * j + 2 * t) =
+          *reinterpret_cast<uint32_t*>(expanded.row(pixel) + first_column + 8 * j + 2 * t) =
               there ? pack<T>(sum[i][j][2 * half], sum[i][j][2 * half + 1]) : 0u;
       }
   }
 
-  // ---- The depth-wise taps. Half a warp has the 16 pairs of channels of one strip: its loads and stores are runs of 64 bytes, and the
-  // other half's strip lies where shared memory's other banks are.
+  // ---- The depth-wise taps. Half a warp has the 16 pairs of channels of one strip: its loads and stores are runs of
+  // 64 bytes, and the other half's strip lies where shared memory's other banks are.
 
-  static MVIT3_DEVICE int pair() { return thread() % (kChunk / 2); }
-  static MVIT3_DEVICE int strip_column() {
+  static MVIT3_DEVICE
+  int pair() { return thread() % (kChunk / 2); }
+  static MVIT3_DEVICE
+  int strip_column() {
     constexpr int kApart = 4 / Stride;
     return warp() % kApart + lane() / 16 * kApart + warp() / kApart % (Tile::kWidth / (2 * kApart)) * 2 * kApart;
   }
-  static MVIT3_DEVICE int strip_row() { return warp() / (Tile::kWidth / 2) * Tile::kRows; }
+  static MVIT3_DEVICE
+  int strip_row() { return warp() / (Tile::kWidth / 2) * Tile::kRows; }
 
-  static MVIT3_DEVICE Place place_of(const Maps& m, int64_t tile) {
+  static MVIT3_DEVICE
+  Place place_of(const Maps& m, int64_t tile) {
     return place<Tile::kHeight, Tile::kWidth>(tile, m.out_height, m.out_width, m.dilation);
   }
-  static MVIT3_BOTH int64_t tiles(const Maps& m) {
+  static MVIT3_BOTH
+  int64_t tiles(const Maps& m) {
     return tiles_of(m.batch, Tile::kHeight, Tile::kWidth, m.out_height, m.out_width, m.dilation);
   }
 
   // Outputs of this thread's strip that lie inside the map: the first ones.
-  MVIT3_DEVICE int strip_length(Place tile) const {
+  MVIT3_DEVICE
+  int strip_length(Place tile) const {
     if (tile.x(strip_column()) >= arguments.maps.out_width) return 0;
     const int left = arguments.maps.out_height - tile.y(strip_row());  // in rows of the whole map
     return left <= 0 ? 0 : left > (Tile::kRows - 1) * tile.step ? Tile::kRows : int(ceil_div(left, tile.step));
   }
 
-  MVIT3_DEVICE void filter(Pair (&out)[Tile::kRows]) const {
+  MVIT3_DEVICE
+  void filter(Pair (&out)[Tile::kRows]) const {
     Pair tap[9];
 #pragma unroll
     for (int i = 0; i < 9; ++i) tap[i] = *reinterpret_cast<const Pair*>(taps + i * kChunk + 2 * pair());
-    const T* corner = wide.row(strip_row() * Stride * Tile::kInWidth + strip_column() * Stride) + 2 * pair();
+    const T* corner = expanded.row(strip_row() * Stride * Tile::kInWidth + strip_column() * Stride) + 2 * pair();
     Pair window[3][3];
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {

@@ -1,7 +1,8 @@
-// Launching kernels. A kernel is a type with `Arguments`, `kBlocksAtOnce` (blocks that share a multiprocessor at least, which limits its
-// registers) and `run`.
+// Launching kernels. A kernel is a type with `Arguments`, `kBlocksAtOnce` (blocks that share a multiprocessor at least,
+// which limits its registers) and `run`.
 #pragma once
 
+#include "shared_memory.h"
 #include "tile.h"
 
 #if defined(__CUDACC__)
@@ -12,11 +13,13 @@
 namespace mvit3 {
 
 inline void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("mvit3_kernels, CUDA C++ kernels: ") + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("mvit3_kernels, CUDA C++ kernels: ") + cudaGetErrorString(status));
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kThreads, K::kBlocksAtOnce) kernel(const __grid_constant__ typename K::Arguments arguments) {
+__global__ void __launch_bounds__(kThreads, K::kBlocksAtOnce)
+    kernel(const __grid_constant__ typename K::Arguments arguments) {
   K::run(arguments);
 }
 
@@ -24,10 +27,13 @@ __global__ void __launch_bounds__(kThreads, K::kBlocksAtOnce) kernel(const __gri
 template <typename K>
 int resident_blocks(int shared) {
   thread_local int of_device = -1, of_shared = 0, answer = 0;
+  static SharedMemoryLimit limit;
   int device, processors, blocks;
   check(cudaGetDevice(&device));
   if (device == of_device && shared == of_shared) return answer;
-  check(cudaFuncSetAttribute(kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  limit.raise(device, shared, [](int bytes) {
+    check(cudaFuncSetAttribute(kernel<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  });
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel<K>, kThreads, shared));
   if (blocks == 0) throw std::runtime_error("mvit3_kernels, CUDA C++ kernels: the device has too little shared memory");

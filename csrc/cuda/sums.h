@@ -10,13 +10,17 @@ struct Moments {
   float mean, squares;
 };
 
-MVIT3_DEVICE Moments merge(Moments a, float count_a, Moments b, float count_b) {
+MVIT3_DEVICE
+Moments merge(Moments a, float count_a, Moments b, float count_b) {
   if (count_b == 0.0f) return a;
   const float share = fast_divide(count_b, count_a + count_b), apart = b.mean - a.mean;
   return {a.mean + apart * share, a.squares + b.squares + apart * apart * count_a * share};
 }
 
-// Mean and variance from the moments of `parts` blocks, 32 channels to a block of threads.
+// From the moments of `parts` blocks, with n = the sum of their counts:
+//   mean = sum(count * mean) / n, var = sum(squares + count * (mean of the block - mean)^2) / n.
+// Reads the workspace three times: moments (parts, channels) and counts (parts). Writes mean and var (channels) once.
+// A block of threads has 32 channels.
 struct FinishMoments {
   struct Arguments {
     const float* workspace;
@@ -25,7 +29,8 @@ struct FinishMoments {
   };
   static constexpr int kBlocksAtOnce = 1;
 
-  static MVIT3_DEVICE void run(const Arguments& a) {
+  static MVIT3_DEVICE
+  void run(const Arguments& a) {
     double* const sums = reinterpret_cast<double*>(shared_memory());  // (kWarps, 32)
     const Moments* const moments = reinterpret_cast<const Moments*>(a.workspace);
     const float* const counts = a.workspace + int64_t(a.parts) * a.channels * 2;
@@ -43,7 +48,8 @@ struct FinishMoments {
       return sum;
     };
     const double count = add_up([&](int p) { return double(counts[p]); });
-    const double mean = add_up([&](int p) { return counts[p] * double(moments[int64_t(p) * a.channels + channel].mean); }) / count;
+    const double mean =
+        add_up([&](int p) { return counts[p] * double(moments[int64_t(p) * a.channels + channel].mean); }) / count;
     const double squares = add_up([&](int p) {
       const Moments part = moments[int64_t(p) * a.channels + channel];
       const double apart = part.mean - mean;
@@ -56,9 +62,10 @@ struct FinishMoments {
   }
 };
 
-// Sum i of `count` that each of `parts` blocks kept, for the first warp of a block of threads that takes 32 sums; shared memory of
-// kThreads floats.
-MVIT3_DEVICE float sum_of_parts(const float* workspace, int parts, int64_t count, int64_t i) {
+// Sum i of `count` that each of `parts` blocks kept, for the first warp of a block of threads that takes 32 sums;
+// shared memory of kThreads floats.
+MVIT3_DEVICE
+float sum_of_parts(const float* workspace, int parts, int64_t count, int64_t i) {
   float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
   float sum = 0.0f;
   if (i < count)

@@ -1,6 +1,8 @@
 // Tiles of maps and of weights in shared memory, parameters, activations.
 #pragma once
 
+#include "../activations.h"
+#include "../batch_norm.h"
 #include "arguments.h"
 #include "mma.h"
 
@@ -15,7 +17,8 @@ struct alignas(16) Vector {
 
 // Number i of a parameter.
 template <typename T>
-MVIT3_DEVICE float value_at(const Values& values, int64_t i) {
+MVIT3_DEVICE
+float value_at(const Values& values, int64_t i) {
   return values.single ? static_cast<const float*>(values.data)[i] : to_float(static_cast<const T*>(values.data)[i]);
 }
 
@@ -25,47 +28,64 @@ struct alignas(8) Affine {
 };
 
 template <typename T>
-MVIT3_DEVICE Affine affine_at(const Norm& norm, int channel) {
+MVIT3_DEVICE
+Affine affine_at(const Norm& norm, int channel) {
   if (norm.scale) return {norm.scale[channel], norm.shift[channel]};
-  const float scale = value_at<T>(norm.weight, channel) / square_root(value_at<T>(norm.var, channel) + norm.eps);
-  return {scale, value_at<T>(norm.bias, channel) - value_at<T>(norm.mean, channel) * scale};
+  const FoldedNorm<float> folded = fold_norm(
+      value_at<T>(norm.weight, channel), value_at<T>(norm.bias, channel), value_at<T>(norm.mean, channel),
+      value_at<T>(norm.var, channel), norm.eps);
+  return {folded.scale, folded.shift};
 }
 
-// Where a tile lies. With dilation d its pixels are d apart: a map is then d x d maps of pixels that know nothing of each other, each of
-// them convolved without dilation.
+// Where a tile lies. With dilation d its pixels are d apart: a map is then d x d maps of pixels that know nothing of
+// each other, each of them convolved without dilation.
 struct Place {
   int64_t image;
   int top, left;  // in the map of every `step`-th pixel, from (first_row, first_column) on
   int first_row, first_column, step;
 
-  MVIT3_DEVICE int y(int row) const { return first_row + (top + row) * step; }
-  MVIT3_DEVICE int x(int column) const { return first_column + (left + column) * step; }
-  MVIT3_DEVICE Place moved_to(int new_top, int new_left) const { return {image, new_top, new_left, first_row, first_column, step}; }
+  MVIT3_DEVICE
+  int y(int row) const { return first_row + (top + row) * step; }
+  MVIT3_DEVICE
+  int x(int column) const { return first_column + (left + column) * step; }
+  MVIT3_DEVICE
+  Place moved_to(int new_top, int new_left) const { return {image, new_top, new_left, first_row, first_column, step}; }
 };
 
-MVIT3_BOTH int round_up(int n, int to) { return (n + to - 1) / to * to; }
-MVIT3_BOTH int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+MVIT3_BOTH
+int round_up(int n, int to) { return (n + to - 1) / to * to; }
+MVIT3_BOTH
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-MVIT3_BOTH int64_t tiles_of(int64_t batch, int tile_height, int tile_width, int height, int width, int step) {
-  return batch * step * step * ceil_div(ceil_div(height, step), tile_height) * ceil_div(ceil_div(width, step), tile_width);
+MVIT3_BOTH
+int64_t tiles_of(int64_t batch, int tile_height, int tile_width, int height, int width, int step) {
+  return batch * step * step * ceil_div(ceil_div(height, step), tile_height) *
+         ceil_div(ceil_div(width, step), tile_width);
 }
 
 template <int Height, int Width>
-MVIT3_DEVICE Place place(int64_t tile, int height, int width, int step) {
+MVIT3_DEVICE
+Place place(int64_t tile, int height, int width, int step) {
   const int down = int(ceil_div(ceil_div(height, step), Height)), across = int(ceil_div(ceil_div(width, step), Width));
   const int64_t row = tile / across, phase = row / down;
   const int which = int(phase % (step * step));
-  return {phase / (step * step), int(row % down) * Height, int(tile % across) * Width, which / step, which % step, step};
+  return {
+      phase / (step * step), int(row % down) * Height, int(tile % across) * Width, which / step, which % step, step};
 }
 
-MVIT3_DEVICE bool inside(int y, int x, int height, int width) { return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width); }
+MVIT3_DEVICE
+bool inside(int y, int x, int height, int width) {
+  return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width);
+}
 
-MVIT3_DEVICE bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+MVIT3_DEVICE
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// A rectangle of a map (B, H, W, channels), its channels first..first+count-1, count a multiple of 16, with zeros outside the map.
+// A rectangle of a map (B, H, W, channels), its channels first..first+count-1, count a multiple of 16, with zeros
+// outside the map.
 template <int Height, int Width, typename T>
-MVIT3_DEVICE void load_pixels(
-    Matrix<T> tile, const T* map, int height, int width, int channels, Place at, int first, int count) {
+MVIT3_DEVICE
+void load_pixels(Matrix<T> tile, const T* map, int height, int width, int channels, Place at, int first, int count) {
   const T* image = map + at.image * height * width * channels;
   const bool vectors = channels % 8 == 0 && is_aligned(map);
   const int unit = vectors ? 8 : 1, across = count / unit;
@@ -86,9 +106,11 @@ MVIT3_DEVICE void load_pixels(
   }
 }
 
-// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a packed matrix (height, width), zeros outside it.
+// Rows first_row..+rows-1 and columns first_column..+columns-1, a multiple of 16, of a packed matrix (height, width),
+// zeros outside it.
 template <typename T>
-MVIT3_DEVICE void load_matrix(
+MVIT3_DEVICE
+void load_matrix(
     Matrix<T> tile, const void* matrix, int height, int width, int first_row, int rows, int first_column, int columns) {
   const int across = columns / 8;
 #pragma unroll 1
@@ -104,14 +126,16 @@ MVIT3_DEVICE void load_matrix(
 }
 
 // `count` floats, a multiple of 4, by the threads from `first` on.
-MVIT3_DEVICE void load_floats(float* to, const float* from, int count, int first) {
+MVIT3_DEVICE
+void load_floats(float* to, const float* from, int count, int first) {
   const int i = 4 * (thread() - first);
   if (i >= 0 && i < count) copy_16(to + i, from + i);
 }
 
 // Two neighbouring channels of a row of `channels` numbers; what lies behind the last one is left alone.
 template <typename T>
-MVIT3_DEVICE void store_pair(T* row, int channel, int channels, uint32_t bits) {
+MVIT3_DEVICE
+void store_pair(T* row, int channel, int channels, uint32_t bits) {
   if (channels % 2 == 0) {
     if (channel < channels) *reinterpret_cast<uint32_t*>(row + channel) = bits;
   } else {
@@ -121,20 +145,22 @@ MVIT3_DEVICE void store_pair(T* row, int channel, int channels, uint32_t bits) {
 }
 
 template <typename T>
-MVIT3_DEVICE Pair load_pair(const T* row, int channel, int channels) {
+MVIT3_DEVICE
+Pair load_pair(const T* row, int channel, int channels) {
   const bool together = channels % 2 == 0 && reinterpret_cast<uintptr_t>(row) % 4 == 0;
   if (together && channel < channels) return unpack<T>(*reinterpret_cast<const uint32_t*>(row + channel));
-  return {channel < channels ? to_float(row[channel]) : 0.0f, channel + 1 < channels ? to_float(row[channel + 1]) : 0.0f};
+  return {
+      channel < channels ? to_float(row[channel]) : 0.0f, channel + 1 < channels ? to_float(row[channel + 1]) : 0.0f};
 }
 
-// ---- Activations, by their position in ACTIVATIONS
+// ---- Activations
 
-constexpr int kIdentity = 0, kSilu = 1, kRelu = 2;
-
-MVIT3_DEVICE float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
+MVIT3_DEVICE
+float sigmoid(float x) { return fast_divide(1.0f, 1.0f + fast_exp(-x)); }
 
 template <int Count>
-MVIT3_DEVICE void activate(float* values, int act) {
+MVIT3_DEVICE
+void activate(float* values, int act) {
   if (act == kSilu) {
 #pragma unroll
     for (int i = 0; i < Count; ++i) values[i] *= sigmoid(values[i]);
@@ -146,7 +172,8 @@ MVIT3_DEVICE void activate(float* values, int act) {
 
 // The values and the slopes there.
 template <int Count>
-MVIT3_DEVICE void activate_with_slope(float* values, float* slopes, int act) {
+MVIT3_DEVICE
+void activate_with_slope(float* values, float* slopes, int act) {
 #pragma unroll
   for (int i = 0; i < Count; ++i) slopes[i] = 1.0f;
   if (act == kSilu) {

@@ -6,8 +6,8 @@ from torch import nn
 
 
 def init_kaiming(module: nn.Module) -> None:
-    """MobileViTv1 and MobileViTv3-XXS/XS/S: convolutions Kaiming-normal over fan-out, linear layers truncated normal of deviation 0.02,
-    biases 0."""
+    """MobileViTv1 and MobileViTv3-XXS/XS/S: convolutions Kaiming-normal over fan-out, linear layers truncated normal of
+    deviation 0.02, biases 0."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out")
@@ -18,8 +18,8 @@ def init_kaiming(module: nn.Module) -> None:
 
 
 def init_default(module: nn.Module) -> None:
-    """MobileViTv2 and MobileViTv3-w: PyTorch's defaults for convolutions (the released initialiser never reached them), the classifier
-    Xavier-uniform with bias 0."""
+    """MobileViTv2 and MobileViTv3-w: PyTorch's defaults for convolutions (the released initialiser never reached them),
+    the classifier Xavier-uniform with bias 0."""
     for m in module.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)

@@ -41,7 +41,9 @@ def transformer_architecture(
 
 
 ARCHITECTURES = {
-    "mobilevit_xxs": transformer_architecture(MobileViTBlock, 16, 24, (48, 64, 80), (64, 80, 96), expand_ratio=2, dropout=0.05),
+    "mobilevit_xxs": transformer_architecture(
+        MobileViTBlock, 16, 24, (48, 64, 80), (64, 80, 96), expand_ratio=2, dropout=0.05
+    ),
     "mobilevit_xs": transformer_architecture(MobileViTBlock, 32, 48, (64, 80, 96), (96, 120, 144)),
     "mobilevit_s": transformer_architecture(MobileViTBlock, 32, 64, (96, 128, 160), (144, 192, 240)),
 }

@@ -13,13 +13,16 @@ _TRANSFORMER = {
 }
 
 ARCHITECTURES = {
-    **{f"mobilevitv3_{size}": transformer_architecture(MobileViTV3Block, **dims) for size, dims in _TRANSFORMER.items()},
+    **{
+        f"mobilevitv3_{size}": transformer_architecture(MobileViTV3Block, **dims) for size, dims in _TRANSFORMER.items()
+    },
     # The fast variants have two transformer layers in layer_4 instead of four.
     **{
         f"mobilevitv3_{size}_fast": transformer_architecture(MobileViTV3Block, **dims, depths=(2, 2, 3))
         for size, dims in _TRANSFORMER.items()
     },
     **{
-        f"mobilevitv3_{round(100 * width):03d}": separable_architecture(MobileViTV3SeparableBlock, width) for width in (0.5, 0.75, 1.0, 2.0)
+        f"mobilevitv3_{round(100 * width):03d}": separable_architecture(MobileViTV3SeparableBlock, width)
+        for width in (0.5, 0.75, 1.0, 2.0)
     },
 }

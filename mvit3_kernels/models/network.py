@@ -1,4 +1,5 @@
-"""The network that all families share: stem, two stages of inverted residuals, three stages with a MobileViT block, head."""
+"""The network that all families share: stem, two stages of inverted residuals, three stages with a MobileViT block,
+head."""
 
 from __future__ import annotations
 
@@ -7,15 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..nn import ConvNormAct, InvertedResidual
 from ..nn.guard import known
 from ..nn.layout import to_nchw, to_nhwc
+from .saving import Savable, refuse_script
+
+LAYERS = ("layer_1", "layer_2", "layer_3", "layer_4", "layer_5")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of layer_3, layer_4, layer_5: output channels, width and hidden width of the attention layers, and their number."""
+    """One of layer_3, layer_4, layer_5: output channels, width and hidden width of the attention layers, and their
+    number."""
 
     channels: int
     dim: int
@@ -40,9 +46,15 @@ class Architecture:
     drop_rate: float = 0.0
     proj_drop_rate: float = 0.0
 
+    @property
+    def v1_style(self) -> bool:
+        """MobileViTv1 and MobileViTv3-XXS/XS/S, as opposed to MobileViTv2 and MobileViTv3-w."""
+        return self.head_channels is not None
+
 
 def make_divisible(value: float, divisor: int, minimum: int | None = None) -> int:
-    """The multiple of `divisor` nearest to `value` (half up), at least `minimum`, one step up where it falls below 90 % of `value`."""
+    """The multiple of `divisor` nearest to `value` (half up), at least `minimum`, one step up where it falls below 90 %
+    of `value`."""
     rounded = max(divisor if minimum is None else minimum, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -52,7 +64,11 @@ class GlobalPool(nn.Module):
     """Mean over height and width: (B, C, H, W) to (B, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1).mean((1, 2))  # as it lies in memory: the gradient of mean((2, 3)) comes in the other layout
+        # as it lies in memory: the gradient of mean((2, 3)) comes in the other layout
+        return x.permute(0, 2, 3, 1).mean((1, 2))
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_script()  # also where torch.fx has taken the network apart
 
 
 class FeatureInfo:
@@ -80,12 +96,12 @@ class FeatureInfo:
         return [self.info[i] for i in self.out_indices]
 
 
-class MobileViT(nn.Module):
+class MobileViT(Savable, nn.Module):
     """A network of the MobileViT family, on images (B, in_chans, H, W) of any size and memory format.
 
-    Without `features_only`, returns logits (B, num_classes), or pooled features (B, num_features) with num_classes 0. With it, returns the
-    list of feature maps (B, C, H / stride, W / stride) of the stages in `out_indices` and has no head. State-dict keys are the published
-    ones. Use `create_model`, which documents the arguments.
+    Without `features_only`, returns logits (B, num_classes), or pooled features (B, num_features) with num_classes 0.
+    With it, returns the list of feature maps (B, C, H / stride, W / stride) of the stages in `out_indices` and has no
+    head. State-dict keys are the published ones. Use `create_model`, which documents the arguments.
     """
 
     def __init__(
@@ -116,7 +132,9 @@ class MobileViT(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         if num_classes < 0 or in_chans < 1:
-            raise ValueError(f"num_classes must be at least 0 and in_chans at least 1, got {num_classes} and {in_chans}")
+            raise ValueError(
+                f"num_classes must be at least 0 and in_chans at least 1, got {num_classes} and {in_chans}"
+            )
         if out_indices is not None and not features_only:
             raise ValueError("out_indices needs features_only=True")
         indices = tuple(range(5)) if out_indices is None else tuple(i % 5 if -5 <= i < 5 else i for i in out_indices)
@@ -124,18 +142,37 @@ class MobileViT(nn.Module):
             raise ValueError(f"out_indices must name stages 0 to 4 (or -5 to -1), got {tuple(out_indices)}")
 
         self._architecture = arch
+        self.in_chans = in_chans
         self.features_only = features_only
+        self.grad_checkpointing = False
         self.drop_rate = rates["drop_rate"]
+        self.conv_1 = ConvNormAct(in_chans, arch.stem, 3, stride=2)
         dropouts = {
             "dropout": rates["proj_drop_rate"],
             "attn_dropout": attn_drop_rate,
             "ffn_dropout": ffn_drop_rate,
         }
+        info = self._build_stages(arch, output_stride, dropouts)
+        self.feature_info = FeatureInfo(info, indices)
+        self.num_features = info[-1]["num_chs"]
+        self.num_classes = 0
+        self.conv_1x1_exp = self.classifier = None
+        if not features_only:
+            self._build_head(arch)
+        arch.init(self)
+        if not features_only:
+            self.reset_classifier(num_classes)
+        elif num_classes not in (0, 1000):
+            raise ValueError(f"num_classes has no meaning with features_only=True, got {num_classes}")
+
+    def _build_stages(
+        self, arch: Architecture, output_stride: int, dropouts: dict[str, float]
+    ) -> list[dict[str, int | str]]:
+        """layer_1 to layer_5, and what feature_info says of each."""
 
         def inverted_residual(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> InvertedResidual:
             return InvertedResidual(inputs, outputs, make_divisible(inputs * arch.expand_ratio, 8), stride, dilation)
 
-        self.conv_1 = ConvNormAct(in_chans, arch.stem, 3, stride=2)
         self.layer_1 = nn.Sequential(inverted_residual(arch.stem, arch.layer_1))
         self.layer_2 = nn.Sequential(
             inverted_residual(arch.layer_1, arch.layer_2, stride=2),
@@ -147,67 +184,88 @@ class MobileViT(nn.Module):
         ]
         channels, reduction, dilation = arch.layer_2, 4, 1
         for number, stage in enumerate(arch.stages, start=3):
-            # Past the output stride a stage keeps its resolution; its inverted residual still has the previous dilation.
+            # Past the output stride a stage keeps its resolution; its inverted residual still has the previous
+            # dilation.
             stride = 2 if reduction < output_stride else 1
             block_dilation = dilation if stride == 2 else 2 * dilation
             options = dropouts | ({"dilation": block_dilation} if arch.dilate_block else {})
             block = arch.block(stage.channels, stage.dim, stage.ffn_dim, stage.depth, **options)
-            setattr(self, f"layer_{number}", nn.Sequential(inverted_residual(channels, stage.channels, stride, dilation), block))
+            setattr(
+                self,
+                f"layer_{number}",
+                nn.Sequential(inverted_residual(channels, stage.channels, stride, dilation), block),
+            )
             channels, reduction, dilation = stage.channels, reduction * stride, block_dilation
             info.append({"num_chs": channels, "reduction": reduction, "module": f"layer_{number}"})
-        self.feature_info = FeatureInfo(info, indices)
+        return info
 
-        self.num_features = channels
-        self.num_classes = 0
-        self.conv_1x1_exp = self.classifier = None
-        if not features_only:
-            self.conv_1x1_exp = nn.Identity()
-            if arch.head_channels is not None:
-                self.conv_1x1_exp = ConvNormAct(channels, arch.head_channels)
-                self.num_features = arch.head_channels
-            pool = OrderedDict(global_pool=GlobalPool())
-            if self.drop_rate > 0:
-                pool["dropout"] = nn.Dropout(self.drop_rate)
-            if arch.head_channels is None:
-                pool = OrderedDict({"0": nn.Sequential(pool)})  # the classifier of this family is called "1"
-            self.classifier = nn.Sequential(pool)
-        arch.init(self)
-        if not features_only:
-            self.reset_classifier(num_classes)
-        elif num_classes not in (0, 1000):
-            raise ValueError(f"num_classes has no meaning with features_only=True, got {num_classes}")
+    def _build_head(self, arch: Architecture) -> None:
+        """All behind the last stage but the linear layer."""
+        self.global_pool = "avg"
+        self.conv_1x1_exp = nn.Identity()
+        if arch.head_channels is not None:
+            self.conv_1x1_exp = ConvNormAct(self.num_features, arch.head_channels)
+            self.num_features = arch.head_channels
+        pool = OrderedDict(global_pool=GlobalPool())
+        if self.drop_rate > 0:
+            pool["dropout"] = nn.Dropout(self.drop_rate)
+        if arch.head_channels is None:
+            pool = OrderedDict({"0": nn.Sequential(pool)})  # the classifier of this family is called "1"
+        self.classifier = nn.Sequential(pool)
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the pooled features."""
+        return self.num_features
 
     def get_classifier(self) -> nn.Module | None:
         """The last linear layer (nn.Identity with num_classes 0; None with features_only)."""
         return None if self.classifier is None else self.classifier[-1]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier of `num_classes` outputs, initialised as published; 0 removes it. The pooling is always the mean."""
+        """A fresh classifier of `num_classes` outputs, initialised as published; 0 removes it.
+
+        Args:
+            global_pool: "avg", the mean; "" with num_classes 0: the network returns its last map. None: as it is.
+        """
         if self.classifier is None:
             raise ValueError("reset_classifier: a features_only model has no classifier")
         if num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
+        if global_pool not in (None, "avg", ""):
+            raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+        if global_pool == "" and num_classes:
+            raise ValueError(f"global_pool '' needs num_classes 0: a classifier reads pooled maps, got {num_classes}")
+        v1_style = self._architecture.v1_style
+        if global_pool is not None:
+            pooling = self.classifier if v1_style else self.classifier[0]
+            pooling.global_pool = (GlobalPool() if global_pool else nn.Identity()).train(self.training)
+            self.global_pool = global_pool
         reference = self.conv_1.block.conv.weight
         layer = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self._architecture.init(layer)
-        name = "1" if self._architecture.head_channels is None else "fc"
-        setattr(self.classifier, name, layer.to(reference.device, reference.dtype))
+        layer.train(self.training)
+        setattr(self.classifier, "fc" if v1_style else "1", layer.to(reference.device, reference.dtype))
         self.num_classes = num_classes
 
-    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
-        """The outputs of layer_1 to layer_5."""
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps only the maps between the five layers and computes the rest again in backward: less
+        memory, more time. Norms update their running statistics in both passes, as PyTorch's do."""
+        self.grad_checkpointing = enable
+
+    def forward_maps(self, x: Tensor, last: int = 4) -> list[Tensor]:
+        """The outputs of layer_1 to layer_5, or up to the stage `last`."""
         x = self.conv_1(to_nchw(to_nhwc(x)))  # channels_last, in terms that vmap knows
         maps = []
-        for layer in (self.layer_1, self.layer_2, self.layer_3, self.layer_4, self.layer_5):
-            x = layer(x)
+        for name in LAYERS[: last + 1]:
+            layer = getattr(self, name)
+            x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpointing else layer(x)
             maps.append(x)
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, (B, num_features, H / 32, W / 32)."""
-        x = self.forward_intermediates(x)[-1]
+        x = self.forward_maps(x)[-1]
         return x if self.conv_1x1_exp is None else self.conv_1x1_exp(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -220,6 +278,6 @@ class MobileViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.features_only:
-            maps = self.forward_intermediates(x)
+            maps = self.forward_maps(x)
             return [maps[i] for i in self.feature_info.out_indices]
         return self.forward_head(self.forward_features(x))

@@ -1,4 +1,5 @@
-"""Drop-in modules: parameters under the published names, and one call to an op. Maps are (B, C, H, W), best in channels_last memory."""
+"""Drop-in modules: parameters under the published names, and one call to an op. Maps are (B, C, H, W), best in
+channels_last memory."""
 
 from .attention import GlobalRepresentation, MultiHeadAttention, SeparableAttention, SeparableLayer, TransformerLayer
 from .conv import ConvNormAct, InvertedResidual

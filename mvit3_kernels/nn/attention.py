@@ -1,7 +1,8 @@
 """Pre-norm layers and the global representation that they form.
 
-Fused, a layer works on maps (B, H, W, D) and unfolds nothing. Where it must call its modules it does what the published networks do:
-TransformerLayer's modules see tokens (B * P, N, D), SeparableLayer's see (B, D, P, N), with P positions inside a patch and N patches.
+Fused, a layer works on maps (B, H, W, D) and unfolds nothing. Where it must call its modules it does what the published
+networks do: TransformerLayer's modules see tokens (B * P, N, D), SeparableLayer's see (B, D, P, N), with P positions
+inside a patch and N patches.
 """
 
 from __future__ import annotations
@@ -11,26 +12,21 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.checks import check_patches
-from ..ops.random import draw_seed
 from ..ops.types import Layer, LayerNorm, Linear
 from .conv import ConvNormAct
 from .guard import Block, dropout_rate, is_dropout, known, tampered
 from .layout import fold, to_nchw, to_nhwc, unfold
-
-
-def _norm(norm: nn.LayerNorm | nn.GroupNorm) -> LayerNorm:
-    return LayerNorm(norm.weight, norm.bias, norm.eps, isinstance(norm, nn.GroupNorm))
+from .plans import TokensPlan, layer_norm, linear
 
 
 def _linear(module: nn.Linear | ConvNormAct) -> Linear:
-    layer = module.block.conv if isinstance(module, ConvNormAct) else module
-    return Linear(layer.weight, layer.bias)
+    return linear(module.block.conv if isinstance(module, ConvNormAct) else module)
 
 
 @known
 class MultiHeadAttention(nn.Module):
-    """Multi-head attention over tokens (..., N, D): qkv_proj (query, key, value; head-major inside each), out_proj, dropout of
-    probabilities."""
+    """Multi-head attention over tokens (..., N, D): qkv_proj (query, key, value; head-major inside each), out_proj,
+    dropout of probabilities."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -47,14 +43,16 @@ class MultiHeadAttention(nn.Module):
             # One position of a patch whose pixels are the tokens.
             attended = ops.patch_attention(qkv.flatten(0, -3)[:, :, None], self.num_heads, (1, 1))
             return self.out_proj(attended.reshape(*qkv.shape[:-1], qkv.shape[-1] // 3))
-        q, k, v = (t.transpose(-3, -2) for t in qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3))  # (..., heads, N, head_dim)
+        # (..., heads, N, head_dim)
+        q, k, v = (t.transpose(-3, -2) for t in qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3))
         probabilities = self.dropout(torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1).to(v.dtype))
         return self.out_proj((probabilities @ v).transpose(-3, -2).flatten(-2))
 
 
 @known
 class SeparableAttention(nn.Module):
-    """Separable attention over tokens (B, D, P, N): qkv_proj (score, keys, values) and out_proj, 1x1 convolutions; dropout of scores."""
+    """Separable attention over tokens (B, D, P, N): qkv_proj (score, keys, values) and out_proj, 1x1 convolutions;
+    dropout of scores."""
 
     num_heads = None
 
@@ -77,18 +75,27 @@ class _PreNormLayer(Block):
     """t += attention(norm(t)), then t += feed_forward(norm(t)), on maps (B, D, H, W)."""
 
     def branches(self) -> tuple[nn.Sequential, tuple[nn.Module, nn.Module, nn.Module, nn.Module, nn.Module]]:
-        """The attention branch (norm, attention, dropout) and (norm, fc1, hidden dropout, fc2, dropout) of the feed-forward branch."""
+        """The attention branch (norm, attention, dropout) and (norm, fc1, hidden dropout, fc2, dropout) of the
+        feed-forward branch."""
         raise NotImplementedError
 
     def layer(self) -> Layer:
         (norm1, attention, _), (norm2, fc1, _, fc2, _) = self.branches()
-        return Layer(_norm(norm1), _linear(attention.qkv_proj), _linear(attention.out_proj), _norm(norm2), _linear(fc1), _linear(fc2))
+        return Layer(
+            layer_norm(norm1),
+            _linear(attention.qkv_proj),
+            _linear(attention.out_proj),
+            layer_norm(norm2),
+            _linear(fc1),
+            _linear(fc2),
+        )
 
     def dropouts(self) -> dict[str, float]:
         """The probabilities with which the layer drops now, as `ops.global_representation` names them."""
-        (_, attention, output), (_, _, hidden, _, _) = self.branches()
-        rates = {"attention_dropout": attention.dropout, "hidden_dropout": hidden, "output_dropout": output}
-        return {name: dropout_rate(module) for name, module in rates.items()}
+        (_, attention, output), (_, _, hidden, _, ffn_output) = self.branches()
+        modules = (attention.dropout, hidden, output, ffn_output)
+        places = ("attention_dropout", "hidden_dropout", "output_dropout", "ffn_output_dropout")
+        return {place: dropout_rate(module) for place, module in zip(places, modules, strict=True)}
 
     @property
     def num_heads(self) -> int | None:
@@ -99,13 +106,11 @@ class _PreNormLayer(Block):
         for module in (attention.dropout, output, hidden, last):
             if not is_dropout(module):
                 return f"a {type(module).__name__} stands where a Dropout should"
-        if dropout_rate(output) != dropout_rate(last):
-            return f"its two branches drop with {dropout_rate(output)} and {dropout_rate(last)}"
         return None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.why_modules() is None:
-            return to_nchw(_run(to_nhwc(x), [self], None, self.patch_size))
+            return to_nchw(_plan([self], None, self.patch_size).run(to_nhwc(x)))
         x = to_nhwc(x)
         check_patches("x", x, self.patch_size)
         return to_nchw(fold(self._forward_modules(unfold(x, self.patch_size)), x.shape, self.patch_size))
@@ -119,12 +124,14 @@ class _PreNormLayer(Block):
 class TransformerLayer(_PreNormLayer):
     """Multi-head attention and feed-forward network, pre-norm with LayerNorm over channels, on maps (B, D, H, W).
 
-    The pixels that share their position inside a patch attend to each other (`ops.patch_attention`). MobileViTv1, MobileViTv3-XXS/XS/S.
+    The pixels that share their position inside a patch attend to each other (`ops.patch_attention`). MobileViTv1,
+    MobileViTv3-XXS/XS/S.
 
     Args:
         dim: D, divisible by num_heads.
         ffn_dim: width of the feed-forward network's hidden tensor.
-        dropout: behind attention and feed-forward network; attn_dropout on probabilities; ffn_dropout on the hidden tensor.
+        dropout: behind attention and feed-forward network; attn_dropout on probabilities; ffn_dropout on the hidden
+            tensor.
         patch_size: (ph, pw), must divide the map.
     """
 
@@ -140,9 +147,16 @@ class TransformerLayer(_PreNormLayer):
     ) -> None:
         super().__init__()
         self.patch_size = tuple(patch_size)
-        self.pre_norm_mha = nn.Sequential(nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads, attn_dropout), nn.Dropout(dropout))
+        self.pre_norm_mha = nn.Sequential(
+            nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads, attn_dropout), nn.Dropout(dropout)
+        )
         self.pre_norm_ffn = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, ffn_dim), nn.SiLU(), nn.Dropout(ffn_dropout), nn.Linear(ffn_dim, dim), nn.Dropout(dropout)
+            nn.LayerNorm(dim),
+            nn.Linear(dim, ffn_dim),
+            nn.SiLU(),
+            nn.Dropout(ffn_dropout),
+            nn.Linear(ffn_dim, dim),
+            nn.Dropout(dropout),
         )
 
     def branches(self):
@@ -164,7 +178,12 @@ class TransformerLayer(_PreNormLayer):
         if len(ffn) != 6 or (*ffn[:3], ffn[4]) != (nn.LayerNorm, nn.Linear, nn.SiLU, nn.Linear):
             return f"pre_norm_ffn is made of {_names(self.pre_norm_ffn)}"
         # By attributes: reading the shape of a weight would leave a trace in torch.jit.trace.
-        widths = {mha.qkv_proj.in_features, mha.qkv_proj.out_features / 3, mha.out_proj.in_features, mha.out_proj.out_features}
+        widths = {
+            mha.qkv_proj.in_features,
+            mha.qkv_proj.out_features / 3,
+            mha.out_proj.in_features,
+            mha.out_proj.out_features,
+        }
         if len(widths) > 1:
             return "qkv_proj and out_proj do not keep the width, as heads that were pruned do not"
         return self._dropout_misfit()
@@ -178,7 +197,8 @@ class TransformerLayer(_PreNormLayer):
 
 @known
 class SeparableLayer(_PreNormLayer):
-    """Separable attention and feed-forward network, pre-norm with one-group GroupNorm, on maps (B, D, H, W). MobileViTv2, MobileViTv3-w.
+    """Separable attention and feed-forward network, pre-norm with one-group GroupNorm, on maps (B, D, H, W).
+    MobileViTv2, MobileViTv3-w.
 
     Arguments as in `TransformerLayer`.
     """
@@ -194,7 +214,9 @@ class SeparableLayer(_PreNormLayer):
     ) -> None:
         super().__init__()
         self.patch_size = tuple(patch_size)
-        self.pre_norm_attn = nn.Sequential(nn.GroupNorm(1, dim), SeparableAttention(dim, attn_dropout), nn.Dropout(dropout))
+        self.pre_norm_attn = nn.Sequential(
+            nn.GroupNorm(1, dim), SeparableAttention(dim, attn_dropout), nn.Dropout(dropout)
+        )
         self.pre_norm_ffn = nn.Sequential(
             nn.GroupNorm(1, dim),
             ConvNormAct(dim, ffn_dim, bias=True, norm=False),
@@ -227,7 +249,7 @@ class SeparableLayer(_PreNormLayer):
                 return f"{name} is a {type(layer).__name__}"
             if reason := layer.misfit():
                 return f"{name}: {reason}"
-            if layer.norm is not None or layer.act != act or not layer.is_pointwise():
+            if layer.norm is not None or layer.act != act or not layer.plan().is_pointwise():
                 return f"{name} is not a plain 1x1 convolution with act {act}"
         return self._dropout_misfit()
 
@@ -256,7 +278,9 @@ class GlobalRepresentation(nn.Sequential, Block):
         patch_size: (ph, pw), must divide the map.
     """
 
-    def __init__(self, layers: list[_PreNormLayer], norm: nn.LayerNorm | nn.GroupNorm, patch_size: tuple[int, int] = (2, 2)) -> None:
+    def __init__(
+        self, layers: list[_PreNormLayer], norm: nn.LayerNorm | nn.GroupNorm, patch_size: tuple[int, int] = (2, 2)
+    ) -> None:
         super().__init__(*layers, norm)
         self.patch_size = tuple(patch_size)
 
@@ -272,16 +296,23 @@ class GlobalRepresentation(nn.Sequential, Block):
         for i, layer in enumerate(layers):
             if reason := layer.misfit():
                 return f"layer {i}: {reason}"
-        if any(layer.patch_size != self.patch_size for layer in layers) or len({layer.num_heads for layer in layers}) > 1:
+        if (
+            any(layer.patch_size != self.patch_size for layer in layers)
+            or len({layer.num_heads for layer in layers}) > 1
+        ):
             return "its layers differ in patch_size or num_heads"
         if any(layer.dropouts() != layers[0].dropouts() for layer in layers):
             return "its layers drop with different probabilities"
         return None
 
+    def plan(self) -> TokensPlan:
+        *layers, norm = self
+        return _plan(layers, layer_norm(norm), self.patch_size)
+
     def forward(self, x: Tensor) -> Tensor:
         *layers, norm = self
         if self.why_modules() is None:
-            return to_nchw(_run(to_nhwc(x), layers, _norm(norm), self.patch_size))
+            return to_nchw(self.plan().run(to_nhwc(x)))
         for layer in layers:
             x = layer(x)
         # Transformers normalise tokens, whose channels come last; separable attention normalises maps.
@@ -291,8 +322,6 @@ class GlobalRepresentation(nn.Sequential, Block):
         return to_nchw(norm(to_nhwc(x))) if last else norm(x)
 
 
-def _run(x: Tensor, layers: list[_PreNormLayer], norm: LayerNorm | None, patch_size: tuple[int, int]) -> Tensor:
-    dropouts = layers[0].dropouts() if layers else {}
-    seed = draw_seed(x.device) if any(p > 0 for p in dropouts.values()) else None
-    num_heads = layers[0].num_heads if layers else None
-    return ops.global_representation(x, [layer.layer() for layer in layers], norm, num_heads, patch_size, **dropouts, seed=seed)
+def _plan(layers: list[_PreNormLayer], norm: LayerNorm | None, patch_size: tuple[int, int]) -> TokensPlan:
+    dropouts, num_heads = (layers[0].dropouts(), layers[0].num_heads) if layers else ({}, None)
+    return TokensPlan([layer.layer() for layer in layers], norm, num_heads, patch_size, dropouts)

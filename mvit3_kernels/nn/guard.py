@@ -1,12 +1,14 @@
 """When a block may run as one fused op, and when it must call its modules.
 
-A fused op reads the parameters of the modules below a block and never calls them. That is right only while they are exactly what the op
-computes: their own classes, no hooks, no forward of their own, plain tensors, the attributes and flags that the op assumes. A block asks
-`Block.why_modules` at every call; where the answer is a reason it runs module by module and calls each of them.
+A fused op reads the parameters of the modules below a block and never calls them. That is right only while they are
+exactly what the op computes: their own classes, no hooks, no forward of their own, plain tensors, the attributes and
+flags that the op assumes. A block asks `Block.why_modules` at every call; where the answer is a reason it runs module
+by module and calls each of them.
 
-The answer is examined once and kept with a snapshot of all that it depends on: the classes of the modules, every entry of their
-`__dict__`, their children, parameters and buffers, the dictionaries of hooks. While the snapshot holds the answer does; comparing
-addresses costs some 50 ns a module (`csrc/host.cpp`), and nothing can be changed by way of Python without changing one of them.
+The answer is examined once and kept with a snapshot of all that it depends on: the classes of the modules, every entry
+of their `__dict__`, their children, parameters and buffers, the dictionaries of hooks. While the snapshot holds the
+answer does; comparing addresses costs some 50 ns a module (`csrc/host.cpp`), and nothing can be changed by way of
+Python without changing one of them.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
 CALL = nn.Module.__call__
-# The classes that a fused op stands in for, and what each does when it is called, unless someone has put another function in its place.
+# The classes that a fused op stands in for, and what each does when it is called, unless someone has put another
+# function in its place.
 FORWARDS: dict[type[nn.Module], Callable] = {}
 
 
@@ -37,19 +40,34 @@ def known(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
-for _kind in (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, nn.Linear, nn.Dropout, nn.SiLU, nn.Identity, nn.Sequential):
+for _kind in (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.Linear,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.SiLU,
+    nn.ReLU,
+    nn.Identity,
+    nn.Sequential,
+    nn.ModuleDict,
+    nn.ModuleList,
+):
     known(_kind)
 
-# The class of the root; modules and tensors with their classes; dictionaries with their contents; empty dictionaries; methods; the
-# dictionaries' versions. `unchanged_python` reads them.
+# The class of the root; modules and tensors with their classes; dictionaries with their contents; empty dictionaries;
+# methods; the dictionaries' versions. `unchanged_python` reads them.
 Snapshot = tuple[type, tuple, tuple, tuple, tuple, bytes]
 
 
 def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
     """All that an answer about `root` depends on, as `unchanged` compares it.
 
-    `owner`, an attribute of `root`, keeps the snapshot. So that a module without users is freed at once, the snapshot refers neither to it
-    nor to `root` nor to its `__dict__`: that stands as None, and the owner in it as an Ellipsis.
+    `owner`, an attribute of `root`, keeps the snapshot. So that a module without users is freed at once, the snapshot
+    refers neither to it nor to `root` nor to its `__dict__`: that stands as None, and the owner in it as an Ellipsis.
     """
     chain = itertools.chain.from_iterable
     objects, dicts, hooks = [], [], list(GLOBAL_HOOKS)
@@ -63,7 +81,10 @@ def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
             if t is not None:  # torch.utils.swap_tensors gives a tensor another class
                 objects += (t, type(t))
     dicts += (group for group in hooks if group)
-    contents = [(group, tuple(... if owner is not None and one is owner else one for one in chain(group.items()))) for group in dicts]
+    contents = [
+        (group, tuple(... if owner is not None and one is owner else one for one in chain(group.items())))
+        for group in dicts
+    ]
     contents[0] = (None, contents[0][1])
     kinds = {type(module) for module in root.modules()} & FORWARDS.keys()
     methods = ((nn.Module, "__call__", nn.Module.__call__), *((kind, "forward", kind.forward) for kind in kinds))
@@ -97,13 +118,15 @@ except (ImportError, AttributeError):  # not built, or built for another Python:
 
 
 class Guard:
-    """The last answer about a module and the snapshot under which it holds. Copies and pickles of the module begin without one."""
+    """The last answer about a module and the snapshot under which it holds. Copies and pickles of the module begin
+    without one."""
 
-    __slots__ = ("altered", "answer")
+    __slots__ = ("altered", "answer", "plan")
 
     def __init__(self) -> None:
         self.answer: tuple[Snapshot, str | None] | None = None
         self.altered: str | None = None  # what `altered` says of the module itself, under the same snapshot
+        self.plan: tuple | None = None  # what a block keeps for as long as this very answer holds, with the answer
 
     def __deepcopy__(self, memo: dict) -> Guard:
         return Guard()
@@ -112,8 +135,8 @@ class Guard:
         return Guard, ()
 
     def ask(self, module: nn.Module, examine: Callable[[nn.Module], str | None], owner: object = None) -> str | None:
-        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes. `owner` is the attribute of `module`
-        that holds this guard, where that is not the guard itself."""
+        """The answer of `examine(module)`, kept for as long as nothing that it depends on changes. `owner` is the
+        attribute of `module` that holds this guard, where that is not the guard itself."""
         known = self.answer
         if known is not None and unchanged(module, known[0]):
             return known[1]
@@ -155,7 +178,8 @@ class Block(nn.Module):
         return reason
 
     def why_called(self) -> str | None:
-        """The same for a caller who stands in for the call of this block itself: its class, forward and hooks count too."""
+        """The same for a caller who stands in for the call of this block itself: its class, forward and hooks count
+        too."""
         if torch.compiler.is_compiling():
             return _constant_tampered(self) or self.why_modules()
         reason = hooked(self) or self.why_modules()  # hooks of its own are not in the snapshot
@@ -177,13 +201,16 @@ def examine(block: Block) -> str | None:
     return tampered_below(block) or block.misfit()
 
 
-def tampered_below(root: nn.Module) -> str | None:
-    """Why calling the modules below `root` is not what their classes, as this library or PyTorch wrote them, do with plain parameters."""
+def tampered_below(root: nn.Module, apart: tuple[str, ...] = ()) -> str | None:
+    """Why calling the modules below `root` is not what their classes, as this library or PyTorch wrote them, do with
+    plain parameters. The children named in `apart`, and what is below them, do not matter."""
     if nn.Module.__call__ is not CALL:
         return "torch.nn.Module.__call__ has been replaced"
     if any(GLOBAL_HOOKS):
         return "there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook or a relative)"
     for name, module in root.named_modules():
+        if name.partition(".")[0] in apart:
+            continue
         reason = tampered(module) if module is not root else _odd_tensors(module)
         if reason is not None:
             return f"{name} {reason}" if name else reason
@@ -225,28 +252,31 @@ def _odd_tensors(module: nn.Module) -> str | None:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    groups = (module._parameters, module._buffers, {name: t for name, t in vars(module).items() if isinstance(t, Tensor)})
+    groups = (
+        module._parameters,
+        module._buffers,
+        {name: t for name, t in vars(module).items() if isinstance(t, Tensor)},
+    )
     return ((name, t) for group in groups for name, t in group.items() if t is not None)
 
 
 def _odd_attributes(module: nn.Module) -> str | None:
-    """What no fused op knows of the library's own classes."""
-    kind = type(module)
-    if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+    """What no fused op knows of PyTorch's classes, and of hosts' that are made of them."""
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"has padding {module.padding!r} in mode {module.padding_mode!r}"
-    if kind is nn.BatchNorm2d:
+    if isinstance(module, nn.BatchNorm2d):
         if module.weight is None or module.bias is None:
             return "has no weight or no bias"
         if (module.running_mean is None) != (module.running_var is None):
             return "has one of running_mean and running_var only"
-    if kind in (nn.LayerNorm, nn.GroupNorm):
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):
         if module.weight is None or module.bias is None:
             return "has no weight or no bias"
-        if kind is nn.GroupNorm and module.num_groups != 1:
+        if isinstance(module, nn.GroupNorm) and module.num_groups != 1:
             return f"has {module.num_groups} groups"
-        if kind is nn.LayerNorm and len(module.normalized_shape) != 1:
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
             return f"normalises over {tuple(module.normalized_shape)}"
-    if kind is nn.Dropout and module.training and not 0 <= module.p < 1:
+    if isinstance(module, nn.Dropout | nn.Dropout2d) and module.training and not 0 <= module.p < 1:
         return f"drops with probability {module.p}"
     return None
 

@@ -1,6 +1,8 @@
-"""The border between PyTorch's module convention and the ops: modules take and return (B, C, H, W), ops work on (B, H, W, C).
+"""The border between PyTorch's module convention and the ops: modules take and return (B, C, H, W), ops work on (B, H,
+W, C).
 
-In channels_last memory both are views of the same bytes, so crossing the border costs nothing; other layouts are copied once.
+In channels_last memory both are views of the same bytes, so crossing the border costs nothing; other layouts are copied
+once.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def to_nchw(x: Tensor) -> Tensor:
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Bilinear resize of (B, C, H, W) to (B, C, *size); the same tensor where the size already fits."""
-    # In an exported program whose height or width is open both cases must be one: to its own size the resize changes nothing.
+    # In an exported program whose height or width is open both cases must be one: to its own size the resize changes
+    # nothing.
     is_open = dispatch.writes_aten() and any(isinstance(side, torch.SymInt) for side in x.shape[2:])
     if not is_open and tuple(x.shape[2:]) == tuple(size):
         return x
@@ -39,7 +42,8 @@ def whole_patches(x: Tensor, patch_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """A map (B, H, W, D) to tokens (B, P, N, D): P = ph * pw positions inside a patch, N patches, both in reading order."""
+    """A map (B, H, W, D) to tokens (B, P, N, D): P = ph * pw positions inside a patch, N patches, both in reading
+    order."""
     (batch, height, width, dim), (ph, pw) = x.shape, patch_size
     x = x.view(batch, height // ph, ph, width // pw, pw, dim).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(batch, ph * pw, (height // ph) * (width // pw), dim)

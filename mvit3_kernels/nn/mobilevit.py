@@ -31,8 +31,13 @@ class _TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = tuple(patch_size)
-        self.local_rep = nn.Sequential(OrderedDict(conv_3x3=local, conv_1x1=ConvNormAct(channels, dim, norm=False, act="identity")))
-        layers = [TransformerLayer(dim, ffn_dim, num_heads, dropout, attn_dropout, ffn_dropout, patch_size) for _ in range(depth)]
+        self.local_rep = nn.Sequential(
+            OrderedDict(conv_3x3=local, conv_1x1=ConvNormAct(channels, dim, norm=False, act="identity"))
+        )
+        layers = [
+            TransformerLayer(dim, ffn_dim, num_heads, dropout, attn_dropout, ffn_dropout, patch_size)
+            for _ in range(depth)
+        ]
         self.global_rep = GlobalRepresentation(layers, nn.LayerNorm(dim), patch_size)
         self.conv_proj = ConvNormAct(dim, channels)
         self.fusion = fusion
@@ -47,14 +52,16 @@ class _TransformerBlock(nn.Module):
 
 @known
 class MobileViTBlock(_TransformerBlock):
-    """MobileViTv1 block (arXiv 2110.02178): dense 3x3 and 1x1, transformer, 1x1 projection, dense 3x3 over concat(input, projection).
+    """MobileViTv1 block (arXiv 2110.02178): dense 3x3 and 1x1, transformer, 1x1 projection, dense 3x3 over
+    concat(input, projection).
 
     (B, C, H, W) to the same shape, any H and W.
 
     Args:
         channels: C.
         dim: D, the transformer's width; ffn_dim its hidden width; depth its number of layers; num_heads divides D.
-        dropout: behind attention and feed-forward network; attn_dropout on probabilities; ffn_dropout on the hidden tensor.
+        dropout: behind attention and feed-forward network; attn_dropout on probabilities; ffn_dropout on the hidden
+            tensor.
         patch_size: (ph, pw).
     """
 
@@ -71,7 +78,9 @@ class MobileViTBlock(_TransformerBlock):
         patch_size: tuple[int, int] = (2, 2),
     ) -> None:
         local, fusion = ConvNormAct(channels, channels, 3), ConvNormAct(2 * channels, channels, 3)
-        super().__init__(channels, dim, ffn_dim, depth, num_heads, dropout, attn_dropout, ffn_dropout, patch_size, local, fusion)
+        super().__init__(
+            channels, dim, ffn_dim, depth, num_heads, dropout, attn_dropout, ffn_dropout, patch_size, local, fusion
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         _, projected = self.representations(x)

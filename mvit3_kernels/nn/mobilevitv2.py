@@ -29,14 +29,16 @@ class _SeparableBlock(nn.Module):
         super().__init__()
         self.patch_size = tuple(patch_size)
         self.local_rep = nn.Sequential(
-            ConvNormAct(channels, channels, 3, dilation=dilation, groups=channels), ConvNormAct(channels, dim, norm=False, act="identity")
+            ConvNormAct(channels, channels, 3, dilation=dilation, groups=channels),
+            ConvNormAct(channels, dim, norm=False, act="identity"),
         )
         layers = [SeparableLayer(dim, ffn_dim, dropout, attn_dropout, ffn_dropout, patch_size) for _ in range(depth)]
         self.global_rep = GlobalRepresentation(layers, nn.GroupNorm(1, dim), patch_size)
         self.conv_proj = ConvNormAct(projected, channels, act="identity")
 
     def representations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, C, H, W) resized to whole patches, as the published models do, and its local and global representations (B, D, H, W)."""
+        """x (B, C, H, W) resized to whole patches, as the published models do, and its local and global representations
+        (B, D, H, W)."""
         x = resize(x, whole_patches(x, self.patch_size), align_corners=True)
         local = self.local_rep(x)
         return x, local, self.global_rep(local)

@@ -12,15 +12,16 @@ from .mobilevitv2 import _SeparableBlock
 
 @known
 class MobileViTV3Block(_TransformerBlock):
-    """MobileViTv3 block of XXS, XS and S: depth-wise 3x3 and 1x1, transformer, 1x1 projection, then input + 1x1 fusion over
-    concat(local, projection).
+    """MobileViTv3 block of XXS, XS and S: depth-wise 3x3 and 1x1, transformer, 1x1 projection, then input + 1x1 fusion
+    over concat(local, projection).
 
     (B, C, H, W) to the same shape, any H and W.
 
     Args:
         channels: C.
         dim: D, the transformer's width; ffn_dim its hidden width; depth its number of layers; num_heads divides D.
-        dropout: behind attention and feed-forward network; attn_dropout on probabilities; ffn_dropout on the hidden tensor.
+        dropout: behind attention and feed-forward network; attn_dropout on probabilities; ffn_dropout on the hidden
+            tensor.
         patch_size: (ph, pw).
     """
 
@@ -37,7 +38,9 @@ class MobileViTV3Block(_TransformerBlock):
         patch_size: tuple[int, int] = (2, 2),
     ) -> None:
         local, fusion = ConvNormAct(channels, channels, 3, groups=channels), ConvNormAct(dim + channels, channels)
-        super().__init__(channels, dim, ffn_dim, depth, num_heads, dropout, attn_dropout, ffn_dropout, patch_size, local, fusion)
+        super().__init__(
+            channels, dim, ffn_dim, depth, num_heads, dropout, attn_dropout, ffn_dropout, patch_size, local, fusion
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         local, projected = self.representations(x)
@@ -49,8 +52,8 @@ class MobileViTV3SeparableBlock(_SeparableBlock):
     """MobileViTv3 block of widths 0.5 to 2.0: depth-wise 3x3 and 1x1, separable attention, then input + 1x1 fusion over
     concat(global, local).
 
-    (B, C, H, W) to (B, C, H', W'), where H' and W' are H and W rounded up to whole patches (the published behaviour); the residual is
-    the resized input.
+    (B, C, H, W) to (B, C, H', W'), where H' and W' are H and W rounded up to whole patches (the published behaviour);
+    the residual is the resized input.
 
     Args:
         channels: C.
@@ -72,7 +75,9 @@ class MobileViTV3SeparableBlock(_SeparableBlock):
         patch_size: tuple[int, int] = (2, 2),
         dilation: int = 1,
     ) -> None:
-        super().__init__(channels, dim, ffn_dim, depth, dropout, attn_dropout, ffn_dropout, patch_size, dilation, 2 * dim)
+        super().__init__(
+            channels, dim, ffn_dim, depth, dropout, attn_dropout, ffn_dropout, patch_size, dilation, 2 * dim
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, local, tokens = self.representations(x)

@@ -1,4 +1,5 @@
-"""Argument checks shared by the ops: each names the argument, what came and what is allowed, before any work is done."""
+"""Argument checks shared by the ops: each names the argument, what came and what is allowed, before any work is
+done."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def check_same(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> No
 
 
 def check_parameter(name: str, t: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """A parameter of known shape on the device of `x`, of its dtype or float32 (float32 parameters beside bfloat16 activations)."""
+    """A parameter of known shape on the device of `x`, of its dtype or float32 (float32 parameters beside bfloat16
+    activations)."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     if t.dtype not in (torch.float32, x.dtype):
@@ -87,13 +89,17 @@ def check_layer_norm(name: str, norm: LayerNorm, channels: int, x: Tensor) -> No
 
 
 def check_weight(name: str, weight: Tensor, inputs: int, outputs: int | None, x: Tensor) -> int:
-    """Checks the weight of a linear map, (outputs, inputs) or (outputs, inputs, 1, 1); returns the number of outputs."""
+    """Checks the weight of a linear map, (outputs, inputs) or (outputs, inputs, 1, 1); returns the number of
+    outputs."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(weight).__name__}")
     found = weight.shape[0] if weight.ndim in (2, 4) else 0
     rows = found if outputs is None else outputs
     if tuple(weight.shape) not in ((rows, inputs), (rows, inputs, 1, 1)) or rows == 0:
-        raise ValueError(f"{name} must have shape ({outputs or 'any'}, {inputs}) or that with (1, 1) behind it, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{name} must have shape ({outputs or 'any'}, {inputs}) or that with (1, 1) behind it, got "
+            f"{tuple(weight.shape)}"
+        )
     check_parameter(name, weight, tuple(weight.shape), x)
     return rows
 
@@ -114,7 +120,10 @@ def check_patches(x_name: str, x: Tensor, patch_size: tuple[int, int]) -> None:
         raise ValueError(f"patch_size must be two positive integers, got {tuple(patch_size)}")
     ph, pw = patch_size
     if x.shape[1] % ph or x.shape[2] % pw:
-        raise ValueError(f"{x_name} of height {x.shape[1]} and width {x.shape[2]} must be a multiple of patch_size {tuple(patch_size)}")
+        raise ValueError(
+            f"{x_name} of height {x.shape[1]} and width {x.shape[2]} must be a multiple of patch_size "
+            f"{tuple(patch_size)}"
+        )
 
 
 def check_dropout(seed: Tensor | None, x: Tensor, **probabilities: float) -> None:
@@ -123,19 +132,41 @@ def check_dropout(seed: Tensor | None, x: Tensor, **probabilities: float) -> Non
         if not 0 <= p < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
         if p > 0 and seed is None:
-            raise ValueError(f"seed must be given when {name} is positive: an int64 tensor of shape () from torch's generator; got None")
+            raise ValueError(
+                f"seed must be given when {name} is positive: an int64 tensor of shape () from torch's generator; got "
+                "None"
+            )
     if seed is None:
         return
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
-        raise TypeError(f"seed must be an int64 tensor of shape (), got {seed.dtype if isinstance(seed, Tensor) else type(seed).__name__}")
+        raise TypeError(
+            "seed must be an int64 tensor of shape (), got "
+            f"{seed.dtype if isinstance(seed, Tensor) else type(seed).__name__}"
+        )
     if seed.ndim != 0:
         raise ValueError(f"seed must be an int64 tensor of shape (), got shape {tuple(seed.shape)}")
     _check_device("seed", seed, x)
 
 
-def check_depthwise(name: str, weight: Tensor, x: Tensor, stride: int, dilation: int, channels: int | None = None) -> int:
+def check_depthwise(
+    name: str, weight: Tensor, x: Tensor, stride: int, dilation: int, channels: int | None = None
+) -> int:
     """Checks a depth-wise 3x3 weight and its geometry; returns the number of values per channel of the output."""
     check_parameter(name, weight, (x.shape[-1] if channels is None else channels, 1, 3, 3), x)
+    return _check_stride(x, stride, dilation)
+
+
+def check_conv3x3(name: str, weight: Tensor, x: Tensor, stride: int, dilation: int) -> tuple[int, int]:
+    """Checks a dense 3x3 weight and its geometry; returns the number of outputs, and of values of each."""
+    outputs = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 4 else 0
+    if isinstance(weight, Tensor) and (outputs == 0 or tuple(weight.shape[1:]) != (x.shape[-1], 3, 3)):
+        raise ValueError(f"{name} must have shape (any, {x.shape[-1]}, 3, 3), got {tuple(weight.shape)}")
+    check_parameter(name, weight, (outputs, x.shape[-1], 3, 3), x)
+    return outputs, _check_stride(x, stride, dilation)
+
+
+def _check_stride(x: Tensor, stride: int, dilation: int) -> int:
+    """Checks what a 3x3 convolution of x needs; returns the number of values per channel of its output."""
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
     if dilation < 1:
@@ -143,3 +174,20 @@ def check_depthwise(name: str, weight: Tensor, x: Tensor, stride: int, dilation:
     if x.shape[1] == 0 or x.shape[2] == 0:
         raise ValueError(f"x must have at least one row and one column, got height {x.shape[1]} and width {x.shape[2]}")
     return x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
+
+
+def check_target(name: str, target: Tensor, logits: Tensor) -> None:
+    """Labels (B, H, W) of a map of logits (B, h, w, C)."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {target.dtype}")
+    if target.ndim != 3 or target.shape[0] != logits.shape[0] or 0 in target.shape[1:]:
+        raise ValueError(
+            f"{name} must have shape (B, H, W) with the batch of the logits, {logits.shape[0]}, and at least one "
+            "pixel, "
+            f"got {tuple(target.shape)}"
+        )
+    if 0 in logits.shape[1:]:
+        raise ValueError(f"logits must have at least one pixel and one class, got shape {tuple(logits.shape)}")
+    _check_device(name, target, logits)

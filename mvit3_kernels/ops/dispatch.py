@@ -1,12 +1,11 @@
 """Which backend runs a call, and why another one cannot.
 
-An op has a reference (plain PyTorch, runs anywhere) and any number of kernels. Each kernel carries one predicate; the same predicate
-answers "take this kernel?" when the backend is chosen freely and "why not?" when the user forces one.
+An op has a reference (plain PyTorch, runs anywhere) and any number of kernels. Each kernel carries one predicate; the
+same predicate answers "take this kernel?" when the backend is chosen freely and "why not?" when the user forces one.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import math
@@ -29,9 +28,11 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "MVIT3_BACKEND"
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Triton's own switch: kernels run on CPU tensors, step by step. It takes the place of the compiled CPU kernels, for tests.
+# Triton's own switch: kernels run on CPU tensors, step by step. It takes the place of the compiled CPU kernels, for
+# tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch 2.11's dynamo cannot trace the look-up
+# looked up once: torch 2.11's dynamo cannot trace the look-up
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class BackendError(RuntimeError):
@@ -59,8 +60,9 @@ def _checked(name: str, source: str) -> str:
 
 
 _forced: ContextVar[str | None] = ContextVar("mvit3_backend", default=None)
-# The same for torch.compile, which guards on a module's variable, so that a change of backend recompiles; it does not guard on a
-# thread-local, and before 2.13 it cannot read a ContextVar. With several threads compiled code sees the latest `backend(...)` of any.
+# The same for torch.compile, which guards on a module's variable, so that a change of backend recompiles; it does not
+# guard on a thread-local, and before 2.13 it cannot read a ContextVar. With several threads compiled code sees the
+# latest `backend(...)` of any.
 _forced_for_compiler: str | None = None
 _environment: str | None = None
 if os.environ.get(ENVIRONMENT):
@@ -77,8 +79,8 @@ def forced_backend() -> str | None:
 def backend(name: str) -> Iterator[None]:
     """Force every op called inside the `with` block (in this thread) to one of "reference", "cpu", "triton", "cuda".
 
-    A forced backend that cannot take a call raises `BackendError` with the reason. The backward pass of a call uses the backend that
-    its forward pass used.
+    A forced backend that cannot take a call raises `BackendError` with the reason. The backward pass of a call uses the
+    backend that its forward pass used.
     """
     global _forced_for_compiler
     token = _forced.set(_checked(name, "backend"))
@@ -92,14 +94,16 @@ def backend(name: str) -> Iterator[None]:
 
 def writes_aten() -> bool:
     """Whether the program is being exported: an exporter must see plain ATen, so every op is its reference there."""
-    # The flag behind torch.compiler.is_exporting(): torch 2.11's dynamo takes that function for true whenever it traces.
+    # The flag behind torch.compiler.is_exporting(): torch 2.11's dynamo takes that function for true whenever it
+    # traces.
     return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
 
 
-@torch.compiler.assume_constant_result  # dynamo enters a transform while it traces it, so the answer is right, and stays out of the graph
+# dynamo enters a transform while it traces it, so the answer is right, and stays out of the graph
+@torch.compiler.assume_constant_result
 def transform() -> str | None:
-    """Why no kernel may run under the current transform of PyTorch: a functorch level (grad, vjp, jvp, vmap, ...) or forward-mode AD is
-    active; None outside of them."""
+    """Why no kernel may run under the current transform of PyTorch: a functorch level (grad, vjp, jvp, vmap, ...) or
+    forward-mode AD is active; None outside of them."""
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func (grad, vjp, jvp, vmap, ...) is active, which only plain PyTorch can follow"
     if forward_ad._current_level >= 0:
@@ -130,7 +134,7 @@ def select(op: str, kernels: Sequence[Kernel], *args: object) -> Kernel | None:
                 return _note(op, kernel, "")
             reasons.append(f"{kernel.backend}: {reason}")
     if forced is None:
-        return _note(op, None, "; ".join(reasons) or "the op has no kernel")
+        return _note(op, None, "; ".join(dict.fromkeys(reasons)) or "the op has no kernel")
     raise BackendError(f"{op} cannot run on backend {forced!r}: {reason or 'the op has no kernel for this backend'}")
 
 
@@ -168,10 +172,11 @@ _gpus: dict[int, str | None] = {}
 _logged: set[str] = set()
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces, and neither the log nor the driver is in its graph
+# torch.compile asks while it traces, and neither the log nor the driver is in its graph
+@torch.compiler.assume_constant_result
 def _gpu_why_not(index: int) -> str | None:
-    """Why no Triton kernel runs on a GPU. The first time that a reason comes up it is logged: calls then run on another kernel or on the
-    reference, which is right but not what someone who has a GPU expects."""
+    """Why no Triton kernel runs on a GPU. The first time that a reason comes up it is logged: calls then run on another
+    kernel or on the reference, which is right but not what someone who has a GPU expects."""
     if index in _gpus:
         return _gpus[index]
     reason = None
@@ -181,7 +186,9 @@ def _gpu_why_not(index: int) -> str | None:
         reason = f"{torch.cuda.get_device_name(index)} has compute capability below 8.0"
     if reason is not None and reason not in _logged:
         _logged.add(reason)
-        LOGGER.warning("no Triton kernel of mvit3_kernels runs here (%s): ops without another kernel run in plain PyTorch", reason)
+        LOGGER.warning(
+            "no Triton kernel of mvit3_kernels runs here (%s): ops without another kernel run in plain PyTorch", reason
+        )
     _gpus[index] = reason
     return reason
 
@@ -195,16 +202,19 @@ def triton_why_not(x: Tensor) -> str | None:
 
 
 def triton_32_bit_why_not(x: Tensor) -> str | None:
-    """The same for kernels that count pixels, and the elements of a sample, in 32 bits; a map may have any number of elements."""
+    """The same for kernels that count pixels, and the elements of a sample, in 32 bits; a map may have any number of
+    elements."""
     if max(values_per_channel(x), math.prod(x.shape[1:])) >= 2**31:
-        return f"its kernels take maps of less than 2^31 pixels, and of less than 2^31 elements a sample, x is {tuple(x.shape)}"
+        return (
+            "its kernels take maps of less than 2^31 pixels, and of less than 2^31 elements a sample, x is "
+            f"{tuple(x.shape)}"
+        )
     return triton_why_not(x)
 
 
-def register_triton(op: str, package: str) -> None:
-    """Registers the function `op` of `package`.triton as the GPU kernel of torch.ops.mvit3.<op>; triton is imported at the first call."""
-
-    def launch(*args: object) -> object:
-        return getattr(importlib.import_module(f"{package}.triton"), op)(*args)
-
-    torch.library.impl(f"mvit3::{op}", "CPU" if INTERPRETED else "CUDA")(launch)
+def triton_upsampling_why_not(x: Tensor, size: Sequence[int]) -> str | None:
+    """The same for kernels that up-sample maps to this size, and count outputs and shares of them in 32 bits."""
+    axes = zip(x.shape[1:3], size, strict=True)
+    if size[0] * size[1] >= 2**31 or any(2 * (n + 1) * (m + 1) >= 2**31 for n, m in axes):
+        return f"its kernels count outputs in 32 bits, {tuple(x.shape[1:3])} to {tuple(size)} is too large"
+    return triton_32_bit_why_not(x)

@@ -1,8 +1,9 @@
-"""Counter-based dropout: whether an element is kept is a hash of (seed, site, sample, element), so that a backward pass, a gradient
-checkpoint and every backend recompute the same mask from 8 bytes.
+"""Counter-based dropout: whether an element is kept is a hash of (seed, site, sample, element), so that a backward
+pass, a gradient checkpoint and every backend recompute the same mask from 8 bytes.
 
-The hash is a 32-bit multiply-xorshift finaliser, keyed before each of its two multiplications. Philox would cost ten multiplications
-per element in a kernel and a hundred passes over memory in plain PyTorch, for a decision that needs one well-mixed word.
+The hash is a 32-bit multiply-xorshift finaliser, keyed before each of its two multiplications. Philox would cost ten
+multiplications per element in a kernel and a hundred passes over memory in plain PyTorch, for a decision that needs one
+well-mixed word.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ GOLDEN = 0x9E3779B1
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh int64 seed of shape () from torch's generator of `device`: obeys torch.manual_seed and is never read by the host."""
+    """A fresh int64 seed of shape () from torch's generator of `device`: obeys torch.manual_seed and is never read by
+    the host."""
     return torch.randint(2**62, (), dtype=torch.int64, device=device)
 
 
@@ -36,7 +38,8 @@ def random_words(seed: Tensor, site: int, samples: int, elements: int) -> Tensor
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """`x` with each element dropped with probability p and the others divided by 1 - p; the first dimension counts samples."""
+    """`x` with each element dropped with probability p and the others divided by 1 - p; the first dimension counts
+    samples."""
     if p == 0 or x.numel() == 0:
         return x
     words = random_words(seed, site, x.shape[0], x[0].numel())

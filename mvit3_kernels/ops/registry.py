@@ -1,17 +1,50 @@
-"""Registration of an op that has no kernel of its own yet: torch.ops.mvit3.<op> is then its public function, written in other ops."""
+"""Registration of ops by the names in their schemas.
+
+An op has up to four registered forms, named alike everywhere:
+
+- `<op>`: its public function with flat arguments, for every device, dtype and derivative (`register`);
+- `<op>_inference`: a kernel without gradient (`kernel`);
+- `<op>_forward`: a kernel whose outputs after the first are what backward keeps (`forward`);
+- `<op>_backward`: the gradient of `<op>_forward` (`backward`).
+
+Every schema names its outputs, and what belongs together bears one name: `<op>_backward` asks for inputs and outputs of
+`<op>_forward` by their names and for the gradient of output y as `dy`, and gives the gradient of input x as `dx`. That
+is all that autograd needs, so `backward` writes it.
+
+Whoever implements a form in Python (its fake kernel, its launcher in triton.py) receives one `call`: a named tuple of
+the schema's arguments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+import importlib
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from . import dispatch
-from .types import Moments
+from . import dispatch, flops
+from .types import BatchNorm, Moments
+
+# A named tuple of the arguments of a form.
+Call = Any
+Function = Callable[[Call], object]
+
+# Fields of a schema, as `types` groups them.
+LAYER_NORM = "Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample"
+
+# An input of a backward form that is one of two: (flag, name where the flag is set, name where not), the names of
+# inputs or outputs of the forward form.
+Choice = tuple[str, str, str]
+# `choices` of a backward pass through a batch norm: the batch's moments in training, else the running ones.
+BATCH_STATISTICS: dict[str, Choice] = {
+    "mean": ("training", "mean", "running_mean"),
+    "var": ("training", "var", "running_var"),
+}
 
 
 def batch_norm_schema(prefix: str = "", optional: bool = False) -> str:
@@ -23,15 +56,9 @@ def batch_norm_schema(prefix: str = "", optional: bool = False) -> str:
     )
 
 
-def register(op: str, schema: str) -> Callable[[Callable], Callable]:
-    """Defines torch.ops.mvit3.<op> as the decorated function: differentiable, traceable and exportable because what it calls is."""
-
-    def decorate(function: Callable) -> Callable:
-        torch.library.define(f"mvit3::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(f"mvit3::{op}", "CompositeImplicitAutograd")(function)
-        return function
-
-    return decorate
+def batch_norm(call: Call, prefix: str = "") -> BatchNorm:
+    """The fields of `batch_norm_schema` in a call."""
+    return BatchNorm(*(getattr(call, f"{prefix}{field}") for field in BatchNorm._fields))
 
 
 def flat(y: Tensor, *moments: Moments | None) -> tuple[Tensor, ...]:
@@ -40,19 +67,186 @@ def flat(y: Tensor, *moments: Moments | None) -> tuple[Tensor, ...]:
     return (y, *(t for pair in moments for t in (pair or empty)))
 
 
-class _Guarded(torch.library.Library):
-    """A library whose autograd kernels know the derivatives that they would drop without a word: tangents of forward-mode AD, and those
-    of torch.func's transforms. They are left to the op's reference or refused."""
+class Form(NamedTuple):
+    """What the schema of a registered form says."""
 
-    references: ClassVar[dict[str, Callable]] = {}
+    call: type
+    outputs: type
+    tensors: tuple[str, ...]  # the arguments that are one tensor or None
+
+
+FORMS: dict[str, Form] = {}
+
+
+def _define(op: str, schema: str) -> Form:
+    parsed = torch._C.parse_schema(f"mvit3::{op}{schema}")
+    if any(not output.name for output in parsed.returns):
+        raise ValueError(f"the schema of {op} must name its outputs, got {schema}")
+    torch.library.define(f"mvit3::{op}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    FORMS[op] = Form(
+        # PyTorch leaves out last arguments that are as the schema's default
+        namedtuple(
+            op,
+            [argument.name for argument in parsed.arguments],
+            defaults=[argument.default_value for argument in parsed.arguments if argument.has_default_value()],
+        ),
+        namedtuple(f"{op}_outputs", [output.name for output in parsed.returns]),
+        tuple(a.name for a in parsed.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")),
+    )
+    return FORMS[op]
+
+
+def register(op: str, schema: str) -> Callable[[Function], Function]:
+    """Defines torch.ops.mvit3.<op> as the decorated function of a call: differentiable, traceable and exportable
+    because what it calls is."""
+
+    def decorate(function: Function) -> Function:
+        call = _define(op, schema).call
+        torch.library.impl(f"mvit3::{op}", "CompositeImplicitAutograd")(lambda *args: function(call(*args)))
+        return function
+
+    return decorate
+
+
+def forward(op: str, schema: str, triton: str | None = None) -> Callable[[Function], Function]:
+    """Defines a kernel's form; the decorated function of a call is its fake kernel, which makes outputs of the right
+    shape. `triton` names the package whose triton.py has the GPU kernel, a function `op` of a call; triton is imported
+    at the first one. C++ kernels register themselves."""
+
+    def decorate(fake: Function) -> Function:
+        form = _define(op, schema)
+        _implement(op, form, fake, triton)
+        return fake
+
+    return decorate
+
+
+def _implement(op: str, form: Form, fake: Function, triton: str | None) -> None:
+    torch.library.register_fake(f"mvit3::{op}")(lambda *args: fake(form.call(*args)))
+    flops.register(op, getattr(torch.ops.mvit3, op), form.call)
+    if triton is None:
+        return
+
+    def launch(*args: object) -> object:
+        return getattr(importlib.import_module(f"{triton}.triton"), op)(form.call(*args))
+
+    torch.library.impl(f"mvit3::{op}", "CPU" if dispatch.INTERPRETED else "CUDA")(launch)
+
+
+def kernel(op: str, schema: str, triton: str | None = None) -> Callable[[Function], Function]:
+    """The same for a kernel without gradient, which refuses to be differentiated."""
+
+    def decorate(fake: Function) -> Function:
+        forward(op, schema, triton)(fake)
+        _forbid_derivatives(
+            op,
+            f"torch.ops.mvit3.{op} is a kernel without gradient; call the public function of mvit3_kernels.ops instead",
+        )
+        return fake
+
+    return decorate
+
+
+def backward(
+    op: str,
+    schema: str,
+    triton: str | None = None,
+    choices: Mapping[str, Choice] | None = None,
+    residual: str | None = None,
+) -> None:
+    """Defines `op`, the gradient of the form of the same name with `_forward` in place of `_backward`, its fake kernel,
+    and the registration with autograd. Second derivatives are refused.
+
+    Args:
+        op, schema, triton: as in `forward`. An input's name is that of an input or an output of the forward form or,
+            with a "d" in front, means the gradient of an output. An output is the gradient of a tensor, shaped like it,
+            and empty where that is None; like the first input where the tensor is not asked for.
+        choices: inputs that are one tensor or another.
+        residual: an input of the forward form that is added to its first output, whose gradient is therefore that of
+            the output.
+    """
+    form, name = _define(op, schema), op.replace("_backward", "_forward")
+
+    def fake(call: Call) -> tuple[Tensor, ...] | Tensor:
+        first = next(t for t in call if isinstance(t, Tensor))
+        gradients = tuple(_gradient_like(getattr(call, name[1:], first), first) for name in form.outputs._fields)
+        return gradients if len(gradients) > 1 else gradients[0]
+
+    _implement(op, form, fake, triton)
+    public = name.partition("_forward")[0]
+    _forbid_derivatives(
+        op, f'{public} has second derivatives on the reference only: use mvit3_kernels.backend("reference")'
+    )
+    gradient, setup_context = _autograd(getattr(torch.ops.mvit3, op), FORMS[name], form, choices or {}, residual)
+    torch.library.register_autograd(f"mvit3::{name}", gradient, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _gradient_like(t: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _autograd(
+    op: Callable, ahead: Form, back: Form, choices: Mapping[str, Choice], residual: str | None
+) -> tuple[Callable, Callable]:
+    """The gradient and the setup of the context for torch.library.register_autograd. Names are looked up here, once: a
+    call only picks by position."""
+    arguments, outputs = ahead.call._fields, ahead.outputs._fields
+    first = f"d{outputs[0]}"  # the outputs behind the first have no gradient
+    # what setup_context picks from: inputs and outputs, then choices, under whose names the chosen tensors are asked
+    # for
+    pool = (*arguments, *outputs)
+    chosen = [tuple(pool.index(name) for name in choice) for choice in choices.values()]
+    pool = (*(None if name in choices else name for name in pool), *choices)
+    needed = [name for name in back.call._fields if name != first]
+    unknown = [name for name in needed if name not in pool]
+    if unknown:
+        raise ValueError(f"{op}: no input or output of its forward form is called {', '.join(unknown)}")
+    saved, values = ([pool.index(n) for n in needed if (n in back.tensors) is tensor] for tensor in (True, False))
+    # what the backward form receives, as positions in (saved tensors, values, gradient of the first output)
+    kept = [*(pool[i] for i in saved), *(pool[i] for i in values), first]
+    order = [kept.index(name) for name in back.call._fields]
+    given = [(arguments.index(name[1:]), i) for i, name in enumerate(back.outputs._fields)]
+    added = None if residual is None else arguments.index(residual)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        everything = [*inputs, *results]
+        for flag, one, other in chosen:
+            everything.append(everything[one if everything[flag] else other])
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[everything[i] for i in saved])
+        ctx.values = [everything[i] for i in values]
+        ctx.given = [pair for pair in given if inputs[pair[0]] is not None]
+        ctx.added = added is not None and inputs[added] is not None
+
+    def gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(arguments)
+        if dy is None:
+            return tuple(found)
+        everything = [*ctx.saved_tensors, *ctx.values, dy]
+        results = op(*[everything[i] for i in order])
+        results = (results,) if isinstance(results, Tensor) else results
+        for position, i in ctx.given:
+            found[position] = results[i]
+        if ctx.added:
+            found[added] = dy
+        return tuple(found)
+
+    return gradient, setup_context
+
+
+class _Guarded(torch.library.Library):
+    """A library whose autograd kernels know the derivatives that they would drop without a word: tangents of
+    forward-mode AD, and those of torch.func's transforms. They are refused."""
 
     def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", *, with_keyset: bool = False) -> None:
         def guarded(keyset: torch.DispatchKeySet, *args: object) -> object:
             reason = dispatch.transform()
             if reason is not None and _differentiated(args):
-                if op_name in self.references:
-                    return self.references[op_name](*args)
-                raise NotImplementedError(f"torch.ops.mvit3.{op_name}: {reason}; call the public function of mvit3_kernels.ops instead")
+                raise NotImplementedError(
+                    f"torch.ops.mvit3.{op_name}: {reason}; call the public function of mvit3_kernels.ops instead"
+                )
             return fn(keyset, *args)
 
         super().impl(op_name, guarded, dispatch_key, with_keyset=with_keyset)
@@ -66,37 +260,23 @@ def _differentiated(args: tuple[object, ...]) -> bool:
     found = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in found):
         return True
-    return torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any(t.requires_grad for t in found)
+    return (
+        torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any(t.requires_grad for t in found)
+    )
 
 
-def register_gradient(op: str, backward: Callable, setup_context: Callable | None = None, reference: Callable | None = None) -> None:
-    """torch.library.register_autograd for a kernel: its gradient. Other derivatives are those of `reference` or, without one, refused."""
-    if reference is not None:
-        _LIBRARY.references[op] = reference
-    torch.library.register_autograd(f"mvit3::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
-
-
-def forbid_derivatives(op: str, instead: str) -> None:
-    """Makes a kernel's op refuse to be differentiated: without a formula PyTorch would hand out derivatives that silently lack this op's
-    part."""
+def _forbid_derivatives(op: str, instead: str) -> None:
+    """Makes a kernel's op refuse to be differentiated: without a formula PyTorch would hand out derivatives that
+    silently lack this op's part."""
 
     def refuse(ctx: object, *_: object) -> None:
         raise NotImplementedError(instead)
 
-    register_gradient(op, refuse)
-
-
-def forbid_second_derivative(op: str) -> None:
-    name = op.partition("_backward")[0]
-    forbid_derivatives(op, f'{name} has second derivatives on the reference only: use mvit3_kernels.backend("reference")')
-
-
-def forbid_gradient(op: str) -> None:
-    forbid_derivatives(op, f"torch.ops.mvit3.{op} is a kernel without gradient; call the public function of mvit3_kernels.ops instead")
+    torch.library.register_autograd(f"mvit3::{op}", refuse, lib=_LIBRARY)
 
 
 def run_without_gradient(op: Callable, *args: object) -> object:
-    """Calls a kernel that `forbid_gradient` was said of, where no derivative is asked for. What refuses them costs 4 us a call, and is
+    """Calls a kernel without gradient where no derivative is asked for. What refuses them costs 4 us a call, and is
     passed by here."""
     if torch.compiler.is_compiling():
         return op(*args)

@@ -1,9 +1,10 @@
-"""What the Triton kernels of several ops share: activations, products, dropout, statistics that stay accurate, where a token lies, and the
-split of rows over programs.
+"""What the Triton kernels of several ops share: tiles of a matrix, activations, products, dropout, statistics that stay
+accurate, where a token lies, and how rows are divided among programs.
 
-A per-channel reduction over the rows of a map never uses float atomics. Each program reduces a contiguous range of rows and writes one
-partial result; the kernel that consumes the statistic combines the partials in its prologue, in a fixed order. So the result is the
-same in every run, and the combination costs no launch.
+A map (B, H, W, C) is a matrix to these kernels: a row for each pixel, a column for each channel. A reduction over its
+rows never uses float atomics. Each program reduces a contiguous range of rows, a part, and writes one partial result
+into a float32 workspace. The kernel that needs the result adds up the parts when it starts, in a fixed order. So the
+result is the same in every run, and adding up costs no launch of its own.
 """
 
 from __future__ import annotations
@@ -17,14 +18,54 @@ import triton.language as tl
 from torch import Tensor
 
 from . import random
+from .types import ACTIVATIONS
 
-IDENTITY, SILU, RELU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # positions in types.ACTIVATIONS
+IDENTITY, SILU, RELU = (tl.constexpr(ACTIVATIONS.index(name)) for name in ("identity", "silu", "relu"))
 
 GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (random.GOLDEN, *random.MULTIPLIERS))
 
-# Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors has at most 264
-# partials: three trips.
+# Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors
+# has at most 264 partials: three trips.
 BLOCK_PARTS = tl.constexpr(128)
+
+
+# Tiles
+
+
+@triton.jit
+def load_tile(ptr, row, valid, column, WIDTH: tl.constexpr, STRIDE: tl.constexpr = None):
+    """Rows `row` and columns `column` of a matrix (.., WIDTH), in its dtype; zeros in rows that are not valid and in
+    columns from WIDTH on. STRIDE, if not WIDTH, is the number of values from one row to the next."""
+    ROW: tl.constexpr = WIDTH if STRIDE is None else STRIDE
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    return tl.load(ptr + row[:, None] * ROW + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, row, valid, column, tile, WIDTH: tl.constexpr, STRIDE: tl.constexpr = None):
+    """Writes what `load_tile` reads, rounded to the dtype of the matrix."""
+    ROW: tl.constexpr = WIDTH if STRIDE is None else STRIDE
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    tl.store(ptr + row[:, None] * ROW + column[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(ptr, column, WIDTH: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """Values `column` of a parameter (WIDTH,) in float32; OTHER from WIDTH on, zeros where there is no parameter."""
+    if ptr is None:
+        vector = column.to(tl.float32) * 0.0
+    else:
+        vector = tl.load(ptr + column, mask=column < WIDTH, other=OTHER).to(tl.float32)
+    return vector
+
+
+@triton.jit
+def store_vector(ptr, column, vector, WIDTH: tl.constexpr):
+    """Writes values `column` of a vector (WIDTH,), rounded to its dtype."""
+    tl.store(ptr + column, vector.to(ptr.dtype.element_ty), mask=column < WIDTH)
+
+
+# Activations and products
 
 
 @triton.jit
@@ -59,7 +100,7 @@ def dot(a, b, sums):
     return tl.dot(a, b, sums, input_precision="ieee")
 
 
-# Dropout: the hash of random.py.
+# Dropout: the hash of random.py
 
 
 @triton.jit
@@ -86,7 +127,7 @@ def dropout_kept(key, element, threshold):
 @triton.jit
 def dropped(tile, seed_ptr, row, column, rows_per_sample, keep, keep_scale, SITE: tl.constexpr, WIDTH: tl.constexpr):
     """A tile of a map of WIDTH channels after dropout; `row` counts over all samples, `keep` is the threshold."""
-    key = dropout_key(seed_ptr, row // rows_per_sample, SITE)
+    key = dropout_key(seed_ptr, row // rows_per_sample, SITE=SITE)
     element = (row % rows_per_sample)[:, None] * WIDTH + column[None, :]
     return tile * tl.where(dropout_kept(key[:, None], element, keep), keep_scale, 0.0)  # NaN stays NaN
 
@@ -94,6 +135,9 @@ def dropped(tile, seed_ptr, row, column, rows_per_sample, keep, keep_scale, SITE
 def dropout_threshold(p: float) -> int:
     """What a word must reach for its element to be kept."""
     return int(p * 2**32)
+
+
+# Where a token lies
 
 
 @triton.jit
@@ -111,6 +155,9 @@ def token_of_pixel(pixel, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
     return row % PATCH_H * PATCH_W + column % PATCH_W, row // PATCH_H * (width // PATCH_W) + column // PATCH_W
 
 
+# Norms
+
+
 @triton.jit
 def at_least_zero(x):
     """What rounding made negative is zero; NaN stays NaN."""
@@ -119,16 +166,30 @@ def at_least_zero(x):
 
 @triton.jit
 def inverse_std(var, eps):
-    # Rounded root and division: they are per channel, so exactness is free, and every element inherits their error.
+    """1 / sqrt(var + eps). Root and division are correctly rounded: they are needed once for each channel or row, so
+    that costs nothing, and every element inherits their error."""
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
 
 @triton.jit
-def merge_moments(count, mean, m2):
-    """Moments (value count, mean, sum of squared deviations) of each column of tiles `mean`, `m2` whose row i stands for count[i] values.
+def load_folded_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, column, eps, C: tl.constexpr, offset=None):
+    """Scale and shift with which a batch norm of known statistics is x * scale + shift, for channels `column` of
+    parameters and statistics (C,); with an offset, norm(x + offset) is that. On the host: folding.fold_batch_norm."""
+    var = load_vector(var_ptr, column, WIDTH=C, OTHER=1.0)
+    scale = load_vector(weight_ptr, column, WIDTH=C) * inverse_std(var, eps)
+    bias, mean = load_vector(bias_ptr, column, WIDTH=C), load_vector(mean_ptr, column, WIDTH=C)
+    if offset is not None:
+        mean -= offset
+    return scale, bias - mean * scale
 
-    Chan's formula around a corrected mean: the second sum removes the rounding of the first, so that a mean of many standard
-    deviations costs no accuracy.
+
+@triton.jit
+def merge_moments(count, mean, m2):
+    """Joins the rows of tiles: row i of `mean` and `m2` has the means and sums of squared deviations of count[i] values
+    of each column. Returns the number of all values, and mean and sum of squared deviations of each column.
+
+    Chan's formula around a corrected mean: the second sum removes the rounding of the first, so that a mean of many
+    standard deviations costs no accuracy.
     """
     total = tl.sum(count, 0)
     safe = tl.maximum(total, 1.0)
@@ -141,8 +202,8 @@ def merge_moments(count, mean, m2):
 
 @triton.jit
 def add_moments(tile, valid, count, mean, m2):
-    """Joins the columns of a float32 tile, of which rows `valid` count (one at least), to moments (value count, mean, sum of squared
-    deviations), by Chan's formula around a corrected mean."""
+    """Adds the valid rows of a float32 tile, one at least, to the moments of its columns: number of values, mean and
+    sum of squared deviations, by Chan's formula around a corrected mean."""
     added = tl.sum(valid.to(tl.float32), 0)
     tile_mean = tl.sum(tl.where(valid[:, None], tile, 0.0), 0) / added
     offset = tl.where(valid[:, None], tile - tile_mean[None, :], 0.0)
@@ -155,9 +216,12 @@ def add_moments(tile, valid, count, mean, m2):
 
 
 @triton.jit
-def load_moments(part_ptr, parts, rows, rows_per_part, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr, count_ptr=None):
-    """Mean and biased variance of columns `column` over all rows, from partial (mean, m2) pairs in a (2, parts, C) float32 workspace. Each
-    part stands for `rows_per_part` rows, the last one for what is left, or for as many as `count_ptr` says, (parts,) float32."""
+def load_moments(
+    part_ptr, parts, rows, rows_per_part, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr, count_ptr=None
+):
+    """Mean and biased variance of columns `column` over all rows, from the means and sums of squared deviations of
+    parts of the rows, a (2, parts, C) float32 workspace. A part has `rows_per_part` rows, the last one what is left;
+    or as many as `count_ptr` says, (parts,), float32."""
     lane = tl.arange(0, BLOCK_PARTS)
     count = tl.zeros((BLOCK_PARTS,), tl.float32)
     mean = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
@@ -183,7 +247,7 @@ def load_moments(part_ptr, parts, rows, rows_per_part, column, valid, C: tl.cons
 
 @triton.jit
 def load_sums(part_ptr, parts, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums of columns `column`, from partial sums in a (parts, C) float32 workspace."""
+    """Sums of columns `column` over the parts of a (parts, C) float32 workspace."""
     lane = tl.arange(0, BLOCK_PARTS)
     total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
     for first in range(0, parts, BLOCK_PARTS):
@@ -191,6 +255,9 @@ def load_sums(part_ptr, parts, column, valid, C: tl.constexpr, BLOCK_C: tl.const
         mask = (part < parts)[:, None] & valid[None, :]
         total += tl.load(part_ptr + part[:, None] * C + column[None, :], mask=mask, other=0.0)
     return tl.sum(total, 0)
+
+
+# How rows are divided among programs
 
 
 @triton.jit
@@ -210,7 +277,8 @@ def _multiprocessors(device: int) -> int:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Multiprocessors of the GPU of `x`; the interpreter plays a GPU of 2, so that small tensors are split over programs too."""
+    """Multiprocessors of the GPU of `x`; the interpreter plays a GPU of 2, so that small tensors are split over
+    programs too."""
     return _multiprocessors(x.get_device()) if x.is_cuda else 2
 
 
@@ -220,8 +288,8 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 def multiplies_from_shared_memory(x: Tensor) -> bool:
-    """Whether the GPU of `x` is of NVIDIA's generation that multiplies 64 rows straight from shared memory (sm_90). The others hold the
-    operands of a product in registers, so that their tiles must be smaller."""
+    """Whether the GPU of `x` is of NVIDIA's generation that multiplies 64 rows straight from shared memory (sm_90). The
+    others hold the operands of a product in registers, so that their tiles must be smaller."""
     if interpreted():
         return True
     if x.is_cuda:
@@ -230,13 +298,18 @@ def multiplies_from_shared_memory(x: Tensor) -> bool:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[None]:
-    """Makes the GPU of `x` the current one, where Triton launches."""
+    """Makes the GPU of `x` the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as kernels take them; None stays None."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
 def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:
-    """`x` and the elements from one row to the next. Some channels of a wider map, as the gradient of a concatenation is, stay in place;
-    what does not lie like this is copied."""
+    """`x` and the number of elements from one row to the next. Some channels of a map with more, as the gradient of a
+    concatenation is, stay where they are; a map whose rows do not follow each other at one distance is copied."""
     stride = x.stride(-2)
     whole = x.stride(-1) == 1 and stride >= x.shape[-1]
     for size, outer, inner in zip(x.shape[1:-1], x.stride(), x.stride()[1:-1], strict=False):

@@ -1,8 +1,9 @@
 """Which of its configurations a Triton kernel runs with.
 
-A kernel offers a short list, best guess first. `benchmarks/tune.py` times the list on a GPU and records the fastest in tuned.json, by
-architecture, kernel, dtype and numbers of channels; whatever is not recorded runs with the first. Nothing is timed in a user's process,
-and nothing depends on batch, height or width, so multi-scale training never waits for a choice or a compiler.
+A kernel offers a short list of configurations, the best guess first. `benchmarks/tune.py` times all of them on a GPU
+and records the fastest in tuned.json, by architecture, kernel, dtype and numbers of channels. A kernel without a record
+runs with the first one. Nothing is timed in a user's process, and no choice depends on batch, height or width, so
+multi-scale training never waits for a choice or for a compiler.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 from torch import Tensor
 
 FILE = Path(__file__).with_name("tuned.json")
-# An architecture without records of its own takes those of another one, with the same matrix units and shared memory.
+# An architecture without records of its own, and the one with the same matrix units and shared memory that it copies.
 SIMILAR = {"sm_89": "sm_86"}
 
 Configuration = dict[str, int | bool]
@@ -44,18 +45,19 @@ _watchers: list[list[Choice]] = []
 
 
 def key(kernel: str, dtype: str, channels: tuple[int, ...]) -> str:
-    """How a choice is called in the file: `feed_forward_fwd bfloat16 144x288`."""
+    """The name of a choice in the file, such as `feed_forward_fwd bfloat16 144x288`."""
     return f"{kernel} {dtype} {'x'.join(map(str, channels))}"
 
 
 @cache
 def recorded() -> dict[str, dict[str, Configuration]]:
-    """The file: architecture, key, configuration."""
+    """What the file holds: for each architecture, by key, the configuration."""
     return json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
 def architecture(x: Tensor) -> str:
-    """Of the GPU of `x`: sm_90, gfx942; of the GPU compiled for where `x` is on none."""
+    """The architecture of the GPU of `x`, such as sm_90 or gfx942. Where `x` is not on a GPU, it is that of the GPU for
+    which kernels are compiled."""
     if x.is_cuda:
         properties = torch.cuda.get_device_properties(x.device)
         return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
@@ -65,8 +67,11 @@ def architecture(x: Tensor) -> str:
     return f"sm_{arch}" if isinstance(arch, int) else arch
 
 
-def choose(kernel: str, x: Tensor, channels: tuple[int, ...], configurations: Callable[[], list[Configuration]]) -> Configuration:
-    """The configuration of `kernel` for maps like `x` and these numbers of channels, out of those that `configurations()` lists."""
+def choose(
+    kernel: str, x: Tensor, channels: tuple[int, ...], configurations: Callable[[], list[Configuration]]
+) -> Configuration:
+    """One of the configurations that `configurations()` lists: what was recorded for `kernel`, the dtype of `x` and
+    these numbers of channels, else the first."""
     at = (kernel, x.get_device(), x.dtype, channels)
     if at in _chosen and not _trials and not _watchers:
         return _chosen[at]
@@ -79,14 +84,14 @@ def choose(kernel: str, x: Tensor, channels: tuple[int, ...], configurations: Ca
     known = recorded()
     found = known.get(where, {}).get(name) or known.get(SIMILAR.get(where), {}).get(name)
     config = found if found in offered else offered[0]
-    if x.is_cuda:  # elsewhere a call plays another GPU each time
+    if x.is_cuda:  # elsewhere each call may compile for another GPU
         _chosen[at] = config
     return config
 
 
 @contextmanager
 def watch() -> Iterator[list[Choice]]:
-    """Inside, every kernel that asks is added to the list."""
+    """Inside, the choice of every kernel that asks for a configuration is added to the list."""
     seen: list[Choice] = []
     _watchers.append(seen)
     try:
@@ -106,6 +111,6 @@ def trial(choice: Choice, config: Configuration) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Reads the file again at the next call."""
+    """Forgets all choices; the next one reads the file again."""
     recorded.cache_clear()
     _chosen.clear()

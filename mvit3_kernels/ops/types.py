@@ -1,17 +1,23 @@
-"""The parameters of an op, grouped as the networks group them. All are plain tuples: an op stays a function of tensors."""
+"""The parameters of an op, grouped as the networks group them. All are plain tuples: an op stays a function of
+tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
+# The activations that ops know, by name.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda y: y, "silu": F.silu, "relu": F.relu}
 # The position in this tuple is the code that a kernel receives.
-ACTIVATIONS = ("identity", "silu", "relu")
+ACTIVATIONS = tuple(ACTIVATION_FUNCTIONS)
 
 
 class BatchNorm(NamedTuple):
-    """Batch normalisation over B, H and W. `training` uses the batch's statistics, else `running_mean` and `running_var`, all (C,)."""
+    """Batch normalisation over B, H and W. `training` uses the batch's statistics, else `running_mean` and
+    `running_var`, all (C,)."""
 
     weight: Tensor
     bias: Tensor
@@ -22,16 +28,16 @@ class BatchNorm(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What batch normalisation measured: mean and biased (population) variance of each channel, (C,), float32 (float64 for float64 x).
-    Not differentiable: the op already differentiates through them."""
+    """What batch normalisation measured: mean and biased (population) variance of each channel, (C,), float32 (float64
+    for float64 x). Not differentiable: the op already differentiates through them."""
 
     mean: Tensor
     var: Tensor
 
 
 class LayerNorm(NamedTuple):
-    """Layer normalisation of each token over its channels or, with `per_sample`, of each sample over H, W and C together (one-group
-    group normalisation, "layer_norm_2d"). weight and bias are (C,)."""
+    """Layer normalisation of each token over its channels or, with `per_sample`, of each sample over H, W and C
+    together (one-group group normalisation, "layer_norm_2d"). weight and bias are (C,)."""
 
     weight: Tensor
     bias: Tensor

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read as tensors and plain values only.
 
-A folder holds `last.pt`, the one before it (`previous.pt`), `best.pt`, and `epoch_NNNN.pt` where every so many epochs are kept. They are
-links to the same files where they coincide, so that each state is written once.
+A folder holds `last.pt`, the one before it (`previous.pt`), `best.pt`, and `epoch_NNNN.pt` where every so many epochs
+are kept. They are links to the same files where they coincide, so that each state is written once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-FORMAT = {"state_dict": dict, "ema_state_dict": dict, "config": dict, "num_classes": int, "class_names": list, "progress": dict}
+FORMAT = {
+    "state_dict": dict,
+    "ema_state_dict": dict,
+    "config": dict,
+    "num_classes": int,
+    "class_names": list,
+    "progress": dict,
+}
 
 
 TRAINED, AVERAGE = "trained", "average"  # weights
@@ -55,7 +62,8 @@ def link(source: Path, target: Path) -> None:
 
 
 def save(folder: Path, content: dict[str, object], also: Sequence[str] = ()) -> Path:
-    """Writes `last.pt`: to a file of its own, which is forced to disk and only then gets its names, those in `also` first.
+    """Writes `last.pt`: to a file of its own, which is forced to disk and only then gets its names, those in `also`
+    first.
 
     OSError where it cannot be written; the checkpoints that were there are kept.
     """
@@ -138,7 +146,9 @@ def load(path: Path) -> dict[str, object]:
     except Exception as error:  # the unpickler has no common error type
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise Foreign(f"{path} is truncated, or no checkpoint{reason}") from error
-    wrong = [key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)]
+    wrong = [
+        key for key, kind in FORMAT.items() if not isinstance(content, dict) or not isinstance(content.get(key), kind)
+    ]
     if wrong:
         raise Foreign(f"{path} is no checkpoint of mvit3 train: {', '.join(wrong)} missing or of another type")
     return content

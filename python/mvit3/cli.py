@@ -1,4 +1,4 @@
-"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `models` and `demo`."""
+"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `export`, `models` and `demo`."""
 
 from __future__ import annotations
 
@@ -8,133 +8,32 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Nothing here loads PyTorch: help and the answer to a misspelt option would wait for it.
 from . import recipes
 from .config import AMP, TrainConfig, check_names, section_options
 from .errors import Failure
-from .names import TIMM
-from .options import UsageError, form, nearest, nearest_options, written
+from .names import task_of
+from .options import UsageError, form, nearest, nearest_options
+from .parser import COMMANDS, EVERYTHING, Parser
+from .screen import plain
 from .signals import INTERRUPTED
 from .streams import BROKEN_PIPE, guarded
+from .timm_names import SAME
+from .timm_options import TimmOptions
 
 
-@dataclass(frozen=True)
-class Command:
-    """What a command is, and the options that it has beside those of training; commands.py has the function of its name."""
-
-    help: str
-    sections: tuple[str, ...]  # of the options of training that its --help lists; all are taken, so that every recipe is
-    parts: tuple[str, ...] = ()  # of the data that it reads
-    recipe: str = ""  # where it begins
-    checkpoint: bool = False
-    extra: dict[str, dict[str, object]] = field(default_factory=dict)
-
-
-WEIGHTS = {
-    "default": "auto",
-    "choices": ["auto", "ema", "raw"],
-    "help": "the average or the trained ones; auto: the better ones of its last evaluation, which the checkpoint names (default: auto)",
-}
-CSV = {"action": "store_true", "help": "the result as CSV on stdout, a row for each class"}
-PER_CLASS = {"action": "store_true", "help": "a table of all classes with their accuracy"}
-TOP = {"type": int, "default": 5, "help": "classes to name for each image (default: 5)"}
-IMAGES = {"nargs": "+", "help": "images, or folders of images"}
-START = {"default": "", "help": "where it starts: of mvit3 train, which tells network, pixels and augmentation, or with --config another"}
-SIZE = {"type": int, "default": 256, "help": "side of the image for which multiplications are counted, pixels"}
-NAMES = {"nargs": "*", "default": [], "help": "names or patterns such as 'mobilevitv3*'; all networks without"}
-EVERYTHING = ("model", "data", "augment", "sampler", "optimizer", "schedule", "loss", "distill", "ema", "run")
-COMMANDS = {
-    "train": Command("train a network: one process, or several under torchrun", EVERYTHING, ("train", "val")),
-    "finetune": Command(
-        "train a network on other, few images, from the weights of a checkpoint",
-        EVERYTHING,
-        ("train", "val"),
-        extra={"--checkpoint": START},
-    ),
-    "evaluate": Command(
-        "accuracy of a checkpoint on the validation images",
-        ("model", "data", "run"),
-        ("val",),
-        checkpoint=True,
-        extra={"--weights": WEIGHTS, "--per_class": PER_CLASS, "--csv": CSV},
-    ),
-    "predict": Command(
-        "classes of images",
-        ("model", "data", "run"),
-        checkpoint=True,
-        extra={"--weights": WEIGHTS, "--top": TOP, "--csv": CSV, "images": IMAGES},
-    ),
-    "models": Command("networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}),
-    "demo": Command("train on handwritten digits with reference and with fused ops, and compare", EVERYTHING, ("train", "val"), "digits"),
-}
-
-
-class _Help(DefaultHelpFormatter):
-    """Options are described in our words, which have the form of a value and the default."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help
-
-
-class _Parser(ArgumentParser):
-    """Errors of an option's type come as exceptions; `main` makes one line of them."""
-
-    def __init__(self, name: str) -> None:
-        own = COMMANDS[name]
-        short = ". --data D is short for --data.root D, --data digits for --data.source digits, --amp for --run.amp auto."
-        words = ["--checkpoint FILE"] * own.checkpoint + ["[--config RECIPE] [--section.key VALUE ...]"] * bool(own.sections)
-        words += [f"{word} ..." for word in ("images", "[names]") if word.strip("[]") in own.extra]
-        super().__init__(
-            prog=f"mvit3 {name}",
-            description=own.help + (short if own.sections else "."),
-            exit_on_error=False,
-            formatter_class=_Help,
-            print_config=None,
-            allow_abbrev=False,
-            usage=" ".join((f"mvit3 {name}", *words)),
-        )
-        self.name, command = name, COMMANDS[name]
-        if command.checkpoint:
-            self.add_argument("--checkpoint", required=True, help="of mvit3 train, or with --config one of another origin")
-        for option, settings in command.extra.items():
-            self.add_argument(option, **settings)
-        self.add_argument("--config", action="config", help="a recipe's name or a YAML file; may be given again, later ones win")
-        self.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML, and stop")
-        self.add_argument("--quiet", action="store_true", help="no progress, only the result")
-        self.add_argument("--json", action="store_true", help="the result as JSON on stdout; progress stays on stderr")
-        groups = {}
-        for section, key, kind, default, option in section_options():
-            if section not in groups:
-                groups[section] = self.add_argument_group(f"{section} options") if section in command.sections else self
-            choices = f"; one of {', '.join(option.choices)}" if 0 < len(option.choices) <= 20 else ""
-            text = argparse.SUPPRESS
-            if section in command.sections:
-                value = "" if option.choices else f"{form(kind, default)}; "
-                text = f"{option.help}{choices} ({value}default: {written(default)})"
-            groups[section].add_argument(f"--{section}.{key}", type=kind, default=default, help=text)
-
-    @property
-    def flags(self) -> dict[str, argparse.Action]:
-        return {flag: action for action in self._actions for flag in action.option_strings}
-
-    @property
-    def takes_files(self) -> bool:
-        """Whether there are arguments that follow no option."""
-        return any(not action.option_strings for action in self._actions)
-
-
-def _unknown(flag: str, parser: _Parser) -> UsageError:
-    if (ours := TIMM.get(flag.lstrip("-"))) and f"--{ours}" in parser.flags:
+def _unknown(flag: str, parser: Parser) -> UsageError:
+    if (ours := SAME.get(flag.lstrip("-"))) and f"--{ours}" in parser.flags:
         return UsageError(f"there is no option {flag!r}; timm's {flag} is --{ours} here")
     close = nearest_options(flag, [known for known in parser.flags if known.startswith("--")])
-    return UsageError(f"there is no option {flag!r}; the nearest {'is' if len(close) == 1 else 'are'} {' and '.join(close)}")
+    return UsageError(
+        f"there is no option {flag!r}; the nearest {'is' if len(close) == 1 else 'are'} {' and '.join(close)}"
+    )
 
 
 def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[object, object]]) -> UsageError:
@@ -149,9 +48,10 @@ def _stray(words: Sequence[str], given: Sequence[str], kinds: dict[str, tuple[ob
     return UsageError(f"{words[0]!r}{after} is no option; options begin with --")
 
 
-def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
-    """Files, options as --option=value, then what follows none: the command line wins over files, wherever they stand in it.
-    --data D is --data.root=D, or --data.source=digits; recipes become files.
+def _arrange(parser: Parser, arguments: Sequence[str], timm: TimmOptions) -> list[str]:
+    """Files, options as --option=value, then what follows none: the command line wins over files, wherever they stand
+    in it. --data D is --data.root=D, or --data.source=digits; recipes become files; options by timm's names go to
+    `timm`, which adds what they are here.
 
     UsageError for an option that does not exist, and for a word too many.
     """
@@ -169,6 +69,8 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
             options.append("--run.amp=auto")
             continue
         if flag not in flags and flag not in ("--data", "--amp"):
+            if timm.take(flag, value if equals else None, queue):
+                continue
             raise _unknown(flag, parser)
         if flag in flags and flags[flag].nargs == 0:
             if equals:
@@ -192,13 +94,15 @@ def _arrange(parser: _Parser, arguments: Sequence[str]) -> list[str]:
         options.append(f"{flag}={value}")
     if rest and not parser.takes_files:
         raise _stray(rest, options, _kinds(parser))
-    return [*files, *options, *rest]  # the parser lets the last one win
+    return [*files, *timm.arguments(options), *rest]  # the parser lets the last one win
 
 
-def _kinds(parser: _Parser) -> dict[str, tuple[object, object]]:
+def _kinds(parser: Parser) -> dict[str, tuple[object, object]]:
     """Type and default of every option of training, and of the command's own, by name without dashes."""
     kinds = {f"{section}.{key}": (kind, default) for section, key, kind, default, _ in section_options()}
-    return kinds | {name.lstrip("-"): (settings.get("type", str), None) for name, settings in COMMANDS[parser.name].extra.items()}
+    return kinds | {
+        name.lstrip("-"): (settings.get("type", str), None) for name, settings in COMMANDS[parser.name].extra.items()
+    }
 
 
 def _recipe(name: str) -> str:
@@ -217,7 +121,7 @@ def _recipe(name: str) -> str:
     return str(path)
 
 
-def _one_line(error: Exception, parser: _Parser) -> str:
+def _one_line(error: Exception, parser: Parser) -> str:
     """The parser's error in the words of the others."""
     text, kinds = " ".join(str(error).split()), _kinds(parser)
     key = re.search(r'Parser key "([\w.]+)"', text)
@@ -237,9 +141,10 @@ def _one_line(error: Exception, parser: _Parser) -> str:
 
 
 def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.Namespace]:
-    """The configuration and the options beside it; those of a checkpoint come first, then files, then the command line."""
-    command, parser, base = COMMANDS[name], _Parser(name), {}
-    arguments = _arrange(parser, arguments)
+    """The configuration and the options beside it; those of a checkpoint come first, then files, then the command
+    line."""
+    command, parser, timm, base = COMMANDS[name], Parser(name), TimmOptions(name), {}
+    arguments = _arrange(parser, arguments, timm)
     if command.recipe:
         arguments = [f"--config={_recipe(command.recipe)}", *arguments]
     try:
@@ -248,12 +153,14 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
             raise UsageError("--json and --csv exclude each other")
         if getattr(args, "top", 1) < 1:
             raise UsageError(f"--top must be at least 1, got {args.top}")
+        if not 0 <= (getattr(args, "threshold", None) or 0) < 1:
+            raise UsageError(f"--threshold must be at least 0 and below 1, got {args.threshold}")
         if name == "finetune":
             _check_values(args)
             arguments = _finetune_defaults(parser, arguments, args)
             args = parser.parse_args(arguments)
-        if command.checkpoint and not Path(args.checkpoint).is_file():
-            raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
+        if command.checkpoint:
+            _check_checkpoint(Path(args.checkpoint))
         if command.checkpoint and not any(word.startswith("--config=") for word in arguments):
             _check_values(args)  # reading a checkpoint takes seconds
             _loading(args)
@@ -271,13 +178,18 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
     values = args.as_dict()
     sections = {section: dict(values[section]) for section in EVERYTHING}
     _take_data(sections["data"], arguments, base)
+    timm.settle(sections)
+    if not args.quiet and os.environ.get("RANK", "0") == "0":
+        for line in timm.lines:
+            print(line, file=sys.stderr)
     config = TrainConfig.from_dict(sections)
     return config, argparse.Namespace(**{key: value for key, value in values.items() if key not in EVERYTHING})
 
 
 def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[str, Mapping[str, object]]) -> None:
-    """A folder that the command line names is what is read, though a recipe or a checkpoint has data that need none; and the limit of a
-    training's validation images is no property of other images. `base`: the configuration of a checkpoint."""
+    """A folder that the command line names is what is read, though a recipe or a checkpoint has data that need none;
+    and the limit of a training's validation images is no property of other images. `base`: the configuration of a
+    checkpoint."""
     given = {word.partition("=")[0] for word in arguments}
     if "--data.root" in given and "--data.source" not in given and data["source"] == "digits":
         data["source"] = "folder"
@@ -291,32 +203,49 @@ def _take_data(data: dict[str, object], arguments: Sequence[str], base: Mapping[
 
 # What fine-tuning takes from a checkpoint: the network, and images as it knows them.
 TAKEN = {
-    "model": ("name", "drop_rate", "proj_drop_rate", "attn_drop_rate", "ffn_drop_rate", "drop_path_rate"),
+    "model": (
+        "name",
+        "drop_rate",
+        "proj_drop_rate",
+        "attn_drop_rate",
+        "ffn_drop_rate",
+        "drop_path_rate",
+        "output_stride",
+    ),
     "data": ("resize", "crop", "interpolation", "antialias", "exif_orientation", "colors", "mean", "std"),
     "augment": (),  # all of it
     "sampler": ("size",),
+    "loss": ("auxiliary_weight",),
+    "detection": (),
     "run": ("ops", "channels_last"),
 }
 
 
-def _finetune_defaults(parser: _Parser, arguments: list[str], args: argparse.Namespace) -> list[str]:
+def _finetune_defaults(parser: Parser, arguments: list[str], args: argparse.Namespace) -> list[str]:
     """Sets the defaults of `mvit3 finetune`; returns the arguments that are left to lie over them.
 
-    Lowest is a recipe that was given by its name (network and images), then the recipe `finetune`, then what the checkpoint tells; files
-    and options of the user win.
+    Lowest is a recipe that was given by its name (network and images), then the recipe `finetune`, then what the
+    checkpoint tells; files and options of the user win. Where the recipe or the user names a network of another task,
+    the checkpoint is that of a backbone, and tells nothing else.
     """
-    named = [word for word in arguments if word.startswith("--config=") and recipes.is_recipe(Path(word.partition("=")[2]))]
+    named = [
+        word for word in arguments if word.startswith("--config=") and recipes.is_recipe(Path(word.partition("=")[2]))
+    ]
     layers = [yaml.safe_load(Path(word.partition("=")[2]).read_text()) for word in named]
-    layers = [{section: layer[section] for section in ("model", "data", "augment", "sampler") if section in layer} for layer in layers]
+    layers = [
+        {section: layer[section] for section in ("model", "data", "augment", "sampler") if section in layer}
+        for layer in layers
+    ]
     for layer in layers:
         layer.get("sampler", {}).pop("sizes", None)
     layers.append(yaml.safe_load(recipes.path("finetune").read_text()))
     if layers[:-1]:
         for section in ("model", "data", "augment"):  # are the named recipe's
-            layers[-1][section] = {key: value for key, value in layers[-1].get(section, {}).items() if key in ("drop_head", "batch_size")}
+            layers[-1][section] = {
+                key: value for key, value in layers[-1].get(section, {}).items() if key in ("drop_head", "batch_size")
+            }
     if args.checkpoint:
-        if not Path(args.checkpoint).is_file():
-            raise Failure(f"--checkpoint {args.checkpoint}: there is no such file")
+        _check_checkpoint(Path(args.checkpoint))
         _loading(args)
         content = _checkpoint_config(Path(args.checkpoint), optional=bool(named))
         taken = {
@@ -324,6 +253,10 @@ def _finetune_defaults(parser: _Parser, arguments: list[str], args: argparse.Nam
             for section, keys in TAKEN.items()
             if section in content
         }
+        wanted = [word.partition("=")[2] for word in arguments if word.startswith("--model.name=")]
+        wanted += [layer["model"]["name"] for layer in layers[:-1] if "name" in layer.get("model", {})][::-1]
+        if taken and wanted and task_of(wanted[0]) != task_of(taken["model"]["name"]):
+            taken = {}
         layers += [taken, {"model": {"pretrained": args.checkpoint}}]
     parser.set_defaults({
         f"{section}.{key}": value
@@ -338,6 +271,14 @@ def _finetune_defaults(parser: _Parser, arguments: list[str], args: argparse.Nam
 def _check_values(args: argparse.Namespace) -> None:
     for section, key, _, _, option in section_options():
         option.check(f"{section}.{key}", args[f"{section}.{key}"])
+
+
+def _check_checkpoint(path: Path) -> None:
+    if path.is_dir():
+        inside = next((name for name in ("best.pt", "last.pt") if (path / name).is_file()), "")
+        raise Failure(f"--checkpoint {path} is a folder" + (f"; its checkpoint is {path / inside}" if inside else ""))
+    if not path.is_file():
+        raise Failure(f"--checkpoint {path}: there is no such file")
 
 
 def _checkpoint_config(path: Path, optional: bool = False) -> dict[str, dict[str, object]]:
@@ -368,11 +309,15 @@ def _check_folders(config: TrainConfig, parts: Sequence[str]) -> None:
         name = getattr(data, part)
         if not (root / name).is_dir():
             there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-            held = f"it has {', '.join(there[:5])}{' and more' if len(there) > 5 else ''}" if there else "it has no folders"
+            held = (
+                f"it has {', '.join(there[:5])}{' and more' if len(there) > 5 else ''}"
+                if there
+                else "it has no folders"
+            )
             raise Failure(f"--data {root} has no folder {name!r}, which --data.{part} names; {held}")
 
 
-def _plain(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """The message of an error; of the system's ones what failed and why, without a number."""
     if isinstance(error, OSError) and error.strerror:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
@@ -380,7 +325,7 @@ def _plain(error: Exception) -> str:
 
 
 def _refuse(program: str, message: str) -> NoReturn:
-    print(f"{program}: error: {message} (see {program} --help)", file=sys.stderr)
+    print(f"{program}: error: {plain(message)} (see {program} --help)", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -392,11 +337,17 @@ def _choose(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
         print("usage: mvit3 COMMAND [--config RECIPE] [--section.key VALUE ...]\n")
         print("Train, evaluate and use networks of the MobileViT family with fused ops.\n")
-        print("\n".join(lines), f"\n\nmvit3 COMMAND --help lists every option. Recipes: {', '.join(recipes.names())}.", sep="")
+        print(
+            "\n".join(lines),
+            f"\n\nmvit3 COMMAND --help lists every option. Recipes: {', '.join(recipes.names())}.",
+            sep="",
+        )
         raise SystemExit(0)
     if arguments[0] not in COMMANDS:
         close = nearest(arguments[0], COMMANDS)
-        _refuse("mvit3", f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}, the nearest is {close}")
+        _refuse(
+            "mvit3", f"there is no command {arguments[0]!r}; there are {', '.join(COMMANDS)}, the nearest is {close}"
+        )
     return arguments[0], arguments[1:]
 
 
@@ -407,8 +358,8 @@ def _loading(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where nobody reads what it
-    prints."""
+    """Runs a command; returns its exit status: 0, 1 for a failure, 2 for a wrong option, 130 after Ctrl-C, 141 where
+    nobody reads what it prints."""
     with guarded() as (stdout, stderr):
         status, stopped = 0, None
         try:
@@ -441,7 +392,7 @@ def _main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except (Failure, OSError) as error:
-        print(f"{program}: error: {_plain(error)}", file=sys.stderr)
+        print(f"{program}: error: {plain(_message(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

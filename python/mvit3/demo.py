@@ -30,7 +30,8 @@ COLORS = {"reference": "#E69F00", "fused": "#0072B2"}  # Okabe and Ito: told apa
 
 
 class Run(Listener):
-    """One of the trainings: loss and seconds of each step, without waiting for data. Both see the same weights, batches and dropout."""
+    """One of the trainings: loss and seconds of each step, without waiting for data. Both see the same weights, batches
+    and dropout."""
 
     def __init__(self, ops: str, config: TrainConfig, world: World, bar: Bar) -> None:
         self.ops, self.bar, self.losses, self.seconds, self._waited = ops, bar, [], [], 0.0
@@ -39,7 +40,7 @@ class Run(Listener):
         images = loaders(config, seed=run.seed, device=world.device)
         self.trainer = Trainer(config, images, world, self)
         side = config.sampler.size
-        self.backend = served(self.trainer.model, torch.zeros(2, 3, side, side, device=world.device), run)
+        self.backend = served(self.trainer.model, torch.zeros(2, 3, side, side, device=world.device), config)
 
     @property
     def history(self) -> list[dict[str, object]]:
@@ -84,7 +85,10 @@ def demo(config: TrainConfig, quiet: bool, as_json: bool) -> None:
             for run in runs if epoch % 2 == 0 else reversed(runs):
                 run.trainer.train_epoch()
                 run.trainer.evaluate_epoch()
-            parts = [f"{run.ops}: loss {run.history[-1]['train_loss']:.3f}, accuracy {run.accuracies[-1]:7.2%}" for run in runs]
+            parts = [
+                f"{run.ops}: loss {run.history[-1]['train_loss']:.3f}, accuracy {run.accuracies[-1]:7.2%}"
+                for run in runs
+            ]
             bar.line(f"epoch {epoch + 1:2}/{config.schedule.epochs}  " + "   ".join(parts))
     finally:
         bar.close()
@@ -137,7 +141,8 @@ def summary_text(result: dict[str, object]) -> str:
     rows = [["ops", "val accuracy", "correct", "val loss", "train loss", "img/s", "ms/step"]]
     for ops, run in result["runs"].items():
         rows.append([
-            ops, f"{run['accuracy']:.2%}", f"{run['correct']}/{run['total']}", f"{run['val_loss']:.4f}", f"{run['train_loss']:.4f}",
+            ops, f"{run['accuracy']:.2%}", f"{run['correct']}/{run['total']}", f"{run['val_loss']:.4f}",
+            f"{run['train_loss']:.4f}",
             f"{run['images_per_second']:.0f}", f"{1000 * run['step_seconds']:.1f}",
         ])  # fmt: skip
     lines = [
@@ -151,7 +156,8 @@ def summary_text(result: dict[str, object]) -> str:
     ]
     if "speed_ratio" in result:
         lines.append(
-            f"fused / reference = {result['speed_ratio']:.2f} in images per second (median step; the runs took turns by the epoch)"
+            f"fused / reference = {result['speed_ratio']:.2f} in images per second (median step; the runs took turns "
+            "by the epoch)"
         )
     lines += ["", f"curves      {result['curves']}"]
     lines += [f"checkpoint  {run['checkpoint']}" for run in result["runs"].values()]
@@ -159,7 +165,8 @@ def summary_text(result: dict[str, object]) -> str:
 
 
 def _zoom(axis: Axes, runs: list[Run]) -> list[Axes]:
-    """An inset with the second half of the epochs, where accuracies differ by less than a line's width; none for a short run."""
+    """An inset with the second half of the epochs, where accuracies differ by less than a line's width; none for a
+    short run."""
     first = len(runs[0].history) // 2 + 1
     late = [a for run in runs for a in run.accuracies[first - 1 :]]
     if len(late) < 8 * len(runs):
@@ -182,31 +189,51 @@ def plot(runs: list[Run], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     with plt.rc_context(STYLE):
-        figure, (loss, accuracy, speed) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(3, 3, 2), layout="constrained")
+        figure, (loss, accuracy, speed) = plt.subplots(
+            1, 3, figsize=(13, 4.2), width_ratios=(3, 3, 2), layout="constrained"
+        )
         config = runs[0].trainer.config
-        figure.suptitle(f"{config.model.name} on {config.data.source}, seed {config.run.seed}", fontsize=12, fontweight="bold")
+        figure.suptitle(
+            f"{config.model.name} on {config.data.source}, seed {config.run.seed}", fontsize=12, fontweight="bold"
+        )
         zoom = _zoom(accuracy, runs)
         for run in runs:
-            # The runs often coincide: the fused one is drawn thin and dashed over a broad reference, so that both remain visible.
+            # The runs often coincide: the fused one is drawn thin and dashed over a broad reference, so that both
+            # remain visible.
             color = COLORS[run.ops]
-            look = {"color": color, "lw": 4, "alpha": 0.55} if run.ops == "reference" else {"color": color, "lw": 1.6, "ls": (0, (4, 2))}
+            look = (
+                {"color": color, "lw": 4, "alpha": 0.55}
+                if run.ops == "reference"
+                else {"color": color, "lw": 1.6, "ls": (0, (4, 2))}
+            )
             look["marker"] = "o" if len(run.history) < 3 else ""  # a line needs two points
             per_epoch, epochs = run.trainer.steps_per_epoch, range(1, len(run.history) + 1)
-            loss.plot([(i + 1) / per_epoch for i in range(len(run.losses))], run.losses, color=color, alpha=0.25, lw=0.8)
+            loss.plot(
+                [(i + 1) / per_epoch for i in range(len(run.losses))], run.losses, color=color, alpha=0.25, lw=0.8
+            )
             loss.plot([e - 0.5 for e in epochs], [row["train_loss"] for row in run.history], label=run.ops, **look)
             for axis in (accuracy, *zoom):
                 axis.plot(epochs, run.accuracies, label=f"{run.ops}: {run.accuracies[-1]:.2%}", **look)
         highest = max(max(run.losses) for run in runs)
         loss.set(title="training loss", xlabel="epoch", ylabel="cross-entropy, smoothed labels")
         loss.set(xlim=(0, 1.02 * config.schedule.epochs), ylim=(0, 1.05 * highest))
-        accuracy.set(title="validation accuracy", xlabel="epoch", xlim=(0, 1.02 * config.schedule.epochs), ylim=(0, 1.03))
+        accuracy.set(
+            title="validation accuracy", xlabel="epoch", xlim=(0, 1.02 * config.schedule.epochs), ylim=(0, 1.03)
+        )
         for axis in (loss, accuracy, *zoom):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=8 if axis in (loss, accuracy) else 4))
+            axis.xaxis.set_major_locator(
+                MaxNLocator(integer=True, steps=[1, 2, 5, 10], nbins=8 if axis in (loss, accuracy) else 4)
+            )
         for axis in (accuracy, *zoom):
             axis.yaxis.set_major_formatter(PercentFormatter(1))
         loss.legend(frameon=False)
         accuracy.legend(frameon=False, loc="lower right")
-        bars = speed.bar([run.ops for run in runs], [run.images_per_second for run in runs], 0.6, color=[COLORS[run.ops] for run in runs])
+        bars = speed.bar(
+            [run.ops for run in runs],
+            [run.images_per_second for run in runs],
+            0.6,
+            color=[COLORS[run.ops] for run in runs],
+        )
         speed.bar_label(bars, fmt="%.0f", padding=2)
         speed.set(title="training speed", ylabel="images per second, median step")
         speed.margins(x=0.3, y=0.12)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `device` is its own. Decisions are agreed on through `_host`, a group that needs no GPU."""
+    """This process among `size`; `device` is its own. Decisions are agreed on through `_host`, a group that needs no
+    GPU."""
 
     device: torch.device
     rank: int = 0
@@ -42,6 +45,14 @@ class World:
         dist.broadcast_object_list(box, group=self._host)
         return box[0]
 
+    def gather(self, value: object) -> list[object]:
+        """The values of all processes, by their ranks."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        dist.all_gather_object(found, value, group=self._host)
+        return found
+
     def mean(self, values: Tensor) -> Tensor:
         """Element by element over the processes."""
         if self.size == 1:
@@ -55,6 +66,17 @@ class World:
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """The network with gradients averaged over the processes. Running statistics stay with a process, and the first
+    one's are evaluated and saved: the result of broadcasting them in each step, which is PyTorch's default."""
+    # of 1x1 filters, which have two spellings
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
+    )
 
 
 def is_peer_lost(error: BaseException) -> bool:

@@ -11,17 +11,24 @@ INITIAL_SHARE = 0.01  # of the initial weights in an average, from which on it i
 
 
 class Ema:
-    """`module`, in evaluation mode, is the average: after each step average = (1 - m) * average + m * network, for parameters and buffers.
-    Integer buffers are truncated after each update, as in the published training; no network reads them in evaluation.
+    """`module`, in evaluation mode, is the average: after each step average = (1 - m) * average + m * network, for
+    parameters and buffers. Integer buffers are truncated after each update, as in the published training; no network
+    reads them in evaluation.
 
-    m is `momentum`, as published; with `warmup` it begins at 1 and falls to `momentum` as 1 - decay of timm's warm-up does, so that the
-    average of a short training is one of what was trained, not of the initial weights. `steps`: updates so far.
+    m is `momentum`, as published; with `warmup` it begins at 1 and falls to `momentum` as 1 - decay of timm's warm-up
+    does, so that the average of a short training is one of what was trained, not of the initial weights. `steps`:
+    updates so far.
 
     timm's ModelEmaV3 copies integer buffers instead, and collects both state dicts anew in each step.
     """
 
     def __init__(self, model: nn.Module, momentum: float, warmup: bool = False) -> None:
-        self.module, self.momentum, self.warmup, self.steps = copy.deepcopy(model).eval().requires_grad_(False), momentum, warmup, 0
+        self.module, self.momentum, self.warmup, self.steps = (
+            copy.deepcopy(model).eval().requires_grad_(False),
+            momentum,
+            warmup,
+            0,
+        )
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
         self._floats, self._float_sources = _columns([pair for pair in pairs if pair[0].is_floating_point()])
         self._integers, self._integer_sources = _columns([pair for pair in pairs if not pair[0].is_floating_point()])

@@ -43,7 +43,8 @@ def alone(folder: Path, world: World) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> IO[str]:
-    # Locks of this kind belong to the process, not to the loading processes that it forks, and are known to network file systems.
+    # Locks of this kind belong to the process, not to the loading processes that it forks, and are known to network
+    # file systems.
     from fcntl import LOCK_EX, LOCK_NB, lockf
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,11 @@ def _lock(folder: Path) -> IO[str]:
             file.seek(0)
             holder = file.read().strip() or "another run"
             file.close()
-            raise UsageError(f"run.output {folder} is in use by {holder}; take another run.output, or wait until it has ended") from None
-        with suppress(FileNotFoundError):  # where its holder has just left, the file that was locked has no name any more
+            raise UsageError(
+                f"run.output {folder} is in use by {holder}; take another run.output, or wait until it has ended"
+            ) from None
+        # where its holder has just left, the file that was locked has no name any more
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / NAME)):
                 break
         file.close()

@@ -48,7 +48,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars by the step in a project of Weights & Biases; a run that goes on is one run there, by the name in `wandb.id`."""
+    """Scalars by the step in a project of Weights & Biases; a run that goes on is one run there, by the name in
+    `wandb.id`."""
 
     def __init__(self, project: str, folder: Path, config: dict[str, object], step: int) -> None:
         import wandb  # takes seconds to import
@@ -59,7 +60,12 @@ class WeightsAndBiases:
             write(name, uuid.uuid4().hex)
         try:
             self.run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), config=config, id=name.read_text(encoding="utf-8"), resume="allow"
+                project=project,
+                name=folder.name,
+                dir=str(folder),
+                config=config,
+                id=name.read_text(encoding="utf-8"),
+                resume="allow",
             )
         except Exception as error:  # it has errors of many kinds: no key, no connection
             raise Failure(f"run.wandb {project}: Weights & Biases cannot be logged to: {error}") from error

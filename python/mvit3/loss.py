@@ -16,10 +16,14 @@ from .options import UsageError
 
 
 def class_weights(config: LossConfig, num_classes: int, labels: np.ndarray | None) -> Tensor | None:
-    """The weight of each class; None where all weigh the same. Balanced ones are scaled so that their mean over the images is 1."""
+    """The weight of each class; None where all weigh the same. Balanced ones are scaled so that their mean over the
+    images is 1."""
     if config.class_weights:
         if len(config.class_weights) != num_classes:
-            raise UsageError(f"loss.class_weights must be a number for each of the {num_classes} classes, got {len(config.class_weights)}")
+            raise UsageError(
+                f"loss.class_weights must be a number for each of the {num_classes} classes, got "
+                f"{len(config.class_weights)}"
+            )
         return torch.tensor(config.class_weights, dtype=torch.float32)
     if not config.class_balance:
         return None
@@ -33,8 +37,9 @@ def class_weights(config: LossConfig, num_classes: int, labels: np.ndarray | Non
 class Criterion:
     """Mixes the images of a batch where the recipe does, makes targets of labels, and is the loss of both.
 
-    Targets are labels (N,), or probabilities (N, classes) where images are mixed. With a teacher they are float (N, 1 + classes) or
-    (N, 2 * classes), the teacher's logits behind: one tensor, which a recorded step can take. `labels`: those of all training images.
+    Targets are labels (N,), or probabilities (N, classes) where images are mixed. With a teacher they are float (N, 1 +
+    classes) or (N, 2 * classes), the teacher's logits behind: one tensor, which a recorded step can take. `labels`:
+    those of all training images.
     """
 
     def __init__(
@@ -90,7 +95,9 @@ class Criterion:
             return self._of_labels(logits, targets)
         own, taught = targets[:, : -self.num_classes], targets[:, -self.num_classes :]
         weight = self.distill.weight
-        return (1 - weight) * self._of_labels(logits, own if self.mixup else own[:, 0].long()) + weight * self._of_teacher(logits, taught)
+        return (1 - weight) * self._of_labels(
+            logits, own if self.mixup else own[:, 0].long()
+        ) + weight * self._of_teacher(logits, taught)
 
     def _of_labels(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.config.name == "bce":
@@ -101,4 +108,8 @@ class Criterion:
         if self.distill.kind == "hard":
             return F.cross_entropy(logits, taught.argmax(1))
         t = self.distill.temperature
-        return t * t * F.kl_div((logits / t).log_softmax(1), (taught / t).log_softmax(1), reduction="batchmean", log_target=True)
+        return (
+            t
+            * t
+            * F.kl_div((logits / t).log_softmax(1), (taught / t).log_softmax(1), reduction="batchmean", log_target=True)
+        )

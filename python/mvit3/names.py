@@ -1,7 +1,7 @@
-"""Names that options can have, written out: asking the libraries takes seconds, and a misspelt name is to be answered at once. The
-tests hold them to the libraries."""
+"""Names that options can have, written out: asking the libraries takes seconds, and a misspelt name is to be answered
+at once. The tests hold them to the libraries."""
 
-_NETWORKS = """
+_BACKBONES = """
 mobilevit_s mobilevit_xs mobilevit_xxs mobilevitv2_050 mobilevitv2_075 mobilevitv2_100 mobilevitv2_125
 mobilevitv2_150 mobilevitv2_175 mobilevitv2_200 mobilevitv3_050 mobilevitv3_075 mobilevitv3_100 mobilevitv3_200
 mobilevitv3_s mobilevitv3_s_fast mobilevitv3_xs mobilevitv3_xs_fast mobilevitv3_xxs mobilevitv3_xxs_fast
@@ -17,52 +17,14 @@ nlars nmuon novograd novogradc novogradw radabelief radam radamlegacy radamw rms
 sgd sgdc sgdp sgdw
 """
 
-NETWORKS = tuple(_NETWORKS.split())
+# What stands in front of the backbone's name in the networks of a task; a classifier is named as its backbone.
+_TASKS = {"deeplabv3": "segmentation", "pspnet": "segmentation", "ssdlite": "detection"}
+
+BACKBONES = tuple(_BACKBONES.split())
+NETWORKS = tuple(sorted([*BACKBONES, *(f"{head}_{backbone}" for head in _TASKS for backbone in BACKBONES)]))
 OPTIMIZERS = tuple(_TIMM_OPTIMIZERS.split())
 
-# What users of timm will type, where the name here is not a part of theirs
-TIMM = {
-    "data-dir": "data.root",
-    "train-split": "data.train",
-    "val-split": "data.val",
-    "num-classes": "model.num_classes",
-    "initial-checkpoint": "model.pretrained",
-    "drop": "model.drop_rate",
-    "drop-path": "model.drop_path_rate",
-    "model": "model.name",
-    "b": "data.batch_size",
-    "j": "data.workers",
-    "img-size": "sampler.size",
-    "input-size": "sampler.size",
-    "crop-pct": "data.resize",
-    "opt": "optimizer.name",
-    "opt-eps": "optimizer.eps",
-    "opt-betas": "optimizer.betas",
-    "aa": "augment.policy",
-    "scale": "augment.crop_scale",
-    "ratio": "augment.crop_ratio",
-    "hflip": "augment.flip",
-    "reprob": "augment.erase",
-    "smoothing": "loss.label_smoothing",
-    "mixup": "loss.mixup_alpha",
-    "cutmix": "loss.cutmix_alpha",
-    "mixup-prob": "loss.mix_probability",
-    "mixup-switch-prob": "loss.switch_probability",
-    "model-ema": "ema.enabled",
-    "model-ema-decay": "ema.momentum",
-    "model-ema-warmup": "ema.warmup",
-    "amp-dtype": "run.amp",
-    "dataset": "data.name",
-    "dataset-download": "data.download",
-    "sched": "schedule.name",
-    "bce-loss": "loss.name",
-    "kd-model-name": "distill.teacher",
-    "kd-distill-type": "distill.kind",
-    "kd-temperature": "distill.temperature",
-    "distill-loss-weight": "distill.weight",
-    "torchcompile": "run.compile",
-    "grad-accum-steps": "run.accumulate",
-    "log-interval": "run.log_steps",
-    "log-wandb": "run.wandb",
-    "checkpoint-hist": "run.keep_best",
-}
+
+def task_of(network: str) -> str:
+    """What a network is for, by its name: "classification", "segmentation" or "detection"."""
+    return _TASKS.get(network.partition("_")[0], "classification")

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import mvit3_kernels
-from mvit3_kernels.nn import InvertedResidual, MobileViTV3Block, MobileViTV3SeparableBlock
+from mvit3_kernels.models.checkpoint import parts
+from mvit3_kernels.models.drop_path import set_drop_path
 
 from . import checkpoint
 from .config import ModelConfig, TrainConfig
+from .names import task_of
 
-STAGES = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp", "classifier")  # from the image on
+# from the image on
+STAGES = ("conv_1", "layer_1", "layer_2", "layer_3", "layer_4", "layer_5", "conv_1x1_exp", "classifier")
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, network: str) -> None:
-    """Loads a state dict; CheckpointError where it is of another network, with what differs. The model is then as it was."""
+    """Loads a state dict; CheckpointError where it is of another network, with what differs. The model is then as it
+    was."""
     own = model.state_dict()
     other = [name for name in own if name in state and own[name].shape != state[name].shape]
     missing, strange = [name for name in own if name not in state], [name for name in state if name not in own]
@@ -39,27 +43,75 @@ def _more(names: list[str], what: str) -> str:
     return f" ({len(names)} {what} in all)" if len(names) > 1 else ""
 
 
-def build_model(config: TrainConfig, num_classes: int, device: torch.device, pretrained: bool = True) -> nn.Module:
-    """The network of a configuration, with fresh weights or, with `pretrained`, those that `model.pretrained` names; the seed decides the
-    fresh ones."""
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a network that sees the image: of a classifier all of it."""
+    return getattr(model, "encoder", model)
+
+
+def stage_of(parameter: str) -> int:
+    """Which of `STAGES` a parameter of a network belongs to; what stands behind the backbone of a network for dense
+    prediction is its classifier."""
+    part = parameter.removeprefix("encoder.").partition(".")[0]
+    return STAGES.index(part if part in STAGES else "classifier")
+
+
+def build_model(
+    config: TrainConfig,
+    num_classes: int,
+    device: torch.device,
+    pretrained: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> nn.Module:
+    """The network of a configuration, with fresh weights or, with `pretrained`, those that `model.pretrained` names;
+    the seed decides the fresh ones. `say` is told what a backbone alone was loaded from."""
     torch.manual_seed(config.run.seed)
     m = config.model
-    model = mvit3_kernels.create_model(
-        m.name,
-        num_classes,
-        drop_rate=m.drop_rate,
-        proj_drop_rate=m.proj_drop_rate,
-        attn_drop_rate=m.attn_drop_rate,
-        ffn_drop_rate=m.ffn_drop_rate,
-    )
+    model = _create(m, num_classes)
     if m.pretrained and pretrained:
-        mvit3_kernels.load_checkpoint(model, m.pretrained, drop_head=m.drop_head, ema=_average(Path(m.pretrained)))
+        _load_pretrained(model, m, num_classes, say)
     for module in _frozen(model, m):
         module.requires_grad_(False)
-    if m.drop_path_rate:
-        add_drop_path(model, m.drop_path_rate)
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
+
+
+def _create(config: ModelConfig, num_classes: int) -> nn.Module:
+    return mvit3_kernels.create_model(
+        config.name,
+        num_classes,
+        drop_rate=config.drop_rate,
+        proj_drop_rate=config.proj_drop_rate,
+        attn_drop_rate=config.attn_drop_rate,
+        ffn_drop_rate=config.ffn_drop_rate,
+        output_stride=config.output_stride,
+    )
+
+
+def _load_pretrained(model: nn.Module, config: ModelConfig, num_classes: int, say: Callable[[str], None]) -> None:
+    """Loads `model.pretrained`: all of the network or, of a file without its head, the backbone."""
+    ema = _average(Path(config.pretrained))
+    if task_of(config.name) == "classification":
+        mvit3_kernels.load_checkpoint(model, config.pretrained, drop_head=config.drop_head, ema=ema)
+        return
+    heads = {name.partition(".")[0] for name in model.state_dict()} - {"encoder"}
+    if heads <= parts(config.pretrained):
+        fresh = _class_layers(model, config, num_classes) if config.drop_head else {}
+        mvit3_kernels.load_checkpoint(model, config.pretrained, drop_head=config.drop_head, ema=ema)
+        model.load_state_dict(fresh, strict=False)
+        return
+    found = mvit3_kernels.load_checkpoint(model.encoder, config.pretrained, ema=ema)
+    unused = sorted({name.removeprefix("module.").partition(".")[0] for name in found.dropped})
+    say(
+        f"model.pretrained {config.pretrained}: the backbone has its weights ({found.loaded} tensors); missing, and "
+        f"fresh: {', '.join(sorted(heads))}; unexpected, and left out: {', '.join(unused) or 'nothing'}"
+    )
+
+
+def _class_layers(model: nn.Module, config: ModelConfig, num_classes: int) -> dict[str, Tensor]:
+    """Copies of the tensors of a network whose shapes depend on the number of classes."""
+    with torch.device("meta"):
+        other = _create(config, num_classes + 1).state_dict()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.shape != other[name].shape}
 
 
 def _average(path: Path) -> bool | None:
@@ -70,7 +122,7 @@ def _average(path: Path) -> bool | None:
 
 def _frozen(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
     """What a configuration keeps as it is."""
-    found = [getattr(model, stage) for stage in STAGES[: config.freeze_stages]]
+    found = [getattr(backbone(model), stage) for stage in STAGES[: config.freeze_stages]]
     if config.freeze_bn:
         found += [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return found
@@ -79,33 +131,12 @@ def _frozen(model: nn.Module, config: ModelConfig) -> list[nn.Module]:
 def train_mode(model: nn.Module, config: ModelConfig) -> None:
     """Puts a network in training mode, but for what is frozen: that keeps its statistics and drops nothing."""
     model.train()
+    set_drop_path(backbone(model), config.drop_path_rate)
     for module in _frozen(model, config):
         module.eval()
 
 
-def add_drop_path(model: nn.Module, rate: float) -> None:
-    """Stochastic depth (Huang et al. 2016) in the blocks that add their input: inverted residuals and MobileViTv3 blocks, with rates from
-    0 in the first to `rate` in the last. The layers of attention inside a block are one operation and keep theirs."""
-    blocks = [
-        module
-        for module in model.modules()
-        if isinstance(module, (MobileViTV3Block, MobileViTV3SeparableBlock)) or (isinstance(module, InvertedResidual) and module.has_skip)
-    ]
-    for number, block in enumerate(blocks, 1):
-        share = rate * (number - 1) / (len(blocks) - 1) if len(blocks) > 1 else rate
-        if share:
-            block.register_forward_hook(DropPath(share))
-
-
-class DropPath:
-    """After a block y = x + f(x) in training: an image keeps x alone with probability `rate`, the others get x + f(x) / (1 - rate)."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-
-    def __call__(self, block: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        (x,) = inputs
-        if not block.training or x.shape != y.shape:  # a block that resizes its input
-            return y
-        kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - self.rate) / (1 - self.rate)
-        return x + (y - x) * kept
+def evaluation_mode(model: nn.Module) -> None:
+    """Puts a network in evaluation mode, without the hooks of training, so that its blocks run fused."""
+    model.eval()
+    set_drop_path(backbone(model), 0.0)

@@ -27,7 +27,8 @@ def nearest(value: str, valid: Iterable[str]) -> str:
 
 
 def nearest_options(flag: str, flags: Iterable[str]) -> list[str]:
-    """The options whose last part looks most like that of `flag`: --momentum means --optimizer.momentum or --ema.momentum."""
+    """The options whose last part looks most like that of `flag`: --momentum means --optimizer.momentum or
+    --ema.momentum."""
 
     def alike(one: str, other: str) -> float:
         return round(difflib.SequenceMatcher(None, one, other).ratio(), 2)
@@ -36,7 +37,10 @@ def nearest_options(flag: str, flags: Iterable[str]) -> list[str]:
     scores = {}
     for known in flags:
         name = known.lstrip("-")
-        scores[known] = alike(wanted.rpartition(".")[2], name.rpartition(".")[2]), alike(wanted, name) if "." in wanted else 0.0
+        scores[known] = (
+            alike(wanted.rpartition(".")[2], name.rpartition(".")[2]),
+            alike(wanted, name) if "." in wanted else 0.0,
+        )
     return [known for known, score in scores.items() if score == max(scores.values())]
 
 
@@ -46,8 +50,11 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def form(kind: object, default: object = None) -> str:
     """What a value of this type looks like, in plain words; a list with an example."""
     if get_origin(kind) is tuple:
-        numbers, example = {int: ("whole numbers", "160,192"), float: ("numbers", "0.5,1")}.get(get_args(kind)[0], ("names", "a,b"))
-        return f"a list of {numbers} such as {written(default) if default and isinstance(default, tuple) else f'[{example}]'}"
+        numbers, example = {int: ("whole numbers", "160,192"), float: ("numbers", "0.5,1")}.get(
+            get_args(kind)[0], ("names", "a,b")
+        )
+        shown = written(default) if default and isinstance(default, tuple) else f"[{example}]"
+        return f"a list of {numbers} such as {shown}"
     if get_args(kind):
         return " or ".join(form(one) for one in get_args(kind))
     return WORDS.get(kind, "text")
@@ -55,7 +62,8 @@ def form(kind: object, default: object = None) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """Help text and bounds of a field: one of `choices`, or numbers with minimum <= value < below (each one of a tuple)."""
+    """Help text and bounds of a field: one of `choices`, or numbers with minimum <= value < below (each one of a
+    tuple)."""
 
     help: str
     choices: Collection[str] = ()
@@ -70,7 +78,11 @@ class Option:
         elif self.choices:
             if value not in self.choices:
                 close = nearest(str(value), self.choices)
-                valid = f"one of {', '.join(self.choices)}" if len(self.choices) <= SHOWN else f"one of {len(self.choices)} names"
+                valid = (
+                    f"one of {', '.join(self.choices)}"
+                    if len(self.choices) <= SHOWN
+                    else f"one of {len(self.choices)} names"
+                )
                 raise UsageError(f"{name} must be {valid}; got {value!r}, the nearest is {close!r}")
         elif isinstance(value, (int, float)) and not self.minimum <= value < self.below:  # NaN fails too
             limit = f"and below {self.below}" if self.below < math.inf else "and finite"
@@ -86,7 +98,8 @@ def options(config: type) -> Iterator[tuple[str, type, object, Option]]:
 
 
 class Section:
-    """A section of the configuration, a frozen dataclass: its values are checked against their options as soon as it exists."""
+    """A section of the configuration, a frozen dataclass: its values are checked against their options as soon as it
+    exists."""
 
     def __post_init__(self) -> None:
         for (_, _, _, option), f in zip(options(type(self)), fields(self), strict=True):

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
 from .checkpoint import CheckpointError
 from .data import DataError, DecodeError, evaluation_transform
-from .data.sources import IMAGE_EXTENSIONS, Skipped, read_class_names, side_file, walk_images
+from .data.decode import Decoder
+from .data.folders import IMAGE_EXTENSIONS, Skipped, walk_images
+from .data.shards import read_class_names, side_file
 from .inference import Network
+from .names import task_of
+from .options import UsageError
 from .runtime import autocast, use_ops
-from .screen import percent
+from .screen import pad, percent, width
 
 BATCH = 32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,70 +37,103 @@ class Image:
     error: str = ""
 
 
-def find_images(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> list[Image]:
-    """Files as given, folders by the images in them; `say` is told what is left out there, as in training."""
+def find_images(names: Sequence[str | Path], say: Callable[[str], None] = lambda text: None) -> list[Image]:
+    """Files as given, or by the wildcards of a shell, folders by the images in them; `say` is told what is left out
+    there, as in training. UsageError for an empty name, which would be the present folder."""
     found: list[Image] = []
-    for path in paths:
-        if path.is_dir():
-            skipped = Skipped()
-            inside = [Image(image, False) for image in walk_images(path, skipped)]
-            found += inside or [Image(path, True, f"holds no image ({', '.join(IMAGE_EXTENSIONS)})")]
-            for note in skipped.notes(path):
-                say(note)
-        else:
-            found.append(Image(path, True, "" if path.exists() else "there is no such file"))
+    for name in map(os.fspath, names):
+        if not name:
+            raise UsageError("the name of an image is empty")
+        matched = sorted(glob.glob(name)) if glob.has_magic(name) and not os.path.lexists(name) else [name]
+        if not matched:
+            found.append(Image(Path(name), True, "no file matches"))
+        found += [image for path in matched for image in _images(Path(path), say)]
     return found
+
+
+def _images(path: Path, say: Callable[[str], None]) -> list[Image]:
+    """A file as it is, a folder by the images in it."""
+    if not path.is_dir():
+        return [Image(path, True, "" if path.exists() else "there is no such file")]
+    skipped = Skipped()
+    inside = [Image(image, False) for image in walk_images(path, skipped)]
+    for note in skipped.notes(path):
+        say(note)
+    return inside or [Image(path, True, f"holds no image ({', '.join(IMAGE_EXTENSIONS)})")]
 
 
 def with_names(network: Network) -> Network:
     """The network with the class names of the side file of its shards, where its checkpoint has only numbers."""
-    data, numbers = network.config.data, tuple(map(str, range(network.num_classes)))
+    data, outputs = network.config.data, network.num_classes
+    if task_of(network.config.model.name) == "detection":
+        outputs -= 1  # the background has no name
+    numbers = tuple(map(str, range(outputs)))
     if network.class_names not in ((), numbers) or not (data.class_map or (data.source == "shards" and data.root)):
         return network
     side = side_file(data.class_map, data.root, ())
     if side is None:
         return network
     names = read_class_names(side)
-    if len(names) != network.num_classes:
-        raise DataError(f"{side} names {len(names)} classes, the network has {network.num_classes}")
+    if len(names) != outputs:
+        raise DataError(f"{side} names {len(names)} classes, the network has {outputs}")
     return replace(network, class_names=names)
+
+
+class Reader(Generic[T]):
+    """Reads images one by one. `say` is told once of each kind of image that is read in a way that is a choice, such as
+    16-bit ones."""
+
+    def __init__(self, read: Callable[[Path], T], decoder: Decoder, say: Callable[[str], None]) -> None:
+        self.read, self.decoder, self.say, self.said = read, decoder, say, set()
+
+    def __call__(self, image: Image) -> tuple[T | None, str]:
+        """What `read` makes of it, and why it cannot be read."""
+        if image.error:
+            return None, image.error
+        try:
+            value = self.read(image.path)
+        except (DecodeError, OSError) as error:
+            return None, f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        for remark in set(self.decoder.take_remarks()) - self.said:
+            self.said.add(remark)
+            self.say(f"{image.path}: {remark}; this is said once")
+        return value, ""
 
 
 @torch.inference_mode()
 def predict(
     network: Network, images: Sequence[Image], top: int, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[dict[str, object]]:
-    """For each image in turn its most probable classes, or why it cannot be read; `say` is told once of each kind of image that is read in
-    a way that is a choice, such as 16-bit ones."""
-    transform, run, said = evaluation_transform(network.config), network.config.run, set()
+    """For each image in turn its most probable classes, or why it cannot be read; `say` as in `Reader`."""
+    transform, run = evaluation_transform(network.config), network.config.run
+    read = Reader(transform, transform.decoder, say)
     device = next(network.model.parameters()).device
     for begin in range(0, len(images), BATCH):
         pixels, rows = [], []
         for image in images[begin : begin + BATCH]:
             rows.append({"image": str(image.path)})
-            try:
-                if image.error:
-                    rows[-1]["error"] = image.error
-                else:
-                    pixels.append(transform(image.path))
-                    for remark in set(transform.decoder.take_remarks()) - said:
-                        said.add(remark)
-                        say(f"{image.path}: {remark}; this is said once")
-            except (DecodeError, OSError) as error:
-                rows[-1]["error"] = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            found, error = read(image)
+            if error:
+                rows[-1]["error"] = error
+            else:
+                pixels.append(found)
         if pixels:
             batch = torch.stack(pixels).to(device)
             batch = batch.contiguous(memory_format=torch.channels_last) if run.channels_last else batch
             with use_ops(run.ops), autocast(run, device):
                 logits = network.model(batch).float()
             if not logits.isfinite().all():
-                raise CheckpointError(f"the network's output is not finite for images like {rows[0]['image']}; it tells no class")
+                raise CheckpointError(
+                    f"the network's output is not finite for images like {rows[0]['image']}; it tells no class"
+                )
             probabilities = logits.softmax(1)
             values, classes = probabilities.topk(min(top, network.num_classes))
             readable = (row for row in rows if "error" not in row)
             for row, p, c in zip(readable, values.tolist(), classes.tolist(), strict=True):
                 names = [network.class_names[i] if i < len(network.class_names) else str(i) for i in c]
-                row["classes"] = [{"name": n, "index": i, "probability": v} for n, i, v in zip(names, c, p, strict=True)]
+                row["classes"] = [
+                    {"name": n, "index": i, "probability": v} for n, i, v in zip(names, c, p, strict=True)
+                ]
         yield from rows
 
 
@@ -101,7 +142,7 @@ class TextWriter:
 
     def __init__(self, write: Callable[[str], None], images: Sequence[Image], class_names: Sequence[str]) -> None:
         self.write = write
-        self.widths = max(len(str(image.path)) for image in images), max(map(len, (*class_names, "class")))
+        self.widths = max(width(str(image.path)) for image in images), max(map(width, (*class_names, "class")))
 
     def begin(self) -> None:
         self._line("image", " ", "class", "probability")
@@ -117,7 +158,8 @@ class TextWriter:
         pass
 
     def _line(self, image: str, place: str, name: str, probability: str) -> None:
-        self.write(f"{image:{self.widths[0]}}  {place}  {name:{self.widths[1]}}  {probability:>11}".rstrip())
+        cells = pad(image, self.widths[0]), place, pad(name, self.widths[1]), f"{probability:>11}"
+        self.write("  ".join(cells).rstrip())
 
 
 class JsonWriter:
@@ -144,11 +186,11 @@ class CsvWriter:
     COLUMNS = ("image", "place", "class", "index", "probability", "error")
 
     def __init__(self, write: Callable[[str], None]) -> None:
-        self.rows = csv.writer(self, lineterminator="")
+        self.rows = csv.writer(self, lineterminator="\n")  # a field that holds one is quoted
         self.lines = write
 
     def write(self, line: str) -> None:  # for csv.writer
-        self.lines(line)
+        self.lines(line.removesuffix("\n"))
 
     def begin(self) -> None:
         self.rows.writerow(self.COLUMNS)

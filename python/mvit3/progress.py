@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 @dataclass
 class Progress:
-    """Where a run is. `batch`: batches of this epoch that are done; `history`: a row for each epoch that was evaluated."""
+    """Where a run is. `batch`: batches of this epoch that are done; `history`: a row for each epoch that was
+    evaluated."""
 
     epoch: int = 0
     batch: int = 0
@@ -34,6 +35,7 @@ class Progress:
     confusion: list[list[int]] | None = None
     class_correct: list[int] = field(default_factory=list)  # of the last evaluation, of the weights that it judged by
     class_total: list[int] = field(default_factory=list)
+    classes: list[dict[str, object]] = field(default_factory=list)  # the same of dense prediction, with its scores
     samples: dict[str, list[dict[str, object]]] = field(default_factory=dict)  # as gallery.py makes them
     starts: int = 1
     total_seconds: float = 0.0  # of all starts, evaluation and saving included

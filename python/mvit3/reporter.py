@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from . import logs
 from .ema import INITIAL_SHARE
 from .progress import Listener
-from .screen import Bar, number, percent, rate
+from .screen import Bar, count, number, percent, rate
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -25,14 +25,20 @@ class Reporter(Listener):
 
     def begin(self, trainer: Trainer) -> None:
         config, world = trainer.config, trainer.world
-        parts = f"{config.data.batch_size} images x {world.size} process{'es' if world.size > 1 else ''} x {config.run.accumulate} batches"
+        processes = count(world.size, "process")
+        parts = f"{config.data.batch_size} images x {processes} x {config.run.accumulate} batches"
         rule = config.optimizer.lr_rule
         rule = "" if rule == "constant" else f" ({config.optimizer.lr:g} for {config.optimizer.lr_batch}, {rule})"
-        self.say(f"{parts} = {trainer.effective_batch} images per step; learning rate {trainer.factor * config.optimizer.lr:g}{rule}")
+        self.say(
+            f"{parts} = {trainer.effective_batch} images per step; learning rate "
+            f"{trainer.factor * config.optimizer.lr:g}{rule}"
+        )
         if config.run.tensorboard:
             self.boards.append(logs.TensorBoard(trainer.folder / "tensorboard", trainer.progress.step))
         if config.run.wandb:
-            self.boards.append(logs.WeightsAndBiases(config.run.wandb, trainer.folder, config.to_dict(), trainer.progress.step))
+            self.boards.append(
+                logs.WeightsAndBiases(config.run.wandb, trainer.folder, config.to_dict(), trainer.progress.step)
+            )
         self.bar.begin(trainer.total_steps, trainer.progress.step)
 
     def say(self, text: str) -> None:
@@ -54,7 +60,9 @@ class Reporter(Listener):
     def evaluating(self, trainer: Trainer, batches: Iterable[T], total: int) -> Iterator[T]:
         p = trainer.progress
         for done, batch in enumerate(batches):
-            self.bar.update(f"epoch {p.epoch + 1}/{trainer.config.schedule.epochs}  evaluating, batch {done + 1} of {total}", 0)
+            self.bar.update(
+                f"epoch {p.epoch + 1}/{trainer.config.schedule.epochs}  evaluating, batch {done + 1} of {total}", 0
+            )
             yield batch
 
     def on_epoch(self, trainer: Trainer) -> None:
@@ -64,10 +72,11 @@ class Reporter(Listener):
             board.add(row["step"], **{key: value for key, value in row.items() if key not in NO_SCALARS})
         # Columns of one width, so that the lines of a run are a table.
         parts = [f"epoch {row['epoch']:{len(epochs)}}/{epochs}", f"loss {number(row['train_loss'], 3):>7}"]
-        if row["accuracy"] is not None:
-            parts.append(f"accuracy {percent(row['accuracy']):>7}")
+        scores = trainer.task.scores
+        if row["total"] is not None:
+            parts.append(f"{scores.name} {percent(row[scores.best]):>7}")
             if trainer.ema:
-                parts.append(f"average {percent(row['ema_accuracy']):>7}")
+                parts.append(f"average {percent(row[f'ema_{scores.best}']):>7}")
         if row["images_per_second"]:
             parts.append(f"{rate(row['images_per_second']):>6} img/s  waiting for data {percent(row['data_wait']):>6}")
         if trainer.ema and (row["ema_initial_share"] or 0) > INITIAL_SHARE:

@@ -15,7 +15,8 @@ from .config import RunConfig
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may run on; two hyper-threads of a core share its vector units and count once."""
+    """Physical cores that this process may run on; two hyper-threads of a core share its vector units and count
+    once."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
@@ -54,7 +55,8 @@ def use_ops(ops: str) -> AbstractContextManager:
 
 
 def precision(config: RunConfig, device: torch.device) -> torch.dtype | None:
-    """What forward passes compute in beside float32. `auto`: as published on a GPU, float16; on a CPU bfloat16, which is not slow there."""
+    """What forward passes compute in beside float32. `auto`: as published on a GPU, float16; on a CPU bfloat16, which
+    is not slow there."""
     if config.amp == "auto":
         return torch.float16 if device.type == "cuda" else torch.bfloat16
     return {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.amp]

@@ -24,9 +24,18 @@ class Schedule:
     `note`: what a person should know of it, empty where there is nothing.
     """
 
-    def __init__(self, config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int, factor: float = 1.0) -> None:
-        self.steps_per_epoch, self.by_epoch, self.warmup_lr = steps_per_epoch, config.update == "epoch", factor * config.warmup_lr
-        self.warmup, total = config.warmup_iterations or round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+    def __init__(
+        self, config: ScheduleConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int, factor: float = 1.0
+    ) -> None:
+        self.steps_per_epoch, self.by_epoch, self.warmup_lr = (
+            steps_per_epoch,
+            config.update == "epoch",
+            factor * config.warmup_lr,
+        )
+        self.warmup, total = (
+            config.warmup_iterations or round(config.warmup_epochs * steps_per_epoch),
+            config.epochs * steps_per_epoch,
+        )
         self.peaks = [group["lr"] for group in optimizer.param_groups]  # with the factor already in it
         begin_epoch = config.warmup_epochs
         self.note = ""
@@ -39,7 +48,8 @@ class Schedule:
             else:
                 end = self.warmup_lr + (total - 1) / self.warmup * (self.peaks[0] - self.warmup_lr)
                 self.note = (
-                    f"{said}: the learning rate only rises, to {end:.2g} of {self.peaks[0]:.2g}; set schedule.warmup_iterations or "
+                    f"{said}: the learning rate only rises, to {end:.2g} of {self.peaks[0]:.2g}; set "
+                    "schedule.warmup_iterations or "
                     "schedule.warmup_epochs, or --schedule.shorten_warmup true"
                 )
         begin = begin_epoch if self.by_epoch else self.warmup
@@ -51,7 +61,8 @@ class Schedule:
             config.name,
             max(config.epochs * unit - self.begin, 1),
             decay_epochs=config.decay_epochs * unit,
-            decay_milestones=[epoch * unit + 1 for epoch in sorted(config.decay_milestones)],  # timm takes them one unit early
+            # timm takes them one unit early
+            decay_milestones=[epoch * unit + 1 for epoch in sorted(config.decay_milestones)],
             decay_rate=config.power if config.name == "poly" else config.decay_rate,
             min_lr=factor * config.min_lr,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TextIO, TypeVar
 
@@ -13,10 +14,27 @@ T = TypeVar("T")
 LINE_SECONDS = 10  # between two lines of progress where stderr is no terminal
 
 
+def plain(text: str) -> str:
+    """A text on one line: names of files and classes may hold line breaks and other control characters."""
+    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text)
+
+
+def width(text: str) -> int:
+    """Columns that the `plain` text takes on a terminal: two for a Chinese character, none for an accent by itself."""
+    wide = sum((unicodedata.east_asian_width(c) in "WF") - bool(unicodedata.combining(c)) for c in text)
+    return len(plain(text)) + wide
+
+
+def pad(text: str, columns: int, right: bool = False) -> str:
+    """The `plain` text in so many columns."""
+    space = " " * (columns - width(text))
+    return space + plain(text) if right else plain(text) + space
+
+
 def table(rows: list[list[str]]) -> str:
     """Rows of cells under a header row; the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(pad(c, w, i > 0) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -47,8 +65,8 @@ def duration(seconds: float) -> str:
 
 
 class Bar:
-    """Progress on stderr with lines above it; silent when `quiet`. A terminal shows a bar in the width that it has, and a file or a pipe
-    gets a line now and then, without control characters."""
+    """Progress on stderr with lines above it; silent when `quiet`. A terminal shows a bar in the width that it has, and
+    a file or a pipe gets a line now and then, without control characters."""
 
     def __init__(self, quiet: bool, stream: TextIO | None = None) -> None:
         self.quiet, self.stream, self.bar = quiet, stream or sys.stderr, None
@@ -70,7 +88,7 @@ class Bar:
     def line(self, text: str) -> None:
         """A line that stays, above the bar."""
         if not self.quiet:
-            tqdm.write(text, file=self.stream)
+            tqdm.write(plain(text), file=self.stream)
 
     @staticmethod
     def result(text: str) -> None:
@@ -81,11 +99,11 @@ class Bar:
     def update(self, text: str, steps: int = 1) -> None:
         self.done += steps
         if self.bar is not None:
-            self.bar.set_description_str(text, refresh=steps == 0)
+            self.bar.set_description_str(plain(text), refresh=steps == 0)
             self.bar.update(steps)
         elif not self.quiet and self.total and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + LINE_SECONDS
-            print(f"{self.done}/{self.total}  {text}", file=self.stream, flush=True)
+            print(f"{self.done}/{self.total}  {plain(text)}", file=self.stream, flush=True)
 
     def over(self, items: Iterable[T], total: int, noun: str) -> Iterator[T]:
         """The items, with a bar of its own for them."""

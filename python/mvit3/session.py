@@ -40,7 +40,8 @@ def start(config: TrainConfig, loaders: Loaders, world: World, listener: Listene
     trainer = Trainer(config, loaders, world, listener, pretrained=content is None)
     if trainer.ema is not None and (share := trainer.ema.initial_share(trainer.total_steps)) > INITIAL_SHARE:
         told.say(
-            f"ema.momentum {config.ema.momentum:g} is small for {trainer.total_steps} steps: at their end {share:.0%} of the average are "
+            f"ema.momentum {config.ema.momentum:g} is small for {trainer.total_steps} steps: at their end {share:.0%} "
+            "of the average are "
             "still initial weights; --ema.warmup true forgets them at once"
         )
     if content is not None:
@@ -48,8 +49,10 @@ def start(config: TrainConfig, loaders: Loaders, world: World, listener: Listene
         if config.run.resume != "auto" and world.first:
             _settle(trainer, Path(config.run.resume))
         p = trainer.progress
-        told.say(f"going on at epoch {p.epoch + 1}, step {p.step} of {trainer.total_steps}" if p.epoch < config.schedule.epochs
-                 else f"all {p.epoch} epochs are done")  # fmt: skip
+        if p.epoch < config.schedule.epochs:
+            told.say(f"going on at epoch {p.epoch + 1}, step {p.step} of {trainer.total_steps}")
+        else:
+            told.say(f"all {p.epoch} epochs are done")
     return trainer
 
 
@@ -61,19 +64,22 @@ def _find(config: TrainConfig, told: Listener) -> dict[str, object] | None:
 
 
 def _check(config: TrainConfig, loaders: Loaders, world: World, content: dict[str, object], told: Listener) -> None:
-    """UsageError where a checkpoint is of other classes or beyond the training; unless it was named, of other data or options."""
+    """UsageError where a checkpoint is of other classes or beyond the training; unless it was named, of other data or
+    options."""
     auto = config.run.resume == "auto"
     where = f"the checkpoint in {config.run.output}" if auto else f"the checkpoint {config.run.resume}"
     then, now = content.get("data") or {"name": _name(content["config"]["data"])}, data_identity(config, loaders)
     before, here = content["class_names"], list(loaders.class_names)
     if before != here:
         raise UsageError(
-            f"{where} was trained on {then['name']} with {_classes(before, here)}; {now['name']} has {_classes(here, before)}. Take "
+            f"{where} was trained on {then['name']} with {_classes(before, here)}; {now['name']} has "
+            f"{_classes(here, before)}. Take "
             "another run.output, and to begin with its weights --model.pretrained CHECKPOINT --model.drop_head true"
         )
     if content["num_classes"] != (config.model.num_classes or loaders.num_classes):
         raise UsageError(
-            f"{where} has {content['num_classes']} outputs, model.num_classes asks for {config.model.num_classes or loaders.num_classes}"
+            f"{where} has {content['num_classes']} outputs, model.num_classes asks for "
+            f"{config.model.num_classes or loaders.num_classes}"
         )
     progress = content["progress"]
     done = progress["epoch"] + (progress["batch"] > 0)
@@ -86,7 +92,8 @@ def _check(config: TrainConfig, loaders: Loaders, world: World, content: dict[st
     ]
     if other and auto:
         raise UsageError(
-            f"{where} was trained on {then['name']}, and {now['name']} holds other images ({'; '.join(other)}). Take another run.output, "
+            f"{where} was trained on {then['name']}, and {now['name']} holds other images ({'; '.join(other)}). Take "
+            "another run.output, "
             "or --run.resume never, or name the checkpoint in --run.resume to go on with these images"
         )
     if other:
@@ -94,7 +101,8 @@ def _check(config: TrainConfig, loaders: Loaders, world: World, content: dict[st
     if auto and (differences := changes(config, world, content)):
         raise UsageError(
             f"{where} was made with other options: {'; '.join(differences)}. "
-            "Take another run.output, or --run.resume never, or name the checkpoint in --run.resume to go on with the new ones"
+            "Take another run.output, or --run.resume never, or name the checkpoint in --run.resume to go on with the "
+            "new ones"
         )
 
 
@@ -110,7 +118,8 @@ def _classes(names: list[str], others: list[str]) -> str:
 
 
 def _settle(trainer: Trainer, origin: Path) -> None:
-    """After a named checkpoint: run.output gets it, and its best.pt, where that can be had; else the best from here on is kept."""
+    """After a named checkpoint: run.output gets it, and its best.pt, where that can be had; else the best from here on
+    is kept."""
     p, best, also = trainer.progress, trainer.folder / checkpoint.BEST, []
     if p.best_epoch == p.epoch and not p.batch:
         also = [checkpoint.BEST]
@@ -120,7 +129,8 @@ def _settle(trainer: Trainer, origin: Path) -> None:
             checkpoint.link(origin.parent / checkpoint.BEST, best)
         elif p.best_epoch:
             trainer.listener.say(
-                f"{checkpoint.BEST} of epoch {p.best_epoch} is not beside {origin}: the best of the epochs from here on is kept"
+                f"{checkpoint.BEST} of epoch {p.best_epoch} is not beside {origin}: the best of the epochs from here "
+                "on is kept"
             )
             p.best, p.best_epoch, p.best_weights = -1.0, 0, ""
     trainer.save(also)
@@ -149,8 +159,28 @@ FREE = {
         "max_corrupt",
         "limit_val",
     },
-    "run": {"output", "device", "threads", "resume", "max_steps", "save_epochs", "save_steps", "eval_epochs", "log_steps"}
-    | {"tensorboard", "wandb", "keep_best", "max_bad_steps", "ops", "compile", "cuda_graph", "channels_last", "deterministic"},
+    "run": {
+        "output",
+        "device",
+        "threads",
+        "resume",
+        "max_steps",
+        "save_epochs",
+        "save_steps",
+        "eval_epochs",
+        "log_steps",
+    }
+    | {
+        "tensorboard",
+        "wandb",
+        "keep_best",
+        "max_bad_steps",
+        "ops",
+        "compile",
+        "cuda_graph",
+        "channels_last",
+        "deterministic",
+    },
 }
 
 

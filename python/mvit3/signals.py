@@ -12,8 +12,8 @@ INTERRUPTED = 130  # the exit status after Ctrl-C
 
 
 class StopSignals:
-    """Inside it SIGTERM, SIGINT and SIGHUP set `asked`, for the run to end after its step; a second SIGINT interrupts at once. nohup's
-    wish that SIGHUP be ignored is kept. `number`: the first of the signals that came."""
+    """Inside it SIGTERM, SIGINT and SIGHUP set `asked`, for the run to end after its step; a second SIGINT interrupts
+    at once. nohup's wish that SIGHUP be ignored is kept. `number`: the first of the signals that came."""
 
     NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
@@ -41,7 +41,9 @@ class StopSignals:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -13,13 +13,18 @@ BROKEN_PIPE = 141  # the exit status of a command that SIGPIPE ends
 
 
 class _Stream:
-    """A stream that remembers that it was lost; what it held is dropped then, so that the interpreter does not try again at its end."""
+    """A stream that remembers that it was lost; what it held is dropped then, so that the interpreter does not try
+    again at its end."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.lost = stream, False
 
     def write(self, text: str) -> int:
-        self._try(self.stream.write, text)
+        try:
+            self._try(self.stream.write, text)
+        except UnicodeEncodeError:  # a name that the encoding of this stream does not have
+            encoding = self.stream.encoding
+            self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -51,8 +56,8 @@ class _Stream:
 
 
 class _Messages(_Stream):
-    """A message is no reason to fail: where it cannot be written, the terminal is gone, which SIGHUP says to a run (it saves and ends, or
-    goes on under nohup)."""
+    """A message is no reason to fail: where it cannot be written, the terminal is gone, which SIGHUP says to a run (it
+    saves and ends, or goes on under nohup)."""
 
     def lose(self, error: OSError) -> bool:
         self.lost = True
@@ -64,12 +69,15 @@ class _Messages(_Stream):
 @contextmanager
 def guarded() -> Iterator[tuple[_Stream, _Messages]]:
     """Stdout and stderr, which are safe inside: either may be closed, or close, and the command ends quietly."""
-    for descriptor in (0, 1, 2):  # where one is closed, the next file would take its place, and whatever is printed there
+    # where one is closed, the next file would take its place, and whatever is printed there
+    for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115 -- open to the end
+
+    # closed with the process
+    out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     stdout, stderr = _Stream(out), _Messages(err)
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:

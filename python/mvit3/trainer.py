@@ -1,15 +1,14 @@
 """Training; thin, so that the time of a step is the time of the network.
 
-A checkpoint holds no state of a generator and none of the schedule: each step seeds its random numbers from (seed, step, process), the
-learning rate is a function of the step, a batch one of (seed, epoch, number). So a run that goes on is the run that was not interrupted.
+A checkpoint holds no state of a generator and none of the schedule: each step seeds its random numbers from (seed,
+step, process), the learning rate is a function of the step, a batch one of (seed, epoch, number). So a run that goes on
+is the run that was not interrupted.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -23,57 +22,55 @@ import mvit3_kernels
 
 from . import checkpoint
 from .checkpoint import AVERAGE, TRAINED
+from .checks import check_batch_norm, count_classes
 from .config import TrainConfig
 from .data import Loaders
 from .data.identity import identity
-from .data.sampler import batch_sizes
-from .distill import open_teacher
-from .distributed import World
+from .distributed import World, data_parallel
 from .ema import INITIAL_SHARE, Ema
+from .epochs import best_epochs, better, history_row
 from .errors import Stopped, TrainingError
-from .evaluation import Evaluation, evaluate
-from .gallery import Gallery
-from .loss import Criterion
 from .network import build_model, load_weights, train_mode
 from .optimizer import build_optimizer
 from .options import UsageError
 from .progress import Listener, Progress
 from .runtime import autocast, precision, use_ops
 from .schedule import Schedule, rate_factor
+from .screen import count
 from .signals import StopSignals
+from .tasks import Evaluation, evaluate, open_task
 
-PREFIXES = {TRAINED: "", AVERAGE: "ema_"}  # of the columns of these weights in the history
-STRIDE = 32  # of the last map of every network of the family
 STOP_STEPS = 10  # steps between two agreements of several GPUs on whether to stop; on a CPU it is each step
 
 
 class Trainer:
-    """A network in training. `fit` runs it to its end, or to a signal; `train_epoch` and `evaluate_epoch` are its parts."""
+    """A network in training. `fit` runs it to its end, or to a signal; `train_epoch` and `evaluate_epoch` are its
+    parts."""
 
     def __init__(
-        self, config: TrainConfig, loaders: Loaders, world: World, listener: Listener | None = None, pretrained: bool = True
+        self,
+        config: TrainConfig,
+        loaders: Loaders,
+        world: World,
+        listener: Listener | None = None,
+        pretrained: bool = True,
     ) -> None:
         self.config, self.loaders, self.world, self.device = config, loaders, world, world.device
         self.listener = listener if listener and world.first else Listener()
         loaders.train.say = loaders.val.say = self.listener.say
-        run = config.run
-        self.num_classes = config.model.num_classes or loaders.num_classes
-        if self.num_classes < loaders.num_classes:
-            raise UsageError(f"model.num_classes must be at least {loaders.num_classes}, the classes of the data; got {self.num_classes}")
-        if self.num_classes < 2:
-            raise UsageError(
-                f"a classifier needs two classes, {config.data.root or config.data.source} has one, {loaders.class_names[0]!r}; data.root "
-                "must hold the folders of data.train and data.val, and each of these one folder per class"
-            )
-        _check_batch_norm(config, world)
+        run, self.task = config.run, open_task(config.model.name)
+        self.num_classes = count_classes(config, loaders, self.task)
+        check_batch_norm(config, world, self.task)
         self.steps_per_epoch = len(loaders.train) // run.accumulate
         if not self.steps_per_epoch:
-            raise UsageError(f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}")
+            raise UsageError(
+                f"run.accumulate must be at most the batches of an epoch, {len(loaders.train)}, got {run.accumulate}"
+            )
         self.total_steps = config.schedule.epochs * self.steps_per_epoch
         self.effective_batch = config.data.batch_size * world.size * run.accumulate
         self.folder, self.progress, self.signals = Path(run.output), Progress(), StopSignals()
 
-        self.model = build_model(config, self.num_classes, self.device, pretrained)
+        self.model = build_model(config, self.num_classes, self.device, pretrained, self.listener.say)
         self.ema = Ema(self.model, config.ema.momentum, config.ema.warmup) if config.ema.enabled else None
         if run.sync_bn and world.size > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -84,18 +81,20 @@ class Trainer:
         self.data_identity = data_identity(config, loaders) if world.first else {}
         if self.schedule.note:
             self.listener.say(self.schedule.note)
-        labels, names = loaders.train.source.labels, loaders.class_names
-        teacher = open_teacher(config, self.num_classes, names, self.device)
-        self.criterion = Criterion(config.loss, self.num_classes, labels, self.device, config.distill, teacher)
+        self.criterion = self.task.criterion(config, self.model, loaders, self.num_classes, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision(run, self.device) is torch.float16)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped in a row.
+        # On the device, and read where it costs no waiting: sum of losses, steps that counted, steps skipped, skipped
+        # in a row.
         self._counts = torch.zeros(4, device=self.device)
         self._read_steps = 1 if self.device.type == "cpu" else run.log_steps
         self._recorded = 0.0, 0  # sum and number of this epoch's losses when a loss was last told
         self._clock = time.perf_counter()
-        self._statistics = [b for m in (self.model, self.ema and self.ema.module) if m for b in m.buffers() if b.is_floating_point()]
+        self._statistics = [
+            b for m in (self.model, self.ema and self.ema.module) if m for b in m.buffers() if b.is_floating_point()
+        ]
         self._healthy = [b.clone() for b in self._statistics]
+        self._said: set[str] = set()  # remarks about evaluations
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not run.deterministic and len(config.sampler.sizes) < 2
 
@@ -103,11 +102,11 @@ class Trainer:
 
     def _wrap(self) -> None:
         run = self.config.run
+        self.network = self.task.network(self.model)
         if run.compile:
-            self.model.compile()
-        self.network: nn.Module = self.model
+            self.network.compile()
         if self.world.size > 1:
-            self.network = _distributed(self.model)
+            self.network = data_parallel(self.network)
         self._graph = None
         if run.cuda_graph:
             self._graph = mvit3_kernels.cuda_graph_step(
@@ -121,7 +120,8 @@ class Trainer:
             )
 
     def fit(self) -> bool:
-        """Trains to the end, with a checkpoint and a row of `progress.history` after each epoch; False where a signal ended it before.
+        """Trains to the end, with a checkpoint and a row of `progress.history` after each epoch; False where a signal
+        ended it before.
 
         Raises:
             TrainingError: the loss stays without a finite value.
@@ -152,7 +152,9 @@ class Trainer:
                 if run.max_steps and p.step >= run.max_steps:
                     raise Stopped
                 started = time.perf_counter()
-                lr = self.schedule.set(max(p.step * self.schedule.steps_per_epoch / self.steps_per_epoch, self._schedule_from))
+                lr = self.schedule.set(
+                    max(p.step * self.schedule.steps_per_epoch / self.steps_per_epoch, self._schedule_from)
+                )
                 images = self._step(batches)
                 p.step += 1
                 p.batch += run.accumulate
@@ -179,23 +181,24 @@ class Trainer:
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> int:
         """One update of the weights; returns the number of images in all processes."""
-        run, count = self.config.run, 0
+        run, seen = self.config.run, 0
         if self._graph is not None:
             batch = self._next(batches)
             self._seed()
             images, targets = self.criterion.mix(*batch)
             loss = self._graph(images, targets)
             bad = (~loss.isfinite()).float()
-            count = len(images)
+            seen = len(images)
         else:
             loss = 0.0
             for part in range(run.accumulate):
                 images, labels = self._next(batches)
                 if part == 0:
                     self._seed()
-                count += len(images)
+                seen += len(images)
                 images, targets = self.criterion.mix(images if run.channels_last else images.contiguous(), labels)
-                wait = self.world.size > 1 and part < run.accumulate - 1  # with adding up the gradients of the processes
+                # with adding up the gradients of the processes
+                wait = self.world.size > 1 and part < run.accumulate - 1
                 with self.network.no_sync() if wait else nullcontext():
                     with autocast(run, self.device):
                         piece = self.criterion(self.network(images), targets) / run.accumulate
@@ -207,16 +210,19 @@ class Trainer:
         total, steps, skipped, row = self._counts.unbind()
         loss = torch.where(bad > 0, 0.0, loss.float())
         self._counts = torch.stack((total + loss, steps + 1 - bad, skipped + bad, (row + bad) * bad))
-        return count * self.world.size
+        return seen * self.world.size
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         batch = next(batches, None)
         if batch is None:
-            raise TrainingError(f"the training images ended before the epoch did: {len(self.loaders.train.unreadable)} are unreadable")
+            raise TrainingError(
+                f"the training images ended before the epoch did: {len(self.loaders.train.unreadable)} are unreadable"
+            )
         return batch
 
     def _update(self) -> Tensor:
-        """Clips, and updates the weights where the gradient is finite; 1.0 where it is not, 0.0 where it is. The GPU is not waited for."""
+        """Clips, and updates the weights where the gradient is finite; 1.0 where it is not, 0.0 where it is. The GPU is
+        not waited for."""
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
@@ -237,7 +243,8 @@ class Trainer:
         return bad
 
     def _seed(self) -> None:
-        """Makes the random numbers of this step (dropout, mixing) a function of seed, step and process. Called when its first batch is
+        """Makes the random numbers of this step (dropout, mixing) a function of seed, step and process. Called when its
+        first batch is
         there: the first batch of an iteration draws from torch's generator, in whichever step that is."""
         words = np.random.SeedSequence((self.config.run.seed, self.progress.step, self.world.rank)).generate_state(3)
         seed = int(words[0]) << 32 | int(words[1])
@@ -261,11 +268,14 @@ class Trainer:
             return
         if not math.isfinite(float(nn.utils.get_total_norm(self._statistics))):
             torch._foreach_copy_(self._statistics, self._healthy)
-        self.listener.say(f"step {p.step}: the gradient is not finite, {_count(skipped, 'step')} skipped ({p.skipped} so far)")
+        self.listener.say(
+            f"step {p.step}: the gradient is not finite, {count(skipped, 'step')} skipped ({p.skipped} so far)"
+        )
         if row >= run.max_bad_steps:
             kept = self.folder / checkpoint.LAST
             raise TrainingError(
-                f"the loss or its gradient was not finite in {round(row)} steps in a row, up to step {p.step} of {self.total_steps}; "
+                f"the loss or its gradient was not finite in {round(row)} steps in a row, up to step {p.step} of "
+                f"{self.total_steps}; "
                 f"try a lower optimizer.lr or optimizer.clip_grad"
                 + (f"; the last good checkpoint is {kept}" if kept.exists() else "; there is no checkpoint yet")
             )
@@ -280,46 +290,35 @@ class Trainer:
                 if model is not None:
                     self.world.sync_buffers(model)
                     evaluations[weights] = self.evaluate(model)
-        judged = _better(evaluations)
-        row: dict[str, object] = {
-            "epoch": p.epoch + 1,
-            "step": p.step,
-            "lr": lr,
-            "train_loss": p.loss_sum / p.steps if p.steps else None,
-            **{f"{prefix}{key}": None for prefix in PREFIXES.values() for key in ("accuracy", "accuracy5", "val_loss", "correct")},
-            "total": None,
-            "weights": judged,
-            "ema_initial_share": self.ema and self.ema.initial_share(p.step),
-            "images_per_second": p.images / p.seconds if p.seconds else None,
-            "data_wait": p.wait_seconds / p.seconds if p.seconds else None,
-            "seconds": p.seconds,
-            "skipped_steps": p.skipped,
-            "unreadable_images": p.unreadable,
-        }
+        judged = better(evaluations)
+        share = self.ema and self.ema.initial_share(p.step)
+        p.history.append(history_row(p, self.task.scores, evaluations, lr, share))
         for weights, found in evaluations.items():
-            prefix = PREFIXES[weights]
-            row |= {f"{prefix}accuracy": found.accuracy, f"{prefix}accuracy5": found.accuracy5, f"{prefix}val_loss": found.loss}
-            row |= {f"{prefix}correct": found.correct, "total": found.total}
             if found.not_finite:
                 self.listener.say(
-                    f"epoch {p.epoch + 1}: the {weights} weights give no finite output for {found.not_finite} of {found.total} "
-                    "validation images; they are counted as misses, and these weights are not kept as the best"
+                    f"epoch {p.epoch + 1}: the {weights} weights give no finite output for {found.not_finite} of "
+                    f"{found.total} "
+                    f"validation images; they are {self.task.lost}, and these weights are not kept as the best"
                 )
-        p.history.append(row)
+            for remark in found.remarks:
+                if remark not in self._said:
+                    self._said.add(remark)
+                    self.listener.say(remark)
         p.epoch, p.batch = p.epoch + 1, 0
         p.loss_sum, p.steps, p.images, p.seconds, p.wait_seconds = 0.0, 0, 0, 0.0, 0.0
         also = []
         if evaluations:
             p.weights = judged or p.weights
-            found = evaluations[judged or TRAINED]
-            p.confusion, p.samples = found.confusion, found.samples
-            p.class_correct, p.class_total = found.class_correct, found.class_total
-        if judged and evaluations[judged].accuracy > p.best:
-            p.best, p.best_epoch, p.best_weights = evaluations[judged].accuracy, p.epoch, p.weights
+            for name, value in evaluations[judged or TRAINED].kept.items():
+                setattr(p, name, value)
+        score = evaluations[judged].values[self.task.scores.best] if judged else None
+        if score is not None and score > p.best:
+            p.best, p.best_epoch, p.best_weights = score, p.epoch, p.weights
             also.append(checkpoint.BEST)
         if config.run.save_epochs and p.epoch % config.run.save_epochs == 0:
             also.append(f"epoch_{p.epoch:04}.pt")
-        best = self._best_epochs() if config.run.keep_best > 1 else []
+        keep = config.run.keep_best
+        best = best_epochs(p.history, self.task.scores, keep) if keep > 1 else []
         if evaluations and p.epoch in best:
             also.append(checkpoint.best_of(p.epoch))
         self.save(also)
@@ -327,18 +326,13 @@ class Trainer:
             checkpoint.keep_best(self.folder, best)
         self.listener.on_epoch(self)
 
-    def _best_epochs(self) -> list[int]:
-        """The `run.keep_best` epochs of the highest accuracy, each by its better weights; of equal ones the earlier."""
-        rows = [row for row in self.progress.history if row["weights"]]
-        rows.sort(key=lambda row: (-row[f"{PREFIXES[row['weights']]}accuracy"], row["epoch"]))
-        return [row["epoch"] for row in rows[: self.config.run.keep_best]]
-
     def evaluate(self, model: nn.Module) -> Evaluation:
         """On the validation part. A single process stops at once where a signal asks for it; several finish."""
         stopped = (lambda: self.signals.asked) if self.world.size == 1 else (lambda: False)
         batches = self.listener.evaluating(self, self.loaders.val, len(self.loaders.val))
-        gallery = Gallery(self.config.data) if self.world.first else None
-        return evaluate(model, batches, self.config.run, self.num_classes, self.device, stopped, gallery)
+        names, source = self.loaders.class_names, self.loaders.val.source
+        meter = self.task.meter(self.config, self.num_classes, names, source, self.world, self.world.first)
+        return evaluate(model, batches, self.config.run, meter, self.device, stopped)
 
     def _must_stop(self, step: int) -> bool:
         if self.device.type == "cuda" and step % STOP_STEPS and self.world.size > 1:
@@ -349,8 +343,8 @@ class Trainer:
 
     @property
     def weights(self) -> str:
-        """The weights that a checkpoint made now is used with. Before the first evaluation it is the average where that has forgotten the
-        initial weights."""
+        """The weights that a checkpoint made now is used with. Before the first evaluation it is the average where that
+        has forgotten the initial weights."""
         fresh = self.ema is None or self.ema.initial_share(self.progress.step) > INITIAL_SHARE
         return self.progress.weights or (TRAINED if fresh else AVERAGE)
 
@@ -374,6 +368,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "num_classes": self.num_classes,
             "class_names": list(self.loaders.class_names),
+            **self.task.recorded(self.loaders),
             "data": self.data_identity,
             "world_size": self.world.size,
             "steps_per_epoch": self.steps_per_epoch,
@@ -394,14 +389,21 @@ class Trainer:
             kept = self.folder / checkpoint.LAST
             message = f"no checkpoint could be written: {error.strerror or error}"
             raise OSError(
-                error.errno, message + (f"; the last good one is kept: {kept}" if kept.exists() else ""), str(self.folder)
+                error.errno,
+                message + (f"; the last good one is kept: {kept}" if kept.exists() else ""),
+                str(self.folder),
             ) from None
 
     def load(self, content: dict[str, object]) -> None:
         """Goes on where a checkpoint was made. CheckpointError where it belongs to another network."""
         load_weights(self.model, content["state_dict"], "the checkpoint", self.config.model.name)
         if self.ema is not None:
-            load_weights(self.ema.module, content["ema_state_dict"] or content["state_dict"], "the checkpoint", self.config.model.name)
+            load_weights(
+                self.ema.module,
+                content["ema_state_dict"] or content["state_dict"],
+                "the checkpoint",
+                self.config.model.name,
+            )
         fresh = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
         for group, options in zip(self.optimizer.param_groups, fresh, strict=True):
@@ -418,11 +420,13 @@ class Trainer:
         torch._foreach_copy_(self._healthy, self._statistics)
 
     def _convert(self, content: dict[str, object]) -> None:
-        """Puts the progress into this run's steps, where the checkpoint's had another number of images: what share of the epoch is done
-        stays, rounded down to whole steps, and the schedule goes on by the share of the training that is done; it never goes back."""
+        """Puts the progress into this run's steps, where the checkpoint's had another number of images: what share of
+        the epoch is done stays, rounded down to whole steps, and the schedule goes on by the share of the training that
+        is done; it never goes back."""
         p, now, accumulate = self.progress, self.steps_per_epoch, content["config"]["run"]["accumulate"]
         done = p.batch // accumulate
-        then = content.get("steps_per_epoch") or ((p.step - done) // p.epoch if p.epoch else now)  # of a version that did not save it
+        # of a version that did not save it
+        then = content.get("steps_per_epoch") or ((p.step - done) // p.epoch if p.epoch else now)
         unit = content.get("schedule_steps_per_epoch") or then
         if unit != now:
             self.schedule = Schedule(self.config.schedule, self.optimizer, unit, self.factor)
@@ -431,17 +435,8 @@ class Trainer:
             self._schedule_from = max(self._schedule_from, (p.epoch + done / then) * unit)
             done = min(done * now // then, now)
             p.batch, p.step = done * self.config.run.accumulate, p.epoch * now + done
-            self.listener.say(f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}")
-
-
-def _check_batch_norm(config: TrainConfig, world: World) -> None:
-    """UsageError where batch norm would see one value per channel behind the last stride, which has no variance."""
-    for size, images in batch_sizes(config.sampler, config.data.batch_size, world.size).items():
-        mine = images if config.run.sync_bn else images // world.size
-        if mine == 1 and size <= STRIDE:
-            raise UsageError(
-                f"data.batch_size must be at least 2 for images of {size} pixels: the last map of one image is 1x1, and batch norm needs "
-                f"more than one value per channel; or take sampler.size above {STRIDE}"
+            self.listener.say(
+                f"steps have another number of images than the checkpoint's: {now} make an epoch now, not {then}"
             )
 
 
@@ -452,23 +447,3 @@ def data_identity(config: TrainConfig, loaders: Loaders) -> dict[str, object]:
         "train": identity(loaders.train.source),
         "val": identity(loaders.val.source),
     }
-
-
-def _better(evaluations: dict[str, Evaluation]) -> str | None:
-    """The weights by which an epoch is judged; None where those of neither give finite outputs throughout."""
-    sound = [weights for weights, found in evaluations.items() if not found.not_finite]
-    return max(sound, key=lambda weights: (evaluations[weights].correct, -evaluations[weights].loss), default=None)
-
-
-def _distributed(model: nn.Module) -> nn.Module:
-    """The network with gradients averaged over the processes. Running statistics stay with a process, and the first one's are
-    evaluated and saved: the result of broadcasting them in each step, which is PyTorch's default."""
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of 1x1 filters, which have two spellings
-    new = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    return nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, **{"forward_sync_buffers" if new else "broadcast_buffers": False}
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,8 +1,11 @@
-// The launchers of csrc/cuda on the launch emulation, for a test that calls them through ctypes: pointers are CPU memory.
+// The launchers of csrc/cuda on the launch emulation, for a test that calls them through ctypes: pointers are CPU
+// memory.
 #include <utility>
 
 #include "../../csrc/cuda/depthwise_conv.cu"
+#include "../../csrc/cuda/depthwise_conv_backward.cu"
 #include "../../csrc/cuda/inverted_residual.cu"
+#include "../../csrc/cuda/inverted_residual_backward.cu"
 
 using namespace mvit3;
 
@@ -10,7 +13,7 @@ namespace {
 
 // One layout for all calls of inverted_residual; a test leaves null what an op does not take.
 struct Call {
-  int64_t batch, height, width, inputs, wide, outputs, stride, dilation, act;
+  int64_t batch, height, width, inputs, expanded, outputs, stride, dilation, act;
   int32_t bfloat16, single, processors, backwards;
   const void *x, *expand, *depthwise, *project;
   const float *scale, *shift;
@@ -35,10 +38,11 @@ struct DepthwiseCall {
 
 ExpansionArguments front_of(const Call& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
-  const Maps maps{c.batch,      int(c.height),  int(c.width), int(c.inputs),  out(c.height),
-                  out(c.width), int(c.outputs), int(c.wide),  int(c.dilation)};
+  const Maps maps{c.batch,      int(c.height),  int(c.width),    int(c.inputs),  out(c.height),
+                  out(c.width), int(c.outputs), int(c.expanded), int(c.dilation)};
   const Norm norm{c.scale, c.shift, {}, {}, {}, {}, 0.0f};
-  return {maps, c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)), int(c.act), {}};
+  return {maps,       c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)),
+          int(c.act), {}};
 }
 
 // Memory of the exact size, which a sanitizer sees, full of NaN.
@@ -52,8 +56,10 @@ void prepare(const C& c) {
 
 DepthwiseArguments arguments_of(const DepthwiseCall& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
-  const Maps maps{c.batch, int(c.height), int(c.width), int(c.channels), out(c.height), out(c.width), 0, 0, int(c.dilation)};
-  return {maps, c.x, c.dz, {c.weight, bool(c.single)}, c.z, c.dx, c.mean, c.var, c.dweight, nullptr, int(c.stride), Type(c.type)};
+  const Maps maps{c.batch, int(c.height),  int(c.width), int(c.channels), out(c.height), out(c.width), 0,
+                  0,       int(c.dilation)};
+  return {maps,    c.x,           c.dz,        {c.weight, bool(c.single)}, c.z, c.dx, c.mean, c.var, c.dweight,
+          nullptr, int(c.stride), Type(c.type)};
 }
 
 }  // namespace
@@ -75,10 +81,11 @@ extern "C" void run_inference(const Call* c) {
     return Norm{nullptr, nullptr, weight, bias, mean, var, 1e-5f};
   };
   ExpansionArguments front = front_of(*c);
-  front.norm = norm(c->wide);
-  const Norm middle = norm(c->wide), last = norm(c->outputs);
+  front.norm = norm(c->expanded);
+  const Norm middle = norm(c->expanded), last = norm(c->outputs);
   const bool residual = c->stride == 1 && c->inputs == c->outputs;
-  InferenceArguments a{front, middle, {c->project, bool(c->single)}, last, c->y, nullptr, residual, int(c->stride), bool(c->bfloat16)};
+  InferenceArguments a{front,          middle,           {c->project, bool(c->single)}, last, c->y, nullptr, residual,
+                       int(c->stride), bool(c->bfloat16)};
   auto memory = workspace(inference_workspace(a));
   a.workspace = memory.data();
   inference(a, nullptr);
@@ -86,8 +93,10 @@ extern "C" void run_inference(const Call* c) {
 
 extern "C" void run_backward(const Call* c) {
   prepare(*c);
-  BackwardArguments a{front_of(*c), c->dp, c->z, {c->project, bool(c->single)}, c->z_scale, c->z_shift, c->c0, c->c1, c->c2, c->dx,
-                      c->n1, c->g1, c->dtaps, nullptr, int(c->stride), bool(c->bfloat16)};
+  BackwardArguments a{front_of(*c), c->dp,      c->z,           {c->project, bool(c->single)},
+                      c->z_scale,   c->z_shift, c->c0,          c->c1,
+                      c->c2,        c->dx,      c->n1,          c->g1,
+                      c->dtaps,     nullptr,    int(c->stride), bool(c->bfloat16)};
   auto memory = workspace(backward_workspace(a));
   a.workspace = memory.data();
   backward(a, nullptr);

@@ -1,9 +1,11 @@
-// Stands for the device where a kernel's body is compiled for the host: csrc/cuda/device.h, mma.h and launch.h in plain C++.
+// Stands for the device where a kernel's body is compiled for the host: csrc/cuda/device.h, mma.h and launch.h in plain
+// C++.
 //
-// The threads of a block are fibers on one thread of the system. A fiber runs until a barrier or until it takes part in an operation of its
-// warp; then the next lane runs. Lanes must meet in the same operation and warps at the same barrier: anything else ends the process. Warps
-// run one after the other between two barriers, in either order (`emulation::backwards`), so that a missing barrier gives results that
-// depend on the order. Shared memory has the size of the launch, starts as NaN, and is its own allocation, which a sanitizer sees.
+// The threads of a block are fibers on one thread of the system. A fiber runs until a barrier or until it takes part in
+// an operation of its warp; then the next lane runs. Lanes must meet in the same operation and warps at the same
+// barrier: anything else ends the process. Warps run one after the other between two barriers, in either order
+// (`emulation::backwards`), so that a missing barrier gives results that depend on the order. Shared memory has the
+// size of the launch, starts as NaN, and is its own allocation, which a sanitizer sees.
 #pragma once
 
 #include <sys/mman.h>
@@ -71,7 +73,7 @@ constexpr size_t kStack = 256 * 1024;
 struct Fiber {
   char* stack = nullptr;
   State state = State::kRunning;
-  int operations = 0;  // of its warp, so far
+  int operations = 0;                                 // of its warp, so far
   std::vector<std::pair<void*, const void*>> copies;  // begun, not arrived: they are made as late as they may be
 #if defined(__x86_64__)
   void* top = nullptr;
@@ -137,7 +139,8 @@ inline void run_thread() {
 
 inline void start(Fiber& fiber) {
 #if defined(__x86_64__)
-  void** slot = reinterpret_cast<void**>(fiber.stack + kStack - 16);  // 8 bytes off 16 after the return into it, as in any function
+  void** slot = reinterpret_cast<void**>(
+      fiber.stack + kStack - 16);  // 8 bytes off 16 after the return into it, as in any function
   *slot = reinterpret_cast<void*>(&run_thread);
   fiber.top = slot - 6;
 #else
@@ -232,7 +235,8 @@ using SharedAddress = const char*;
 inline SharedAddress shared_address(const void* p) { return static_cast<const char*>(p); }
 
 inline void copy_16(void* shared, const void* global) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulation::fail("a copy is not aligned");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    emulation::fail("a copy is not aligned");
   emulation::current->fibers[thread()].copies.emplace_back(shared, global);
 }
 inline void copies_arrive() {
@@ -260,28 +264,27 @@ inline float to_float(Float16 x) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
-inline uint16_t narrow(float x, BFloat16) {
+inline uint16_t round_to(float x, BFloat16) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline uint16_t narrow(float x, Float16) {
+inline uint16_t round_to(float x, Float16) {
   const uint32_t bits = float_to_bits(x), magnitude = bits & 0x7fffffff;
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   if (magnitude > 0x7f800000) return 0x7fff;
   if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
-  if (magnitude < 0x38800000)  // subnormal: adding 0.5 rounds at 2^-24
+  if (magnitude < 0x38800000)                                   // subnormal: adding 0.5 rounds at 2^-24
     return uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
   return uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 template <typename T>
 uint32_t pack(float first, float second) {
-  return narrow(first, T{}) | uint32_t(narrow(second, T{})) << 16;
+  return round_to(first, T{}) | uint32_t(round_to(second, T{})) << 16;
 }
 
 inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_divide(float a, float b) { return a / b; }
-inline float square_root(float x) { return std::sqrt(x); }
 
 // ---- mma.h: what lane 4 g + t gives and gets
 
@@ -302,7 +305,8 @@ inline void load_transposed(uint32_t (&out)[4], SharedAddress row) {
   const auto& shown = emulation::meet([&](auto& s, int l) { s.address[l] = row; });
   for (int m = 0; m < 4; ++m) {
     uint16_t half[2];
-    for (int i = 0; i < 2; ++i) std::memcpy(&half[i], static_cast<const char*>(shown.address[8 * m + 2 * t + i]) + 2 * g, 2);
+    for (int i = 0; i < 2; ++i)
+      std::memcpy(&half[i], static_cast<const char*>(shown.address[8 * m + 2 * t + i]) + 2 * g, 2);
     out[m] = half[0] | uint32_t(half[1]) << 16;
   }
 }
@@ -317,7 +321,8 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   });
   for (int k = 0; k < 16; ++k) {
     const int from = k % 8 / 2, high = k / 8, half = k % 2;
-    const float upper = shown.numbers[4 * g + from][4 * high + half], lower = shown.numbers[4 * g + from][4 * high + 2 + half];
+    const float upper = shown.numbers[4 * g + from][4 * high + half],
+                lower = shown.numbers[4 * g + from][4 * high + 2 + half];
     for (int i = 0; i < 2; ++i) {
       const float b = shown.numbers[4 * (2 * t + i) + from][8 + 2 * high + half];
       sum[i] += upper * b;
@@ -339,7 +344,8 @@ void launch(const typename K::Arguments& arguments, int blocks, int slices, int 
   if (shared > 99 * 1024) emulation::fail("more shared memory than sm_86 has");
   for (int s = 0; s < slices; ++s)
     for (int i = 0; i < blocks; ++i) {
-      std::unique_ptr<char, decltype(&std::free)> memory(static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)), &std::free);
+      std::unique_ptr<char, decltype(&std::free)> memory(
+          static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)), &std::free);
       std::memset(memory.get(), 0xff, shared);
       const auto run = [](const void* a) { K::run(*static_cast<const typename K::Arguments*>(a)); };
       emulation::Block b{i, blocks, s, 0, memory.get(), {}, {}, {}, run, &arguments};

@@ -29,10 +29,19 @@ class Call(ctypes.Structure):
     """`Call` of emulated.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "wide", "outputs", "stride", "dilation", "act")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "height", "width", "inputs", "expanded", "outputs", "stride", "dilation", "act")
+        ),
         *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards")),
-        *((name, ctypes.c_void_p) for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")),
-        *((name, ctypes.c_void_p) for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "dtaps")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "dtaps")
+        ),
     )
 
 
@@ -54,14 +63,16 @@ def compiler() -> list[str] | None:
 @functools.cache
 def library(sanitized: bool = False) -> ctypes.CDLL:
     """The kernels for this machine, built once for each state of the sources."""
-    files = sorted([*SOURCES.iterdir(), *FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
+    files = sorted([*SOURCES.iterdir(), *SOURCES.parent.glob("*.h"), *FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
     options = [*FLAGS, *(SANITIZED if sanitized else ["-O2"])]
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files) + " ".join(options).encode()).hexdigest()[:16]
     built = FOLDER.parents[1] / "build" / "emulated" / f"{state}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         unfinished = built.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*compiler(), *options, str(FOLDER / "emulated.cpp"), "-o", str(unfinished)], capture_output=True, text=True)
+        done = subprocess.run(
+            [*compiler(), *options, str(FOLDER / "emulated.cpp"), "-o", str(unfinished)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         unfinished.rename(built)
     return ctypes.CDLL(str(built))
@@ -69,7 +80,15 @@ def library(sanitized: bool = False) -> ctypes.CDLL:
 
 def call(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
     weight = values["expand"]
-    run(Call, name, values, weight, bfloat16=values["x"].dtype is torch.bfloat16, processors=processors, backwards=backwards)
+    run(
+        Call,
+        name,
+        values,
+        weight,
+        bfloat16=values["x"].dtype is torch.bfloat16,
+        processors=processors,
+        backwards=backwards,
+    )
 
 
 def call_depthwise(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
@@ -77,7 +96,9 @@ def call_depthwise(name: str, *, processors: int = 3, backwards: bool = False, *
     run(DepthwiseCall, name, values, values["weight"], type=number, processors=processors, backwards=backwards)
 
 
-def run(layout: type[ctypes.Structure], name: str, values: dict[str, Tensor | int], weight: Tensor, **options: int) -> None:
+def run(
+    layout: type[ctypes.Structure], name: str, values: dict[str, Tensor | int], weight: Tensor, **options: int
+) -> None:
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors.values())
     arguments = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in values.items()}
@@ -107,7 +128,8 @@ def run_sanitized(code: str) -> None:
 
 
 def resources(part: str = "") -> list[tuple[str, int, int]]:
-    """Name, registers and bytes of stack of the kernels of the built extension, for every device that it holds code for: sm_80, sm_90."""
+    """Name, registers and bytes of stack of the kernels of the built extension, for every device that it holds code
+    for: sm_80, sm_90."""
     triton = pytest.importorskip("triton")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     file = next(Path(_native.__file__).parent.glob("_cuda.*"))

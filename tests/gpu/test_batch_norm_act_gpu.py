@@ -5,9 +5,9 @@ from mvit3_kernels import backend
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 from tests.bounds import check_bound, to
 from tests.ops.batch_norm_act_cases import arguments, results
+from tests.ops.inputs import DTYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Maps of the networks at 256x256, and odd ones.
 SHAPES = [
     (16, 128, 128, 16), (16, 64, 64, 64), (16, 32, 32, 96), (16, 16, 16, 160), (16, 8, 8, 640), (1, 8, 8, 320),
@@ -71,7 +71,7 @@ def test_opcheck(dtype, training):
     args = on_gpu(arguments((2, 5, 7, 24), "silu", True, training), dtype)
     # Comparing compiled with eager is a matter of rounding, not of NaN in memory.
     torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(torch.ops.mvit3.batch_norm_act, (args["x"], *args["norm"], 1, args["residual"]))
+    torch.library.opcheck(torch.ops.mvit3.batch_norm_act_forward, (args["x"], *args["norm"], 1, args["residual"]))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -40,7 +40,11 @@ def on_gpu(*case) -> dict:
 def run(name: str, a: dict) -> dict[str, Tensor]:
     geometry = (a["stride"], a["dilation"])
     if name == "filter":
-        return dict(zip(("z", "mean", "var"), torch.ops.mvit3.depthwise_conv_filter(a["x"], a["weight"], *geometry), strict=True))
+        return dict(
+            zip(
+                ("z", "mean", "var"), torch.ops.mvit3.depthwise_conv_filter(a["x"], a["weight"], *geometry), strict=True
+            )
+        )
     results = torch.ops.mvit3.depthwise_conv_filter_backward(a["dz"], a["x"], a["weight"], *geometry)
     return dict(zip(("dx", "dweight"), results, strict=True))
 
@@ -57,7 +61,7 @@ def test_the_meaning_of_the_triton_primitives(name, stride):
     from mvit3_kernels.ops.depthwise_conv import triton
 
     a = on_gpu((4, 31, 33, 96), stride, 1, torch.bfloat16, torch.float32)
-    found, primitive = run(name, a), triton.filter if name == "filter" else triton.filter_backward
+    found, primitive = run(name, a), triton.depthwise if name == "filter" else triton.depthwise_backward
     maps = (a["x"],) if name == "filter" else (a["dz"], a["x"])
     for value, other in zip(found.values(), primitive(*maps, a["weight"], stride, 1), strict=True):
         assert value.dtype == other.dtype and value.shape == other.shape and value.stride() == other.stride()
@@ -102,7 +106,11 @@ class TestDepthwiseConv(GpuKernel):
     op = staticmethod(depthwise_conv)
     cpu = test_depthwise_conv_triton.TestDepthwiseConvTriton
     shapes = ((2, 5, 4, 9), (2, 7, 13, 40), (8, 32, 32, 256), (8, 8, 8, 640))
-    options = {"silu": {"act": "silu"}, "stride": {"act": "relu", "stride": 2}, "frozen-dilation": {"training": False, "dilation": 2}}
+    options = {
+        "silu": {"act": "silu"},
+        "stride": {"act": "relu", "stride": 2},
+        "frozen-dilation": {"training": False, "dilation": 2},
+    }
     test_maps_that_are_too_large = None  # of the backend "triton"
 
 

@@ -1,4 +1,5 @@
-"""The CUDA C++ kernels of inverted_residual on a GPU: shapes of the networks at 256x256 and the odd ones of the launch emulation."""
+"""The CUDA C++ kernels of inverted_residual on a GPU: shapes of the networks at 256x256 and the odd ones of the launch
+emulation."""
 
 import pytest
 import torch

@@ -36,7 +36,8 @@ def test_same_batches_on_the_gpu(images):
 
 
 def test_decoding_on_the_gpu(images):
-    """nvJPEG's inverse transform and upsampling round differently: 2 of 255 levels on average; labels, crops and flips are the same."""
+    """nvJPEG's inverse transform and upsampling round differently: 2 of 255 levels on average; labels, crops and flips
+    are the same."""
     found, expected = (batches(images, "cuda", decoder) for decoder in ("nvjpeg", "auto"))
     for (pixels, labels), (true_pixels, true_labels) in zip(found, expected, strict=True):
         assert (pixels - true_pixels).abs().mean() < 2 / 255

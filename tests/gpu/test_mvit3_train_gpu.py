@@ -13,7 +13,10 @@ from ..mvit3.conftest import small_arguments
 
 def run(folder, capsys, *options):
     """The result of a small run on the GPU."""
-    assert main(small_arguments(folder, "--run.device=cuda", "--run.deterministic=false", "--json", "--quiet", *options)) == 0
+    assert (
+        main(small_arguments(folder, "--run.device=cuda", "--run.deterministic=false", "--json", "--quiet", *options))
+        == 0
+    )
     return json.loads(capsys.readouterr().out)
 
 
@@ -45,5 +48,8 @@ def test_resumed_run_ends_as_an_uninterrupted_one(tmp_path, capsys):
 
 
 def test_fused_agrees_with_reference(tmp_path, capsys):
-    first = {ops: run(tmp_path / ops, capsys, f"--run.ops={ops}", "--schedule.epochs=1")["history"][0] for ops in ("reference", "fused")}
+    first = {
+        ops: run(tmp_path / ops, capsys, f"--run.ops={ops}", "--schedule.epochs=1")["history"][0]
+        for ops in ("reference", "fused")
+    }
     assert first["fused"]["train_loss"] == pytest.approx(first["reference"]["train_loss"], rel=1e-2)

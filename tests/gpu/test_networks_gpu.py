@@ -1,4 +1,5 @@
-"""Whole networks of each family on a GPU, held to the float64 reference and to what eager PyTorch does in the same precision."""
+"""Whole networks of each family on a GPU, held to the float64 reference and to what eager PyTorch does in the same
+precision."""
 
 import contextlib
 import copy
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 import mvit3_kernels
 from mvit3_kernels import backend
+from tests.bounds import assert_bound, each, largest
 
 FAMILIES = ("mobilevitv3_xxs", "mobilevitv3_050", "mobilevitv2_050", "mobilevit_xxs")
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +38,10 @@ def data(batch=BATCH, side=SIDE):
 
 def run(model, images, targets, dtype=None, on=None):
     """Logits, the gradient of all parameters, and the buffers after the step."""
-    with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None), backend(on) if on else contextlib.nullcontext():
+    with (
+        torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None),
+        backend(on) if on else contextlib.nullcontext(),
+    ):
         logits = model(images)
     loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
     scale = 2.0**10 if dtype is torch.float16 else 1.0  # its smallest gradients would vanish, in eager PyTorch too
@@ -55,9 +60,7 @@ def test_bound(name, precision, training):
     exact = run(network(name, training).double(), images.double(), targets, on="reference")
     eager = run(network(name, training), images, targets, dtype, on="reference")
     ours = run(network(name, training), images, targets, dtype)
-    for part, truth in exact.items():
-        error, allowed = (float((found[part] - truth).norm()) for found in (ours, eager))
-        assert error <= 2 * allowed + 1e-7 * float(truth.norm()), f"{part}: error {error:.3e}, eager errs {allowed:.3e}"
+    assert_bound(ours, eager, exact, 1e-7, group=each, least=0)
 
 
 @pytest.mark.parametrize("side", [224, 250], ids=str)
@@ -67,16 +70,19 @@ def test_other_sizes(name, side):
     (images, targets) = data(3, side)
     exact = run(network(name).double(), images.double(), targets, on="reference")
     eager, ours = (run(network(name), images, targets, torch.bfloat16, on=on) for on in ("reference", None))
-    for part, truth in exact.items():
-        error, allowed = (float((found[part] - truth).norm()) for found in (ours, eager))
-        assert error <= 2 * allowed, f"{part}: error {error:.3e}, eager errs {allowed:.3e}"
+    assert_bound(ours, eager, exact, 0.0, group=each, least=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_element_is_written(name, poisoned):
     """torch.empty is full of NaN; on odd sizes, with dropout."""
     images, targets = data(3, 96)
-    found = run(network(name, drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, ffn_drop_rate=0.1), images, targets, torch.bfloat16)
+    found = run(
+        network(name, drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, ffn_drop_rate=0.1),
+        images,
+        targets,
+        torch.bfloat16,
+    )
     assert all(t.isfinite().all() for t in found.values())
 
 
@@ -114,7 +120,8 @@ def test_training_follows_the_reference(name):
 
     exact, eager, ours = losses("reference", None), losses("reference", torch.bfloat16), losses(None, torch.bfloat16)
     assert ours[-1] < 0.5 * ours[0]
-    assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + 0.05, torch.stack((exact, eager, ours))
+    floor = 0.05 / exact.abs().max().item()
+    assert_bound({"losses": ours}, {"losses": eager}, {"losses": exact}, floor, size=largest, least=0)
 
 
 def test_compiled_network():
@@ -124,6 +131,4 @@ def test_compiled_network():
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True)
     want, found = (run(m, images, targets, torch.bfloat16) for m in (model, compiled))
     exact = run(network("mobilevitv3_xxs").double(), images.double(), targets, on="reference")
-    for part, truth in exact.items():
-        error, allowed = (float((t[part] - truth).norm()) for t in (found, want))
-        assert error <= 2 * allowed, part
+    assert_bound(found, want, exact, 0.0, group=each, least=0)

@@ -9,8 +9,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from .test_networks_gpu import FAMILIES, data, network
 
-# Kernels of PyTorch, cuDNN and Triton's launchers that copy or transpose; casts of images and weights are element-wise kernels.
-MOVES = re.compile(r"nchwToNhwc|nhwcToNchw|transpose|direct_copy|CatArrayBatchedCopy|im2col|col2im|permute", re.IGNORECASE)
+# Kernels of PyTorch, cuDNN and Triton's launchers that copy or transpose; casts of images and weights are element-wise
+# kernels.
+MOVES = re.compile(
+    r"nchwToNhwc|nhwcToNchw|transpose|direct_copy|CatArrayBatchedCopy|im2col|col2im|permute", re.IGNORECASE
+)
+# cuDNN may bring the images' three channels, and the gradient of their weight, into a layout of its own.
+OF_THE_STEM = re.compile(r"nchwToNhwc|nhwcToNchw", re.IGNORECASE)
 # The 3x3 convolution of MobileViTv1's fusion is the library's, which wants a concatenation in one tensor.
 ALLOWED = {"mobilevit_xxs": re.compile("CatArrayBatchedCopy")}
 
@@ -41,8 +46,12 @@ def test_no_kernel_moves_a_map(name, training):
     copies = [
         e.input_shapes
         for e in recorded.events()
-        if e.name in ("aten::clone", "aten::contiguous", "aten::copy_") and e.input_shapes and e.input_shapes[0][:1] == [8]
+        if e.name in ("aten::clone", "aten::contiguous", "aten::copy_")
+        and e.input_shapes
+        and e.input_shapes[0][:1] == [8]
         and len(e.input_shapes[0]) == 4 and e.input_shapes[0] != list(images.shape) and e.device_time_total > 0
     ]  # fmt: skip
     assert not copies, copies
-    assert not [k for k in moving if "direct_copy" not in k], moving
+    moving = [k for k in moving if "direct_copy" not in k]
+    assert len([k for k in moving if OF_THE_STEM.search(k)]) <= (3 if training else 1), moving
+    assert not [k for k in moving if not OF_THE_STEM.search(k)], moving

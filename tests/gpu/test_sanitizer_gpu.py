@@ -18,11 +18,25 @@ def sanitizer() -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["test_kernels_gpu.py", "test_batch_norm_act_gpu.py"])
 def test_memcheck(file):
-    """In a process of its own; without PyTorch's caching allocator, whose blocks are larger than the tensors in them."""
+    """In a process of its own; without PyTorch's caching allocator, whose blocks are larger than the tensors in
+    them."""
     tool = sanitizer()
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [
+        tool,
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "99",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+    ]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [*command, str(ROOT / "tests" / "gpu" / file), "-k", "test_small_batches or test_strided_map"],

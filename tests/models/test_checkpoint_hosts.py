@@ -25,7 +25,9 @@ def config(name: str) -> transformers.PreTrainedConfig:
     size = name.rpartition("_")[2]
     if size in V1:
         neck, hidden, expand = V1[size]
-        return transformers.MobileViTConfig(neck_hidden_sizes=neck, hidden_sizes=hidden, expand_ratio=expand, num_labels=10)
+        return transformers.MobileViTConfig(
+            neck_hidden_sizes=neck, hidden_sizes=hidden, expand_ratio=expand, num_labels=10
+        )
     return transformers.MobileViTV2Config(width_multiplier=int(size) / 100, num_labels=10)
 
 
@@ -92,7 +94,9 @@ def test_transformers_base_model_and_segmentation_model(name, tmp_path):
         save_file(theirs.state_dict(), tmp_path / "model.safetensors")
         report = load_checkpoint(model, tmp_path / "model.safetensors")
         assert report.loaded == len(model.state_dict()) and not report.kept
-        assert {key.split(".")[0] for key in report.dropped} == (dropped if kind != "Model" or name == "mobilevit_xxs" else set())
+        assert {key.split(".")[0] for key in report.dropped} == (
+            dropped if kind != "Model" or name == "mobilevit_xxs" else set()
+        )
         backbone = getattr(theirs, theirs.base_model_prefix, theirs)
         with torch.inference_mode():
             want = backbone.encoder(backbone.conv_stem(image(64, 64)), output_hidden_states=True).hidden_states
@@ -158,7 +162,9 @@ def test_incomplete_query_key_value(tmp_path):
     prefix = "mobilevit.encoder.layer.2.transformer.layer.0.attention.attention."
     del state[prefix + "key.weight"]
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=r"unlike \(1\): layer_3\.1\.global_rep\.0\.pre_norm_mha\.1\.qkv_proj\.weight \(128, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"unlike \(1\): layer_3\.1\.global_rep\.0\.pre_norm_mha\.1\.qkv_proj\.weight \(128, 64\)"
+    ):
         load_checkpoint(ours("mobilevit_xxs"), tmp_path / "model.pt")
     state[prefix + "key.weight"] = torch.zeros(64, 63)
     torch.save(state, tmp_path / "model.pt")

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 import mvit3_kernels
-from mvit3_kernels import create_model, fuse, list_models
+from mvit3_kernels import create_model, fuse
 from mvit3_kernels import nn as blocks
+from tests.golden import fill
+from tests.networks import DISTINCT
 
 BATCH = {0: Dim("batch")}
 OPEN = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
@@ -30,14 +33,19 @@ def images(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def onnx(program: ExportedProgram):
-    """An exported program as a function of a tensor that ONNX Runtime computes."""
+def onnx(program: ExportedProgram, several: bool = False):
+    """An exported program as a function of a tensor that ONNX Runtime computes, with one result or `several`."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False).model_proto
     session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     [entry] = session.get_inputs()
-    return lambda x: torch.from_numpy(session.run(None, {entry.name: x.numpy()})[0])
+
+    def run(x: Tensor) -> Tensor | list[Tensor]:
+        found = [torch.from_numpy(y) for y in session.run(None, {entry.name: x.numpy()})]
+        return found if several else found[0]
+
+    return run
 
 
 @torch.no_grad()
@@ -48,9 +56,10 @@ def assert_same(function, model: nn.Module, *shapes: tuple[int, ...]) -> None:
         torch.testing.assert_close(function(images(*shape)), want, rtol=0, atol=1e-5 * want.abs().max().item())
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_open_batch(name):
-    """One program for every batch, run by PyTorch and by ONNX Runtime; a fused network exports as the plain one."""
+    """One program for every batch, run by PyTorch and by ONNX Runtime, for each sequence of operators that there is; a
+    fused network exports as the plain one."""
     model = network(name)
     served = fuse(network(name)) if name.endswith(("xxs", "050")) else model
     program = torch.export.export(served, (images(2, 3, 64, 64),), dynamic_shapes=(BATCH,))
@@ -72,7 +81,8 @@ def test_open_height_and_width(name):
 
 
 def test_open_height_and_width_in_steps():
-    """Named sizes must be multiples of what the network divides them by; a size that is none is refused, not rounded."""
+    """Named sizes must be multiples of what the network divides them by; a size that is none is refused, not
+    rounded."""
     model = network("mobilevitv3_xxs")
     shapes = {**BATCH, 2: 32 * Dim("height", min=3), 3: 32 * Dim("width", min=3)}
     program = torch.export.export(model, (images(2, 3, 128, 160),), dynamic_shapes=(shapes,)).module()
@@ -122,3 +132,21 @@ def test_open_batch_is_compiled_once():
         compiled(images(2, 3, 64, 64))
         with torch.compiler.set_stance("fail_on_recompile"):
             assert_same(compiled, model, (3, 3, 64, 64), (5, 3, 64, 64))
+
+
+@pytest.mark.parametrize("name", ["deeplabv3_mobilevitv3_xxs", "pspnet_mobilevitv3_050", "ssdlite_mobilevitv3_xxs"])
+def test_open_batch_of_dense_prediction(name):
+    """Pyramids, up-sampling and six maps' heads leave the batch open."""
+    model = fill(create_model(name, num_classes=3)).eval()
+    program = torch.export.export(model, (images(2, 3, 96, 64),), dynamic_shapes=(BATCH,))
+    assert not any("mvit3" in str(node.target) for node in program.graph.nodes)
+    served = [program.module()]
+    if name.startswith("ssdlite"):
+        served.append(onnx(program, several=True))
+    for batch in (1, 5):
+        x = images(batch, 3, 96, 64)
+        with torch.no_grad(), mvit3_kernels.backend("reference"):
+            want = model(x)
+        for function in served:
+            for a, b in zip(tree_leaves(function(x)), tree_leaves(want), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())

@@ -52,12 +52,13 @@ def test_logits(published):
 
 
 @pytest.mark.parametrize(
-    "published", [name for name in golden.MODELS if "train128_loss" in (golden.load(name) if name in golden.stored() else ())]
+    "published",
+    [name for name in golden.MODELS if "train128_loss" in (golden.load(name) if name in golden.stored() else ())],
 )
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_training_step(published, dtype, bound):
-    """Loss, logits, every gradient and every running statistic. float32 gradients go through 50 layers of rounding: 1e-4 of the
-    largest entry; the forward pass is held to 1e-5."""
+    """Loss, logits, every gradient and every running statistic. float32 gradients go through 50 layers of rounding:
+    1e-4 of the largest entry; the forward pass is held to 1e-5."""
     want = golden.load(published)
     model = golden.fill(create_model(golden.MODELS[published], **NO_DROPOUT)).train().to(dtype)
     x = golden.image(0, 2, 3, 128, 128).to(dtype).requires_grad_()
@@ -73,9 +74,12 @@ def test_training_step(published, dtype, bound):
     parameters = dict(model.named_parameters())
     assert list(parameters) == list(want["train128_param_names"])
     scale = np.nanmax(want["train128_grad_l2"])
-    for name, l2, first8 in zip(want["train128_param_names"], want["train128_grad_l2"], want["train128_grad_first8"], strict=True):
+    for name, l2, first8 in zip(
+        want["train128_param_names"], want["train128_grad_l2"], want["train128_grad_first8"], strict=True
+    ):
         grad = parameters[name].grad.double()
-        # A mathematically zero gradient is recorded as rounding noise: those compare against the scale of the whole network.
+        # A mathematically zero gradient is recorded as rounding noise: those compare against the scale of the whole
+        # network.
         assert abs(grad.norm().item() - l2) <= bound * max(l2, 1e-2 * scale), name
         first8 = torch.from_numpy(first8[~np.isnan(first8)])
         assert (grad.flatten()[: len(first8)] - first8).abs().max() <= bound * max(l2, 1e-2 * scale), name
@@ -136,7 +140,8 @@ def test_encoder_with_output_stride(name, ours):
         assert golden.relative(found.flatten()[:16], want[f"enc128_layer_{number}_first16"]) < 1e-10
 
 
-# (convolution, padding, dilation) of the published encoders at output stride 8; every other depth-wise convolution has 1 and 1.
+# (convolution, padding, dilation) of the published encoders at output stride 8; every other depth-wise convolution has
+# 1 and 1.
 DILATED = {
     "mobilevitv3_s": {"layer_5.0.block.conv_3x3.block.conv": 2},
     "mobilevitv3_100": {
@@ -151,7 +156,9 @@ DILATED = {
 def test_dilations_at_output_stride_8(ours):
     model = create_model(ours, features_only=True, output_stride=8)
     found = {
-        n: m.dilation[0] for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.dilation[0] > 1
+        n: m.dilation[0]
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and m.dilation[0] > 1
     }
     assert found == DILATED[ours]
     assert [m.shape[-1] for m in model.eval()(torch.zeros(1, 3, 64, 64))] == [32, 16, 8, 8, 8]

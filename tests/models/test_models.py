@@ -9,6 +9,7 @@ from torch import nn
 
 import mvit3_kernels
 from mvit3_kernels import create_model, list_models
+from tests.networks import SAME_OPERATORS, structure
 
 SMALL = ("mobilevit_xxs", "mobilevitv2_050", "mobilevitv3_xxs", "mobilevitv3_050")
 
@@ -54,8 +55,16 @@ def test_any_image_size_and_layout(name, size):
 def test_features_only(name):
     model = create_model(name, features_only=True, out_indices=(1, -1)).eval()
     maps = model(torch.randn(1, 3, 64, 128))
-    assert [m.shape[1] for m in maps] == model.feature_info.channels() == [model.feature_info.channels(1), model.feature_info.channels(4)]
-    assert [(64 // m.shape[2], 128 // m.shape[3]) for m in maps] == [(r, r) for r in model.feature_info.reduction()] == [(4, 4), (32, 32)]
+    assert (
+        [m.shape[1] for m in maps]
+        == model.feature_info.channels()
+        == [model.feature_info.channels(1), model.feature_info.channels(4)]
+    )
+    assert (
+        [(64 // m.shape[2], 128 // m.shape[3]) for m in maps]
+        == [(r, r) for r in model.feature_info.reduction()]
+        == [(4, 4), (32, 32)]
+    )
     assert model.feature_info.module_name() == ["layer_2", "layer_5"]
     assert not any(key.startswith(("classifier", "conv_1x1_exp")) for key in model.state_dict())
     with pytest.raises(ValueError, match="features_only model has no classifier"):
@@ -176,7 +185,8 @@ def test_compiled_training_step_updates_what_eager_updates(name):
     for (key, p), q in zip(eager.named_parameters(), traced.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-9), key
     for (key, p), q in zip(eager.named_buffers(), traced.buffers(), strict=True):
-        assert torch.allclose(p, q, rtol=1e-9, atol=1e-15), key  # the mean behind a normalised map is 0 but for rounding
+        # the mean behind a normalised map is 0 but for rounding
+        assert torch.allclose(p, q, rtol=1e-9, atol=1e-15), key
 
 
 @pytest.mark.parametrize("name", ["mobilevitv3_xxs", "mobilevitv3_050"])
@@ -185,7 +195,15 @@ def test_export_is_plain_aten(name):
     x = torch.randn(2, 3, 64, 64)
     program = torch.export.export(model, (x,))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert called and all(target.startswith("aten.") or target == "<built-in function getitem>" for target in called), called
+    assert called and all(target.startswith("aten.") or target == "<built-in function getitem>" for target in called), (
+        called
+    )
     with torch.no_grad(), mvit3_kernels.backend("reference"):
         want = model(x)
     assert torch.allclose(program.module()(x), want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", SAME_OPERATORS)
+def test_networks_that_differ_in_widths_alone(name):
+    """What tests of the distinct networks rely on."""
+    assert structure(name) == structure(SAME_OPERATORS[name])

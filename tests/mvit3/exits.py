@@ -1,7 +1,8 @@
-"""Many ends of a run in one process that has the imports: each is a fork of it, with the default loading processes, that fails somewhere.
+"""Many ends of a run in one process that has the imports: each is a fork of it, with loading processes, that fails
+somewhere.
 
-As a program: `exits.py FOLDER` writes a line for each point: its name, its exit status, the step of the checkpoint that is left, what was
-said.
+As a program: `exits.py FOLDER` writes a line for each point: its name, its exit status, the step of the checkpoint that
+is left, what was said.
 """
 
 # ruff: noqa: E402
@@ -9,8 +10,8 @@ import atexit
 import os
 
 STATUS = [0]
-# The first to be registered is the last to be called: what Python waits for at its end is over then, and PyTorch's destructors (a second)
-# are not what is tested.
+# The first to be registered is the last to be called: what Python waits for at its end is over then, and PyTorch's
+# destructors (a second) are not what is tested.
 atexit.register(lambda: os._exit(STATUS[0]) if STATUS[0] != "parent" else None)
 
 import errno
@@ -24,14 +25,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from mvit3 import backends, checkpoint, cli, commands, logs, report, trainer  # noqa: F401 -- imported before the forks
+# imported before the forks
+from mvit3 import backends, checkpoint, cli, commands, logs, loss, report, trainer  # noqa: F401
 from mvit3.data import loader
 
 LIMIT = 120  # seconds after which a process hangs: they take one or two
 KINDS = {
     "bug": lambda: ValueError("injected"),
     "runtime": lambda: RuntimeError("injected"),
-    "memory": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    "memory": lambda: RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+    ),
     "disk": lambda: OSError(errno.ENOSPC, "No space left on device"),
     "interrupt": lambda: KeyboardInterrupt(),
     "exit": lambda: SystemExit(3),
@@ -52,14 +56,15 @@ def failing(owner, name, kind, call):
     setattr(owner, name, wrapper)
 
 
-# Where, on which call of which function, and with what. A run is two epochs of three steps, and two evaluations after each.
+# Where, on which call of which function, and with what. A run is two epochs of two steps, and two evaluations after
+# each. Each of its two loading processes reads a batch of four images an epoch.
 PLACES = {
-    "data": (loader._Training, "load", (1, 4, 9)),
+    "data": (loader._Training, "load", (1, 4, 7)),
     "validation": (loader._Validation, "__getitem__", (1, 4)),
-    "forward": (trainer.Criterion, "mix", (1, 3, 6)),
+    "forward": (loss.Criterion, "mix", (1, 3, 4)),
     "backward": (torch.Tensor, "backward", (1, 2, 4)),
     "update": (trainer.Trainer, "_update", (2,)),
-    "average": (trainer.Ema, "update", (2, 5)),
+    "average": (trainer.Ema, "update", (2, 4)),
     "evaluation": (trainer, "evaluate", (1, 2, 4)),
     "checkpoint": (checkpoint, "_write", (1, 2)),
     "names": (checkpoint.os, "replace", (1, 3)),
@@ -72,7 +77,7 @@ POINTS = [(*call, kind) for i, call in enumerate(CALLS) for kind in ("memory", l
 
 
 def images(root: Path) -> None:
-    for part, count in (("train", 6), ("val", 3)):
+    for part, count in (("train", 4), ("val", 3)):
         for name in "ab":
             (root / part / name).mkdir(parents=True)
             for i in range(count):
@@ -83,9 +88,10 @@ def run(place: str, call: int, kind: str) -> None:
     owner, name, _ = PLACES[place]
     failing(owner, name, kind, call)
     arguments = [
-        "train", f"--data={FOLDER / 'images'}", f"--run.output={FOLDER / POINT}", "--model.name=mobilevitv3_xxs", "--data.batch_size=4",
-        "--data.eval_batch_size=2", "--data.resize=32", "--data.crop=32", "--sampler.size=32", "--sampler.sizes=[]", "--schedule.epochs=2",
-        "--schedule.warmup_iterations=0", "--run.threads=1", "--run.save_steps=1", "--quiet",
+        "train", f"--data={FOLDER / 'images'}", f"--run.output={FOLDER / POINT}", "--model.name=mobilevitv3_xxs",
+        "--data.batch_size=4", "--data.eval_batch_size=2", "--data.workers=2", "--data.resize=32", "--data.crop=32",
+        "--sampler.size=32", "--sampler.sizes=[]", "--schedule.epochs=2", "--schedule.warmup_iterations=0",
+        "--run.threads=1", "--run.save_steps=1", "--quiet",
     ]  # fmt: skip
     commands._backend = lambda trainer: "not looked at"
     try:
@@ -132,6 +138,9 @@ if __name__ == "__main__":
             if done:
                 code = os.waitstatus_to_exitcode(status)
                 said = (FOLDER / f"{point}.log").read_text()[-2000:]
-                print(json.dumps({"point": point, "code": code, "step": last_step(FOLDER / point), "said": said}), flush=True)
+                print(
+                    json.dumps({"point": point, "code": code, "step": last_step(FOLDER / point), "said": said}),
+                    flush=True,
+                )
                 del running[child]
         time.sleep(0.02)

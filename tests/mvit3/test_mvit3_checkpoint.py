@@ -71,7 +71,9 @@ def test_file_is_on_disk_before_it_gets_its_name(saved, content, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(checkpoint.os, name)
-        monkeypatch.setattr(checkpoint.os, name, lambda *args, name=name, original=original: (calls.append(name), original(*args)))
+        monkeypatch.setattr(
+            checkpoint.os, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))
+        )
     checkpoint.save(saved.parent, content, ("best.pt",))
     assert calls == ["fsync", "replace", "replace", "replace", "fsync"]
 
@@ -81,7 +83,9 @@ def test_full_disk(tmp_path, content, capsys):
     folder = tmp_path / "runs"
     folder.mkdir()
     size = 20 * 2**20  # a checkpoint has 12 MB
-    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+    ).returncode
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         checkpoint.save(folder, content)
@@ -104,7 +108,7 @@ def test_full_disk(tmp_path, content, capsys):
 
 def test_missing(tmp_path, capsys):
     assert "there is no such file" in evaluate_error(tmp_path / "nothing.pt", capsys)
-    assert "there is no such file" in evaluate_error(tmp_path, capsys)
+    assert "is a folder" in evaluate_error(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
@@ -146,7 +150,10 @@ def test_foreign_file(tmp_path, capsys, foreign, message):
 
 
 def test_content_that_does_not_fit(saved, content, capsys):
-    other = {**content, "config": {**content["config"], "model": {**content["config"]["model"], "name": "mobilevitv3_xs"}}}
+    other = {
+        **content,
+        "config": {**content["config"], "model": {**content["config"]["model"], "name": "mobilevitv3_xs"}},
+    }
     checkpoint.save(saved.parent, other)
     assert "does not fit mobilevitv3_xs" in evaluate_error(saved, capsys)
     checkpoint.save(saved.parent, {**content, "class_names": [str(i) for i in range(10)], "num_classes": 9})
@@ -154,14 +161,17 @@ def test_content_that_does_not_fit(saved, content, capsys):
 
 
 def test_previous_checkpoint_is_used(trained, tmp_path, capsys):
-    """A truncated last.pt: the one before it is used, and that is said; without one, the run does not start anew by itself."""
+    """A truncated last.pt: the one before it is used, and that is said; without one, the run does not start anew by
+    itself."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     last = tmp_path / "last.pt"
     shutil.copyfile(last, tmp_path / "previous.pt")
     last.write_bytes(last.read_bytes()[:1000])
     assert main(small_arguments(tmp_path, "--run.max_steps=3")) == 0
     said = capsys.readouterr().err
-    assert "last.pt is truncated" in said and "going on with" in said and "previous.pt" in said and "step 2 of 8" in said
+    assert (
+        "last.pt is truncated" in said and "going on with" in said and "previous.pt" in said and "step 2 of 8" in said
+    )
     assert checkpoint.load(last)["progress"]["step"] == 3
 
     last.write_bytes(b"")
@@ -180,7 +190,13 @@ def test_other_options_are_refused(trained, tmp_path, capsys):
     # Named, it is taken with the new options.
     assert (
         main(
-            small_arguments(tmp_path / "new", "--quiet", "--optimizer.lr=0.5", "--run.max_steps=3", f"--run.resume={tmp_path / 'last.pt'}")
+            small_arguments(
+                tmp_path / "new",
+                "--quiet",
+                "--optimizer.lr=0.5",
+                "--run.max_steps=3",
+                f"--run.resume={tmp_path / 'last.pt'}",
+            )
         )
         == 0
     )

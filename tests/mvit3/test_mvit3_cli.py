@@ -21,7 +21,7 @@ from .conftest import small_arguments
     (["--schedule.epoch", "3"], "there is no option '--schedule.epoch'; the nearest is --schedule.epochs"),
     (["digits"], "digits"),
     (["--model.name", "mobilevitv3-xxs"], "the nearest is 'mobilevitv3_xxs'"),
-    (["--model.name", "resnet50"], "model.name must be one of mobilevit_s"),
+    (["--model.name", "resnet50"], "model.name must be one of 80 names; got 'resnet50'"),
     (["--run.ops", "fusd"], "run.ops must be one of fused, reference; got 'fusd', the nearest is 'fused'"),
     (["--data.source", "digit"], "the nearest is 'digits'"),
     (["--optimizer.name", "adamww"], "the nearest is 'adamw'"),
@@ -40,7 +40,8 @@ from .conftest import small_arguments
     (["--sampler.sizes", "[160,x]"], "sampler.sizes must be a list of whole numbers such as [160,192], got 'x'"),
     (["--config", "mobilevit3_s"], "there is no recipe 'mobilevit3_s', the nearest is 'mobilevitv3_s'"),
     (["--config", "nothing.yaml"], "--config nothing.yaml cannot be read: No such file or directory"),
-    (["--config", "digits", "--data.batch_size", "5000"], "data.batch_size must be at most the number of training images, 1437"),
+    (["--config", "digits", "--data.batch_size", "5000"],
+     "data.batch_size must be at most the number of training images, 1437"),
     (["--data.root", ""], "data.root must name the folder of the images"),
 ])  # fmt: skip
 def test_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, message):
@@ -82,7 +83,15 @@ def test_wrong_file(tmp_path, capsys, text, message):
 def test_files_then_command_line(tmp_path, capsys):
     """Later ones win; what is printed can be read back and is the same."""
     (tmp_path / "own.yaml").write_text("optimizer: {lr: 1e-4, weight_decay: 0.2}\nsampler: {sizes: []}")
-    arguments = ["train", "--config=mobilevitv3_s", f"--config={tmp_path / 'own.yaml'}", "--optimizer.lr", "5e-4", "--data", "images"]
+    arguments = [
+        "train",
+        "--config=mobilevitv3_s",
+        f"--config={tmp_path / 'own.yaml'}",
+        "--optimizer.lr",
+        "5e-4",
+        "--data",
+        "images",
+    ]
     assert main([*arguments, "--print_config"]) == 0
     printed = capsys.readouterr().out
     config = TrainConfig.from_dict(yaml.safe_load(printed))
@@ -111,7 +120,7 @@ def test_output_that_cannot_be_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "a command is needed: train, finetune, evaluate, predict, models, demo"),
+    ([], "a command is needed: train, finetune, evaluate, predict, export, models, demo"),
     (["trian"], "the nearest is train"),
     (["evaluate"], "checkpoint"),
     (["predict", "--checkpoint", "x"], "images"),

@@ -1,4 +1,5 @@
-"""Decoders give the same pixels and refuse the same files; scaled decoding stays near; the GPU's way does the same to an image."""
+"""Decoders give the same pixels and refuse the same files; scaled decoding stays near; the GPU's way does the same to
+an image."""
 
 import io
 
@@ -43,7 +44,8 @@ def test_same_pixels(name, reduce, options):
 
 @pytest.mark.parametrize("name", ("pil", *FAST))
 def test_other_images(name):
-    """Grey, CMYK and turned JPEGs, and other formats, come out as PIL reads them; where images are not to be turned, as they are stored."""
+    """Grey, CMYK and turned JPEGs, and other formats, come out as PIL reads them; where images are not to be turned, as
+    they are stored."""
     if name != "pil":
         pytest.importorskip(name)
     exif = Image.Exif()
@@ -85,14 +87,18 @@ def test_a_decoder_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert Decoder("auto").name == "pil"
     with pytest.raises(
-        UsageError, match=r"data.decoder simplejpeg: the package simplejpeg is not installed; mvit3_kernels\[fast\] brings it"
+        UsageError,
+        match=r"data.decoder simplejpeg: the package simplejpeg is not installed; mvit3_kernels\[fast\] brings it",
     ):
         Decoder("simplejpeg")
 
 
 def test_reduction():
     """Never below the size that the crop will have."""
-    assert [reduction((h, w), (100, 100)) for h, w in ((99, 99), (199, 900), (200, 200), (401, 799), (800, 800), (9000, 100))] == [
+    assert [
+        reduction((h, w), (100, 100))
+        for h, w in ((99, 99), (199, 900), (200, 200), (401, 799), (800, 800), (9000, 100))
+    ] == [
         1,
         1,
         2,
@@ -106,14 +112,17 @@ def test_reduction():
 def test_scaled_decoding_stays_near(interpolation):
     """The documented bound: on average 2 levels of 255, from images with fine noise of 6 levels."""
     large = encode(draw(2, 4, 1200, 900, np.random.default_rng(1)), quality=90)
-    exact, scaled = (DataConfig(resize=144, crop=128, interpolation=interpolation, scaled_decoding=on) for on in (False, True))
+    exact, scaled = (
+        DataConfig(resize=144, crop=128, interpolation=interpolation, scaled_decoding=on) for on in (False, True)
+    )
     pixels = [EvaluationTransform(config).pixels(large).int() for config in (exact, scaled)]
     difference = (pixels[0] - pixels[1]).abs().float()
     assert 0 < difference.mean() < 2
     augment = AugmentConfig(crop_scale=(0.5, 1))
     for i in range(5):
         pixels = [TrainTransform(config, augment)(large, 128, (i,)).int() for config in (exact, scaled)]
-        assert 0 < (pixels[0] - pixels[1]).abs().float().mean() < 6  # the crop moves by up to half a pixel of the result
+        # the crop moves by up to half a pixel of the result
+        assert 0 < (pixels[0] - pixels[1]).abs().float().mean() < 6
 
 
 def test_what_goes_to_the_gpu():
@@ -145,7 +154,8 @@ def test_the_gpus_way_does_the_same():
 
 def test_gpu_decoding_is_refused_without_a_gpu():
     with pytest.raises(
-        UsageError, match=r"data.decoder nvjpeg needs a CUDA device, this run is on cpu; data.decoder auto decodes on the CPU"
+        UsageError,
+        match=r"data.decoder nvjpeg needs a CUDA device, this run is on cpu; data.decoder auto decodes on the CPU",
     ):
         on_gpu.check(torch.device("cpu"), AugmentConfig())
     with pytest.raises(UsageError, match=r"augment.policy works on the CPU only"):

@@ -1,4 +1,5 @@
-"""What folders and shards hold beside images is left out, counted and said; where classes and data sets get their names from."""
+"""What folders and shards hold beside images is left out, counted and said; where classes and data sets get their names
+from."""
 
 import gzip
 import io
@@ -38,7 +39,9 @@ def root(tmp_path):
 
 def config(root, **data):
     settings = dict(root=str(root), batch_size=2, eval_batch_size=4, resize=8, crop=8, workers=0)
-    return SimpleNamespace(data=DataConfig(**{**settings, **data}), augment=AugmentConfig(), sampler=SamplerConfig(size=8))
+    return SimpleNamespace(
+        data=DataConfig(**{**settings, **data}), augment=AugmentConfig(), sampler=SamplerConfig(size=8)
+    )
 
 
 def opened(root, part="train", names=(), **data):
@@ -77,7 +80,7 @@ def test_links(root):
     found = opened(root)
     assert names(found) == PLAIN or names(found) == [f"again/{i}.png" for i in range(4)] + PLAIN[4:]
     assert any("links to folders that are already taken are left out: 5" in note for note in found.notes)
-    assert any("files that are no images are left out: 1, the first is dog/self" in note for note in found.notes)
+    assert any("files of other kinds are left out: 1, the first is dog/self" in note for note in found.notes)
 
 
 def test_links_to_other_places_are_followed(root, tmp_path):
@@ -99,7 +102,7 @@ def test_other_files_are_counted(root):
     found = opened(root)
     assert names(found) == PLAIN
     assert set(found.notes) == {
-        f"{root}/train: files that are no images are left out: 3, the first is cat/notes.txt",
+        f"{root}/train: files of other kinds are left out: 3, the first is cat/notes.txt",
         f"{root}/train: files beside the folders of the classes are left out: 2, the first is labels.csv",
     }
 
@@ -193,18 +196,29 @@ def test_compressed_shards(tmp_path, mode):
 
 def test_a_compressed_shard_that_is_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temporary"))
-    shard(tmp_path / "whole.tar", {f"{i}.{kind}": os.urandom(5000) if kind == "png" else b"0" for i in range(9) for kind in ("png", "cls")})
+    shard(
+        tmp_path / "whole.tar",
+        {f"{i}.{kind}": os.urandom(5000) if kind == "png" else b"0" for i in range(9) for kind in ("png", "cls")},
+    )
     packed = gzip.compress((tmp_path / "whole.tar").read_bytes())
     (tmp_path / "train-0.tar.gz").write_bytes(packed[: len(packed) // 2])
     for _ in range(2):
         found = opened(tmp_path, source="shards", train="train-*.tar.gz")
         assert 3 <= len(found.labels) <= 5
-        assert any("is damaged" in note and f"{len(found.labels)} images before that are used" in note for note in found.notes)
+        assert any(
+            "is damaged" in note and f"{len(found.labels)} images before that are used" in note for note in found.notes
+        )
     assert list((tmp_path / "temporary").glob("mvit3-shards-*/*.tar"))
 
 
 def test_what_shards_hold_beside_samples(tmp_path):
-    more = {"._000.png": b"x", "__MACOSX/000.png": b"x", "007.png": image(), "000.jpg": image(kind="JPEG"), "001.json": b"{}"}
+    more = {
+        "._000.png": b"x",
+        "__MACOSX/000.png": b"x",
+        "007.png": image(),
+        "000.jpg": image(kind="JPEG"),
+        "001.json": b"{}",
+    }
     shard(tmp_path / "train-0.tar", {**samples(4), **more})
     found = opened(tmp_path, source="shards", train="train-0.tar")
     assert values(found) == [0, 1, 2, 3]
@@ -233,14 +247,17 @@ def test_class_names_of_shards(tmp_path, file, content):
 
 
 def test_labels_are_those_of_training(tmp_path):
-    """Where the names beside the shards come in another order; numbers as names say nothing of it; an unknown class is refused."""
+    """Where the names beside the shards come in another order; numbers as names say nothing of it; an unknown class is
+    refused."""
     shard(tmp_path / "val.tar", {**samples(4), "9.png": image(9), "9.cls": b"dog"})
     (tmp_path / "classes.txt").write_text("cat\ndog")
     known = ("owl", "dog", "cat")
     assert opened(tmp_path, "val", known, source="shards", val="val.tar").labels.tolist() == [2, 1, 2, 1, 1]
     shard(tmp_path / "val.tar", samples(4))
     assert opened(tmp_path, "val", ("0", "1"), source="shards", val="val.tar").labels.tolist() == [0, 1, 0, 1]
-    with pytest.raises(DataError, match=r"classes.txt has a class 'dog' that training does not know \(1 such, 2 known classes\)"):
+    with pytest.raises(
+        DataError, match=r"classes.txt has a class 'dog' that training does not know \(1 such, 2 known classes\)"
+    ):
         opened(tmp_path, "val", ("cat", "owl"), source="shards", val="val.tar")
 
 
@@ -252,7 +269,9 @@ def test_class_names_that_do_not_fit(tmp_path):
         loaders(shards(tmp_path))
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "classes.json").write_text('{"cat": 1}')
-    with pytest.raises(DataError, match=r"classes.json does not name classes, a line each or as JSON with labels from 0 on"):
+    with pytest.raises(
+        DataError, match=r"classes.json does not name classes, a line each or as JSON with labels from 0 on"
+    ):
         loaders(shards(tmp_path))
     with pytest.raises(DataError, match=r"nowhere.txt cannot be read: No such file"):
         loaders(shards(tmp_path, class_map="nowhere.txt"))
@@ -290,7 +309,9 @@ def test_torchvision(mnist, name):
 
 
 def test_torchvision_refusals(mnist):
-    with pytest.raises(UsageError, match=r"data.name must be a data set of torchvision .*; got 'CIFR10', the nearest is 'CIFAR10'"):
+    with pytest.raises(
+        UsageError, match=r"data.name must be a data set of torchvision .*; got 'CIFR10', the nearest is 'CIFAR10'"
+    ):
         opened(mnist, source="torchvision", name="CIFR10")
     with pytest.raises(DataError, match=r"CIFAR10 cannot be read from .*--data.download true fetches it"):
         opened(mnist, source="torchvision", name="cifar10")

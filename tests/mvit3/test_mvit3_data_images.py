@@ -1,5 +1,5 @@
-"""Images that are not 8-bit RGB: read as documented, the same by every decoder, said once; what cannot be read is refused before it costs
-memory."""
+"""Images that are not 8-bit RGB: read as documented, the same by every decoder, said once; what cannot be read is
+refused before it costs memory."""
 
 import io
 import struct
@@ -74,10 +74,19 @@ def test_sixteen_bits(decoder, kind):
 def test_sixteen_bits_of_big_endian_tiff(decoder):
     deep = (GREY.astype(np.uint16) << 8).astype(">u2")
     height, width = deep.shape
-    tags = [(256, 4, width), (257, 4, height), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, 8 + 2 + 12 * 9 + 4), (277, 3, 1)]
+    tags = [
+        (256, 4, width),
+        (257, 4, height),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8 + 2 + 12 * 9 + 4),
+        (277, 3, 1),
+    ]
     tags += [(278, 4, height), (279, 4, deep.nbytes)]
     entries = b"".join(
-        struct.pack(">HHI", tag, kind, 1) + (struct.pack(">I", v) if kind == 4 else struct.pack(">HH", v, 0)) for tag, kind, v in tags
+        struct.pack(">HHI", tag, kind, 1) + (struct.pack(">I", v) if kind == 4 else struct.pack(">HH", v, 0))
+        for tag, kind, v in tags
     )
     data = b"MM\0*" + struct.pack(">IH", 8, len(tags)) + entries + struct.pack(">I", 0) + deep.tobytes()
     assert same(decoder.decode(data), GREY)
@@ -106,7 +115,9 @@ def test_floats_of_any_range(decoder):
 
 def test_integers(decoder):
     wide = (GREY.astype(np.int32)) * 257
-    assert same(decoder.decode(encode(wide, "TIFF")), GREY) and "integer pixels are read as 0 to 65535" in remark(decoder)
+    assert same(decoder.decode(encode(wide, "TIFF")), GREY) and "integer pixels are read as 0 to 65535" in remark(
+        decoder
+    )
     assert same(decoder.decode(encode(GREY.astype(np.int32), "TIFF")), GREY) and "0 to 255" in remark(decoder)
     decoder.decode(encode(np.array([[0, 1 << 20]], np.int32), "TIFF"))
     assert "their own range, here 0 to 1.04858e+06" in remark(decoder)
@@ -116,7 +127,9 @@ def test_integers(decoder):
 def test_other_modes(decoder, mode):
     """As PIL's convert("RGB"); nothing is remarked."""
     image = IMAGE.convert(mode)
-    for kind in {"1": ("PNG", "TIFF"), "P": ("PNG", "GIF"), "CMYK": ("JPEG", "TIFF"), "YCbCr": ("JPEG", "TIFF")}.get(mode, ("PNG", "WEBP")):
+    for kind in {"1": ("PNG", "TIFF"), "P": ("PNG", "GIF"), "CMYK": ("JPEG", "TIFF"), "YCbCr": ("JPEG", "TIFF")}.get(
+        mode, ("PNG", "WEBP")
+    ):
         data = encode(image, kind)
         assert np.array_equal(decoder.decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
         assert decoder.take_remarks() == []
@@ -140,7 +153,13 @@ def test_transparency(decoder, mode, recwarn):
 def test_several_frames(decoder):
     """The first one of a GIF, a TIFF, a WebP."""
     for kind, options in (("GIF", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
-        data = encode(Image.new("RGB", (8, 8), "red"), kind, save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")], **options)
+        data = encode(
+            Image.new("RGB", (8, 8), "red"),
+            kind,
+            save_all=True,
+            append_images=[Image.new("RGB", (8, 8), "blue")],
+            **options,
+        )
         assert decoder.decode(data)[0, 0].tolist() == [255, 0, 0]
         assert remark(decoder) == f"of a {kind} with several frames the first one is read"
 
@@ -181,22 +200,50 @@ def test_damaged_tags_do_not_make_an_image_unreadable(decoder):
     data = encode(exif=exif)
     place = data.index(b"Exif")
     for length in (6, 10, 20):
-        assert decoder.decode(data[: place + length] + b"\xff" * 12 + data[place + length + 12 :]).shape in ((47, 61, 3), (61, 47, 3))
+        assert decoder.decode(data[: place + length] + b"\xff" * 12 + data[place + length + 12 :]).shape in (
+            (47, 61, 3),
+            (61, 47, 3),
+        )
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (png(0, 5), "identify|no pixels"),
-    (b"P6\n0 5\n255\n", "identify|no pixels"),
-    (png(20000, 20000), "exceed"),
-    (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 65500, 65500) + b"\3\1\x22\0\2\x11\1\3\x11\1" + bytes(99), "exceed"),
-    (b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 0, 65500) + b"\3\1\x22\0\2\x11\1\3\x11\1" + bytes(99), "no pixels"),
-    (png(64, 64, bytes(100)), "truncated|broken|not enough"),
-    (encode(kind="GIF")[:1500], "truncated"),
-    (encode(kind="TIFF")[:300], "."),
-    (encode(kind="WEBP")[:300], "."),
-    (encode(kind="BMP")[:300], "truncated"),
-    (b"GIF89a" + bytes(3), "."),
-], ids=["zero PNG", "zero PPM", "huge PNG", "huge JPEG", "zero JPEG", "short PNG", "GIF", "TIFF", "WebP", "BMP", "header"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (png(0, 5), "identify|no pixels"),
+        (b"P6\n0 5\n255\n", "identify|no pixels"),
+        (png(20000, 20000), "exceed"),
+        (
+            b"\xff\xd8\xff\xc0\0\x11\x08"
+            + struct.pack(">HH", 65500, 65500)
+            + b"\3\1\x22\0\2\x11\1\3\x11\1"
+            + bytes(99),
+            "exceed",
+        ),
+        (
+            b"\xff\xd8\xff\xc0\0\x11\x08" + struct.pack(">HH", 0, 65500) + b"\3\1\x22\0\2\x11\1\3\x11\1" + bytes(99),
+            "no pixels",
+        ),
+        (png(64, 64, bytes(100)), "truncated|broken|not enough"),
+        (encode(kind="GIF")[:1500], "truncated"),
+        (encode(kind="TIFF")[:300], "."),
+        (encode(kind="WEBP")[:300], "."),
+        (encode(kind="BMP")[:300], "truncated"),
+        (b"GIF89a" + bytes(3), "."),
+    ],
+    ids=[
+        "zero PNG",
+        "zero PPM",
+        "huge PNG",
+        "huge JPEG",
+        "zero JPEG",
+        "short PNG",
+        "GIF",
+        "TIFF",
+        "WebP",
+        "BMP",
+        "header",
+    ],
+)
 def test_refused(decoder, data, message):
     """Without pixels, with too many, cut off: DecodeError, and nothing else."""
     with pytest.raises(DecodeError, match=message):
@@ -326,7 +373,7 @@ def test_predict_says_what_it_reads_by_choice(tmp_path):
     images = find_images([tmp_path], said.append)
     assert [image.path.name for image in images] == ["a.png", "b.gif", "e.png"]
     assert sorted(text.removeprefix(f"{tmp_path}: ").partition(" are left")[0] for text in said) == [
-        "files that are no images", "hidden names", "links to folders that are already taken"
+        "files of other kinds", "hidden names", "links to folders that are already taken"
     ]  # fmt: skip
     said.clear()
     network = SimpleNamespace(

@@ -1,4 +1,5 @@
-"""Augmentation, evaluation and batches against what was published, worked out here: distributions, ranges, other libraries' pixels."""
+"""Augmentation, evaluation and batches against what was published, worked out here: distributions, ranges, other
+libraries' pixels."""
 
 import math
 import random
@@ -32,7 +33,8 @@ def test_random_crops():
     """Area uniform, logarithm of the ratio uniform, place uniform (Szegedy et al. 2015), flipped half of the time."""
     count, limit = 1000, 1.63 / math.sqrt(1000)  # what one in a hundred passes
     transform = TrainTransform(SMALL, AugmentConfig(crop_scale=(0.08, 0.5), crop_ratio=(3 / 4, 4 / 3)))
-    drawn = [transform.geometry(1000, 1000, (0, 0, i)) for i in range(count)]  # a square holds every such crop: none is drawn again
+    # a square holds every such crop: none is drawn again
+    drawn = [transform.geometry(1000, 1000, (0, 0, i)) for i in range(count)]
     top, left, height, width = np.array([box for box, _ in drawn]).T
     assert distance_from_uniform(height * width / 1e6, 0.08, 0.5) < limit
     assert distance_from_uniform(np.log(width / height), math.log(3 / 4), math.log(4 / 3)) < limit
@@ -45,17 +47,21 @@ def test_random_crops():
 
 
 def test_rand_augment(monkeypatch):
-    """Two of fourteen operations, each as likely, at strength 9 of 0 to 30 (Cubuk et al. 2019 on the ranges of AutoAugment)."""
+    """Two of fourteen operations, each as likely, at strength 9 of 0 to 30 (Cubuk et al. 2019 on the ranges of
+    AutoAugment)."""
     drawn = []
     monkeypatch.setattr(
-        v2.RandAugment, "_apply_image_or_video_transform", lambda self, image, name, value, **rest: drawn.append((name, value)) or image
+        v2.RandAugment,
+        "_apply_image_or_video_transform",
+        lambda self, image, name, value, **rest: drawn.append((name, value)) or image,
     )
     transform = TrainTransform(SMALL, AugmentConfig(**NOTHING, rand_augment=2, rand_augment_magnitude=9))
     for i in range(700):
         transform(IMAGE, 64, (0, 0, i))
     strength = 9 / 30
     ranges = {
-        "Identity": 0, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * 64, "TranslateY": 150 / 331 * 64, "Rotate": 30,
+        "Identity": 0, "ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * 64, "TranslateY": 150 / 331 * 64,
+        "Rotate": 30,
         "Brightness": 0.9, "Color": 0.9, "Contrast": 0.9, "Sharpness": 0.9, "AutoContrast": 0, "Equalize": 0,
     }  # fmt: skip
     expected = {name: {strength * high, -strength * high} for name, high in ranges.items()}
@@ -64,7 +70,9 @@ def test_rand_augment(monkeypatch):
         "Solarize": {1 - strength},
     }  # bits that stay; share of the range from which on it inverts
     for name, values in expected.items():
-        assert sorted({round(value, 4) for found, value in drawn if found == name}) == sorted({round(value, 4) for value in values})
+        assert sorted({round(value, 4) for found, value in drawn if found == name}) == sorted(
+            {round(value, 4) for value in values}
+        )
     counts = Counter(name for name, _ in drawn)
     assert sum(counts.values()) == 1400 and len(counts) == 14
     assert all(abs(count - 100) < 4 * math.sqrt(1400 / 14 * 13 / 14) for count in counts.values())
@@ -76,12 +84,18 @@ def test_rand_augment_changes_pixels_as_pil_does():
     plain = TrainTransform(SMALL, AugmentConfig(**NOTHING))(IMAGE, 64, (0,)).permute(1, 2, 0).contiguous().numpy()
     found = {transform(IMAGE, 64, (0, 0, i)).permute(1, 2, 0).numpy().tobytes() for i in range(150)}
     image = Image.fromarray(plain)
-    for expected in (image, image.rotate(30, Image.Resampling.BILINEAR), image.rotate(-30, Image.Resampling.BILINEAR), 255 - plain):
+    for expected in (
+        image,
+        image.rotate(30, Image.Resampling.BILINEAR),
+        image.rotate(-30, Image.Resampling.BILINEAR),
+        255 - plain,
+    ):
         assert np.asarray(expected).tobytes() in found
 
 
 def test_erasing():
-    """A quarter of the images lose a rectangle of 2 to 33 % and a ratio of 0.3 to 3.3 (Zhong et al. 2017, torchvision's ranges)."""
+    """A quarter of the images lose a rectangle of 2 to 33 % and a ratio of 0.3 to 3.3 (Zhong et al. 2017, torchvision's
+    ranges)."""
     white = np.full((64, 64, 3), 255, np.uint8)
     transform = TrainTransform(SMALL, AugmentConfig(**NOTHING, erase=0.25))
     areas, ratios = [], []
@@ -93,7 +107,9 @@ def test_erasing():
             areas.append(rows * columns / 64**2)
             ratios.append(rows / columns)
     assert abs(len(areas) - 200) < 4 * math.sqrt(800 * 0.25 * 0.75)
-    assert 0.015 < min(areas) < 0.05 and 0.28 < max(areas) < 0.34 and 0.25 < min(ratios) < 0.4 and 2.6 < max(ratios) < 3.7
+    assert (
+        0.015 < min(areas) < 0.05 and 0.28 < max(areas) < 0.34 and 0.25 < min(ratios) < 0.4 and 2.6 < max(ratios) < 3.7
+    )
 
 
 @pytest.mark.parametrize("colors", ["rgb", "bgr"])
@@ -134,7 +150,8 @@ def test_turning_scaling_and_shifting():
 @pytest.mark.parametrize("height", [96, 121, 250])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_evaluation_as_pil_does(height, interpolation):
-    """v2-style: the shorter side becomes 72, the longer one is rounded down, the centre of 64 is cut out; within one level."""
+    """v2-style: the shorter side becomes 72, the longer one is rounded down, the centre of 64 is cut out; within one
+    level."""
     image = Image.fromarray(IMAGE).resize((150, height))
     data = DataConfig(resize=72, crop=64, interpolation=interpolation)
     width, tall = (72 * 150 // height, 72) if height <= 150 else (72, 72 * height // 150)
@@ -163,7 +180,9 @@ def test_policy_of_timm():
     transform = TrainTransform(SMALL, AugmentConfig(**NOTHING, policy="rand-m9-mstd0.5-inc1"))
     images = [transform(IMAGE, 64, (i,)) for i in (0, 1, 0)]
     assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
-    with pytest.raises(UsageError, match=r"augment.policy must be one of timm's, .*got 'rnd-m9', the nearest beginning is 'rand'"):
+    with pytest.raises(
+        UsageError, match=r"augment.policy must be one of timm's, .*got 'rnd-m9', the nearest beginning is 'rand'"
+    ):
         TrainTransform(SMALL, AugmentConfig(policy="rnd-m9"))
 
 
@@ -183,28 +202,36 @@ MULTI = dict(size=256, sizes=(160, 192, 256, 288, 320))
 
 
 def test_batch_sizes():
-    """b_t = H W b / (H_t W_t) (MobileViT, section 3.2), rounded down to a multiple of 8; the release's are never fewer than at 256."""
+    """b_t = H W b / (H_t W_t) (MobileViT, section 3.2), rounded down to a multiple of 8; the release's are never fewer
+    than at 256."""
     exact = {size: 1024 * 256**2 / size**2 for size in MULTI["sizes"]}
     assert batch_sizes(SamplerConfig(**MULTI), 1024, 1) == {size: int(count // 8) * 8 for size, count in exact.items()}
     for processes in (2, 4, 8):
-        assert batch_sizes(SamplerConfig(**MULTI), 1024 // processes, processes) == batch_sizes(SamplerConfig(**MULTI), 1024, 1)
+        assert batch_sizes(SamplerConfig(**MULTI), 1024 // processes, processes) == batch_sizes(
+            SamplerConfig(**MULTI), 1024, 1
+        )
     released = batch_sizes(SamplerConfig(**MULTI, shrink=False), 32, 1)
     assert released == {160: 80, 192: 56, 256: 32, 288: 32, 320: 32}  # 81.9 and 56.9
     assert batch_sizes(SamplerConfig(size=256), 30, 3) == {256: 90}
-    assert batch_sizes(SamplerConfig(**MULTI), 5, 3) == {size: max(int(15 * 256**2 / size**2) // 3 * 3, 3) for size in MULTI["sizes"]}
+    assert batch_sizes(SamplerConfig(**MULTI), 5, 3) == {
+        size: max(int(15 * 256**2 / size**2) // 3 * 3, 3) for size in MULTI["sizes"]
+    }
     assert batch_sizes(SamplerConfig(**MULTI), 1, 1)[320] == 1
 
 
 def batches_of(world_size, batch_size, seed=0, epoch=0, start=0, count=9000, **options):
     """Whole batches, put together from those of the processes."""
-    samplers = [BatchSampler(SamplerConfig(**options), batch_size, count, seed, rank, world_size) for rank in range(world_size)]
+    samplers = [
+        BatchSampler(SamplerConfig(**options), batch_size, count, seed, rank, world_size) for rank in range(world_size)
+    ]
     for sampler in samplers:
         sampler.epoch, sampler.start = epoch, start
     return [[sample for part in parts for sample in part] for parts in zip(*samplers, strict=True)], samplers[0]
 
 
 def test_schedule():
-    """An epoch visits an image at most once, leaves out less than a batch, draws each size as often, and is another one next time."""
+    """An epoch visits an image at most once, leaves out less than a batch, draws each size as often, and is another one
+    next time."""
     batches, sampler = batches_of(1, 32, **MULTI, shrink=True)
     sizes = batch_sizes(SamplerConfig(**MULTI), 32, 1)
     assert len(batches) == len(sampler) and sum(map(len, batches)) == sampler.images > 9000 - max(sizes.values())
@@ -212,7 +239,10 @@ def test_schedule():
     assert len({index for batch in batches for index, *_ in batch}) == sampler.images
     assert [position for batch in batches for *_, position in batch] == list(range(sampler.images))
     counts = Counter(batch[0][1] for batch in batches)
-    assert all(abs(count - len(batches) / 5) < 4 * math.sqrt(len(batches) * 0.16) for count in counts.values()) and len(counts) == 5
+    assert (
+        all(abs(count - len(batches) / 5) < 4 * math.sqrt(len(batches) * 0.16) for count in counts.values())
+        and len(counts) == 5
+    )
     other, _ = batches_of(1, 32, epoch=1, **MULTI)
     assert [batch[0][1] for batch in other] != [batch[0][1] for batch in batches]
     assert [index for index, *_ in other[0]] != [index for index, *_ in batches[0]][: len(other[0])]
@@ -229,6 +259,7 @@ def test_schedule_does_not_depend_on_processes(options):
 
 def test_too_few_images_for_a_batch():
     with pytest.raises(
-        UsageError, match=r"data.batch_size must be at most the number of training images, 30, got 16 on each of 2 processes"
+        UsageError,
+        match=r"data.batch_size must be at most the number of training images, 30, got 16 on each of 2 processes",
     ):
         BatchSampler(SamplerConfig(), 16, 30, 0, 0, 2)

@@ -21,14 +21,20 @@ from .test_mvit3_survival import wait_for
 
 
 def test_fifty_exits(tmp_path):
-    """An exception in loading, forward, backward, update, evaluation, checkpoint, report: with loading processes, as by default."""
+    """An exception in loading, forward, backward, update, evaluation, checkpoint, report: with loading processes."""
     script = Path(__file__).with_name("exits.py")
-    done = subprocess.run([sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=600, check=True)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, text=True, timeout=600, check=True
+    )
     ends = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(ends) >= 50
     for end in ends:
         assert end["code"] > 0, end  # negative where it had to be killed
-        assert (end["step"] >= 0 and "failing now" in end["said"]) or "data" in end["point"] or "validation" in end["point"], end
+        assert (
+            (end["step"] >= 0 and "failing now" in end["said"])
+            or "data" in end["point"]
+            or "validation" in end["point"]
+        ), end
         if "memory" in end["point"]:
             assert "mvit3 train: error: out of memory: " in end["said"] and "data.batch_size" in end["said"], end
             assert "Traceback" not in end["said"].partition("error: out of memory")[0], end
@@ -44,7 +50,8 @@ def start_long(folder, *more, **kwargs):
 
 
 def test_second_run_in_a_folder(tmp_path):
-    """It is refused, says who is there, and leaves the first one's files alone; SIGHUP and Ctrl-C save and end the first."""
+    """It is refused, says who is there, and leaves the first one's files alone; SIGHUP and Ctrl-C save and end the
+    first."""
     running = start_long(tmp_path / "run")
     (tmp_path / "run" / ".last.pt.1.tmp").touch()
     with pytest.raises(SystemExit) as stop:
@@ -53,7 +60,9 @@ def test_second_run_in_a_folder(tmp_path):
     assert (tmp_path / "run" / ".lock").exists()
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=120)
-    assert running.returncode == 130 and "stopping after this step" in err and "the same command goes on from here" in out, err
+    assert (
+        running.returncode == 130 and "stopping after this step" in err and "the same command goes on from here" in out
+    ), err
     assert checkpoint.load(tmp_path / "run" / "last.pt")["progress"]["step"] >= 1
     assert not (tmp_path / "run" / ".lock").exists()
 
@@ -63,10 +72,14 @@ def test_who_holds_a_folder(tmp_path):
         "import sys, pathlib, torch; from mvit3.lock import alone; from mvit3.distributed import World\n"
         "with alone(pathlib.Path(sys.argv[1]), World(torch.device('cpu'))): print('in', flush=True); sys.stdin.read()"
     )
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "in\n"
     with (
-        pytest.raises(UsageError, match=f"run.output .* is in use by process {other.pid} on .*; take another run.output"),
+        pytest.raises(
+            UsageError, match=f"run.output .* is in use by process {other.pid} on .*; take another run.output"
+        ),
         alone(tmp_path, World("cpu")),
     ):
         pass
@@ -107,7 +120,9 @@ def test_head(arguments):
     """`mvit3 ... | head -1` says nothing more."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "mvit3", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "mvit3", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -119,24 +134,33 @@ def test_closed_streams():
 
 
 def test_torchrun_sees_a_failure(tmp_path):
-    """One process runs out of memory in its third step: the other one ends too, each with a line, and torchrun names the first."""
+    """One process runs out of memory in its third step: the other one ends too, each with a line, and torchrun names
+    the first."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
-        "from mvit3 import cli, trainer\n"
+        "from mvit3 import cli, loss\n"
         "if os.environ['RANK'] == '1':\n"
-        "    original, calls = trainer.Criterion.mix, []\n"
+        "    original, calls = loss.Criterion.mix, []\n"
         "    def full(*batch):\n"
         "        calls.append(1)\n"
         "        if len(calls) == 3:\n"
         "            raise MemoryError\n"
         "        return original(*batch)\n"
-        "    trainer.Criterion.mix = full\n"
+        "    loss.Criterion.mix = full\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    data = (images(tmp_path / "images"), "--data.source=folder", "--data.limit_train=0", "--data.limit_val=0", "--data.batch_size=2")
+    data = (
+        images(tmp_path / "images"),
+        "--data.source=folder",
+        "--data.limit_train=0",
+        "--data.limit_val=0",
+        "--data.batch_size=2",
+    )
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script))
-    running = process(*small_arguments(tmp_path / "run", *data, "--run.save_steps=1", "--run.threads=1", "--quiet"), launcher=launcher)
+    running = process(
+        *small_arguments(tmp_path / "run", *data, "--run.save_steps=1", "--run.threads=1", "--quiet"), launcher=launcher
+    )
     _, err = running.communicate(timeout=300)
     assert running.returncode == 1 and "mvit3 train: error: out of memory: no more memory is to be had" in err
     assert "rank      : 1 (local_rank: 1)" in err.partition("Root Cause")[2] and "trainer.py" not in err
@@ -150,7 +174,10 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "start", full)
     assert main(small_arguments(tmp_path / "run", "--quiet")) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "out of memory: CUDA out of memory. Tried to allocate 20.00 MiB; a smaller data.batch_size" in said
+    assert (
+        said.count("\n") == 1
+        and "out of memory: CUDA out of memory. Tried to allocate 20.00 MiB; a smaller data.batch_size" in said
+    )
     assert not (tmp_path / "run").exists()  # nothing was in it
 
     monkeypatch.setattr(commands, "start", lambda *args: 1 / 0)

@@ -61,7 +61,8 @@ def printed(capsys, *arguments):
 
 
 def test_where_values_come_from(start, images, capsys, tmp_path):
-    """Network and images of the checkpoint, the rest of the recipe finetune; files and options of the user over them."""
+    """Network and images of the checkpoint, the rest of the recipe finetune; files and options of the user over
+    them."""
     found = printed(capsys, "--checkpoint", start, "--data", images)
     then, recipe = checkpoint.load(start)["config"], published("finetune")
     assert found["model"] == then["model"] | {"pretrained": str(start), "drop_head": True}
@@ -73,7 +74,9 @@ def test_where_values_come_from(start, images, capsys, tmp_path):
         assert {key: found[section][key] for key in recipe[section]} == recipe[section]
     assert found["ema"] == {"enabled": True, "momentum": 5e-4, "warmup": True}
     (tmp_path / "own.yaml").write_text("optimizer: {lr: 0.5, layer_decay: 0.9}\naugment: {flip: 0.25}")
-    own = printed(capsys, "--checkpoint", start, "--data", images, "--config", tmp_path / "own.yaml", "--optimizer.lr=0.25")
+    own = printed(
+        capsys, "--checkpoint", start, "--data", images, "--config", tmp_path / "own.yaml", "--optimizer.lr=0.25"
+    )
     assert (own["optimizer"]["lr"], own["optimizer"]["layer_decay"], own["augment"]["flip"]) == (0.25, 0.9, 0.25)
     assert own["model"] == found["model"]
 
@@ -84,9 +87,17 @@ def test_weights_of_another_origin(images, capsys, tmp_path):
     found = printed(capsys, "--checkpoint", tmp_path / "plain.pt", "--config", "mobilevitv3_050", "--data", images)
     network, recipe = published("mobilevitv3_050"), published("finetune")
     assert found["model"]["name"] == "mobilevitv3_050" and found["model"]["pretrained"] == str(tmp_path / "plain.pt")
-    assert found["data"]["interpolation"] == "bicubic" and found["augment"]["rand_augment"] == 2 and found["data"]["batch_size"] == 32
+    assert (
+        found["data"]["interpolation"] == "bicubic"
+        and found["augment"]["rand_augment"] == 2
+        and found["data"]["batch_size"] == 32
+    )
     assert found["schedule"]["epochs"] == recipe["schedule"]["epochs"] != network["schedule"]["epochs"]
-    assert found["loss"]["mixup_alpha"] == 0 and found["ema"] == recipe["ema"] and found["run"]["output"] == "runs/finetune"
+    assert (
+        found["loss"]["mixup_alpha"] == 0
+        and found["ema"] == recipe["ema"]
+        and found["run"]["output"] == "runs/finetune"
+    )
     assert found["optimizer"] == found["optimizer"] | recipe["optimizer"]
     assert main(["finetune", "--checkpoint", str(tmp_path / "plain.pt"), "--data", str(images)]) == 1
     assert "a checkpoint of another origin needs --config with its recipe" in capsys.readouterr().err
@@ -95,18 +106,46 @@ def test_weights_of_another_origin(images, capsys, tmp_path):
 
 
 def test_finetune(start, images, capsys, tmp_path):
-    """From ten classes to five: the backbone is the checkpoint's, the classifier fresh; `evaluate` repeats what is recorded."""
-    arguments = ["--data", str(images), "--run.output", str(tmp_path), "--schedule.epochs=2", "--data.batch_size=20", "--data.workers=0"]
-    assert main(["finetune", "--checkpoint", str(start), *arguments, "--json", "--run.threads", str(torch.get_num_threads())]) == 0
+    """From ten classes to five: the backbone is the checkpoint's, the classifier fresh; `evaluate` repeats what is
+    recorded."""
+    arguments = [
+        "--data",
+        str(images),
+        "--run.output",
+        str(tmp_path),
+        "--schedule.epochs=2",
+        "--data.batch_size=20",
+        "--data.workers=0",
+    ]
+    assert (
+        main(
+            [
+                "finetune",
+                "--checkpoint",
+                str(start),
+                *arguments,
+                "--json",
+                "--run.threads",
+                str(torch.get_num_threads()),
+            ]
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert (result["num_classes"], result["epochs"], result["steps"]) == (5, 2, 6) and "fresh weights" not in captured.err
+    assert (result["num_classes"], result["epochs"], result["steps"]) == (
+        5,
+        2,
+        6,
+    ) and "fresh weights" not in captured.err
     content = checkpoint.load(tmp_path / "best.pt")
     assert content["class_names"] == [f"digit_{i}" for i in range(5)]
     assert main(["evaluate", "--checkpoint", str(tmp_path / "best.pt"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (
-        found["accuracy"] == result["best_accuracy"] == max(row[key] for row in result["history"] for key in ("accuracy", "ema_accuracy"))
+        found["accuracy"]
+        == result["best_accuracy"]
+        == max(row[key] for row in result["history"] for key in ("accuracy", "ema_accuracy"))
     )
     config = TrainConfig.from_dict(content["config"])
     fresh = Trainer(config, loaders(config), World(torch.device("cpu"))).model.state_dict()
@@ -117,8 +156,23 @@ def test_finetune(start, images, capsys, tmp_path):
 
 
 def test_without_a_checkpoint_it_is_said(images, capsys, tmp_path):
-    options = ["--config", "mobilevitv3_xxs", "--data", str(images), "--run.output", str(tmp_path), "--sampler.size=32", "--data.resize=32"]
-    options += ["--data.crop=32", "--run.max_steps=1", "--data.workers=0", "--run.threads", str(torch.get_num_threads())]
+    options = [
+        "--config",
+        "mobilevitv3_xxs",
+        "--data",
+        str(images),
+        "--run.output",
+        str(tmp_path),
+        "--sampler.size=32",
+        "--data.resize=32",
+    ]
+    options += [
+        "--data.crop=32",
+        "--run.max_steps=1",
+        "--data.workers=0",
+        "--run.threads",
+        str(torch.get_num_threads()),
+    ]
     assert main(["finetune", *options]) == 0
     assert "no --checkpoint is given: the network starts from fresh weights" in capsys.readouterr().err
 
@@ -141,7 +195,14 @@ def test_digits_to_five_classes(capsys, tmp_path):
     for part in ("train", "val"):
         write(tmp_path / "five", part, getattr(digits, part), 10**6)
     capsys.readouterr()
-    arguments = ["--checkpoint", tmp_path / "digits" / "best.pt", "--data", tmp_path / "five", "--run.output", tmp_path / "five_run"]
+    arguments = [
+        "--checkpoint",
+        tmp_path / "digits" / "best.pt",
+        "--data",
+        tmp_path / "five",
+        "--run.output",
+        tmp_path / "five_run",
+    ]
     assert main(["finetune", *map(str, arguments), *threads, "--schedule.epochs=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["best_accuracy"] >= 0.99
 
@@ -159,7 +220,9 @@ def test_models(capsys):
     }
     found = {model["name"]: model for model in describe(list(manifest), 256)}
     assert {name: (model["parameters"], model["macs"]) for name, model in found.items()} == manifest
-    assert found["mobilevitv3_s"]["flops"] == 2 * 1_832_711_680 and found["mobilevitv3_s"]["recipes"] == ["mobilevitv3_s"]
+    assert found["mobilevitv3_s"]["flops"] == 2 * 1_832_711_680 and found["mobilevitv3_s"]["recipes"] == [
+        "mobilevitv3_s"
+    ]
     assert [found[name]["input"] for name in ("mobilevitv3_xxs_fast", "mobilevitv3_050")] == [
         "3x256x256 BGR, 0 to 1", "3x256x256 RGB, 0 to 1"
     ]  # fmt: skip

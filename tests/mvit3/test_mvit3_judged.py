@@ -14,7 +14,8 @@ import mvit3_kernels
 from mvit3 import checkpoint, recipes, trainer
 from mvit3.cli import main
 from mvit3.ema import Ema
-from mvit3.evaluation import evaluate
+from mvit3.tasks import evaluate
+from mvit3.tasks.classification import Accuracy
 
 from .conftest import small_arguments, small_config
 from .test_mvit3_resume import images
@@ -22,7 +23,8 @@ from .test_mvit3_resume import images
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_average_is_timms(warmup):
-    """With the warm-up each step's average is timm's; without, the published one, which timm has from its second step on."""
+    """With the warm-up each step's average is timm's; without, the published one, which timm has from its second step
+    on."""
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
     initial = model.weight.detach().clone()
@@ -51,19 +53,24 @@ def test_average_is_timms(warmup):
 @pytest.mark.parametrize("name", recipes.names())
 def test_published_recipes_average_as_published(name):
     ema = yaml.safe_load(recipes.path(name).read_text()).get("ema", {})
-    assert name == "finetune" or not ema.get("enabled") or ema["warmup"] is False
+    unpublished = name == "finetune" or name.startswith("digits_")
+    assert unpublished or not ema.get("enabled") or ema["warmup"] is False
 
 
 def test_better_weights_are_used(tmp_path, capsys):
-    """Without a warm-up the average of a short run is its beginning: the trained weights are judged, kept, named, evaluated and used."""
-    options = ("--ema.momentum=1e-4", "--ema.warmup=false", "--schedule.epochs=6", "--data.limit_train=256", "--data.limit_val=60",
-               "--optimizer.lr=0.004")  # fmt: skip
+    """Without a warm-up the average of a short run is its beginning: the trained weights are judged, kept, named,
+    evaluated and used."""
+    options = ("--ema.momentum=1e-4", "--ema.warmup=false", "--schedule.epochs=6", "--data.limit_train=256",
+               "--data.limit_val=60", "--optimizer.lr=0.004")  # fmt: skip
     assert main(small_arguments(tmp_path, *options, "--json")) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     last = result["history"][-1]
     assert last["accuracy"] > last["ema_accuracy"] + 0.2
-    assert result["weights"] == last["weights"] == result["best_weights"] == "trained" and result["accuracy"] == last["accuracy"]
+    assert (
+        result["weights"] == last["weights"] == result["best_weights"] == "trained"
+        and result["accuracy"] == last["accuracy"]
+    )
     assert result["best_accuracy"] == max(row["accuracy"] for row in result["history"])
     steps = result["steps"]
     assert last["ema_initial_share"] == pytest.approx((1 - 1e-4) ** steps)
@@ -99,10 +106,14 @@ def test_outputs_that_are_not_finite_are_misses(bad):
     """Class 0 too, which is where a NaN would be found as the largest."""
     labels = torch.tensor([0, 0, 1, 1, 2, 2])
     pictures = labels.view(6, 1, 1, 1).float().expand(6, 3, 4, 4)
-    found = evaluate(Outputs(bad), iter([(pictures, labels)]), small_config().run, 3, torch.device("cpu"))
-    assert (found.correct, found.correct5, found.total, found.not_finite) == (6 - len(bad), 6 - len(bad), 6, len(bad))
-    assert found.loss is None if len(bad) == 6 else math.isfinite(found.loss)
-    assert sum(map(sum, found.confusion)) == 6 - len(bad)
+    cpu = torch.device("cpu")
+    found = evaluate(Outputs(bad), iter([(pictures, labels)]), small_config().run, Accuracy(3, cpu), cpu)
+    hits, loss = 6 - len(bad), found.values["val_loss"]
+    assert (found.values["correct"], found.values["accuracy5"] * 6, found.total, found.not_finite) == (
+        hits, hits, 6, len(bad)
+    )  # fmt: skip
+    assert loss is None if len(bad) == 6 else math.isfinite(loss)
+    assert sum(map(sum, found.kept["confusion"])) == hits
 
 
 def test_such_weights_are_never_the_best(tmp_path, capsys, monkeypatch):
@@ -116,7 +127,9 @@ def test_such_weights_are_never_the_best(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "evaluate", spoilt)
     assert main(small_arguments(tmp_path, "--schedule.epochs=1")) == 0
     said = capsys.readouterr().err
-    assert "the trained weights give no finite output for 40 of 40 validation images" in said and "average weights" in said
+    assert (
+        "the trained weights give no finite output for 40 of 40 validation images" in said and "average weights" in said
+    )
     assert not (tmp_path / "best.pt").exists() and checkpoint.load(tmp_path / "last.pt")["progress"]["best_epoch"] == 0
     assert main(["evaluate", f"--checkpoint={tmp_path / 'last.pt'}"]) == 1
     captured = capsys.readouterr()
@@ -126,7 +139,11 @@ def test_such_weights_are_never_the_best(tmp_path, capsys, monkeypatch):
 def test_command_line_wins_over_files(tmp_path, capsys):
     """In any order, for every option; and a folder that is named is what is read."""
     options = ["--run.output=mine", "--optimizer.lr", "0.5", "--data", "pictures", "--schedule.epochs", "7"]
-    orders = (["--config", "digits", *options], [*options, "--config", "digits"], [*options[:3], "--config=digits", *options[3:]])
+    orders = (
+        ["--config", "digits", *options],
+        [*options, "--config", "digits"],
+        [*options[:3], "--config=digits", *options[3:]],
+    )
     printed = []
     for arguments in orders:
         assert main(["train", *arguments, "--print_config"]) == 0
@@ -142,7 +159,13 @@ def test_command_line_wins_over_files(tmp_path, capsys):
 def test_other_data_are_evaluated_whole(tmp_path, capsys):
     """The training's data.limit_val is not theirs, and its accuracy is not what they should repeat."""
     data = images(tmp_path / "images")
-    options = ("--data.source=folder", "--data.limit_train=0", "--data.limit_val=6", "--data.batch_size=4", "--schedule.epochs=1")
+    options = (
+        "--data.source=folder",
+        "--data.limit_train=0",
+        "--data.limit_val=6",
+        "--data.batch_size=4",
+        "--schedule.epochs=1",
+    )
     assert main(small_arguments(tmp_path / "run", data, *options, "--quiet")) == 0
     evaluation = ["evaluate", f"--checkpoint={tmp_path / 'run' / 'last.pt'}", "--json"]
     assert main(evaluation) == 0
@@ -161,10 +184,11 @@ def test_some_classes_of_imagenet(tmp_path, capsys):
     for parameter in model.classifier.parameters():
         nn.init.zeros_(parameter)
     with torch.no_grad():
-        next(p for name, p in model.classifier.named_parameters() if name.endswith("bias"))[300] = 1.0  # the answer to everything
+        # the answer to everything
+        next(p for name, p in model.classifier.named_parameters() if name.endswith("bias"))[300] = 1.0
     torch.save(model.state_dict(), tmp_path / "published.pt")
-    evaluation = ["evaluate", f"--checkpoint={tmp_path / 'published.pt'}", "--config=mobilevitv3_xxs", "--data.resize=40", "--data.crop=32",
-                  "--data.workers=0", "--json"]  # fmt: skip
+    evaluation = ["evaluate", f"--checkpoint={tmp_path / 'published.pt'}", "--config=mobilevitv3_xxs",
+                  "--data.resize=40", "--data.crop=32", "--data.workers=0", "--json"]  # fmt: skip
     assert main([*evaluation, images(tmp_path / "named", chosen, 4)]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)

@@ -1,5 +1,5 @@
-"""What users of timm, MindCV and ml-cvnets rely on: losses, class weights, teachers, frozen parts, rates by layer, schedules, repeated
-augmentation, precision; each against its definition written out here."""
+"""What users of timm, MindCV and ml-cvnets rely on: losses, class weights, teachers, frozen parts, rates by layer,
+schedules, repeated augmentation, precision; each against its definition written out here."""
 
 import copy
 import math
@@ -13,14 +13,22 @@ from torch import nn
 
 import mvit3_kernels
 from mvit3 import checkpoint
-from mvit3.config import AugmentConfig, DistillConfig, LossConfig, OptimizerConfig, RunConfig, SamplerConfig, ScheduleConfig
+from mvit3.config import (
+    AugmentConfig,
+    DistillConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+    ScheduleConfig,
+)
 from mvit3.data import loaders
 from mvit3.data.sampler import BatchSampler
 from mvit3.distill import Teacher, open_teacher
 from mvit3.distributed import World
 from mvit3.errors import Failure, Stopped
 from mvit3.loss import Criterion, class_weights
-from mvit3.network import STAGES, DropPath, build_model, train_mode
+from mvit3.network import STAGES, build_model, train_mode
 from mvit3.optimizer import build_optimizer
 from mvit3.options import UsageError
 from mvit3.progress import Listener
@@ -41,7 +49,9 @@ def trainer(listener=None, **changes):
 
 def steps(one, count):
     one.config = copy.copy(one.config)
-    object.__setattr__(one.config, "run", RunConfig(**{**one.config.run.__dict__, "max_steps": one.progress.step + count}))
+    object.__setattr__(
+        one.config, "run", RunConfig(**{**one.config.run.__dict__, "max_steps": one.progress.step + count})
+    )
     with pytest.raises(Stopped):
         one.train_epoch()
 
@@ -69,7 +79,9 @@ def test_class_weights(name):
     found = Criterion(LossConfig(name=name, class_weights=weights, label_smoothing=0.0), 3)(logits, labels)
     w = torch.tensor(weights)
     if name == "bce":
-        expected = (F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 3).float(), reduction="none") * w).mean()
+        expected = (
+            F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, 3).float(), reduction="none") * w
+        ).mean()
     else:
         each = F.cross_entropy(logits, labels, reduction="none")
         expected = (each * w[labels]).sum() / w[labels].sum()
@@ -77,7 +89,8 @@ def test_class_weights(name):
 
 
 def test_balance():
-    """To the power 1 each class weighs the same in all; the mean over the images is 1; a class without images weighs nothing."""
+    """To the power 1 each class weighs the same in all; the mean over the images is 1; a class without images weighs
+    nothing."""
     labels = np.array([0] * 60 + [1] * 30 + [3] * 10)
     counts = torch.tensor([60.0, 30, 0, 10])
     weights = class_weights(LossConfig(class_balance=1.0), 4, labels)
@@ -203,10 +216,20 @@ def test_a_network_of_timm_teaches(tmp_path):
 
 def test_teachers_that_do_not_fit(teacher_file, tmp_path):
     for options, count, names, message in (
-        ({"teacher": "resnet50q"}, 10, (), "must be a checkpoint of mvit3 or a network of timm, got 'resnet50q'; the nearest is 'resnet50"),
+        (
+            {"teacher": "resnet50q"},
+            10,
+            (),
+            "must be a checkpoint of mvit3 or a network of timm, got 'resnet50q'; the nearest is 'resnet50",
+        ),
         ({"teacher": "mobilevitv3_s"}, 10, (), "distill.teacher mobilevitv3_s needs its weights in distill.checkpoint"),
         ({"teacher": str(teacher_file)}, 5, (), "has 10 classes, the data 5"),
-        ({"teacher": str(teacher_file)}, 10, tuple("abcdefghij"), "has other classes than the data: its '0' is 'a' there"),
+        (
+            {"teacher": str(teacher_file)},
+            10,
+            tuple("abcdefghij"),
+            "has other classes than the data: its '0' is 'a' there",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             open_teacher(small_config(distill=options), count, names, CPU)
@@ -251,27 +274,6 @@ def test_frozen_batch_norms():
     assert not torch.equal(before["conv_1.block.conv.weight"], after["conv_1.block.conv.weight"])
 
 
-@pytest.mark.parametrize("name", ["mobilevitv3_xxs", "mobilevitv3_050", "mobilevitv2_050"])
-def test_drop_path(name, monkeypatch):
-    """Each block that adds its input gets more of it the later it is; an image keeps x or gets x + f(x) / (1 - rate); in evaluation nothing
-    changes."""
-    config = small_config(model={"name": name, "drop_path_rate": 0.4})
-    model, plain = build_model(config, 10, CPU), build_model(small_config(model={"name": name}), 10, CPU)
-    found = [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, DropPath)]
-    assert [hook.rate for hook in found] == pytest.approx([0.4 * i / len(found) for i in range(1, len(found) + 1)]) and found
-    images = torch.rand(64, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(images), plain.eval()(images))
-    calls, seen = [], DropPath.__call__
-    monkeypatch.setattr(DropPath, "__call__", lambda self, *a: calls.append((self.rate, a, seen(self, *a))) or calls[-1][2])
-    model.train()(images).sum().backward()
-    assert len(calls) == len(found) and all(p.grad is not None for p in model.parameters())  # every block was called as a module
-    for rate, (_, (x,), y), out in calls:
-        kept = torch.tensor([not torch.equal(a, b) for a, b in zip(x, out, strict=True)])
-        assert abs(kept.float().mean() - (1 - rate)) < 4 * math.sqrt(rate * (1 - rate) / 64)
-        torch.testing.assert_close(out[kept], (x + (y - x) / (1 - rate))[kept])
-
-
 def test_everything_frozen_but_the_classifier():
     one = trainer(model={"freeze_stages": 7}, ema={"enabled": False})
     before = copy.deepcopy(one.model.state_dict())
@@ -281,11 +283,14 @@ def test_everything_frozen_but_the_classifier():
 
 
 def test_rates_by_layer():
-    """layer_decay to the power of the distance from the classifier, the classifier times head_lr_scale, at every step of the schedule."""
+    """layer_decay to the power of the distance from the classifier, the classifier times head_lr_scale, at every step
+    of the schedule."""
     model = build_model(small_config(), 10, CPU)
     config = OptimizerConfig(lr=0.1, weight_decay=0.05, no_decay_1d=True, layer_decay=0.5, head_lr_scale=4.0)
     optimizer = build_optimizer(model, config, factor=2.0)
-    schedule = Schedule(ScheduleConfig(epochs=4, warmup_iterations=2, warmup_lr=0.02, min_lr=0.0, update="iteration"), optimizer, 2, 1.0)
+    schedule = Schedule(
+        ScheduleConfig(epochs=4, warmup_iterations=2, warmup_lr=0.02, min_lr=0.0, update="iteration"), optimizer, 2, 1.0
+    )
     for step, rate in ((0, 0.02), (1, 0.11), (4, 0.1)):
         assert schedule.set(step) == pytest.approx(rate)
         found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -307,7 +312,9 @@ def test_rates_by_layer_in_training(tmp_path):
     again = trainer(**changes)
     again.load(checkpoint.load(tmp_path / "last.pt"))
     again.schedule.set(5), one.schedule.set(5)
-    assert [group["lr"] for group in again.optimizer.param_groups] == [group["lr"] for group in one.optimizer.param_groups]
+    assert [group["lr"] for group in again.optimizer.param_groups] == [
+        group["lr"] for group in one.optimizer.param_groups
+    ]
 
 
 # Schedules.
@@ -326,7 +333,14 @@ def test_schedules(name, after, update):
     """Written out, with a warm-up of one epoch."""
     options = {"decay_epochs": 2.0, "decay_rate": 0.1, "decay_milestones": (1, 4), "power": 2.0, "min_lr": 0.1}
     config = ScheduleConfig(
-        name=name, epochs=6, warmup_iterations=0, warmup_epochs=1, warmup_lr=0.0, update=update, cosine_after_warmup=after, **options
+        name=name,
+        epochs=6,
+        warmup_iterations=0,
+        warmup_epochs=1,
+        warmup_lr=0.0,
+        update=update,
+        cosine_after_warmup=after,
+        **options,
     )
     found, note = rates(config)
     expected = [step / 4 for step in range(4)]
@@ -349,7 +363,8 @@ def test_a_warmup_longer_than_the_training_is_said():
     found, note = rates(ScheduleConfig(**config))
     assert found == pytest.approx([step / 3000 for step in range(8)])
     assert note == (
-        "the warm-up of 3000 steps is as long as the training of 8 or longer: the learning rate only rises, to 0.0023 of 1; set "
+        "the warm-up of 3000 steps is as long as the training of 8 or longer: the learning rate only rises, to 0.0023 "
+        "of 1; set "
         "schedule.warmup_iterations or schedule.warmup_epochs, or --schedule.shorten_warmup true"
     )
     found, note = rates(ScheduleConfig(**config, shorten_warmup=True))
@@ -370,10 +385,14 @@ def test_a_warmup_longer_than_the_training_is_said():
 
 
 def test_repeated_augmentation():
-    """Each image of an epoch comes three times, with other randomness; the epoch stays as long; any number of processes sees the same."""
+    """Each image of an epoch comes three times, with other randomness; the epoch stays as long; any number of processes
+    sees the same."""
 
     def drawn(repeats, world=1, epoch=0):
-        samplers = [BatchSampler(SamplerConfig(size=8, aug_repeats=repeats), 12 // world, 120, 0, rank, world) for rank in range(world)]
+        samplers = [
+            BatchSampler(SamplerConfig(size=8, aug_repeats=repeats), 12 // world, 120, 0, rank, world)
+            for rank in range(world)
+        ]
         for sampler in samplers:
             sampler.epoch = epoch
         return [[sample for part in parts for sample in part] for parts in zip(*samplers, strict=True)]
@@ -393,14 +412,16 @@ def test_repeated_augmentation():
 
 
 @pytest.mark.parametrize("policy", [
-    "rand-m9-mstd0.5-inc1", "rand", "rand-m7-n3-p0.5-mmax10-tweights", "augmix-m5-w4-d2", "original-mstd0.5", "v0", "3a",
+    "rand-m9-mstd0.5-inc1", "rand", "rand-m7-n3-p0.5-mmax10-tweights", "augmix-m5-w4-d2", "original-mstd0.5", "v0",
+    "3a",
 ])  # fmt: skip
 def test_policies_of_timm(policy):
     assert AugmentConfig(policy=policy).policy == policy
 
 
 @pytest.mark.parametrize(("policy", "message"), [
-    ("rnd-m9", "must be one of timm's, which begin with rand, augmix, .*; got 'rnd-m9', the nearest beginning is 'rand'"),
+    ("rnd-m9",
+     "must be one of timm's, which begin with rand, augmix, .*; got 'rnd-m9', the nearest beginning is 'rand'"),
     ("randaug-m9", "the nearest beginning is 'rand'"),
     ("rand-m9-mst0.5", "'mst0.5' is no part of a policy 'rand'; its parts are m, n, p, mstd, mmax, inc, t"),
     ("rand-m9-mstd", "'mstd' is no part"),

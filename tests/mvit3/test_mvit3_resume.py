@@ -14,8 +14,8 @@ from mvit3.config import ScheduleConfig
 
 from .conftest import small_arguments
 
-FOLDER = ("--data.source=folder", "--data.batch_size=4", "--data.eval_batch_size=4", "--data.workers=0", "--data.limit_train=0",
-          "--data.limit_val=0", "--schedule.warmup_iterations=0", "--quiet")  # fmt: skip
+FOLDER = ("--data.source=folder", "--data.batch_size=4", "--data.eval_batch_size=4", "--data.workers=0",
+          "--data.limit_train=0", "--data.limit_val=0", "--schedule.warmup_iterations=0", "--quiet")  # fmt: skip
 
 
 def images(root, classes="ab", count=8, seed=0):
@@ -55,7 +55,12 @@ def test_other_data(finished, tmp_path, capsys, classes, count, seed, message):
     data = images(tmp_path / "other", classes, count, seed)
     before = (finished / "run" / "last.pt").read_bytes()
     said = refused(capsys, *small_arguments(finished / "run", data, *FOLDER))
-    assert message in said and str(finished / "images") in said and str(tmp_path / "other") in said and said.count("\n") == 1
+    assert (
+        message in said
+        and str(finished / "images") in said
+        and str(tmp_path / "other") in said
+        and said.count("\n") == 1
+    )
     assert (finished / "run" / "last.pt").read_bytes() == before
     if classes != "ab":  # named or not
         resume = f"--run.resume={finished / 'run' / 'last.pt'}"
@@ -70,7 +75,7 @@ def test_moved_data(finished, tmp_path, capsys):
     assert main(small_arguments(tmp_path / "run", f"--data={tmp_path / 'moved'}", *FOLDER)) == 0
 
 
-def rates(monkeypatch, arguments):
+def rates(arguments):
     """Steps and learning rates of a run."""
     seen = []
     original = trainer.Trainer._step
@@ -79,20 +84,29 @@ def rates(monkeypatch, arguments):
         seen.append((self.progress.step, self.optimizer.param_groups[0]["lr"]))
         return original(self, batches)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Trainer, "_step", step)
         assert main(arguments) == 0
     return seen
 
 
+HALF = ("--quiet", "--schedule.epochs=4", "--schedule.warmup_iterations=5", "--run.save_steps=1")
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The checkpoint of a run that was stopped half through its second of four epochs, and its rates."""
+    folder = tmp_path_factory.mktemp("half")
+    return folder / "last.pt", rates(small_arguments(folder, *HALF, "--run.max_steps=6"))
+
+
 @pytest.mark.parametrize("change", [("--data.batch_size=32",), ("--data.batch_size=4",), ("--run.accumulate=4",),
                                     ("--data.batch_size=4", "--run.accumulate=2")])  # fmt: skip
-def test_steps_of_another_size(tmp_path, monkeypatch, change):
-    """Half of the second epoch is left, whatever the steps are; the warm-up is not begun again and the rate never rises."""
-    start = ("--quiet", "--schedule.epochs=4", "--schedule.warmup_iterations=5", "--run.save_steps=1")
-    before = rates(monkeypatch, small_arguments(tmp_path / "run", *start, "--run.max_steps=6"))
-    resume = f"--run.resume={tmp_path / 'run' / 'last.pt'}"
-    after = rates(monkeypatch, small_arguments(tmp_path / "new", *start, resume, *change))
+def test_steps_of_another_size(half, tmp_path, change):
+    """Half of the second epoch is left, whatever the steps are; the warm-up is not begun again and the rate never
+    rises."""
+    last, before = half
+    after = rates(small_arguments(tmp_path / "new", *HALF, f"--run.resume={last}", *change))
     content = checkpoint.load(tmp_path / "new" / "last.pt")
     per_epoch, progress = content["steps_per_epoch"], content["progress"]
     assert per_epoch != 4 and (progress["epoch"], progress["step"]) == (4, 4 * per_epoch)
@@ -101,15 +115,17 @@ def test_steps_of_another_size(tmp_path, monkeypatch, change):
     assert after[0][1] <= before[-1][1] * 1.001
     # The cosine of the old steps, at the same share of the training.
     old = ScheduleConfig(epochs=4, warmup_iterations=5, warmup_lr=0.001, min_lr=0.0001, update="iteration")
-    expected = [old.min_lr + (0.003 - old.min_lr) * (1 + np.cos(np.pi * max(step / (4 * per_epoch), 6 / 16))) / 2 for step, _ in after]
+    expected = [
+        old.min_lr + (0.003 - old.min_lr) * (1 + np.cos(np.pi * max(step / (4 * per_epoch), 6 / 16))) / 2
+        for step, _ in after
+    ]
     assert [rate for _, rate in after] == pytest.approx(expected, rel=1e-6)
     # A run that goes on again keeps the schedule's unit.
     assert content["schedule_steps_per_epoch"] == 4
 
 
-def test_fewer_epochs_than_are_done(tmp_path, capsys):
-    assert main(small_arguments(tmp_path / "run", "--quiet", "--run.max_steps=6")) == 0
-    resume = f"--run.resume={tmp_path / 'run' / 'last.pt'}"
+def test_fewer_epochs_than_are_done(half, tmp_path, capsys):
+    resume = f"--run.resume={half[0]}"
     said = refused(capsys, *small_arguments(tmp_path / "new", "--quiet", "--schedule.epochs=1", resume))
     assert "schedule.epochs must be at least 2, where the checkpoint" in said
 
@@ -128,14 +144,19 @@ def test_named_checkpoint_in_a_new_folder(finished, tmp_path, capsys):
     content = checkpoint.load(last)
     content["progress"] |= {"best": 2.0, "best_epoch": 1}
     torch.save(content, alone)
-    assert main(small_arguments(tmp_path / "third", data, *FOLDER[:-1], "--schedule.epochs=3", f"--run.resume={alone}")) == 0
+    assert (
+        main(small_arguments(tmp_path / "third", data, *FOLDER[:-1], "--schedule.epochs=3", f"--run.resume={alone}"))
+        == 0
+    )
     assert "best.pt of epoch 1 is not beside" in capsys.readouterr().err
     assert checkpoint.load(tmp_path / "third" / "best.pt")["progress"]["best_epoch"] == 3
 
 
 def test_pretrained_is_not_needed_again(finished, tmp_path, capsys):
     pretrained = shutil.copyfile(finished / "run" / "best.pt", tmp_path / "begin.pt")
-    arguments = small_arguments(tmp_path / "run", f"--data={finished / 'images'}", *FOLDER, f"--model.pretrained={pretrained}")
+    arguments = small_arguments(
+        tmp_path / "run", f"--data={finished / 'images'}", *FOLDER, f"--model.pretrained={pretrained}"
+    )
     assert main([*arguments, "--run.max_steps=2"]) == 0
     pretrained.unlink()
     assert main(arguments) == 0

@@ -40,16 +40,26 @@ def test_cosine_by_the_step_after_warmup():
     """MindCV: some epochs of warm-up, the cosine over the others."""
     epochs, per_epoch, peak = 9, 7, 2e-3
     config = ScheduleConfig(
-        epochs=epochs, warmup_iterations=0, warmup_epochs=2, warmup_lr=0.0, min_lr=2e-6, update="iteration", cosine_after_warmup=True
+        epochs=epochs,
+        warmup_iterations=0,
+        warmup_epochs=2,
+        warmup_lr=0.0,
+        min_lr=2e-6,
+        update="iteration",
+        cosine_after_warmup=True,
     )
     warmup, total = 2 * per_epoch, epochs * per_epoch
     expected = [i * peak / warmup for i in range(warmup)]
-    expected += [2e-6 + 0.5 * (peak - 2e-6) * (1 + math.cos(math.pi * i / (total - warmup))) for i in range(total - warmup)]
+    expected += [
+        2e-6 + 0.5 * (peak - 2e-6) * (1 + math.cos(math.pi * i / (total - warmup))) for i in range(total - warmup)
+    ]
     assert rates(config, peak, per_epoch) == pytest.approx(expected, rel=1e-9)
 
 
 def test_warmup_longer_than_the_training():
-    config = ScheduleConfig(epochs=2, warmup_iterations=100, warmup_lr=0.0, update="iteration", cosine_after_warmup=True)
+    config = ScheduleConfig(
+        epochs=2, warmup_iterations=100, warmup_lr=0.0, update="iteration", cosine_after_warmup=True
+    )
     assert rates(config, 1.0, 5) == pytest.approx([i / 100 for i in range(10)])
 
 
@@ -64,7 +74,8 @@ def test_rate_follows_the_batch():
 
 
 def test_recipe_of_mobilevitv3_s():
-    """300 epochs of 10 steps stand for those of ImageNet, so the warm-up of 3000 steps is all; without it the cosine passes its middle."""
+    """300 epochs of 10 steps stand for those of ImageNet, so the warm-up of 3000 steps is all; without it the cosine
+    passes its middle."""
     import yaml
 
     from mvit3 import recipes
@@ -77,7 +88,8 @@ def test_recipe_of_mobilevitv3_s():
 
 
 def test_average_of_the_whole_state():
-    """average = (1 - m) * average + m * network, for running statistics too; counters are truncated after each update."""
+    """average = (1 - m) * average + m * network, for running statistics too; counters are truncated after each
+    update."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
     momentum = 0.25

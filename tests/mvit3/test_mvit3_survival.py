@@ -1,4 +1,5 @@
-"""Runs that are killed, stopped or fed with rubbish: each failure is provoked, nothing is lost, and the message says what happened."""
+"""Runs that are killed, stopped or fed with rubbish: each failure is provoked, nothing is lost, and the message says
+what happened."""
 
 import dataclasses
 import math
@@ -15,7 +16,13 @@ from mvit3.data import loaders
 
 from .conftest import process, small_arguments
 
-LONG = ("--schedule.epochs=4", "--run.save_steps=1", "--optimizer.clip_grad=1.0", "--loss.mixup_alpha=0.2", "--loss.cutmix_alpha=1.0")
+LONG = (
+    "--schedule.epochs=4",
+    "--run.save_steps=1",
+    "--optimizer.clip_grad=1.0",
+    "--loss.mixup_alpha=0.2",
+    "--loss.cutmix_alpha=1.0",
+)
 
 
 def wait_for(path, running, seconds=120):
@@ -39,7 +46,8 @@ def equal(a, b):
 
 
 def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(tmp_path):
-    """SIGTERM finishes the step, saves and exits 0; SIGKILL at any moment loses the steps since the last checkpoint and nothing else."""
+    """SIGTERM finishes the step, saves and exits 0; SIGKILL at any moment loses the steps since the last checkpoint and
+    nothing else."""
     folder, last = tmp_path / "broken", tmp_path / "broken" / "last.pt"
     running = process(*small_arguments(folder, *LONG))
     wait_for(last, running)
@@ -166,7 +174,13 @@ def test_class_folder_missing_on_validation(tmp_path, capsys):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(4):
                 Image.new("RGB", (40, 36), (80 * ord(name) % 256, 20 * i, 0)).save(tmp_path / part / name / f"{i}.jpg")
-    options = ("--data.source=folder", f"--data.root={tmp_path}", "--data.batch_size=4", "--data.workers=0", "--data.limit_train=0")
+    options = (
+        "--data.source=folder",
+        f"--data.root={tmp_path}",
+        "--data.batch_size=4",
+        "--data.workers=0",
+        "--data.limit_train=0",
+    )
     assert main(small_arguments(tmp_path / "run", *options, "--schedule.epochs=1")) == 0
     assert "val has no folder for class 'b'; no image of this class is seen there" in capsys.readouterr().err
     assert main(["evaluate", f"--checkpoint={tmp_path / 'run' / 'last.pt'}", "--json"]) == 0

@@ -48,8 +48,8 @@ def trainer(**changes):
 def test_output(trained):
     folder, result, said = trained
     files = {p.name for p in folder.iterdir()}
-    assert files == {"last.pt", "previous.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "history.csv", "report.json", "report.html",
-                     "tensorboard"}  # fmt: skip
+    assert files == {"last.pt", "previous.pt", "best.pt", "epoch_0001.pt", "epoch_0002.pt", "history.csv",
+                     "report.json", "report.html", "tensorboard"}  # fmt: skip
     assert json.loads((folder / "report.json").read_text()) == result
     assert (result["epochs"], result["steps"], result["effective_batch"], result["finished"]) == (2, 8, 16, True)
     assert [row["epoch"] for row in result["history"]] == [1, 2]
@@ -57,7 +57,9 @@ def test_output(trained):
     assert last["ema_accuracy"] == last["ema_correct"] / 40 and last["total"] == 40
     assert result["accuracy"] == max(last["accuracy"], last["ema_accuracy"])
     assert last["accuracy"] <= last["accuracy5"] <= 1 and 0 <= last["data_wait"] < 1
-    assert last["lr"] == pytest.approx(1e-4 + (3e-3 - 1e-4) * (1 + torch.cos(torch.tensor(7 / 8 * torch.pi)).item()) / 2)
+    assert last["lr"] == pytest.approx(
+        1e-4 + (3e-3 - 1e-4) * (1 + torch.cos(torch.tensor(7 / 8 * torch.pi)).item()) / 2
+    )
     assert result["backend"].startswith("cpu ")
     with open(folder / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -91,7 +93,11 @@ def test_evaluate_repeats_the_accuracy(trained, weights, key, capsys):
         found = json.loads(capsys.readouterr().out)
         recorded = result["history"][row]
         if weights == "auto":
-            key = "ema_" if (recorded["ema_correct"], -recorded["ema_val_loss"]) > (recorded["correct"], -recorded["val_loss"]) else ""
+            key = (
+                "ema_"
+                if (recorded["ema_correct"], -recorded["ema_val_loss"]) > (recorded["correct"], -recorded["val_loss"])
+                else ""
+            )
             assert found["weights"] == recorded["weights"] == ("average" if key else "trained")
         assert found["reproduced"] and found["recorded_accuracy"] == found["accuracy"] == recorded[f"{key}accuracy"]
         assert (found["val_loss"], found["correct"]) == (recorded[f"{key}val_loss"], recorded[f"{key}correct"])
@@ -103,11 +109,24 @@ def test_evaluate_table_and_other_data(trained, capsys):
     assert main([*arguments, "--run.ops", "reference"]) == 0
     out = capsys.readouterr().out
     assert (
-        f"{max(result['history'][-1][key] for key in ('correct', 'ema_correct'))}/40" in out and "reference ops served by reference" in out
+        f"{max(result['history'][-1][key] for key in ('correct', 'ema_correct'))}/40" in out
+        and "reference ops served by reference" in out
     )
     assert main([*arguments, "--data.limit_val=0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"] == 360
-    assert main(["evaluate", "--checkpoint", str(folder / "last.pt"), "--data.source=folder", "--data", str(folder / "nowhere")]) == 1
+    assert (
+        main(
+            [
+                "evaluate",
+                "--checkpoint",
+                str(folder / "last.pt"),
+                "--data.source=folder",
+                "--data",
+                str(folder / "nowhere"),
+            ]
+        )
+        == 1
+    )
     assert "nowhere" in capsys.readouterr().err
 
 
@@ -131,7 +150,9 @@ def test_predict(trained, tmp_path, capsys):
 
     pixels = datasets.load_digits().images[3]
     (tmp_path / "images").mkdir()
-    Image.fromarray((pixels * 15.9).astype("uint8")).resize((64, 64), Image.BICUBIC).save(tmp_path / "images" / "three.png")
+    Image.fromarray((pixels * 15.9).astype("uint8")).resize((64, 64), Image.BICUBIC).save(
+        tmp_path / "images" / "three.png"
+    )
     (tmp_path / "images" / "torn.png").write_bytes(b"no image")
     arguments = ["predict", "--checkpoint", str(folder / "last.pt")]
     assert main([*arguments, str(tmp_path / "images"), "--json"]) == 0
@@ -144,7 +165,9 @@ def test_predict(trained, tmp_path, capsys):
     with torch.no_grad():
         expected = model(evaluation_transform(config)(tmp_path / "images" / "three.png")[None])[0].softmax(0)
     assert [guess["index"] for guess in three["classes"]] == expected.topk(5).indices.tolist()
-    assert [guess["probability"] for guess in three["classes"]] == pytest.approx(expected.topk(5).values.tolist(), rel=1e-4)
+    assert [guess["probability"] for guess in three["classes"]] == pytest.approx(
+        expected.topk(5).values.tolist(), rel=1e-4
+    )
     assert main([*arguments, str(tmp_path / "images" / "three.png"), "--top=2"]) == 0
     out = capsys.readouterr().out
     assert out.count("%") == 2 and str(three["classes"][0]["name"]) in out
@@ -172,8 +195,13 @@ def test_two_processes(tmp_path, capsys):
 def test_step_against_plain_pytorch():
     """Accumulation, smoothing, clipping and the update of two batches, written out."""
     plain = {"name": "momentum", "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "clip_grad": 0.3}
-    changes = {"model": {"drop_rate": 0.0, "proj_drop_rate": 0.0}, "optimizer": plain, "data": {"batch_size": 8},
-               "schedule": {"warmup_iterations": 0, "update": "epoch"}, "run": {"accumulate": 2, "max_steps": 1}}  # fmt: skip
+    changes = {
+        "model": {"drop_rate": 0.0, "proj_drop_rate": 0.0},
+        "optimizer": plain,
+        "data": {"batch_size": 8},
+        "schedule": {"warmup_iterations": 0, "update": "epoch"},
+        "run": {"accumulate": 2, "max_steps": 1},
+    }
     ours = trainer(**changes)
     assert ours.steps_per_epoch == 4 and ours.effective_batch == 16
     model = copy.deepcopy(ours.model).train()
@@ -230,7 +258,10 @@ def test_seed_decides_everything():
     """Dropout and mixing included."""
 
     def losses(seed):
-        one, seen = trainer(run={"seed": seed, "log_steps": 1, "max_steps": 2}, loss={"mixup_alpha": 0.2, "cutmix_alpha": 1.0}), []
+        one, seen = (
+            trainer(run={"seed": seed, "log_steps": 1, "max_steps": 2}, loss={"mixup_alpha": 0.2, "cutmix_alpha": 1.0}),
+            [],
+        )
         one.listener.on_loss = lambda trainer, loss, lr: seen.append(loss)
         with pytest.raises(Stopped):
             one.train_epoch()
@@ -294,7 +325,9 @@ def test_demo(tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {"curves.png", "report.json", "reference", "fused"}
     result = json.loads((tmp_path / "report.json").read_text())
     reference, fused = (result["runs"][ops] for ops in ("reference", "fused"))
-    assert len(fused["losses"]) == len(reference["losses"]) == 8 and fused["losses"] == pytest.approx(reference["losses"], rel=5e-2)
+    assert len(fused["losses"]) == len(reference["losses"]) == 8 and fused["losses"] == pytest.approx(
+        reference["losses"], rel=5e-2
+    )
     assert fused["images_per_second"] == pytest.approx(16 / fused["step_seconds"])
     assert "fused / reference = " in captured.out and "img/s" in captured.err
     assert main(["evaluate", "--checkpoint", fused["checkpoint"], "--quiet"]) == 0

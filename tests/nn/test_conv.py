@@ -65,12 +65,19 @@ NORMS = {
     "no count, cumulative": {"num_batches_tracked": None, "momentum": None},
     "statistics kept as they are": {"track_running_stats": False},
     "no statistics": {"running_mean": None, "running_var": None},
-    "neither statistics nor count": {"running_mean": None, "running_var": None, "num_batches_tracked": None, "track_running_stats": False},
+    "neither statistics nor count": {
+        "running_mean": None,
+        "running_var": None,
+        "num_batches_tracked": None,
+        "track_running_stats": False,
+    },
     "a large eps": {"eps": 3},
 }
 
 
-@pytest.mark.parametrize("kind", [dict(in_channels=4, out_channels=5), dict(in_channels=4, out_channels=4, kernel_size=3, groups=4)])
+@pytest.mark.parametrize(
+    "kind", [dict(in_channels=4, out_channels=5), dict(in_channels=4, out_channels=4, kernel_size=3, groups=4)]
+)
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_norm_is_obeyed_in_all_that_batch_norm_accepts(norm, kind):
     layer = ConvNormAct(**kind).double()
@@ -101,7 +108,13 @@ class ScaledNorm(nn.BatchNorm2d):
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.Identity(), ScaledNorm(8), nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(8, track_running_stats=False), nn.GroupNorm(2, 8)],
+    [
+        nn.Identity(),
+        ScaledNorm(8),
+        nn.BatchNorm2d(8, affine=False),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.GroupNorm(2, 8),
+    ],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_a_replaced_norm_runs_as_the_module_it_is(norm, training):

@@ -11,7 +11,9 @@ from mvit3_kernels.ops import batch_norm_act
 from .inputs import Arguments, Draw
 
 
-def arguments(shape: tuple[int, int, int, int], act: str, residual: bool, training: bool, mean: float = 0.5) -> Arguments:
+def arguments(
+    shape: tuple[int, int, int, int], act: str, residual: bool, training: bool, mean: float = 0.5
+) -> Arguments:
     draw, channels = Draw(), shape[-1]
     norm = draw.batch_norm(channels, training)
     norm = norm._replace(weight=norm.weight.requires_grad_(), bias=norm.bias.requires_grad_())

@@ -1,5 +1,6 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
-"""What every op is held to, written once. A test class names the op, its cases and its plain meaning; the tests below do the rest."""
+"""What every op is held to, written once. A test class names the op, its cases and its plain meaning; the tests below
+do the rest."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import mvit3_kernels
 from mvit3_kernels.ops.dispatch import BACKENDS
 
-from .inputs import Arguments, Bad, Draw, mapped, named, replaced
-from .measure import Call, assert_same, evaluate, pooled, relative_errors, tensors
+from ..bounds import assert_bound, half_a_rounding, relative_errors
+from .inputs import DTYPES, Arguments, Bad, Draw, mapped, named, replaced
+from .measure import Call, assert_same, evaluate, tensors
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
 
 
@@ -29,14 +30,16 @@ class Contract:
     cases: dict[str, Arguments]  # options of `arguments`
     batch_norms: tuple[str, ...] = ()
     compilers: tuple[str, ...] = ("aot_eager",)
-    draws: dict[str, int] = {}  # of a case's arguments, in the test of precision, where one is not enough: their errors are pooled
+    # of a case's arguments, in the test of precision, where one is not enough: their errors are pooled
+    draws: dict[str, int] = {}
     roundings = 16  # how many relative roundings the reference may err by
     symbolic = True  # whether tracing with symbolic height and width takes seconds; with patches it takes a minute
     autocast_dtype = torch.bfloat16
     bad_case: Arguments = {}  # options that make every argument present
     bad: tuple[Bad, ...] = ()
 
-    arguments: Callable[..., Arguments]  # (draw, batch=2, height=..., width=..., **options): arguments of the public function
+    # (draw, batch=2, height=..., width=..., **options): arguments of the public function
+    arguments: Callable[..., Arguments]
     plain: Callable  # the meaning, written independently, with the public function's parameters
     raw: Callable[..., tuple]  # the public function's arguments as those of torch.ops.mvit3.<op>
 
@@ -86,7 +89,8 @@ class Contract:
         assert gradcheck(lambda *leaves: tensors(self.op(**tree_unflatten(leaves, spec))), leaves, fast_mode=True)
 
     def test_second_derivative(self, case):
-        """By what a kernel's refusal advises; the gradient's own tangents, which a product with the Hessian needs, are checked too."""
+        """By what a kernel's refusal advises; the gradient's own tangents, which a product with the Hessian needs, are
+        checked too."""
         function, leaves = self.of_leaves(self.make(case))
         with mvit3_kernels.backend("reference"):
             assert gradgradcheck(lambda *leaves: function(*leaves)[0], leaves, fast_mode=True, check_fwd_over_rev=True)
@@ -104,7 +108,8 @@ class Contract:
 
     @pytest.mark.parametrize("precision", [torch.float64, torch.float32], ids=str)
     def test_transforms(self, case, precision):
-        """torch.func's gradient, product with a tangent and map over samples, and forward-mode AD alone, against float64's gradients."""
+        """torch.func's gradient, product with a tangent and map over samples, and forward-mode AD alone, against
+        float64's gradients."""
         given = self.cast(self.make(case), precision, precision)
         function, leaves = self.of_leaves(given)
         plain = [leaf.detach() for leaf in leaves]
@@ -119,7 +124,9 @@ class Contract:
             return (function(*leaves)[0] * cotangent.to(precision)).sum()
 
         def close(got: Tensor, want: Tensor) -> bool:
-            return bool((got.double() - want).square().mean().sqrt() <= tolerance * want.square().mean().sqrt().clamp(min=1))
+            return bool(
+                (got.double() - want).square().mean().sqrt() <= tolerance * want.square().mean().sqrt().clamp(min=1)
+            )
 
         for got in (
             torch.func.grad(scalar, tuple(range(len(plain))))(*plain),
@@ -154,7 +161,8 @@ class Contract:
         for backend in BACKENDS[1:]:
             with mvit3_kernels.backend(backend):
                 with pytest.raises(
-                    mvit3_kernels.BackendError, match=f"{self.name} cannot run on backend '{backend}': a transform of torch"
+                    mvit3_kernels.BackendError,
+                    match=f"{self.name} cannot run on backend '{backend}': a transform of torch",
                 ):
                     torch.func.jvp(lambda *leaves: function(*leaves)[0], plain, plain)
                 with pytest.raises(mvit3_kernels.BackendError, match="forward-mode AD"), forward_ad.dual_level():
@@ -181,8 +189,12 @@ class Contract:
         op = getattr(torch.ops.mvit3, self.name).default
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         traced = "test_aot_dispatch_dynamic" if self.symbolic else "test_aot_dispatch_static"
-        torch.library.opcheck(op, self.raw(**self.cast(self.make(case), torch.float32, torch.float32)), test_utils=(*tests, traced))
-        torch.library.opcheck(op, self.raw(**self.cast(self.make(case), torch.bfloat16, torch.float32)), test_utils=tests)
+        torch.library.opcheck(
+            op, self.raw(**self.cast(self.make(case), torch.float32, torch.float32)), test_utils=(*tests, traced)
+        )
+        torch.library.opcheck(
+            op, self.raw(**self.cast(self.make(case), torch.bfloat16, torch.float32)), test_utils=tests
+        )
 
     def test_registered_op_is_the_public_function(self, case):
         arguments = self.cast(self.make(case), torch.float32, torch.float32)
@@ -235,27 +247,33 @@ class Contract:
 
     @pytest.mark.parametrize("parameters", ["same", "float32"])
     def test_precision(self, case, dtype, parameters, device):
-        """Every backend that can run the call errs at most twice as much as the reference, which errs by a few roundings."""
-        allowed, found = {}, {}
-        roundings = torch.finfo(dtype).eps
+        """Every backend that can run the call errs at most twice as much as the reference, which errs by a few
+        roundings."""
+        allowed: dict[str, Tensor] = {}
+        exact: dict[str, Tensor] = {}
+        found: dict[str | None, dict[str, Tensor]] = {}
         for seed in range(self.draws.get(case, 1)):
-            given = self.cast(self.make(case, seed=seed), dtype, torch.float32 if parameters == "float32" else dtype, device)
+            given = self.cast(
+                self.make(case, seed=seed), dtype, torch.float32 if parameters == "float32" else dtype, device
+            )
             truth = evaluate(self.op, self.cast(given, torch.float64, torch.float64, device))
             with mvit3_kernels.backend("reference"):
                 reference = evaluate(self.op, given)
             assert reference["y[0]"].dtype == dtype
             assert all(reference[f"d {name}"].dtype == t.dtype for name, t in named(given).items() if t.requires_grad)
             errors = relative_errors(reference, truth)
-            assert all(error <= self.roundings * roundings for error in errors.values()), errors
-            allowed |= {f"{name} of draw {seed}": error for name, error in errors.items()}
+            assert all(error <= self.roundings * torch.finfo(dtype).eps for error in errors.values()), errors
+
+            def of_draw(results: dict[str, Tensor], seed: int = seed) -> dict[str, Tensor]:
+                return {f"{name} of draw {seed}": t for name, t in results.items()}
+
+            allowed |= of_draw(reference)
+            exact |= of_draw(truth)
             for backend in (None, *self.runnable(given)):
                 with nullcontext() if backend is None else mvit3_kernels.backend(backend):
-                    errors = relative_errors(evaluate(self.op, given), truth)
-                found.setdefault(backend, {}).update({f"{name} of draw {seed}": error for name, error in errors.items()})
-        for errors in found.values():
-            for gradients in (False, True):
-                # Half a rounding is what storing the exact result costs.
-                assert pooled(errors, gradients) <= 2 * pooled(allowed, gradients) + roundings / 2, (errors, allowed)
+                    found.setdefault(backend, {}).update(of_draw(evaluate(self.op, given)))
+        for results in found.values():
+            assert_bound(results, allowed, exact, half_a_rounding(dtype))
 
     def runnable(self, arguments: Arguments) -> list[str]:
         return [b for b in BACKENDS[1:] if self.refusal(b, arguments) is None]
@@ -318,7 +336,9 @@ class Contract:
         arguments = self.cast(self.make(case), torch.float32, torch.float32)
         got = evaluate(self.op, self.cast(arguments, torch.float32, torch.float32, "meta"))
         want = evaluate(self.op, arguments)
-        assert {name: (t.shape, t.dtype) for name, t in got.items()} == {name: (t.shape, t.dtype) for name, t in want.items()}
+        assert {name: (t.shape, t.dtype) for name, t in got.items()} == {
+            name: (t.shape, t.dtype) for name, t in want.items()
+        }
 
     def test_one_value_per_channel(self):
         for norm in self.batch_norms:

@@ -6,9 +6,11 @@ import threading
 
 import pytest
 import torch
+from torch import Tensor
 
 from mvit3_kernels import _native
 
+from .inputs import mapped
 from .kernel import KernelTester, in_float32
 
 __all__ = ["CpuKernel", "in_float32", "needs_the_kernels"]
@@ -39,8 +41,31 @@ class CpuKernel(KernelTester):
             torch.set_num_threads(threads)
         for n in (2, 3):
             for name, t in found[1].items():
-                rounding = {"rtol": 1e-4, "atol": 1e-5 * t.abs().max().item()} if self.cuts_sums else {"rtol": 0.0, "atol": 0.0}
+                rounding = (
+                    {"rtol": 1e-4, "atol": 1e-5 * t.abs().max().item()}
+                    if self.cuts_sums
+                    else {"rtol": 0.0, "atol": 0.0}
+                )
                 assert torch.allclose(t, found[n][name], **rounding), name
+
+    @pytest.mark.parametrize("layout", ["nchw", "sliced"])
+    def test_layouts_of_maps_do_not_matter(self, layout, option):
+        """Of other strides than the ones that all tensors have in test_strides_do_not_matter; between NaN."""
+        arguments = self.make(self.shapes[0], option)
+
+        def laid_out(name: str, t: Tensor) -> Tensor:
+            if name not in self.maps:
+                return t
+            if layout == "nchw":
+                return t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+            batch, height, width, channels = t.shape
+            around = torch.full((batch + 1, height, 2 * width, channels + 3), float("nan"), dtype=t.dtype)
+            around[1:, :, ::2, 1:-2] = t
+            return around[1:, :, ::2, 1:-2]
+
+        want = self.results(self.backend, arguments)
+        for name, t in self.results(self.backend, mapped(arguments, laid_out)).items():
+            assert torch.equal(t, want[name]), name
 
     def test_python_threads_do_not_disturb_each_other(self):
         jobs = [self.make(shape, option) for shape in self.threaded for option in self.options]
@@ -50,7 +75,11 @@ class CpuKernel(KernelTester):
         def work(i: int) -> None:
             for _ in range(3):
                 got = self.results(self.backend, jobs[i])
-                wrong.extend(f"{i} {name}" for name, t in got.items() if not torch.allclose(t, want[i][name], rtol=1e-4, atol=1e-4))
+                wrong.extend(
+                    f"{i} {name}"
+                    for name, t in got.items()
+                    if not torch.allclose(t, want[i][name], rtol=1e-4, atol=1e-4)
+                )
 
         workers = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
         [w.start() for w in workers], [w.join() for w in workers]

@@ -24,7 +24,8 @@ kernels = importlib.import_module("mvit3_kernels.ops.depthwise_conv.triton")
 
 class TestDepthwiseConv(TritonResults):
     op = staticmethod(ops.depthwise_conv)
-    # Columns of several samples in one block, and of one sample in several; channels of less than one block, and of more.
+    # Columns of several samples in one block, and of one sample in several; channels of less than one block, and of
+    # more.
     shapes = ((2, 5, 4, 9), (1, 3, 17, 34))
     options = {
         "silu": {"act": "silu"},
@@ -42,7 +43,7 @@ def _filter_backward(dz, x, weight, stride, dilation):
     """Stands for the CUDA C++ op, which has the same meaning; calls are counted."""
     assert dz.is_contiguous()
     counted.append(stride)
-    return kernels.filter_backward(dz, x, weight, stride, dilation)
+    return kernels.depthwise_backward(dz, x, weight, stride, dilation)
 
 
 counted = []
@@ -87,12 +88,14 @@ def test_the_convolution_by_itself(shape, stride, dilation, dtype):
     draw, channels = Draw(), shape[-1]
     x, weight = draw(*shape, mean=1.0).to(dtype), draw(channels, 1, 3, 3, scale=1 / 3).float()
     exact_x, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
-    exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, None, stride, dilation, dilation, channels).permute(0, 2, 3, 1)
+    exact = F.conv2d(exact_x.permute(0, 3, 1, 2), exact_weight, None, stride, dilation, dilation, channels).permute(
+        0, 2, 3, 1
+    )
     dz = draw(*exact.shape).to(dtype)
     exact_dx, exact_dweight = torch.autograd.grad(exact, (exact_x, exact_weight), dz.double())
 
-    z, mean, var = kernels.filter(x, weight, stride, dilation)
-    dx, dweight = kernels.filter_backward(dz, x, weight, stride, dilation)
+    z, mean, var = kernels.depthwise(x, weight, stride, dilation)
+    dx, dweight = kernels.depthwise_backward(dz, x, weight, stride, dilation)
     assert z.dtype == dx.dtype == dtype and mean.dtype == var.dtype == dweight.dtype == torch.float32
 
     def error(found, truth):
@@ -111,7 +114,7 @@ def test_moments_of_a_large_mean():
     x[0, 0, 0, 1] = 1e6
     weight = torch.zeros(6, 1, 3, 3)
     weight[:, 0, 1, 1] = 1
-    z, mean, var = kernels.filter(x, weight, 1, 1)
+    z, mean, var = kernels.depthwise(x, weight, 1, 1)
     assert torch.equal(z, x)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1, 2)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), x.double().var((0, 1, 2), correction=0), rtol=1e-5, atol=0)
@@ -121,7 +124,7 @@ def test_more_parts_than_one_read_takes(monkeypatch):
     monkeypatch.setattr(triton_common, "BLOCK_PARTS", tl.constexpr(4))
     monkeypatch.setattr(kernels, "MIN_ROWS", 1)
     x, weight = Draw()(2, 9, 19, 5, mean=3.0).float(), Draw(1)(5, 1, 3, 3).float()
-    z, mean, var = kernels.filter(x, weight, 1, 2)
+    z, mean, var = kernels.depthwise(x, weight, 1, 2)
     torch.testing.assert_close(mean, z.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var, z.var((0, 1, 2), correction=0), rtol=1e-5, atol=1e-6)
 
@@ -129,8 +132,8 @@ def test_more_parts_than_one_read_takes(monkeypatch):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_batch_0(stride):
     x, weight = torch.empty(0, 5, 4, 3), torch.ones(3, 1, 3, 3)
-    z, mean, var = kernels.filter(x, weight, stride, 1)
-    dx, dweight = kernels.filter_backward(z, x, weight, stride, 1)
+    z, mean, var = kernels.depthwise(x, weight, stride, 1)
+    dx, dweight = kernels.depthwise_backward(z, x, weight, stride, 1)
     assert z.shape[0] == 0 and dx.shape == x.shape and not any(t.any() for t in (mean, var, dweight))
 
 
@@ -143,8 +146,8 @@ def test_every_configuration_computes_the_same(monkeypatch, dtype, backward):
         found = []
         for config in listed:
             monkeypatch.setattr(kernels, "configurations", lambda *_, config=config: [config])
-            z, mean, var = kernels.filter(x, weight, stride, 1)
-            found.append((z, mean, var, *kernels.filter_backward(z, x, weight, stride, 1)))
+            z, mean, var = kernels.depthwise(x, weight, stride, 1)
+            found.append((z, mean, var, *kernels.depthwise_backward(z, x, weight, stride, 1)))
         monkeypatch.undo()
         assert len(found) > 1
         for other in found[1:]:

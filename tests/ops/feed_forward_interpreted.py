@@ -31,7 +31,10 @@ class TestFeedForward(TritonResults):
     @pytest.mark.parametrize(("channels", "kind"), [(257, torch.float32), (513, torch.bfloat16)])
     def test_rows_that_are_too_wide(self, channels, kind):
         arguments = mapped(self.make((1, 1, 1, channels, 2)), lambda _, t: t.to(kind))
-        with backend("triton"), pytest.raises(RuntimeError, match=f"rows of at most {channels - 1} channels of {kind}, x has {channels}"):
+        with (
+            backend("triton"),
+            pytest.raises(RuntimeError, match=f"rows of at most {channels - 1} channels of {kind}, x has {channels}"),
+        ):
             ops.feed_forward(**arguments)
 
 

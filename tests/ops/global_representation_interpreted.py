@@ -11,10 +11,10 @@ import torch
 import mvit3_kernels
 from mvit3_kernels import backend, ops
 from mvit3_kernels.ops import Linear
+from tests.bounds import assert_bound, half_a_rounding
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.inputs import Draw, mapped
 from tests.ops.kernel import in_float32
-from tests.ops.measure import relative_errors
 from tests.ops.test_global_representation_triton import arguments, registered
 from tests.ops.triton_kernel import BF16, TritonResults
 from tests.triton_tools import compute_like_a_gpu
@@ -45,18 +45,11 @@ class TestGlobalRepresentation(TritonResults):
         def leaf(name, t):
             return t.detach().to(dtype if name in self.maps else parameters or dtype)
 
-        as_ops = nullcontext() if backend == "reference" else mock.patch.object(OP.reference, "global_representation", None)
+        as_ops = (
+            nullcontext() if backend == "reference" else mock.patch.object(OP.reference, "global_representation", None)
+        )
         with mvit3_kernels.backend(backend), torch.no_grad(), as_ops:
             return {"y": self.op(**mapped(arguments, leaf))}
-
-    def test_bound(self, shape, option, dtype):
-        arguments = mapped(self.make(shape, option), lambda _, t: t.to(dtype).double())
-        truth = self.results("reference", arguments, torch.float64)
-        allowed = relative_errors(self.results("reference", arguments, dtype), truth)["y"]
-        for parameters in {dtype, torch.float32}:
-            found = self.results("triton", arguments, dtype, parameters)
-            assert found["y"].dtype == dtype
-            assert relative_errors(found, truth)["y"] <= 2 * allowed + torch.finfo(dtype).eps / 2
 
     def test_compiles_whole(self, option):
         with torch.no_grad():
@@ -67,17 +60,17 @@ class TestGlobalRepresentation(TritonResults):
         for options in ({}, {"num_heads": 2}):
             arguments = self.arguments(Draw(), 1, 12, 12, 20, 10, **options, per_sample=True, layers=1)
             arguments["x"] += 30
-            self.check(arguments)
+            self.holds(arguments)
 
     def test_tall_tiles(self):
         """Where there are rows for many programs, and weights of many channels to read for each."""
-        self.check(self.arguments(Draw(), 5, 8, 6, 129, 10, num_heads=3, layers=1))
+        self.holds(self.arguments(Draw(), 5, 8, 6, 129, 10, num_heads=3, layers=1))
 
-    def check(self, arguments):
+    def holds(self, arguments):
         arguments = mapped(arguments, lambda _, t: t.bfloat16().double())
+        found, reference = (self.results(name, arguments, BF16) for name in ("triton", "reference"))
         truth = self.results("reference", arguments, torch.float64)
-        allowed, found = (relative_errors(self.results(name, arguments, BF16), truth)["y"] for name in ("reference", "triton"))
-        assert found <= 2 * allowed + torch.finfo(BF16).eps / 2
+        assert_bound(found, reference, truth, half_a_rounding(BF16))
 
     @pytest.mark.parametrize(
         ("sizes", "options", "reason"),

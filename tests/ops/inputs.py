@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path
 
 from mvit3_kernels.ops import BatchNorm, LayerNorm, Linear
+from mvit3_kernels.ops.dispatch import KERNEL_DTYPES
+from mvit3_kernels.ops.types import ACTIVATIONS
 
 Arguments = dict[str, Any]
+DTYPES = KERNEL_DTYPES  # of maps
 
 
 class Draw:
@@ -35,6 +38,11 @@ class Draw:
         return Linear(weight, self(outputs, scale=0.3) if bias else None)
 
 
+def chosen(options: Arguments, *names: str) -> tuple[Arguments, Arguments]:
+    """The options of these names, and the others."""
+    return {k: v for k, v in options.items() if k in names}, {k: v for k, v in options.items() if k not in names}
+
+
 def seed(value: int = 7) -> Tensor:
     return torch.tensor(value * 0x0123_4567_89AB_CDEF % 2**62, dtype=torch.int64)
 
@@ -50,7 +58,9 @@ def named(arguments: Arguments) -> dict[str, Tensor]:
 
 def mapped(arguments: Arguments, function: Callable[[str, Tensor], Tensor]) -> Arguments:
     """The same arguments with `function(name, tensor)` in place of each tensor."""
-    return tree_map_with_path(lambda path, leaf: function(label(path), leaf) if isinstance(leaf, Tensor) else leaf, arguments)
+    return tree_map_with_path(
+        lambda path, leaf: function(label(path), leaf) if isinstance(leaf, Tensor) else leaf, arguments
+    )
 
 
 def replaced(arguments: Arguments, name: str, change: Callable[[Any], Any]) -> tuple[Arguments, Any]:
@@ -64,7 +74,8 @@ def replaced(arguments: Arguments, name: str, change: Callable[[Any], Any]) -> t
 
 
 class Bad(NamedTuple):
-    """One argument that must be refused: `change` makes it from a good one; the message holds `name`, what came, and `allowed`."""
+    """One argument that must be refused: `change` makes it from a good one; the message holds `name`, what came, and
+    `allowed`."""
 
     name: str
     change: Callable[[Any], Any]
@@ -154,8 +165,8 @@ def bad_linear(name: str, inputs: int, outputs: int, any_outputs: bool = False) 
 
 
 def bad_activation() -> Iterator[Bad]:
-    yield Bad("act", _to("gelu"), ValueError, "identity, silu, relu")
-    yield Bad("act", _to(None), ValueError, "identity, silu, relu")
+    yield Bad("act", _to("gelu"), ValueError, ", ".join(ACTIVATIONS))
+    yield Bad("act", _to(None), ValueError, ", ".join(ACTIVATIONS))
 
 
 def bad_patches() -> Iterator[Bad]:
@@ -177,8 +188,20 @@ def bad_dropout(*names: str) -> Iterator[Bad]:
     yield Bad("seed", lambda t: t.to("meta"), ValueError, "device of the input, cpu")
 
 
+def bad_conv3x3(name: str, channels: int) -> Iterator[Bad]:
+    shape = f"(any, {channels}, 3, 3)"
+    yield from bad_tensor(name, None)
+    for change in (lambda t: t[:, :-1], lambda t: t[..., :-1], lambda t: t[0], lambda t: t[:0]):
+        yield Bad(name, change, ValueError, shape)
+    yield from _bad_geometry(name)
+
+
 def bad_depthwise(name: str, channels: int) -> Iterator[Bad]:
     yield from bad_tensor(name, f"({channels}, 1, 3, 3)")
+    yield from _bad_geometry(name)
+
+
+def _bad_geometry(name: str) -> Iterator[Bad]:
     yield Bad(name, lambda t: t.half(), TypeError, "torch.float64")
     yield Bad("stride", _to(3), ValueError, "1 or 2")
     yield Bad("dilation", _to(0), ValueError, "at least 1")

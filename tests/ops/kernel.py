@@ -1,4 +1,5 @@
-"""What a kernel of any backend is held to beside its op's contract: larger and odder shapes, hostile values, its registration."""
+"""What a kernel of any backend is held to beside its op's contract: larger and odder shapes, hostile values, its
+registration."""
 
 from __future__ import annotations
 
@@ -10,10 +11,9 @@ from torch import Tensor
 
 import mvit3_kernels
 
-from .inputs import Arguments, Draw, mapped, named
-from .measure import pooled, relative_errors, tensors
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from ..bounds import assert_bound, half_a_rounding
+from .inputs import DTYPES, Arguments, Draw, mapped, named
+from .measure import tensors
 
 
 def in_float32(arguments: Arguments) -> Arguments:
@@ -22,22 +22,36 @@ def in_float32(arguments: Arguments) -> Arguments:
 
 class KernelTester:
     backend: str
+    stored: torch.dtype | None = None  # what the gradient of y is rounded to, by default its own dtype
     op: Callable  # the public function
     maps: tuple[str, ...] = ("x",)  # the arguments that are feature maps
     shapes: tuple[tuple[int, ...], ...]  # sizes of `arguments`, odd on purpose
     options: dict[str, Arguments]  # options of `arguments`
+    bound_options: dict[str, Arguments] = {}  # noqa: RUF012 -- never changed; more of them, for `test_bound` alone
     hostile: tuple[torch.dtype, ...] = (torch.float32,)  # dtypes of maps with a value that is not finite
+    registration_tests: tuple[str, ...] = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
 
     arguments: Callable[..., Arguments]  # (draw, *sizes, **options): arguments of the public function in float64
     registered: Callable[[Arguments], Iterator[tuple]]  # the kernel's registered ops, each with its arguments
 
     def pytest_generate_tests(self, metafunc):
-        for name, values in {"shape": self.shapes, "option": self.options, "dtype": DTYPES, "stored": self.hostile}.items():
+        options = self.options | (self.bound_options if metafunc.function.__name__ == "test_bound" else {})
+        for name, values in {
+            "shape": self.shapes,
+            "option": options,
+            "dtype": DTYPES,
+            "stored": self.hostile,
+        }.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, list(values), ids=str)
 
     def make(self, shape: tuple[int, ...], option: str | None = None, start: int = 0) -> Arguments:
-        return self.arguments(Draw(start), *shape, **(self.options[option] if option else {}))
+        return self.arguments(Draw(start), *shape, **((self.options | self.bound_options)[option] if option else {}))
 
     def results(self, backend: str, arguments: Arguments, dtype=torch.float32, parameters=None) -> dict[str, Tensor]:
         """y, the moments where the op returns some, and the gradients of everything differentiable."""
@@ -53,22 +67,36 @@ class KernelTester:
 
         with mvit3_kernels.backend(backend):
             y, *moments = tensors(self.op(**mapped(arguments, leaf)))
-            grads = torch.autograd.grad(y, list(leaves.values()), Draw(7)(*y.shape).to(y))
+            dy = Draw(7)(*y.shape).to(self.stored or y.dtype).to(y)
+            grads = torch.autograd.grad(y, list(leaves.values()), dy)
         found = {"y": y.detach()} | {f"moments[{i}]": t for i, t in enumerate(moments)}
         return found | {f"d {name}": g for name, g in zip(leaves, grads, strict=True)}
 
     def test_bound(self, shape, option, dtype):
-        arguments = mapped(self.make(shape, option), lambda _, t: t.to(dtype).double() if t.is_floating_point() else t)
+        self.hold(self.make(shape, option), dtype)
+
+    def hold(self, arguments: Arguments, dtype: torch.dtype) -> None:
+        """Holds a call in this dtype, with parameters in it and in float32, to the bound."""
+        arguments = mapped(arguments, lambda _, t: t.to(dtype).double() if t.is_floating_point() else t)
+        self.stored = dtype
         truth = self.results("reference", arguments, torch.float64)
-        allowed = relative_errors(self.results("reference", arguments, dtype), truth)
-        for parameters in (dtype, torch.float32):
+        for parameters in dict.fromkeys((dtype, torch.float32)):
             found = self.results(self.backend, arguments, dtype, parameters)
             maps = {"y", *(f"d {name}" for name in self.maps)}
-            assert all(t.dtype == (dtype if name in maps else parameters) for name, t in found.items() if "moments" not in name)
-            errors = relative_errors(found, truth)
-            for gradients in (False, True):
-                # Half a rounding is what storing the exact result costs.
-                assert pooled(errors, gradients) <= 2 * pooled(allowed, gradients) + torch.finfo(dtype).eps / 2, (errors, allowed)
+            assert all(
+                t.dtype == (dtype if name in maps else parameters) for name, t in found.items() if "moments" not in name
+            )
+            self.check(found, self.allowed(arguments, dtype, parameters), truth, dtype)
+
+    def allowed(self, arguments: Arguments, dtype: torch.dtype, parameters: torch.dtype) -> dict[str, Tensor]:
+        """The reference's results, which a kernel's are held to."""
+        return self.results("reference", arguments, dtype)
+
+    def check(
+        self, found: dict[str, Tensor], reference: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        """Holds results to the reference's in the same dtype."""
+        assert_bound(found, reference, truth, half_a_rounding(dtype))
 
     @pytest.mark.parametrize("batch", [0, 1])
     def test_small_batches(self, batch, option):
@@ -110,12 +138,17 @@ class KernelTester:
         arguments = in_float32(self.make(self.shapes[0], option))
         for op, inputs in self.registered(arguments):
             plain = any(word in op.__name__ for word in ("_backward", "_inference"))
-            leaves = (t.detach().requires_grad_(t.is_floating_point() and not plain) if isinstance(t, Tensor) else t for t in inputs)
-            torch.library.opcheck(op, tuple(leaves))
+            leaves = (
+                t.detach().requires_grad_(t.is_floating_point() and not plain) if isinstance(t, Tensor) else t
+                for t in inputs
+            )
+            torch.library.opcheck(op, tuple(leaves), test_utils=self.registration_tests)
 
     def test_compiles_whole(self, option):
         torch._dynamo.reset()
-        arguments = mapped(self.make(self.shapes[0], option), lambda _, t: t.float().requires_grad_() if t.is_floating_point() else t)
+        arguments = mapped(
+            self.make(self.shapes[0], option), lambda _, t: t.float().requires_grad_() if t.is_floating_point() else t
+        )
         compiled = torch.compile(self.op, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(**arguments), self.op(**arguments), rtol=0, atol=0)
 

@@ -23,29 +23,17 @@ def evaluate(function: Callable, arguments: Arguments) -> dict[str, Tensor]:
     wanted = {name: t for name, t in named(arguments).items() if t.requires_grad}
     grads = torch.autograd.grad(y, list(wanted.values()), draw(*y.shape).to(y), allow_unused=True) if wanted else ()
     results = {("y", "mean", "var")[min(i, 1 + (i - 1) % 2)] + f"[{i}]": t for i, t in enumerate(outputs)}
-    return results | {f"d {name}": torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), grads, strict=True)}
+    return results | {
+        f"d {name}": torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), grads, strict=True)
+    }
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
     assert got.keys() == want.keys()
     for name, expected in want.items():
-        torch.testing.assert_close(got[name], expected, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def pooled(errors: dict[str, float], gradients: bool) -> float:
-    """Root mean square over the outputs or over the gradients: a result of few elements may be exact by luck, all of them are not."""
-    chosen = [error for name, error in errors.items() if name.startswith("d ") == gradients]
-    return (sum(error**2 for error in chosen) / len(chosen)) ** 0.5
-
-
-def relative_errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Root mean square error of each result, relative to the size of the true one where that is above the size of the inputs, 1: some
-    gradients are mathematically zero (a bias before batch norm, the bias of the keys), and what is left of them is rounding noise."""
-    errors = {}
-    for name, true in truth.items():
-        difference = (got[name].double() - true).square().mean().sqrt()
-        errors[name] = (difference / true.square().mean().sqrt().clamp(min=1)).item() if true.numel() else 0.0
-    return errors
+        torch.testing.assert_close(
+            got[name], expected, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 class Call(nn.Module):

@@ -55,7 +55,8 @@ class TestPatchAttention(TritonResults):
 
     @pytest.mark.parametrize("scale", [30.0, 1e4])
     def test_large_scores(self, scale):
-        """Scores of many hundreds: one key takes all, in both directions of the sign, and in later blocks of keys as in the first."""
+        """Scores of many hundreds: one key takes all, in both directions of the sign, and in later blocks of keys as in
+        the first."""
         arguments = self.make((1, 10, 10, 1, 8), "plain")
         arguments["qkv"][..., :8] *= scale
         truth, found = self.results("reference", arguments, torch.float64), self.results("triton", arguments)

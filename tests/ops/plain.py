@@ -1,4 +1,5 @@
-"""The ops once more, written from the published description with explicit loops, slices and formulas, in NCHW and float64.
+"""The ops once more, written from the published description with explicit loops, slices and formulas, in NCHW and
+float64.
 
 Nothing here calls the library but its counter-based random words, whose order inside a mask is part of an op's meaning.
 """
@@ -39,7 +40,9 @@ def batch_norm(x: Tensor, norm: BatchNorm) -> tuple[Tensor, tuple[Tensor, Tensor
 
 def layer_norm(x: Tensor, norm: LayerNorm) -> Tensor:
     dims = (1, 2, 3) if norm.per_sample else (1,)
-    return normalise(x, x.mean(dims, keepdim=True), x.var(dims, correction=0, keepdim=True), norm.weight, norm.bias, norm.eps)
+    return normalise(
+        x, x.mean(dims, keepdim=True), x.var(dims, correction=0, keepdim=True), norm.weight, norm.bias, norm.eps
+    )
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +71,9 @@ def fold(tokens: Tensor, patch_size: tuple[int, int], height: int, width: int) -
     return x
 
 
-def patch_attention(qkv: Tensor, num_heads: int, patch_size: tuple[int, int], dropout: float, seed: Tensor | None) -> Tensor:
+def patch_attention(
+    qkv: Tensor, num_heads: int, patch_size: tuple[int, int], dropout: float, seed: Tensor | None
+) -> Tensor:
     q, k, v = unfold(qkv, patch_size).chunk(3, -1)
     dim = q.shape[-1] // num_heads
     heads = [slice(h * dim, (h + 1) * dim) for h in range(num_heads)]
@@ -101,24 +106,39 @@ def branch_dropped(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tenso
 
 
 def feed_forward(
-    x: Tensor, norm: LayerNorm, fc1: Linear, fc2: Linear, hidden_dropout: float, output_dropout: float, seed: Tensor | None
+    x: Tensor,
+    norm: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    hidden_dropout: float,
+    output_dropout: float,
+    seed: Tensor | None,
 ) -> Tensor:
     hidden = branch_dropped(activate(conv1x1(layer_norm(x, norm), *fc1), "silu"), hidden_dropout, seed, 0)
     return x + branch_dropped(conv1x1(hidden, *fc2), output_dropout, seed, 1)
 
 
 def transformer_layer(
-    x: Tensor, layer: Layer, num_heads: int, patch_size: tuple[int, int], dropout: tuple[float, float, float], seeds: list
+    x: Tensor,
+    layer: Layer,
+    num_heads: int,
+    patch_size: tuple[int, int],
+    dropout: tuple[float, float, float, float],
+    seeds: list,
 ) -> Tensor:
     """The pre-norm layer of MobileViTv1."""
-    attention, hidden, output = dropout
-    tokens = patch_attention(conv1x1(layer_norm(x, layer.norm1), *layer.qkv), num_heads, patch_size, attention, seeds[0])
+    attention, hidden, output, ffn_output = dropout
+    tokens = patch_attention(
+        conv1x1(layer_norm(x, layer.norm1), *layer.qkv), num_heads, patch_size, attention, seeds[0]
+    )
     x = x + branch_dropped(conv1x1(tokens, *layer.out_proj), output, seeds[1], 0)
-    return feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden, output, seeds[2])
+    return feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden, ffn_output, seeds[2])
 
 
-def separable_layer(x: Tensor, layer: Layer, patch_size: tuple[int, int], dropout: tuple[float, float, float], seeds: list) -> Tensor:
+def separable_layer(
+    x: Tensor, layer: Layer, patch_size: tuple[int, int], dropout: tuple[float, float, float, float], seeds: list
+) -> Tensor:
     """The layer of MobileViTv2."""
-    attention, hidden, output = dropout
+    attention, hidden, output, ffn_output = dropout
     x = separable_attention(x, layer.norm1, layer.qkv, layer.out_proj, patch_size, attention, output, seeds[0])
-    return feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden, output, seeds[2])
+    return feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden, ffn_output, seeds[2])

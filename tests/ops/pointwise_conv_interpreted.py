@@ -16,7 +16,9 @@ class TestPointwiseConv(TritonResults):
     maps = ("x", "residual")
     # Several blocks of inputs and of outputs, several parts of the rows, and less than one.
     shapes = ((2, 3, 5, 7, 9), (2, 9, 7, 33, 70))
-    options = {name: Cpu.options[name] for name in ("training-silu", "training-bias-residual", "training-large-mean", "plain")}
+    options = {
+        name: Cpu.options[name] for name in ("training-silu", "training-bias-residual", "training-large-mean", "plain")
+    }
     options |= {name: Cpu.options[name] for name in ("frozen-silu-residual", "plain-silu")}
     arguments = staticmethod(Cpu.arguments)
     registered = staticmethod(Cpu.registered)

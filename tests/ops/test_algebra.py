@@ -47,7 +47,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def product_norm(draw: Draw, condition: str) -> tuple[Tensor, Tensor, BatchNorm]:
     x, weight = feature_map(draw, condition), draw(6, 5, scale=0.5)
     weight[0, 1:] = 0  # with a constant channel, a product of variance 0
-    return x, parameter(weight), BatchNorm(parameter(draw(6, mean=1, scale=0.3)), parameter(draw(6)), None, None, True, 1e-5)
+    return (
+        x,
+        parameter(weight),
+        BatchNorm(parameter(draw(6, mean=1, scale=0.3)), parameter(draw(6)), None, None, True, 1e-5),
+    )
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -101,7 +105,11 @@ def test_c_norm_before_a_linear_map_is_an_epilogue(condition, per_sample):
         dims = (1, 2, 3) if per_sample else (3,)
         mu, r = x.mean(dims, keepdim=True), (x.var(dims, correction=0, keepdim=True) + norm.eps).rsqrt()
         folded = weight * norm.weight
-        close(r * (x @ folded.T) - r * mu * folded.sum(1) + (weight @ norm.bias + bias), y, size=(r * x.abs()).max().item())
+        close(
+            r * (x @ folded.T) - r * mu * folded.sum(1) + (weight @ norm.bias + bias),
+            y,
+            size=(r * x.abs()).max().item(),
+        )
         # Backward: q is the one product over g; the rest is on the small side.
         q = (g * r).flatten(0, 2).T @ x.flatten(0, 2) - (g * r * mu).flatten(0, 2).sum(0)[:, None]
         g1, p, normal = g.sum((0, 1, 2)), g @ folded, (x - mu) * r
@@ -141,7 +149,9 @@ def test_d_separable_attention_without_keys(condition, dropout):
     dx = torch.zeros_like(x)
     out = torch.empty_like(x)
     with torch.no_grad():
-        for i, (xs, gs, dxs, ys) in enumerate(zip(*(positions(m, *patch_size) for m in (x.detach(), g, dx, out)), strict=True)):
+        for i, (xs, gs, dxs, ys) in enumerate(
+            zip(*(positions(m, *patch_size) for m in (x.detach(), g, dx, out)), strict=True)
+        ):
             n = xs.flatten(1, 2)  # tokens (B, N, D)
             p = (n @ wq.T + bq).softmax(1)
             s = p * keep[:, i, :, None]

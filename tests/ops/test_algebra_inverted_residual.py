@@ -1,4 +1,5 @@
-"""Identity G: the inverted residual in training, forward and backward, with x and z kept and the expanded tensor recomputed."""
+"""Identity G: the inverted residual in training, forward and backward, with x and z kept and the expanded tensor
+recomputed."""
 
 import pytest
 import torch
@@ -95,11 +96,13 @@ def test_g_inverted_residual_without_its_wide_tensors(condition, stride, outputs
     draw = Draw()
 
     def part(*weight: int) -> ConvNorm:
-        norm = BatchNorm(parameter(draw(weight[0], mean=1, scale=0.3)), parameter(draw(weight[0])), None, None, True, 1e-5)
+        norm = BatchNorm(
+            parameter(draw(weight[0], mean=1, scale=0.3)), parameter(draw(weight[0])), None, None, True, 1e-5
+        )
         return ConvNorm(parameter(draw(*weight, scale=0.5)), norm)
 
     x, expand, depthwise, project = feature_map(draw, condition), part(6, 5), part(6, 1, 3, 3), part(outputs, 6)
-    y, measured = inverted_residual(x, expand, depthwise, project, stride, 1, "silu")
+    y, measured = inverted_residual(x, expand, depthwise, project, stride, 1, "silu", stride == 1 and outputs == 5)
     dy = draw(*y.shape)
     inputs = (x, *(t for weight, norm in (expand, depthwise, project) for t in (weight, norm.weight, norm.bias)))
     want = torch.autograd.grad(y, inputs, dy)

@@ -1,4 +1,5 @@
-"""Wrong arguments of the CPU kernels: an exception that names the argument, never a result, never the end of the process."""
+"""Wrong arguments of the CPU kernels: an exception that names the argument, never a result, never the end of the
+process."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from mvit3_kernels.ops import (
 )
 
 from .cpu_kernel import needs_the_kernels
-from .kernel import DTYPES
+from .inputs import DTYPES
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,11 @@ def outcomes() -> list[str]:
     """What wrong_arguments.py prints, which runs in a process of its own."""
     command = [sys.executable, "-m", "tests.ops.wrong_arguments"]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "2"}
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"after {lines[-1] if lines else 'nothing'}: {done.returncode}\n{done.stderr[-2000:]}"
@@ -52,6 +57,15 @@ def test_every_op_of_the_kernels_is_called(outcomes):
     compiled = {name for name in kernels if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")}
     compiled |= {name for name in kernels if name.startswith("mvit3::engine_")}
     assert compiled == {"mvit3::" + line.split()[1].rstrip(":") for line in outcomes}
+
+
+@needs_the_kernels
+def test_a_message_is_about_the_call_alone():
+    """It names no source file of the kernels."""
+    x, w = torch.randn(1, 2, 2, 4), torch.randn(3, 5)
+    with pytest.raises(RuntimeError) as refusal:
+        torch.ops.mvit3.norm_linear_forward(x, torch.ones(4), torch.zeros(4), 1e-5, False, w, None)
+    assert str(refusal.value) == "weight must have 3 outputs of 4 values, got shape (3, 5)"
 
 
 def norm(channels: int, training: bool) -> BatchNorm:
@@ -78,13 +92,16 @@ def test_maps_without_pixels_have_no_taps(shape, training, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 4, 6, 6), (2, 0, 6, 6), (2, 4, 0, 6), (0, 0, 0, 6)], ids=str)
 def test_empty_maps(shape, dtype):
-    """The other ops take them, forward and backward, and return what the reference does: an empty map and gradients of zero."""
+    """The other ops take them, forward and backward, and return what the reference does: an empty map and gradients of
+    zero."""
     one, zero = torch.ones(6), torch.zeros(6)
     for per_sample in (False, True):
         if per_sample and 0 in shape[1:3]:
             continue  # PyTorch's group norm refuses them
         layer = LayerNorm(one, zero, 1e-5, per_sample)
-        square, fc1, fc2, qkv = (Linear(torch.randn(o, i), torch.randn(o)) for o, i in ((6, 6), (9, 6), (6, 9), (13, 6)))
+        square, fc1, fc2, qkv = (
+            Linear(torch.randn(o, i), torch.randn(o)) for o, i in ((6, 6), (9, 6), (6, 9), (13, 6))
+        )
         for function in (
             lambda x: norm_linear(x, layer, fc1),  # noqa: B023
             lambda x: feed_forward(x, layer, fc1, fc2),  # noqa: B023

@@ -31,7 +31,9 @@ class TestBatchNormAct(Contract):
     bad = (*bad_map("x"), *bad_map("residual", first=False), *bad_batch_norm("norm", 4), *bad_activation())
 
     @staticmethod
-    def arguments(draw, batch=2, height=3, width=5, channels=4, training=True, act="identity", residual=False, eps=1e-5, mean=0.0):
+    def arguments(
+        draw, batch=2, height=3, width=5, channels=4, training=True, act="identity", residual=False, eps=1e-5, mean=0.0
+    ):
         return {
             "x": draw(batch, height, width, channels, mean=mean),
             "norm": draw.batch_norm(channels, training, eps),
@@ -70,13 +72,17 @@ class TestBatchNormAct(Contract):
         arguments = self.make("identity", grad=False)
         x, norm = arguments["x"], arguments["norm"]
         module = nn.BatchNorm2d(x.shape[-1]).double()
-        module.load_state_dict({**norm._asdict(), "num_batches_tracked": torch.tensor(0)} | {"weight": norm.weight}, strict=False)
+        module.load_state_dict(
+            {**norm._asdict(), "num_batches_tracked": torch.tensor(0)} | {"weight": norm.weight}, strict=False
+        )
         want = module(plain.nchw(x))
         y, (mean, var) = batch_norm_act(x, norm)
         rows = x.shape[:-1].numel()
         torch.testing.assert_close(plain.nchw(y), want, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(norm.running_mean.lerp(mean, 0.1), module.running_mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(norm.running_var.lerp(var * rows / (rows - 1), 0.1), module.running_var, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            norm.running_var.lerp(var * rows / (rows - 1), 0.1), module.running_var, rtol=1e-12, atol=1e-12
+        )
 
     def test_a_kernel_refuses_a_second_derivative(self):
         """Rather than handing out one that lacks the kernel's part."""

@@ -21,53 +21,45 @@ def test_interpreter():
 
 def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
     """Every kernel of one pass forward and backward, compiled as the launchers configure it."""
-    from mvit3_kernels.ops.batch_norm_act import triton as kernels
+    from mvit3_kernels.ops.batch_norm_act import kernels
+    from mvit3_kernels.ops.batch_norm_act.triton import configurations
 
-    f32, rows, parts, per_part = torch.float32, 1000, 3, 400
-    one, two = (kernels.configurations(channels, dtype.itemsize, tensors)[0] for tensors in (1, 2))
+    f32, rows, parts, per_part, eps = torch.float32, 1000, 3, 400, 1e-5
+    one, two = (configurations(channels, dtype.itemsize, tensors)[0] for tensors in (1, 2))
     flags = {"ACT": SILU, "TRAINING": training, "C": channels}
+    norm = (f32, f32, f32, f32)
     if training:
-        yield kernels._moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **one, grid=(1,))
-    yield kernels._normalize_fwd_kernel.warmup(
-        dtype, dtype if residual else None, f32, f32, dtype, f32, f32,
-        f32 if training else None, parts, per_part, rows, per_part, 1e-5,
+        yield kernels.moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **one, grid=(1,))
+    yield kernels.normalize_fwd_kernel.warmup(
+        dtype, dtype if residual else None, f32, f32, f32 if training else None, dtype, f32, f32,
+        rows, per_part, parts, per_part, eps,
         **flags, **(two if residual else one), grid=(1,),
     )  # fmt: skip
-    yield kernels._sums_bwd_kernel.warmup(
-        dtype, dtype, f32, f32, f32, f32, dtype, f32, rows, parts, per_part, 1e-5, **flags, DY_STRIDE=2 * channels, **two, grid=(1,)
-    )
-    yield kernels._input_bwd_kernel.warmup(
-        dtype,
-        dtype,
-        f32,
-        f32,
-        f32,
-        f32,
-        f32,
-        dtype,
-        f32,
-        f32,
-        parts,
-        rows,
-        per_part,
-        1e-5,
-        **flags,
-        DY_STRIDE=2 * channels,
-        **two,
-        grid=(1,),
-    )
+    yield kernels.sums_bwd_kernel.warmup(
+        dtype, dtype, *norm, dtype, f32, rows, parts, per_part, eps,
+        **flags, DY_STRIDE=2 * channels, **two, grid=(1,),
+    )  # fmt: skip
+    yield kernels.input_bwd_kernel.warmup(
+        dtype, dtype, *norm, f32, dtype, f32, f32, rows, parts, per_part, eps,
+        **flags, DY_STRIDE=2 * channels, **two, grid=(1,),
+    )  # fmt: skip
 
 
-# The configurations differ in the columns of a tile (a power of 2 up to 32), the last tile being full or not, and 16-byte rows or not.
+# The configurations differ in the columns of a tile (a power of 2 up to 32), the last tile being full or not, and
+# 16-byte rows or not.
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("architecture", "channels"), [(90, 1), (90, 7), (90, 8), (90, 64), (90, 80), (80, 7), (80, 80), (86, 320)])
+@pytest.mark.parametrize(
+    ("architecture", "channels"), [(90, 1), (90, 7), (90, 8), (90, 64), (90, 80), (80, 7), (80, 80), (86, 320)]
+)
 def test_kernels_fit(architecture, channels, dtype, training):
     with offline(architecture):
         for kernel in compiled(channels, dtype, training, residual=channels == 64):
             used = resources(kernel)
             assert used.stack == 0, f"{kernel.metadata.name} spills: {used}"
-            assert used.registers <= 128, f"{kernel.metadata.name}: two programs of 256 threads do not fit a multiprocessor: {used}"
+            assert used.registers <= 128, (
+                f"{kernel.metadata.name}: two programs of 256 threads do not fit a multiprocessor: {used}"
+            )
             assert used.shared <= min(SHARED_MEMORY_LIMITS.values()), f"{kernel.metadata.name}: {used}"
             assert used.load_bits == 128 or channels in (1, 7), f"{kernel.metadata.name}: {used}"
 
@@ -80,11 +72,14 @@ def test_kernels_compile_for_amd():
 
 def test_one_binary_for_every_map_size():
     """Multi-scale training must not compile again: sizes are not specialised on, C and the dtype are."""
-    from mvit3_kernels.ops.batch_norm_act import triton as kernels
+    from mvit3_kernels.ops.batch_norm_act import kernels
+    from mvit3_kernels.ops.batch_norm_act.triton import configurations
 
     def compile(rows):
-        config = kernels.configurations(64, 2, 1)[0]
-        return kernels._moments_fwd_kernel.warmup(torch.bfloat16, torch.float32, rows, rows, rows, C=64, **config, grid=(1,))
+        config = configurations(64, 2, 1)[0]
+        return kernels.moments_fwd_kernel.warmup(
+            torch.bfloat16, torch.float32, rows, rows, rows, C=64, **config, grid=(1,)
+        )
 
     with offline(90):
         assert compile(1) is compile(16) is compile(999)

@@ -27,7 +27,9 @@ class TestDepthwiseConv(Contract):
     bad = (*bad_map("x"), *bad_depthwise("weight", 3), *bad_batch_norm("norm", 3), *bad_activation())
 
     @staticmethod
-    def arguments(draw, batch=2, height=3, width=5, channels=3, training=True, act="identity", stride=1, dilation=1, eps=1e-5):
+    def arguments(
+        draw, batch=2, height=3, width=5, channels=3, training=True, act="identity", stride=1, dilation=1, eps=1e-5
+    ):
         return {
             "x": draw(batch, height, width, channels),
             "weight": draw(channels, 1, 3, 3, scale=1 / 3),
@@ -47,7 +49,10 @@ class TestDepthwiseConv(Contract):
         for i in range(3):
             for j in range(3):
                 top, left = i * dilation, j * dilation
-                y = y + weight[:, :, i, j, None] * padded[:, :, top : top + height : stride, left : left + width : stride]
+                y = (
+                    y
+                    + weight[:, :, i, j, None] * padded[:, :, top : top + height : stride, left : left + width : stride]
+                )
         y, moments = plain.batch_norm(y, norm)
         return plain.nhwc(plain.activate(y, act)), moments
 

@@ -1,5 +1,6 @@
-"""The CUDA C++ kernels of the depth-wise convolution where no GPU is: their bodies run on the launch emulation of tests/cuda against the
-plain meaning in float64; their error is at most twice that of plain PyTorch in the dtype of the map."""
+"""The CUDA C++ kernels of the depth-wise convolution where no GPU is: their bodies run on the launch emulation of
+tests/cuda against the plain meaning in float64; their error is at most twice that of plain PyTorch in the dtype of the
+map."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from mvit3_kernels import _native
 
-from ..bounds import FLOOR
+from ..bounds import FLOOR, assert_bound, each
 from ..cuda import emulation
 from .inputs import Draw
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler for the launch emulation")
 
-# (B, H, W, C), stride, dilation, dtype of x, dtype of the weight. A thread has two columns, and one channel or up to four; a block has at
-# most 64 such groups of channels: 65 single ones come in two slices.
+# (B, H, W, C), stride, dilation, dtype of x, dtype of the weight. A thread has two columns, and one channel or up to
+# four; a block has at most 64 such groups of channels: 65 single ones come in two slices.
 CASES = {
     "odd": ((2, 7, 13, 7), 1, 1, torch.bfloat16, torch.float32),
     "odd, stride 2": ((2, 7, 13, 7), 2, 1, torch.float16, torch.float32),
@@ -70,7 +71,8 @@ def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
 
 
 def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The plain meaning with every step in `dtype`, which is that of the products: parameters too are rounded to it, as under autocast."""
+    """The plain meaning with every step in `dtype`, which is that of the products: parameters too are rounded to it, as
+    under autocast."""
     x, weight, dz = (a[k].to(dtype) for k in ("x", "weight", "dz"))
     geometry = (a["stride"], a["dilation"], a["dilation"], len(weight))
     x, dz = x.permute(0, 3, 1, 2).contiguous(), dz.permute(0, 3, 1, 2).contiguous()
@@ -80,16 +82,10 @@ def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     return dict(dx=dx, dweight=conv2d_weight(x, weight.shape, dz, *geometry))
 
 
-def error(got: Tensor, truth: Tensor) -> float:
-    return float((got.double() - truth).norm())
-
-
 def check(name: str, a: dict, run: Callable[[str, dict], dict[str, Tensor]] = run) -> dict[str, Tensor]:
     found, peer, truth = run(name, a), meaning(name, a, a["x"].dtype), meaning(name, a, torch.float64)
-    for key, true in truth.items():
-        assert found[key].isfinite().all(), key
-        bound = 2 * error(peer[key], true) + FLOOR * float(true.norm())
-        assert error(found[key], true) <= bound, f"{key}: {error(found[key], true):.3e}, allowed {bound:.3e}"
+    assert all(t.isfinite().all() for t in found.values())
+    assert_bound({key: found[key] for key in truth}, peer, truth, FLOOR, group=each, least=0)
     if name == "filter":  # the moments of z as it is stored
         rows = found["z"].double().flatten(0, 2)
         torch.testing.assert_close(found["mean"].double(), rows.mean(0), rtol=1e-6, atol=1e-6)

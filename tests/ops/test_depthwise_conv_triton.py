@@ -23,7 +23,9 @@ def arguments(draw, *sizes, mean=0.0, **options):
 
 def registered(x, weight, norm, act, stride, dilation, way=""):
     """The registered ops of the kernels, each with its arguments."""
-    forward, backward = (getattr(torch.ops.mvit3, f"depthwise_conv_{name}{way}").default for name in ("forward", "backward"))
+    forward, backward = (
+        getattr(torch.ops.mvit3, f"depthwise_conv_{name}{way}").default for name in ("forward", "backward")
+    )
     geometry = (ACTIVATIONS.index(act), stride, dilation)
     inputs = (x, weight, *norm, *geometry)
     yield forward, inputs
@@ -38,7 +40,8 @@ class TestDepthwiseConvTriton(TritonKernel):
     op = staticmethod(depthwise_conv)
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda given: registered(**given))
-    # A configuration is decided by the dtype and the channels; a block of them may be full or not, and rows lie on 16 bytes or not.
+    # A configuration is decided by the dtype and the channels; a block of them may be full or not, and rows lie on 16
+    # bytes or not.
     cases = (
         Case(90, BF16, (2, 8, 8, 256), {"act": "silu"}, 64),
         Case(90, BF16, (2, 8, 8, 64), {"act": "silu", "stride": 2}, 64),

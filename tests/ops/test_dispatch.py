@@ -74,7 +74,10 @@ def test_contexts_nest_and_restore():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="backend must be one of reference, cpu, triton, cuda, got 'gpu'"), backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
+        backend("gpu"),
+    ):
         raise AssertionError("the block must not be entered")
 
 
@@ -89,7 +92,8 @@ def test_contexts_are_per_thread():
 
 
 def test_backward_keeps_the_backend_of_its_forward():
-    """A context that is left before the backward pass does not change it, and one that is entered then does not either."""
+    """A context that is left before the backward pass does not change it, and one that is entered then does not
+    either."""
     draw = Draw()
     x, weight = draw(2, 3, 5, 4).requires_grad_(), draw.linear(3, 4)
     grads = []
@@ -137,12 +141,16 @@ with backend("triton"):
 def test_bad_environment_variable():
     done = run("import mvit3_kernels", MVIT3_BACKEND="gpu")
     assert done.returncode != 0
-    assert "ValueError: environment variable MVIT3_BACKEND must be one of reference, cpu, triton, cuda, got 'gpu'" in done.stderr
+    assert (
+        "ValueError: environment variable MVIT3_BACKEND must be one of reference, cpu, triton, cuda, got 'gpu'"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("capability", "installed", "reason"), [((7, 5), True, "Old has compute capability"), ((9, 0), False, "not installed")]
+    ("capability", "installed", "reason"),
+    [((7, 5), True, "Old has compute capability"), ((9, 0), False, "not installed")],
 )
 def test_a_gpu_without_kernels_is_said_once(capability, installed, reason, compiled, monkeypatch, caplog):
     """Its calls run on the reference, under torch.compile(fullgraph=True) too."""

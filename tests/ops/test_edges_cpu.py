@@ -1,4 +1,5 @@
-"""Numbers at the edge of their types, on whatever instruction set is loaded: test_native.py runs this file on all of them."""
+"""Numbers at the edge of their types, on whatever instruction set is loaded: test_native.py runs this file on all of
+them."""
 
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ from mvit3_kernels.ops import (
     pointwise_conv,
     separable_attention,
 )
+from mvit3_kernels.ops.types import ACTIVATIONS
 
 from .cpu_kernel import needs_the_kernels
-from .kernel import DTYPES
+from .inputs import DTYPES
 
 pytestmark = needs_the_kernels
 
@@ -39,14 +41,19 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def norm(channels: int, training: bool = True) -> BatchNorm:
     one, zero = torch.ones(channels), torch.zeros(channels)
-    return BatchNorm(one, zero + 0.25, None if training else zero, None if training else one, training, 0.0 if not training else 1e-5)
+    return BatchNorm(
+        one, zero + 0.25, None if training else zero, None if training else one, training, 0.0 if not training else 1e-5
+    )
 
 
 def every_bit_pattern(dtype: torch.dtype) -> Tensor:
-    """All values of a 16-bit type; of float32 all exponents and signs, each with payloads of one bit, of all and of none, and of two."""
+    """All values of a 16-bit type; of float32 all exponents and signs, each with payloads of one bit, of all and of
+    none, and of two."""
     if dtype is not torch.float32:
         return torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    mantissas = torch.tensor([0, 2**23 - 1, *(1 << i for i in range(23)), *(1 << 22 | 1 << i for i in range(22)), 0x555555, 0x2AAAAA])
+    mantissas = torch.tensor(
+        [0, 2**23 - 1, *(1 << i for i in range(23)), *(1 << 22 | 1 << i for i in range(22)), 0x555555, 0x2AAAAA]
+    )
     bits = torch.arange(512)[:, None] << 23 | mantissas
     return bits.flatten().to(torch.int32).view(torch.float32)
 
@@ -57,10 +64,11 @@ def kinds(t: Tensor) -> Tensor:
     return torch.where(t.isnan(), 2, torch.where(t.isinf(), t.sign(), 0)).to(torch.int8)
 
 
-@pytest.mark.parametrize("act", ["identity", "silu", "relu"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_bit_pattern_through_an_activation(dtype, act):
-    """NaN stays NaN whatever it carries, infinity what the reference makes of it; forward and backward, whole vectors and the rest."""
+    """NaN stays NaN whatever it carries, infinity what the reference makes of it; forward and backward, whole vectors
+    and the rest."""
     values = every_bit_pattern(dtype)
     for channels in (1, 16, 24):
         count = -(-len(values) // channels) * channels
@@ -136,8 +144,8 @@ TRAINED = ("batch_norm_act", "depthwise_conv", "pointwise_conv", "inverted_resid
 @pytest.mark.parametrize("scale", FAR)
 @pytest.mark.parametrize("op", TRAINED)
 def test_batch_moments_of_large_values(op, scale, stored, monkeypatch):
-    """y and the moments as in float64; PyTorch in float32 takes the deviation for infinite from 1e19 on. The variance of a norm is returned
-    in float32: infinite where that cannot hold it."""
+    """y and the moments as in float64; PyTorch in float32 takes the deviation for infinite from 1e19 on. The variance
+    of a norm is returned in float32: infinite where that cannot hold it."""
     monkeypatch.setattr(INVERTED_RESIDUAL, "_stores", lambda *_: stored)
     x = draw(2, 9, 11, 20) * scale * (1 if op == "batch_norm_act" else 0.05)
     exact, exact_moments = moments_of(op, x.double())
@@ -152,7 +160,8 @@ def test_batch_moments_of_large_values(op, scale, stored, monkeypatch):
 @pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("op", TRAINED)
 def test_gradients_of_large_values(op, stored, monkeypatch):
-    """Where the variance is just below the end of float32: the inverse of it, a factor of the gradient, would lose its digits there."""
+    """Where the variance is just below the end of float32: the inverse of it, a factor of the gradient, would lose its
+    digits there."""
     monkeypatch.setattr(INVERTED_RESIDUAL, "_stores", lambda *_: stored)
     scale = 2.0**62 if op == "batch_norm_act" else 2.0**59
     x, grads = draw(2, 9, 11, 20) * scale, {}
@@ -189,7 +198,12 @@ def test_layer_norms_of_large_values(channels, scale, per_sample):
 def test_layers_of_large_values(scale, per_sample):
     """The branch of a layer is what its norm makes of x: beside a huge x it does not show, so x is taken away."""
     x, layer = draw(2, 8, 10, 20) * scale, LayerNorm(torch.ones(20), torch.zeros(20), 1e-5, per_sample)
-    fc1, fc2, qkv, out = Linear(draw(30, 20)), Linear(draw(20, 30) * scale), Linear(draw(41, 20)), Linear(draw(20, 20) * scale)
+    fc1, fc2, qkv, out = (
+        Linear(draw(30, 20)),
+        Linear(draw(20, 30) * scale),
+        Linear(draw(41, 20)),
+        Linear(draw(20, 20) * scale),
+    )
     calls = (
         lambda x, n, to: feed_forward(x, n, to(fc1), to(fc2)),
         lambda x, n, to: separable_attention(x, n, to(qkv), to(out)),

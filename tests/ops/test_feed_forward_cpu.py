@@ -10,6 +10,7 @@ from mvit3_kernels.ops.random import random_words
 
 from .cpu_kernel import CpuKernel, in_float32, needs_the_kernels
 from .inputs import mapped, seed
+from .test_feed_forward import TestFeedForward as Reference
 
 
 @needs_the_kernels
@@ -37,29 +38,10 @@ class TestFeedForwardCpu(CpuKernel):
     threaded = ((2, 8, 8, 64, 128), (1, 30, 20, 48, 80), (5, 16, 16, 33, 70))
 
     @staticmethod
-    def arguments(
-        draw,
-        batch,
-        height,
-        width,
-        channels,
-        hidden,
-        per_sample=False,
-        bias=True,
-        conv=False,
-        mean=0.0,
-        hidden_dropout=0.0,
-        output_dropout=0.0,
-    ):
-        return {
-            "x": draw(batch, height, width, channels, mean=mean),
-            "norm": draw.layer_norm(channels, per_sample),
-            "fc1": draw.linear(hidden, channels, bias, conv),
-            "fc2": draw.linear(channels, hidden, bias, conv),
-            "hidden_dropout": hidden_dropout,
-            "output_dropout": output_dropout,
-            "seed": seed() if hidden_dropout or output_dropout else None,
-        }
+    def arguments(draw, *sizes, mean=0.0, **options):
+        arguments = Reference.arguments(draw, *sizes, **options)
+        arguments["x"] += mean
+        return arguments
 
     @staticmethod
     def registered(arguments, keep=True):
@@ -107,9 +89,14 @@ def test_what_is_kept():
     """For backward: x, the norm's statistics and the hidden tensor, once."""
     arguments = mapped(TestFeedForwardCpu().make((2, 4, 6, 20, 30)), lambda _, t: t.float().requires_grad_())
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), mvit3_kernels.backend("cpu"):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        mvit3_kernels.backend("cpu"),
+    ):
         feed_forward(**arguments)
-    parameters = {t.data_ptr() for group in ("norm", "fc1", "fc2") for t in arguments[group] if isinstance(t, torch.Tensor)}
+    parameters = {
+        t.data_ptr() for group in ("norm", "fc1", "fc2") for t in arguments[group] if isinstance(t, torch.Tensor)
+    }
     activations = [t for t in kept if t.data_ptr() not in parameters]
     assert sum(t.numel() for t in activations) == 2 * 4 * 6 * (20 + 2 + 30)
 
@@ -123,4 +110,6 @@ def test_the_hidden_tensor_is_kept_on_demand():
     y, mean, rstd, nothing = torch.ops.mvit3.feed_forward_forward(*given, False)
     assert nothing.numel() == 0
     with pytest.raises(RuntimeError, match=r"hidden must have shape \(2, 4, 6, 30\), got \(0,\)"):
-        torch.ops.mvit3.feed_forward_backward(y, x, *norm[:2], norm.per_sample, *fc1, *fc2, 0.0, 0.0, None, mean, rstd, nothing)
+        torch.ops.mvit3.feed_forward_backward(
+            y, x, *norm[:2], norm.per_sample, *fc1, *fc2, 0.0, 0.0, None, mean, rstd, nothing
+        )

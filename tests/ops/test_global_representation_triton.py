@@ -18,7 +18,10 @@ def registered(arguments):
     x, layers, norm, num_heads, patch_size, *_ = arguments.values()
     flat = [t for layer in layers for norm_or_linear in layer for t in norm_or_linear[:2]]
     final = (None, None) if norm is None else norm[:2]
-    yield torch.ops.mvit3.global_representation_inference.default, (x, flat, *final, *layers[0].norm1[2:], num_heads, *patch_size)
+    yield (
+        torch.ops.mvit3.global_representation_inference.default,
+        (x, flat, *final, *layers[0].norm1[2:], num_heads, *patch_size),
+    )
 
 
 V1, V2 = {"num_heads": 4, "layers": 3}, {"per_sample": True, "layers": 3, "conv": True}
@@ -31,8 +34,8 @@ class TestGlobalRepresentationTriton(TritonKernel):
     arguments = staticmethod(arguments)
     registered = staticmethod(registered)
     alone = (90,)
-    # A configuration is decided by the kind of attention, the two tiles of a row, the length of a group, the dtype of the parameters and,
-    # on sm_90, whether there are rows for tall tiles: more than 128, for a GPU that is not there.
+    # A configuration is decided by the kind of attention, the two tiles of a row, the length of a group, the dtype of
+    # the parameters and, on sm_90, whether there are rows for tall tiles: more than 128, for a GPU that is not there.
     cases = (
         Case(90, BF16, (40, 16, 16, 192, 384), V1, 128),
         Case(90, BF16, (1, 16, 16, 192, 384), {**V1, **SAME}, 128),
@@ -59,4 +62,6 @@ class TestGlobalRepresentationTriton(TritonKernel):
 
     @pytest.fixture(autouse=True)
     def multiprocessors(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(multi_processor_count=132))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(multi_processor_count=132)
+        )

@@ -38,6 +38,8 @@ class TestInvertedResidual(Contract):
         "eval-skip": {"training": False},
         "eval-stride": {"training": False, "stride": 2, "outputs": 5},
         "odd-map": {"height": 7, "width": 13, "channels": 5, "wide": 15, "outputs": 5},
+        "no-skip": {"skip": False},
+        "eval-no-skip": {"training": False, "skip": False},
         "one-channel": {"channels": 1, "wide": 2, "outputs": 1, "eps": 0.1},
     }
     bad_case = {"training": False}
@@ -54,20 +56,31 @@ class TestInvertedResidual(Contract):
 
     @staticmethod
     def arguments(
-        draw, batch=2, height=3, width=5, channels=3, wide=6, outputs=3, training=True, stride=1, dilation=1, act="silu", eps=1e-5
+        draw,
+        batch=2,
+        height=3,
+        width=5,
+        channels=3,
+        wide=6,
+        outputs=3,
+        stride=1,
+        dilation=1,
+        **others,
     ):
+        own = {"act": "silu", "skip": None}
+        norm = {name: value for name, value in others.items() if name not in own}
         return {
             "x": draw(batch, height, width, channels),
-            "expand": ConvNorm(draw.linear(wide, channels, conv=True).weight, draw.batch_norm(wide, training, eps)),
-            "depthwise": ConvNorm(draw(wide, 1, 3, 3, scale=1 / 3), draw.batch_norm(wide, training, eps)),
-            "project": ConvNorm(draw.linear(outputs, wide, conv=True).weight, draw.batch_norm(outputs, training, eps)),
+            "expand": ConvNorm(draw.linear(wide, channels, conv=True).weight, draw.batch_norm(wide, **norm)),
+            "depthwise": ConvNorm(draw(wide, 1, 3, 3, scale=1 / 3), draw.batch_norm(wide, **norm)),
+            "project": ConvNorm(draw.linear(outputs, wide, conv=True).weight, draw.batch_norm(outputs, **norm)),
             "stride": stride,
             "dilation": dilation,
-            "act": act,
+            **{name: others.get(name, value) for name, value in own.items()},
         }
 
     @staticmethod
-    def plain(x, expand, depthwise, project, stride, dilation, act):
+    def plain(x, expand, depthwise, project, stride, dilation, act, skip):
         wide, inputs = expand.weight.shape[:2]
         outputs, training = project.weight.shape[0], expand.norm.training
         parameters = {}
@@ -80,19 +93,25 @@ class TestInvertedResidual(Contract):
         y = functional_call(module, parameters, plain.nchw(x))
         rows = (x.shape[:3].numel(), *(y.numel() // outputs,) * 2)
         moments = [
-            (parameters[f"{3 * i + 1}.running_mean"], parameters[f"{3 * i + 1}.running_var"] * (n - 1) / n) for i, n in enumerate(rows)
+            (parameters[f"{3 * i + 1}.running_mean"], parameters[f"{3 * i + 1}.running_var"] * (n - 1) / n)
+            for i, n in enumerate(rows)
         ]
         y = plain.nhwc(y)
-        return (y + x if stride == 1 and inputs == outputs else y), moments if training else None
+        return (y + x if skip is not False and stride == 1 and inputs == outputs else y), moments if training else None
 
     @staticmethod
-    def raw(x, expand, depthwise, project, stride, dilation, act):
+    def raw(x, expand, depthwise, project, stride, dilation, act, skip):
         flat = [t for weight, norm in (expand, depthwise, project) for t in (weight, *norm)]
-        return x, *flat, stride, dilation, ACTIVATIONS.index(act)
+        return x, *flat, stride, dilation, ACTIVATIONS.index(act), skip
 
     def test_one_value_after_the_stride(self):
         with pytest.raises(ValueError, match=r"depthwise\.norm\.training needs more than 1 value"):
             inverted_residual(**self.arguments(Draw(), batch=1, height=2, width=2, stride=2))
+
+    def test_skip_needs_a_map_of_the_same_shape(self):
+        for case in ({"stride": 2}, {"outputs": 2}):
+            with pytest.raises(ValueError, match="skip needs stride 1 and equal widths, got stride"):
+                inverted_residual(**self.arguments(Draw(), **case, skip=True))
 
     def test_norms_need_not_agree_on_training(self):
         """A frozen norm between trained ones gives no moments."""

@@ -1,5 +1,6 @@
-"""The CUDA C++ kernels of inverted_residual where no GPU is: their bodies run on the launch emulation of tests/cuda against the plain
-meaning in float64; their error is at most twice that of the same steps in plain PyTorch, each of which rounds to the dtype of the map."""
+"""The CUDA C++ kernels of inverted_residual where no GPU is: their bodies run on the launch emulation of tests/cuda
+against the plain meaning in float64; their error is at most twice that of the same steps in plain PyTorch, each of
+which rounds to the dtype of the map."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from mvit3_kernels import _native
 from mvit3_kernels.ops.types import ACTIVATIONS
 
-from ..bounds import FLOOR
+from ..bounds import FLOOR, assert_bound, each
 from ..cuda import emulation
 from .inputs import Draw
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler for the launch emulation")
 
-# (B, H, W, C, E, O), stride, dilation, act, dtype of x, dtype of weights. Tiles are 8 x 16 or 4 x 8 outputs, 32 expanded channels; 150
-# channels come in two slices.
+# (B, H, W, C, E, O), stride, dilation, act, dtype of x, dtype of weights. Tiles are 8 x 16 or 4 x 8 outputs, 32
+# expanded channels; 150 channels come in two slices.
 CASES = {
     "odd": ((2, 9, 19, 5, 35, 7), 1, 1, "silu", torch.bfloat16, torch.float32),
     "odd, stride 2": ((2, 9, 19, 5, 35, 7), 2, 1, "silu", torch.bfloat16, torch.float32),
@@ -35,24 +36,41 @@ CASES = {
     "many channels, stride 2": ((1, 9, 7, 136, 40, 264), 2, 1, "silu", torch.bfloat16, torch.float32),
     "one pixel": ((1, 1, 1, 3, 2, 1), 2, 1, "silu", torch.float16, torch.float32),
 }
-INPUTS = ("x", "expand", "depthwise", "project", "scale", "shift", "norms", "dp", "z", "z_scale", "z_shift", "c0", "c1", "c2")
+INPUTS = (
+    "x",
+    "expand",
+    "depthwise",
+    "project",
+    "scale",
+    "shift",
+    "norms",
+    "dp",
+    "z",
+    "z_scale",
+    "z_shift",
+    "c0",
+    "c1",
+    "c2",
+)
 
 
-def arguments(shape: tuple[int, ...], stride: int, dilation: int, act: str, dtype: torch.dtype, weights: torch.dtype) -> dict:
-    batch, height, width, inputs, wide, outputs = shape
+def arguments(
+    shape: tuple[int, ...], stride: int, dilation: int, act: str, dtype: torch.dtype, weights: torch.dtype
+) -> dict:
+    batch, height, width, inputs, expanded, outputs = shape
     draw, out = Draw(0), (batch, -(-height // stride), -(-width // stride))
 
     def vector(low: float, high: float) -> Tensor:
-        return (low + (high - low) * draw(wide).sigmoid()).float()
+        return (low + (high - low) * draw(expanded).sigmoid()).float()
 
-    norms = [draw(n) if i % 2 else 0.5 + draw(n).square() for n in (wide, wide, outputs) for i in (0, 1, 1, 0)]
+    norms = [draw(n) if i % 2 else 0.5 + draw(n).square() for n in (expanded, expanded, outputs) for i in (0, 1, 1, 0)]
     return dict(
         x=(draw(batch, height, width, inputs) + 0.5).to(dtype),
-        expand=(draw(wide, inputs) / inputs**0.5).to(weights),
-        depthwise=(draw(wide, 1, 3, 3) / 2).to(weights),
-        project=(draw(outputs, wide) / wide**0.5).to(weights),
+        expand=(draw(expanded, inputs) / inputs**0.5).to(weights),
+        depthwise=(draw(expanded, 1, 3, 3) / 2).to(weights),
+        project=(draw(outputs, expanded) / expanded**0.5).to(weights),
         scale=vector(0.5, 1.5), shift=vector(-1, 1), norms=torch.cat(norms).float(),
-        dp=draw(*out, outputs).to(dtype), z=draw(*out, wide).to(dtype),
+        dp=draw(*out, outputs).to(dtype), z=draw(*out, expanded).to(dtype),
         z_scale=vector(-1, 1), z_shift=vector(-1, 1), c0=vector(0.5, 1.5), c1=vector(-0.2, 0.2), c2=vector(-0.3, 0.3),
         stride=stride, dilation=dilation, act=ACTIVATIONS.index(act),
     )  # fmt: skip
@@ -60,7 +78,7 @@ def arguments(shape: tuple[int, ...], stride: int, dilation: int, act: str, dtyp
 
 def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
     """What the kernel of that name writes; memory that it does not write stays NaN."""
-    (batch, height, width, inputs), (outputs, wide), stride = a["x"].shape, a["project"].shape, a["stride"]
+    (batch, height, width, inputs), (outputs, expanded), stride = a["x"].shape, a["project"].shape, a["stride"]
     out = (batch, -(-height // stride), -(-width // stride))
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,11 +86,16 @@ def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
 
     dtype = a["x"].dtype
     results = {
-        "filter": dict(z=empty(*out, wide, dtype=dtype), mean=empty(wide), var=empty(wide)),
+        "filter": dict(z=empty(*out, expanded, dtype=dtype), mean=empty(expanded), var=empty(expanded)),
         "inference": dict(y=empty(*out, outputs, dtype=dtype)),
-        "backward": dict(dx=empty(*a["x"].shape, dtype=dtype), n1=empty(wide, inputs), g1=empty(wide), dtaps=empty(wide, 1, 3, 3)),
+        "backward": dict(
+            dx=empty(*a["x"].shape, dtype=dtype),
+            n1=empty(expanded, inputs),
+            g1=empty(expanded),
+            dtaps=empty(expanded, 1, 3, 3),
+        ),
     }[name]
-    sizes = dict(batch=batch, height=height, width=width, inputs=inputs, wide=wide, outputs=outputs)
+    sizes = dict(batch=batch, height=height, width=width, inputs=inputs, expanded=expanded, outputs=outputs)
     emulation.call(f"run_{name}", **sizes, **{**a, **results}, **options)
     return results
 
@@ -103,9 +126,13 @@ def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:
 
     # The dtype of the products is that of x: the weights are rounded to it, as under autocast.
     a = {k: v.to(a["x"].dtype).to(dtype) if k in ("x", "expand", "project", "dp", "z") else v for k, v in a.items()}
-    act, wide = a["act"], len(a["expand"])
+    act, expanded = a["act"], len(a["expand"])
     affines = []
-    for n, part in zip((wide, wide, len(a["project"])), a["norms"].split([4 * wide, 4 * wide, 4 * len(a["project"])]), strict=True):
+    for n, part in zip(
+        (expanded, expanded, len(a["project"])),
+        a["norms"].split([4 * expanded, 4 * expanded, 4 * len(a["project"])]),
+        strict=True,
+    ):
         weight, bias, mean, var = part.to(wider).view(4, n)
         affines.append((weight / (var + 1e-5).sqrt(), bias - mean * weight / (var + 1e-5).sqrt()))
     if name == "inference":
@@ -119,7 +146,7 @@ def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     normal = affine(a["z"], a["z_scale"], a["z_shift"])
     g = (a["dp"] @ a["project"]) * slope(normal, act)
     dz = affine(g, a["c0"], a["c1"] + a["c2"] * a["z"].to(wider)).permute(0, 3, 1, 2)
-    geometry = dict(stride=a["stride"], padding=a["dilation"], dilation=a["dilation"], groups=wide)
+    geometry = dict(stride=a["stride"], padding=a["dilation"], dilation=a["dilation"], groups=expanded)
     value = value.permute(0, 3, 1, 2)
     da = conv2d_input(value.shape, a["depthwise"].to(dtype), dz, **geometry).permute(0, 2, 3, 1)
     dtaps = conv2d_weight(value.contiguous(), a["depthwise"].shape, dz.contiguous(), **geometry)
@@ -133,16 +160,10 @@ def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:
     )  # fmt: skip
 
 
-def error(got: Tensor, truth: Tensor) -> float:
-    return float((got.double() - truth).norm())
-
-
 def check(name: str, a: dict, run: Callable[[str, dict], dict[str, Tensor]] = run) -> dict[str, Tensor]:
     found, peer, truth = run(name, a), meaning(name, a, a["x"].dtype), meaning(name, a, torch.float64)
-    for key, true in truth.items():
-        assert found[key].isfinite().all(), key
-        bound = 2 * error(peer[key], true) + FLOOR * float(true.norm())
-        assert error(found[key], true) <= bound, f"{key}: {error(found[key], true):.3e}, allowed {bound:.3e}"
+    assert all(t.isfinite().all() for t in found.values())
+    assert_bound({key: found[key] for key in truth}, peer, truth, FLOOR, group=each, least=0)
     return found
 
 
@@ -183,7 +204,8 @@ def test_moments_of_large_and_of_constant_channels():
     found = run("filter", a)
     rows = found["z"].double().flatten(0, 2)
     assert torch.equal(found["var"][:16], torch.zeros(16))
-    # The mean is 2,000 standard deviations: what a difference of squares would leave of the variance is noise of its own size.
+    # The mean is 2,000 standard deviations: what a difference of squares would leave of the variance is noise of its
+    # own size.
     torch.testing.assert_close(found["var"].double(), rows.var(0, unbiased=False), rtol=1e-4, atol=0)
     torch.testing.assert_close(found["mean"].double(), rows.mean(0), rtol=1e-6, atol=0)
 
@@ -215,7 +237,8 @@ def test_not_finite(value):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers are loaded with LD_PRELOAD")
 def test_under_the_sanitizers():
-    """Every access of shared and of global memory, of odd shapes, under GCC's address and undefined-behaviour sanitizers."""
+    """Every access of shared and of global memory, of odd shapes, under GCC's address and undefined-behaviour
+    sanitizers."""
     emulation.run_sanitized(
         "from tests.ops.test_inverted_residual_cuda import CASES, arguments, check\n"
         "for case in ('odd', 'odd, stride 2', 'many channels, stride 2'):\n"
@@ -228,7 +251,11 @@ def test_under_the_sanitizers():
 def test_resources_of_the_compiled_kernels():
     """Of the built extension, for every device that it holds code for: a kernel that spills has a stack."""
     found = [kernel for kernel in emulation.resources() if "Depthwise" not in kernel[0]]
-    assert {part for name, *_ in found for part in re.findall("Filter|Inference|Backward", name)} == {"Filter", "Inference", "Backward"}
+    assert {part for name, *_ in found for part in re.findall("Filter|Inference|Backward", name)} == {
+        "Filter",
+        "Inference",
+        "Backward",
+    }
     for name, registers, stack in found:
         assert stack == 0, name
         assert 8 < registers <= 128, name  # two blocks of 256 threads

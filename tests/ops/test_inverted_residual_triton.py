@@ -20,14 +20,17 @@ def arguments(draw, *sizes, mean=0.0, **options):
     return found
 
 
-def registered(x, expand, depthwise, project, stride, dilation, act, store=True):
-    """The registered ops of the launchers, each with its arguments."""
+def registered(x, expand, depthwise, project, stride, dilation, act, skip=None, store=True):
+    """The registered ops of the launchers, each with its arguments; they add the input where they can."""
+    assert skip is None
     parts, geometry = (expand, depthwise, project), (stride, dilation, ACTIVATIONS.index(act))
     learned = [value for weight, norm in parts for value in (weight, norm.weight, norm.bias, norm.eps)]
     inputs = (x, *learned, *geometry, store)
-    yield torch.ops.mvit3.inverted_residual_training.default, inputs
-    y, *kept = torch.ops.mvit3.inverted_residual_training(*inputs)
-    fixed = [v for i, (weight, n) in enumerate(parts) for v in (weight, n.weight, n.bias, *kept[2 * i : 2 * i + 2], n.eps)]
+    yield torch.ops.mvit3.inverted_residual_forward.default, inputs
+    y, *kept = torch.ops.mvit3.inverted_residual_forward(*inputs)
+    fixed = [
+        v for i, (weight, n) in enumerate(parts) for v in (weight, n.weight, n.bias, *kept[2 * i : 2 * i + 2], n.eps)
+    ]
     yield torch.ops.mvit3.inverted_residual_backward.default, (torch.ones_like(y), x, *fixed, *kept[6:], *geometry)
 
 
@@ -55,7 +58,8 @@ class TestInvertedResidualTriton(TritonKernel):
             self.test_compiles_without_a_graph_break(monkeypatch)
 
 
-# What a step moves and computes for each pixel, in bytes (benchmarks/NOTES.md), decides: (inputs, expanded, outputs, stride).
+# What a step moves and computes for each pixel, in bytes (benchmarks/NOTES.md), decides: (inputs, expanded, outputs,
+# stride).
 RECOMPUTED = [
     (16, 64, 32, 1),
     (32, 128, 64, 2),
@@ -86,4 +90,7 @@ def test_bytes_moved():
     x = torch.empty(2, 8, 8, 16, dtype=BF16, device="meta")
     z_and_p = 2 * 64 + 3 * 32
     assert kernels.bytes_moved(x, 64, 32, 1, False) == (256 * (2 * 16 + z_and_p), 256 * (5 * 16 + 2 * 64 + 7 * 32))
-    assert kernels.bytes_moved(x, 64, 32, 1, True) == (256 * (2 * 16 + 2 * 64 + z_and_p), 256 * (5 * 16 + 7 * 64 + 7 * 32))
+    assert kernels.bytes_moved(x, 64, 32, 1, True) == (
+        256 * (2 * 16 + 2 * 64 + z_and_p),
+        256 * (5 * 16 + 7 * 64 + 7 * 32),
+    )

@@ -23,11 +23,22 @@ class TestNormLinear(Contract):
     bad = (*bad_map("x"), *bad_layer_norm("norm", 4), *bad_linear("projection", 4, 3, any_outputs=True))
 
     @staticmethod
-    def arguments(draw, batch=2, height=3, width=5, channels=4, outputs=3, per_sample=False, bias=True, conv=False, eps=1e-5, mean=0.0):
+    def arguments(
+        draw,
+        batch=2,
+        height=3,
+        width=5,
+        channels=4,
+        outputs=3,
+        per_sample=False,
+        eps=1e-5,
+        mean=0.0,
+        **linear,
+    ):
         return {
             "x": draw(batch, height, width, channels, mean=mean),
             "norm": draw.layer_norm(channels, per_sample, eps),
-            "projection": draw.linear(outputs, channels, bias, conv),
+            "projection": draw.linear(outputs, channels, **linear),
         }
 
     @staticmethod

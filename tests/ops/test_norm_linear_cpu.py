@@ -89,7 +89,12 @@ def test_folding(per_sample):
     torch.testing.assert_close(again, y, rtol=1e-12, atol=1e-12)
     dy = draw(*y.shape)
     product, dbias = torch.autograd.grad(again, (folded, shifted), dy)
-    found = (product * gamma + dbias[:, None] * beta, dbias, (weight * product).sum(0), (weight * dbias[:, None]).sum(0))
+    found = (
+        product * gamma + dbias[:, None] * beta,
+        dbias,
+        (weight * product).sum(0),
+        (weight * dbias[:, None]).sum(0),
+    )
     torch.testing.assert_close(found, torch.autograd.grad(y, leaves, dy), rtol=1e-11, atol=1e-11)
 
 

@@ -9,9 +9,9 @@ import torch
 from mvit3_kernels.ops import patch_attention
 from mvit3_kernels.ops.random import random_words
 
+from ..bounds import relative_errors
 from .cpu_kernel import CpuKernel, in_float32, needs_the_kernels
 from .inputs import seed
-from .measure import relative_errors
 from .test_patch_attention import TestPatchAttention as Reference
 
 
@@ -46,14 +46,16 @@ class TestPatchAttentionCpu(CpuKernel):
         yield torch.ops.mvit3.patch_attention_backward.default, (torch.ones_like(out), qkv, out, lse, *inputs)
 
     def test_groups_of_one_token(self, option):
-        """Their softmax is 1 and the gradient of the scores 0, without an error in the reference: a few roundings are allowed."""
+        """Their softmax is 1 and the gradient of the scores 0, without an error in the reference: a few roundings are
+        allowed."""
         arguments = in_float32(self.make((2, 2, 2, 5, 64, (2, 2)), option))
         errors = relative_errors(self.results("cpu", arguments), self.results("reference", arguments, torch.float64))
         assert max(errors.values()) <= 4 * torch.finfo(torch.float32).eps, errors
 
     @pytest.mark.parametrize("scale", [30.0, 1e4])
     def test_large_scores(self, scale):
-        """Scores of many hundreds: one key takes all, in both directions of the sign, and in later blocks of keys as in the first."""
+        """Scores of many hundreds: one key takes all, in both directions of the sign, and in later blocks of keys as in
+        the first."""
         arguments = self.make((1, 20, 30, 1, 8, (1, 1)))
         arguments["qkv"][..., :8] *= scale
         found, truth = self.results("cpu", arguments), self.results("reference", arguments, torch.float64)
@@ -80,7 +82,9 @@ class TestPatchAttentionCpu(CpuKernel):
         tokens, heads, batch = 35, 2, 3
         qkv = torch.zeros(batch, 5, 7, 3 * heads * tokens)
         qkv.view(batch, tokens, 3, heads, tokens)[:, :, 2] = torch.eye(tokens)[None, :, None]
-        found = self.results("cpu", {"qkv": qkv, "num_heads": heads, "patch_size": (1, 1), "dropout": p, "seed": seed()})["y"]
+        found = self.results(
+            "cpu", {"qkv": qkv, "num_heads": heads, "patch_size": (1, 1), "dropout": p, "seed": seed()}
+        )["y"]
         out = found.view(batch, tokens, heads, tokens).transpose(1, 2)
         kept = random_words(seed(), 0, batch, heads * tokens * tokens).view_as(out) >= int(p * 2**32)
         torch.testing.assert_close(out, kept / (tokens * (1 - p)))
@@ -95,8 +99,9 @@ class TestPatchAttentionCpu(CpuKernel):
     @pytest.mark.parametrize("part", ["query", "key", "value"])
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_nan_and_infinity_reach_the_results(self, value, part):
-        """A bad key spoils its group, a bad query itself, a bad value one channel of its group; other groups stay as they are. What
-        PyTorch's fused attention makes of them depends on its version, so float64 tells what is right."""
+        """A bad key spoils its group, a bad query itself, a bad value one channel of its group; other groups stay as
+        they are. What PyTorch's fused attention makes of them depends on its version, so float64 tells what is
+        right."""
         arguments = self.make((2, 12, 14, 2, 5, (2, 2)))
         arguments["qkv"][1, 4, 5, ("query", "key", "value").index(part) * 10 + 7] = value  # the second head
         found, exact = self.results("cpu", arguments)["y"], patch_attention(**arguments)

@@ -4,7 +4,7 @@ from mvit3_kernels.ops.types import ACTIVATIONS
 
 from . import plain
 from .contract import Contract
-from .inputs import bad_activation, bad_batch_norm, bad_linear, bad_map
+from .inputs import bad_activation, bad_batch_norm, bad_linear, bad_map, chosen
 
 
 class TestPointwiseConv(Contract):
@@ -38,18 +38,17 @@ class TestPointwiseConv(Contract):
         width=5,
         channels=4,
         outputs=3,
-        conv=True,
-        bias=False,
         norm=True,
-        training=True,
         act="identity",
         residual=False,
-        eps=1e-5,
+        **options,
     ):
+        """`options`: those of the weights, `bias` and `conv`, and of the norm."""
+        linear, of_norm = chosen({"bias": False, "conv": True, **options}, "bias", "conv")
         return {
             "x": draw(batch, height, width, channels),
-            "conv": draw.linear(outputs, channels, bias, conv),
-            "norm": draw.batch_norm(outputs, training, eps) if norm else None,
+            "conv": draw.linear(outputs, channels, **linear),
+            "norm": draw.batch_norm(outputs, **of_norm) if norm else None,
             "act": act,
             "residual": draw(batch, height, width, outputs) if residual else None,
         }

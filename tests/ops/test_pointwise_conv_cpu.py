@@ -6,7 +6,9 @@ import torch
 
 import mvit3_kernels
 from mvit3_kernels.ops import pointwise_conv
+from mvit3_kernels.ops.types import ACTIVATIONS
 
+from ..bounds import assert_bound, half_a_rounding
 from .cpu_kernel import CpuKernel, in_float32, needs_the_kernels
 from .inputs import Draw, mapped
 from .test_pointwise_conv import TestPointwiseConv as Reference
@@ -15,12 +17,12 @@ from .test_pointwise_conv import TestPointwiseConv as Reference
 def registered(a, b, conv, norm, act, residual):
     """The registered ops of the kernels, each with its arguments."""
     weight, bias, mean, var, training, eps = norm or (None, None, None, None, False, 0.0)
-    inputs, code = (a, b, *conv, weight, bias), ("identity", "silu", "relu").index(act)
+    inputs, code = (a, b, *conv, weight, bias), ACTIVATIONS.index(act)
     if not training:
         yield torch.ops.mvit3.pointwise_conv_inference.default, (*inputs, mean, var, eps, code, residual)
     training_inputs = (*inputs, mean, var, training, eps, code, residual)
-    yield torch.ops.mvit3.pointwise_conv_training.default, training_inputs
-    y, *moments, p = torch.ops.mvit3.pointwise_conv_training(*training_inputs)
+    yield torch.ops.mvit3.pointwise_conv_forward.default, training_inputs
+    y, *moments, p = torch.ops.mvit3.pointwise_conv_forward(*training_inputs)
     used = moments if training else (mean, var)
     yield torch.ops.mvit3.pointwise_conv_backward.default, (torch.ones_like(y), *inputs, *used, p, training, eps, code)
 
@@ -69,13 +71,13 @@ class TestPointwiseConvCpu(CpuKernel):
             return
         given = Reference().cast(arguments, dtype, dtype)
         truth, _ = pointwise_conv(**Reference().cast(given, torch.float64, torch.float64))
-        error = {}
+        found = {}
         for backend in ("reference", "cpu"):
             with mvit3_kernels.backend(backend), torch.no_grad():
                 y, moments = pointwise_conv(**given)
             assert moments is None and y.dtype == dtype and y.is_contiguous()
-            error[backend] = (y.double() - truth).norm() / truth.norm()
-        assert error["cpu"] <= 2 * error["reference"] + torch.finfo(dtype).eps / 2
+            found[backend] = {"y": y}
+        assert_bound(found["cpu"], found["reference"], {"y": truth}, half_a_rounding(dtype), least=0)
 
     def test_with_and_without_gradients_agree(self, option):
         arguments = in_float32(self.make((2, 9, 7, 48, 50), option))
@@ -98,7 +100,9 @@ class TestPointwiseConvCpu(CpuKernel):
         arguments["x"][...] = 3
         y, moments = pointwise_conv(**arguments)
         assert not moments.var.any()
-        torch.testing.assert_close(y, torch.nn.functional.silu(arguments["norm"].bias).expand_as(y), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            y, torch.nn.functional.silu(arguments["norm"].bias).expand_as(y), rtol=1e-3, atol=1e-3
+        )
 
     def test_the_kernel_checks_what_it_is_given(self):
         x, conv, norm, *_ = in_float32(self.make((2, 4, 6, 5, 7), "frozen")).values()
@@ -126,5 +130,7 @@ def test_a_bias_before_a_batch_norm():
     torch.testing.assert_close(moments.var, moments_without.var)
     dy = draw(*y.shape)
     dx, dw, dbias, *rest = torch.autograd.grad(y, leaves, dy)
-    torch.testing.assert_close((dx, dw, *rest), torch.autograd.grad(y_without, [t for t in leaves if t is not leaves[2]], dy))
+    torch.testing.assert_close(
+        (dx, dw, *rest), torch.autograd.grad(y_without, [t for t in leaves if t is not leaves[2]], dy)
+    )
     assert dbias.abs().max() < 1e-14

@@ -33,13 +33,23 @@ class TestPointwiseFusion(Contract):
 
     @staticmethod
     def arguments(
-        draw, batch=2, height=3, width=5, first=4, second=2, outputs=3, conv=True, training=True, act="identity", residual=False, eps=1e-5
+        draw,
+        batch=2,
+        height=3,
+        width=5,
+        first=4,
+        second=2,
+        outputs=3,
+        conv=True,
+        act="identity",
+        residual=False,
+        **norm,
     ):
         return {
             "a": draw(batch, height, width, first),
             "b": draw(batch, height, width, second),
             "weight": draw.linear(outputs, first + second, False, conv).weight,
-            "norm": draw.batch_norm(outputs, training, eps),
+            "norm": draw.batch_norm(outputs, **norm),
             "act": act,
             "residual": draw(batch, height, width, outputs) if residual else None,
         }

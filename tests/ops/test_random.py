@@ -29,7 +29,10 @@ def test_words(seed, site):
 
 def test_words_stay_what_they_are():
     """A saved seed must give the same masks in every release."""
-    assert random_words(torch.tensor(1234567890123), 1, 2, 2).tolist() == [[2283589054, 2118031588], [1342029917, 2070675265]]
+    assert random_words(torch.tensor(1234567890123), 1, 2, 2).tolist() == [
+        [2283589054, 2118031588],
+        [1342029917, 2070675265],
+    ]
 
 
 def test_words_are_uniform():
@@ -38,7 +41,9 @@ def test_words_are_uniform():
     expected = words.numel() / 256
     assert ((counts - expected).square() / expected).sum() < 256 + 5 * (2 * 256) ** 0.5
     for bit in range(32):
-        assert ((words >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / words.numel() ** 0.5), bit
+        assert ((words >> bit) & 1).double().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / words.numel() ** 0.5), (
+            bit
+        )
 
 
 def agreement(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -7,9 +7,10 @@ import torch
 import mvit3_kernels
 from mvit3_kernels.ops import separable_attention
 
+from ..bounds import assert_bound, half_a_rounding, relative_errors
 from .cpu_kernel import CpuKernel, in_float32, needs_the_kernels
-from .inputs import mapped, seed
-from .measure import pooled, relative_errors
+from .inputs import mapped
+from .test_separable_attention import TestSeparableAttention as Reference
 
 
 @needs_the_kernels
@@ -39,38 +40,29 @@ class TestSeparableAttentionCpu(CpuKernel):
     threaded = ((3, 32, 32, 24, (2, 2)), (1, 32, 32, 64, (2, 2)), (4, 16, 16, 64, (4, 2)))
 
     @staticmethod
-    def arguments(
-        draw,
-        batch,
-        height,
-        width,
-        channels,
-        patch_size,
-        per_sample=True,
-        bias=True,
-        conv=False,
-        mean=0.0,
-        attention_dropout=0.0,
-        output_dropout=0.0,
-    ):
-        return {
-            "x": draw(batch, height, width, channels, mean=mean),
-            "norm": draw.layer_norm(channels, per_sample),
-            "qkv": draw.linear(1 + 2 * channels, channels, bias, conv),
-            "out_proj": draw.linear(channels, channels, bias, conv),
-            "patch_size": patch_size,
-            "attention_dropout": attention_dropout,
-            "output_dropout": output_dropout,
-            "seed": seed() if attention_dropout or output_dropout else None,
-        }
+    def arguments(draw, batch, height, width, channels, patch_size, mean=0.0, **options):
+        arguments = Reference.arguments(draw, batch, height, width, channels, patch_size=patch_size, **options)
+        arguments["x"] += mean
+        return arguments
 
     @staticmethod
     def registered(arguments):
         x, norm, qkv, out_proj, patch_size, *dropout = arguments.values()
         inputs = (x, *norm, *qkv, *out_proj, *patch_size)
-        yield torch.ops.mvit3.separable_attention_training.default, (*inputs, *dropout)
-        y, *kept = torch.ops.mvit3.separable_attention_training(*inputs, *dropout)
-        backward = (torch.ones_like(y), x, norm.weight, norm.bias, norm.per_sample, *qkv, *out_proj, *kept, *patch_size, *dropout)
+        yield torch.ops.mvit3.separable_attention_forward.default, (*inputs, *dropout)
+        y, *kept = torch.ops.mvit3.separable_attention_forward(*inputs, *dropout)
+        backward = (
+            torch.ones_like(y),
+            x,
+            norm.weight,
+            norm.bias,
+            norm.per_sample,
+            *qkv,
+            *out_proj,
+            *kept,
+            *patch_size,
+            *dropout,
+        )
         yield torch.ops.mvit3.separable_attention_backward.default, backward
         with torch.no_grad():
             detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs]
@@ -88,9 +80,8 @@ class TestSeparableAttentionCpu(CpuKernel):
         arguments["qkv"].weight[0] *= 40
         arguments["x"] *= torch.linspace(0.1, 10, 40)[:, None, None]
         truth = self.results("reference", arguments, torch.float64)
-        errors, allowed = (relative_errors(self.results(backend, arguments), truth) for backend in ("cpu", "reference"))
-        for gradients in (False, True):
-            assert pooled(errors, gradients) <= 2 * pooled(allowed, gradients) + 6e-8, (errors, allowed)
+        found, reference = (self.results(backend, arguments) for backend in ("cpu", "reference"))
+        assert_bound(found, reference, truth, half_a_rounding(torch.float32))
 
     @pytest.mark.parametrize("threads", [1, 2, 3, 5])
     @pytest.mark.parametrize("batch", [1, 2, 3, 4, 7])
@@ -121,9 +112,14 @@ def test_what_is_kept_for_backward():
     """x, the scores and a few values a sample: no keys, values or attended tokens."""
     arguments = mapped(TestSeparableAttentionCpu().make((2, 4, 6, 32, (2, 2))), lambda _, t: t.float().requires_grad_())
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), mvit3_kernels.backend("cpu"):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        mvit3_kernels.backend("cpu"),
+    ):
         separable_attention(**arguments)
-    parameters = {t.data_ptr() for group in ("norm", "qkv", "out_proj") for t in arguments[group] if isinstance(t, torch.Tensor)}
+    parameters = {
+        t.data_ptr() for group in ("norm", "qkv", "out_proj") for t in arguments[group] if isinstance(t, torch.Tensor)
+    }
     activations = [t for t in kept if t.data_ptr() not in parameters]
     statistics, positions = 2, 4
     assert sum(t.numel() for t in activations) == 2 * (4 * 6 * (32 + 1) + statistics + 2 * positions * 32)

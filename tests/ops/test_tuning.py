@@ -1,4 +1,5 @@
-"""Recorded configurations of Triton kernels: looked up by architecture, dtype and channels, and no other one ever runs."""
+"""Recorded configurations of Triton kernels: looked up by architecture, dtype and channels, and no other one ever
+runs."""
 
 import json
 
@@ -74,7 +75,8 @@ def test_a_choice_is_made_once(records, monkeypatch):
 
 def test_shipped_records():
     """Of known architectures, and of kernels that the library has."""
-    sources = "".join(path.read_text() for path in tuning.FILE.parent.glob("*/triton.py"))
+    folder = tuning.FILE.parent
+    sources = "".join(path.read_text() for path in (*folder.glob("*/triton.py"), folder / "triton_rows.py"))
     for architecture, entries in json.loads(tuning.FILE.read_text()).items():
         assert architecture in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
         for key, config in entries.items():

@@ -1,13 +1,15 @@
-"""What an op's Triton kernels are held to where there is no GPU: the interpreter's results, and what the compiled kernels need.
+"""What an op's Triton kernels are held to where there is no GPU: the interpreter's results, and what the compiled
+kernels need.
 
-tests/ops/<op>_interpreted.py, run by test_interpreter in a process of its own, holds the interpreted kernels to `kernel.KernelTester`.
+tests/ops/<op>_interpreted.py, run by test_interpreter in a process of its own, holds the interpreted kernels to
+`kernel.KernelTester`.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mvit3_kernels
 from mvit3_kernels.ops.dispatch import HAS_TRITON
+from mvit3_kernels.ops.registry import FORMS
 
-from ..triton_tools import SHARED_MEMORY_LIMITS, offline, resources, run_interpreted
+from ..triton_tools import SHARED_MEMORY_LIMITS, Compiled, offline, resources, run_interpreted
 from .inputs import Arguments, Draw, mapped
 from .kernel import KernelTester, in_float32
 from .measure import tensors
@@ -26,10 +29,14 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class TritonResults(KernelTester):
-    """What the kernels compute, interpreted (shapes are tiny then, with every size that a kernel treats differently) or on a GPU."""
+    """What the kernels compute, interpreted (shapes are tiny then, with every size that a kernel treats differently) or
+    on a GPU."""
 
     backend = "triton"
     one_pixel: Arguments = {}  # noqa: RUF012 -- options that a map of one pixel needs
+    # Tracing with open sizes meets the registration alone, which the CPU's kernels have in common; what it traces runs
+    # in test_compiles_whole.
+    registration_tests = KernelTester.registration_tests[:-1]
 
     @staticmethod
     def spoiled(name, t):
@@ -41,7 +48,10 @@ class TritonResults(KernelTester):
         for name in self.maps:
             if arguments[name] is not None:
                 arguments[name] = arguments[name].expand(2**31, -1, -1, -1)
-        with mvit3_kernels.backend("triton"), pytest.raises(mvit3_kernels.BackendError, match=r"less than 2\^31 pixels"):
+        with (
+            mvit3_kernels.backend("triton"),
+            pytest.raises(mvit3_kernels.BackendError, match=r"less than 2\^31 pixels"),
+        ):
             self.op(**arguments | self.one_pixel)
 
     def test_runs_are_identical(self, option):
@@ -52,7 +62,8 @@ class TritonResults(KernelTester):
 
 
 class Case(NamedTuple):
-    """A configuration to compile: for an architecture, with maps of a dtype, of `sizes` and with `options` of `arguments`."""
+    """A configuration to compile: for an architecture, with maps of a dtype, of `sizes` and with `options` of
+    `arguments`."""
 
     architecture: int | str
     dtype: torch.dtype
@@ -65,7 +76,9 @@ class TritonKernel:
     op: Callable  # the public function
     maps: tuple[str, ...] = ("x",)  # the arguments that are feature maps
     cases: tuple[Case, ...]
+    pixels: tuple[str, ...] = ()  # the arguments that are as high and wide as these
     alone: tuple[int, ...] = ()  # architectures that have configurations of their own, which fit only them
+    result: torch.dtype | None = None  # of the first output, by default that of the maps
     larger: tuple[int, ...]  # sizes that differ from the first case's in batch, height and width only
 
     arguments: Callable[..., Arguments]  # as in KernelTester
@@ -91,22 +104,29 @@ class TritonKernel:
 
         return mapped(self.arguments(Draw(), *case.sizes, **case.options), leaf)
 
-    def compiled(self, case: Case) -> list[Any]:
+    def launched(self, case: Case, arguments: Arguments, compiling: bool = True) -> Compiled:
         """Every kernel that the op's launchers launch, in their configuration."""
-        with offline(case.architecture) as kernels:
-            for op, inputs in self.registered(self.make(case, "meta")):
+        with offline(case.architecture, compiling) as kernels:
+            for op, inputs in self.registered(arguments):
                 name = op._schema.name.removeprefix("mvit3::")
                 module = importlib.import_module(f"mvit3_kernels.ops.{name.rpartition('_')[0]}.triton")  # <op>_<pass>
-                getattr(module, name)(*inputs)
-        assert kernels
+                getattr(module, name)(FORMS[name].call(*inputs))
+        assert kernels.grids
         return kernels
+
+    def compiled(self, case: Case) -> Compiled:
+        return self.launched(case, self.make(case, "meta"))
 
     def test_interpreter(self):
         run_interpreted(f"ops/{self.name}_interpreted.py")
 
     def test_kernels_fit(self, case):
         """No kernel spills, and each fits the smallest GPU that is supported and may run it."""
-        limits = [SHARED_MEMORY_LIMITS[case.architecture]] if case.architecture in self.alone else SHARED_MEMORY_LIMITS.values()
+        limits = (
+            [SHARED_MEMORY_LIMITS[case.architecture]]
+            if case.architecture in self.alone
+            else SHARED_MEMORY_LIMITS.values()
+        )
         for kernel in self.compiled(case):
             name = kernel.metadata.name
             if isinstance(case.architecture, str):
@@ -120,7 +140,19 @@ class TritonKernel:
     def test_one_binary_for_every_map_size(self):
         """Multi-scale training must not compile again: sizes are not specialised on."""
         first = self.cases[0]
-        assert all(a is b for a, b in zip(self.compiled(first), self.compiled(first._replace(sizes=self.larger)), strict=True))
+        assert all(
+            a is b for a, b in zip(self.compiled(first), self.compiled(first._replace(sizes=self.larger)), strict=True)
+        )
+
+    def test_large_maps_can_be_launched(self):
+        """A grid has 2^31 programs in its first dimension and 65,535 in the others."""
+        case = self.cases[0]
+
+        def large(name: str, t: torch.Tensor) -> torch.Tensor:
+            return t.new_empty((1, 2048, 2048, *t.shape[3:])) if name in (*self.maps, *self.pixels) else t
+
+        grids = self.launched(case, mapped(self.make(case, "meta"), large), compiling=False).grids
+        assert all(grid[0] < 2**31 and max(grid[1:], default=1) < 2**16 for grid in grids), grids
 
     def test_compiles_without_a_graph_break(self, monkeypatch):
         """torch.compile sees the op's own kernels, forward and backward, with CUDA tensors that exist in name only."""
@@ -135,5 +167,5 @@ class TritonKernel:
         with FakeTensorMode() as mode:
             given = mapped(self.make(self.cases[0], "cpu"), lambda _, t: mode.from_tensor(t).cuda())
             y = tensors(torch.compile(self.op, fullgraph=True, backend=record)(**given))[0]
-        assert y.dtype == self.cases[0].dtype and y.device.type == "cuda"
+        assert y.dtype == (self.result or self.cases[0].dtype) and y.device.type == "cuda"
         assert sum("mvit3." in target for target in found) == 1, found

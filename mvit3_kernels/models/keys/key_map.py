@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-# The published name of a stage's last norm counts its layers, so it is known only when all names of the stage have been seen.
+# The published name of a stage's last norm counts its layers, so it is known only when all names of the stage have been
+# seen.
 LAST_NORM = "global_rep.#last."
 
 
@@ -18,9 +19,9 @@ class KeyMap:
     Args:
         name: what a report calls them.
         signature: a piece that occurs in these names and in no others.
-        pieces: a piece of a name (whole words between dots, dot at the end included) to its published counterpart, each applied wherever
-            it stands; where several fit, the longest. A counterpart that holds "#i." is the i-th of several tensors that are published
-            as one, stacked along the first dimension.
+        pieces: a piece of a name (whole words between dots, dot at the end included) to its published counterpart, each
+            applied wherever it stands; where several fit, the longest. A counterpart that holds "#i." is the i-th of
+            several tensors that are published as one, stacked along the first dimension.
     """
 
     name: str
@@ -45,6 +46,10 @@ class KeyMap:
                 depths[layer[1]] = max(depths.get(layer[1], 0), int(layer[2]) + 1)
             names.append((name, place, key))
         return [
-            (name.replace("#last", str(depths.get(name.split("global_rep.")[0], 0))) if LAST_NORM in name else name, place, key)
+            (
+                name.replace("#last", str(depths.get(name.split("global_rep.")[0], 0))) if LAST_NORM in name else name,
+                place,
+                key,
+            )
             for name, place, key in names
         ]

@@ -1,7 +1,9 @@
-"""timm's mobilevit_{xxs,xs,s} and mobilevitv2_{050..200}, also as its features_only models write them ("stages_0." for "stages.0.").
+"""timm's mobilevit_{xxs,xs,s} and mobilevitv2_{050..200}, also as its features_only models write them ("stages_0." for
+"stages.0.").
 
-The networks are the published ones in every number, at odd feature-map sizes too. Two things differ in mobilevit_*: with an output stride
-of 8 or 16 timm also dilates the local convolution of an attention block, and a features_only model ends with the map of the 1x1 expansion.
+The networks are the published ones in every number, at odd feature-map sizes too. Two things differ in mobilevit_*:
+with an output stride of 8 or 16 timm also dilates the local convolution of an attention block, and a features_only
+model ends with the map of the 1x1 expansion.
 """
 
 from __future__ import annotations

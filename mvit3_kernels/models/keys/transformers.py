@@ -1,9 +1,10 @@
 """transformers' MobileViT* and MobileViTV2* models, with or without the classifier and the prefix that goes with it.
 
-MobileViT is the published network in every number; query, key and value are three tensors there and one here. MobileViTV2 is it wherever
-patches divide the feature maps (image sides divisible by 64, for instance): other maps it cuts to whole patches and fills up with zeros,
-where the published network resizes them. With an output stride of 8 or 16 it leaves the convolutions of its attention blocks undilated.
-The image processor of MobileViT hands over BGR images, as the published network takes them.
+MobileViT is the published network in every number; query, key and value are three tensors there and one here.
+MobileViTV2 is it wherever patches divide the feature maps (image sides divisible by 64, for instance): other maps it
+cuts to whole patches and fills up with zeros, where the published network resizes them. With an output stride of 8 or
+16 it leaves the convolutions of its attention blocks undilated. The image processor of MobileViT hands over BGR images,
+as the published network takes them.
 """
 
 from __future__ import annotations

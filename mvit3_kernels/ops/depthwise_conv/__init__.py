@@ -9,7 +9,7 @@ from ... import _native
 from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
 from ..checks import check_activation, check_batch_norm, check_depthwise, check_map
-from ..registry import batch_norm_schema, flat, register
+from ..registry import Call, batch_norm_schema, flat, register
 from ..types import ACTIVATIONS, BatchNorm, Moments
 from . import reference
 
@@ -18,7 +18,10 @@ __all__ = ["depthwise_conv"]
 
 def _cuda_why_not(x: Tensor, stride: int, dilation: int) -> str | None:
     if dilation > (1024 if stride == 1 else 1):
-        return f"its CUDA kernels take a dilation of at most 1024, and of 1 with stride 2, got {dilation} with stride {stride}"
+        return (
+            f"its CUDA kernels take a dilation of at most 1024, and of 1 with stride 2, got {dilation} with stride "
+            f"{stride}"
+        )
     return _native.cuda_why_not(x) or dispatch.triton_32_bit_why_not(x)  # what comes before them
 
 
@@ -32,10 +35,12 @@ KERNELS = (
 def depthwise_conv(
     x: Tensor, weight: Tensor, norm: BatchNorm, act: str = "identity", stride: int = 1, dilation: int = 1
 ) -> tuple[Tensor, Moments | None]:
-    """Depth-wise 3x3 convolution with zero padding of `dilation`, batch normalisation, activation: y = act(norm(conv(x))).
+    """Depth-wise 3x3 convolution with zero padding of `dilation`, batch normalisation, activation: y =
+    act(norm(conv(x))).
 
     Args:
-        x: feature map (B, H, W, C), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under autocast.
+        x: feature map (B, H, W, C), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under
+            autocast.
         weight: (C, 1, 3, 3), float32 or the dtype of x.
         norm: batch normalisation over C channels.
         act: "identity", "silu" or "relu".
@@ -43,7 +48,8 @@ def depthwise_conv(
         dilation: distance between taps, at least 1.
 
     Returns:
-        y, (B, ceil(H / stride), ceil(W / stride), C); and the moments of conv(x) where `norm` is in training, else None.
+        y, (B, ceil(H / stride), ceil(W / stride), C); and the moments of conv(x) where `norm` is in training, else
+        None.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -61,97 +67,72 @@ def depthwise_conv(
     kernel = dispatch.select("depthwise_conv", KERNELS, x, stride, dilation)
     if kernel is None:
         return reference.depthwise_conv(x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act)
-    forward = torch.ops.mvit3.depthwise_conv_forward_cuda if kernel.backend == "cuda" else torch.ops.mvit3.depthwise_conv_forward
+    forward = (
+        torch.ops.mvit3.depthwise_conv_forward_cuda
+        if kernel.backend == "cuda"
+        else torch.ops.mvit3.depthwise_conv_forward
+    )
     y, mean, var = forward(x, weight, *norm, ACTIVATIONS.index(act), stride, dilation)
     return y, Moments(mean, var) if norm.training else None
 
 
+_GEOMETRY = "int stride, int dilation"
+
+
 @register(
     "depthwise_conv",
-    f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, int stride, int dilation) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, {_GEOMETRY}) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
 )
-def _op(x, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, act, stride, dilation):
-    norm = BatchNorm(norm_weight, norm_bias, running_mean, running_var, training, eps)
-    return flat(*depthwise_conv(x, weight, norm, ACTIVATIONS[act], stride, dilation))
+def _op(call: Call) -> tuple[Tensor, ...]:
+    norm = registry.batch_norm(call, "norm_")
+    return flat(*depthwise_conv(call.x, call.weight, norm, ACTIVATIONS[call.act], call.stride, call.dilation))
 
 
-# The kernels. They compute the filtered map again wherever they need it, so that x is all that backward keeps. With `_cuda` the last pass
-# of backward, the only one that neither needs the norm nor filters again, is the CUDA C++ op below; all else is the same Triton kernels.
-
-_TENSOR_AND_NORM = "Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, bool training, float eps"
-_GEOMETRY = "int stride, int dilation"
-for _name, _schema in {
-    "forward": f"(Tensor x, Tensor weight, {batch_norm_schema('norm_')}, int act, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
-    "backward": f"(Tensor dy, Tensor x, Tensor weight, {_TENSOR_AND_NORM}, int act, {_GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor)",
-}.items():
-    for _way in ("", "_cuda"):
-        torch.library.define(f"mvit3::depthwise_conv_{_name}{_way}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        dispatch.register_triton(f"depthwise_conv_{_name}{_way}", __name__)
-
-# Ops of csrc/cuda/depthwise_conv.cu, with the meaning of `filter` and `filter_backward` of triton.py: z and its mean and biased variance as
-# stored, float32; the gradients of x and of the weight from that of z.
-torch.library.define(
-    "mvit3::depthwise_conv_filter",
-    f"(Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    "mvit3::depthwise_conv_filter_backward",
-    f"(Tensor dz, Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+# The kernels. They compute the filtered map again wherever they need it, so that x is all that backward keeps.
 
 
 def _empty_map(x: Tensor, stride: int) -> Tensor:
     return x.new_empty(x.shape[0], -(-x.shape[1] // stride), -(-x.shape[2] // stride), x.shape[3])
 
 
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+def _forward_fake(call: Call) -> tuple[Tensor, ...]:
+    moments = (call.x.new_empty(call.x.shape[3] if call.training else 0, dtype=torch.float32) for _ in range(2))
+    return _empty_map(call.x, call.stride), *moments
 
 
-def _forward_fake(x, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, act, stride, dilation):
-    channels = x.shape[3] if training else 0
-    return _empty_map(x, stride), x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
-
-
-def _backward_fake(dy, x, weight, norm_weight, norm_bias, *_):
-    return _empty_like(x, weight, norm_weight, norm_bias)
-
-
-@torch.library.register_fake("mvit3::depthwise_conv_filter")
-def _filter_fake(x, weight, stride, dilation):
-    return _empty_map(x, stride), *(x.new_empty(x.shape[3], dtype=torch.float32) for _ in range(2))
-
-
-@torch.library.register_fake("mvit3::depthwise_conv_filter_backward")
-def _filter_backward_fake(dz, x, weight, stride, dilation):
-    return _empty_like(x, weight)
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, *geometry = inputs
-    _, mean, var = output
-    ctx.options = (training, eps, *geometry)
-    ctx.mark_non_differentiable(mean, var)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, norm_weight, norm_bias, *((mean, var) if training else (running_mean, running_var)))
-
-
-def _gradients_of(way: str):
-    def gradients(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 11
-        backward = getattr(torch.ops.mvit3, f"depthwise_conv_backward{way}")
-        return *backward(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 7
-
-    return gradients
-
-
+# With `_cuda` the last pass of backward, the only one that neither needs the norm nor filters again, is the CUDA C++ op
+# below; all else is the same Triton kernels.
 for _way in ("", "_cuda"):
-    torch.library.register_fake(f"mvit3::depthwise_conv_forward{_way}", _forward_fake)
-    torch.library.register_fake(f"mvit3::depthwise_conv_backward{_way}", _backward_fake)
-    registry.register_gradient(f"depthwise_conv_forward{_way}", _gradients_of(_way), _setup_context)
-    registry.forbid_second_derivative(f"depthwise_conv_backward{_way}")
-for _name in ("filter", "filter_backward"):
-    registry.forbid_gradient(f"depthwise_conv_{_name}")
+    registry.forward(
+        f"depthwise_conv_forward{_way}",
+        f"(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor? running_mean, Tensor? running_var, "
+        f"bool training, float eps, int act, {_GEOMETRY}) -> (Tensor y, Tensor mean, Tensor var)",
+        triton=__name__,
+    )(_forward_fake)
+    registry.backward(
+        f"depthwise_conv_backward{_way}",
+        f"(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, "
+        f"bool training, float eps, int act, {_GEOMETRY}) "
+        "-> (Tensor dx, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)",
+        triton=__name__,
+        choices=registry.BATCH_STATISTICS,
+    )
+
+
+# Ops of csrc/cuda/depthwise_conv*.cu, with the meaning of `depthwise` and `depthwise_backward` of triton.py: z and its
+# mean and biased variance as stored, float32; the gradients of x and of the weight from that of z.
+@registry.kernel(
+    "depthwise_conv_filter", f"(Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor z, Tensor mean, Tensor var)"
+)
+def _filter_fake(call: Call) -> tuple[Tensor, ...]:
+    moments = (call.x.new_empty(call.x.shape[3], dtype=torch.float32) for _ in range(2))
+    return _empty_map(call.x, call.stride), *moments
+
+
+@registry.kernel(
+    "depthwise_conv_filter_backward",
+    f"(Tensor dz, Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor dx, Tensor dweight)",
+)
+def _filter_backward_fake(call: Call) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.x, call.weight))

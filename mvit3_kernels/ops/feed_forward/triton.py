@@ -1,11 +1,12 @@
 """Triton kernels of feed_forward.
 
-Forward, the hidden tensor exists in registers and shared memory only: a program holds its rows, normalised once, and the sums of their
-outputs, and walks over the hidden channels; a block of them is made, activated, and multiplied into the sums. Nothing of it is saved.
-Backward makes it again and writes it, beside its gradient, for the products that follow: norm_linear's backward, and the second weight's.
-Making both again inside each of those instead would cost 8 products where these are 5, and save 10 passes over C channels (about as long,
-by count, at C = 144); but a row, two weights and sums together do not fit the registers of any configuration that was tried.
-Launches: 1 forward and 6 backward, for a norm of samples 2 and 7.
+Forward, the hidden tensor exists in registers and shared memory only: a program holds its rows, normalised once, and
+the sums of their outputs, and walks over the hidden channels; a block of them is made, activated, and multiplied into
+the sums. Nothing of it is saved. Backward makes it again and writes it, beside its gradient, for the products that
+follow: norm_linear's backward, and the second weight's. Making both again inside each of those instead would cost 8
+products where these are 5, and save 10 passes over C channels (about as long, by count, at C = 144); but a row, two
+weights and sums together do not fit the registers of any configuration that was tried. Launches: 1 forward and 6
+backward, for a norm of samples 2 and 7.
 """
 
 from __future__ import annotations
@@ -16,17 +17,34 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..triton_common import SILU, activate, activate_backward, dot, dropout_threshold, dropped, on_device
-from ..triton_rows import (
-    NOT_SPECIALIZED,
-    Rows,
-    load_tile,
+from ..registry import Call
+from ..triton_common import (
+    SILU,
+    activate,
+    activate_backward,
+    contiguous,
+    dropout_threshold,
+    dropped,
     load_vector,
-    load_weight,
-    multiply_rows,
-    normalise_rows,
+    on_device,
     store_tile,
 )
+from ..triton_row_kernels import (
+    NOT_SPECIALIZED,
+    add_columns_product,
+    drop_rows,
+    load_row_vector,
+    load_rows,
+    load_rows_in_float32,
+    load_weight,
+    measure_and_normalise_rows,
+    multiply_by_columns,
+    multiply_rows,
+    normalise_rows,
+    store_rows,
+)
+from ..triton_rows import Rows
+from ..types import LayerNorm, Linear
 
 _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_keep", "output_scale"]
 
@@ -45,133 +63,156 @@ def configuration(kernel: str, rows: Rows, hidden: int) -> dict[str, int]:
 
 
 def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
-    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; x and dy three times, dx, and of the
-    tensors of the hidden width two writes and three reads. Of samples, x once more forward, and backward x once and dx twice."""
+    """Bytes of full-size tensors that the forward and the backward pass read and write: x and y; x and dy three times,
+    dx, and of the tensors of the hidden width two writes and three reads. Of samples, x once more forward, and backward
+    x once and dx twice."""
     size = x.numel() * x.element_size()
     return size * (3 if per_sample else 2), size * (10 if per_sample else 7) + 5 * size // x.shape[-1] * hidden
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _feed_forward_fwd_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, y_ptr, mean_ptr, rstd_ptr,
-    hidden_seed_ptr, output_seed_ptr, rows, rows_per_sample, eps, hidden_keep, hidden_scale, output_keep, output_scale,
+    x_ptr,  # (rows, C)
+    norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr,  # (C,), (C,), (F, C), (F,) or None
+    weight2_ptr, bias2_ptr,  # (C, F), (C,) or None
+    hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
+    y_ptr,  # written: (rows, C), like x
+    mean_ptr, rstd_ptr,  # (rows,), written, or, PER_SAMPLE, (samples,), read; float32
+    rows, rows_per_sample, eps, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    """y = x + dropout(dropout(SiLU(norm(x) weight1^T + bias1)) weight2^T + bias2).
+
+    A program has BLOCK_M rows. Reads x once and again at its end, from cache, and both weights once for each program;
+    writes y once."""
+    lane = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * BLOCK_M + lane
     start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
     x_ptr += start * C
-    head_normed, tail_normed = normalise_rows(
-        x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps, True, PER_SAMPLE, C, HEAD, TAIL
-    )
+    head_normed, tail_normed = measure_and_normalise_rows(
+        x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps,
+        PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
+    )  # fmt: skip
     head = tl.zeros((BLOCK_M, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for first in range(0, F, BLOCK_F):
         column = first + tl.arange(0, BLOCK_F)
-        head_weight, tail_weight = load_weight(weight1_ptr, column, head_normed, C, F, HEAD, TAIL)
-        pre = multiply_rows(head_normed, tail_normed, head_weight, tail_weight) + load_vector(bias1_ptr, column, F)[None, :]
-        hidden = activate(pre, SILU)
+        head_weight, tail_weight = load_weight(weight1_ptr, column, head_normed, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
+        pre = multiply_rows(head_normed, tail_normed, head_weight, tail_weight)
+        hidden = activate(pre + load_vector(bias1_ptr, column, WIDTH=F)[None, :], ACT=SILU)
         if hidden_seed_ptr is not None:
-            hidden = dropped(hidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, 0, F)
+            hidden = dropped(
+                hidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, SITE=0, WIDTH=F
+            )
         hidden = hidden.to(head_normed.dtype)
-        weight = load_tile(weight2_ptr, head_column, head_column < C, column, F, F).to(hidden.dtype)
-        head = dot(hidden, tl.trans(weight), head)
-        weight = load_tile(weight2_ptr, tail_column, tail_column < C, column, F, F).to(hidden.dtype)
-        tail = dot(hidden, tl.trans(weight), tail)
-    head += load_vector(bias2_ptr, head_column, C)[None, :]
-    tail += load_vector(bias2_ptr, tail_column, C)[None, :]
+        head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
+    head_bias, tail_bias = load_row_vector(bias2_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
+    head += head_bias
+    tail += tail_bias
     if output_seed_ptr is not None:
-        head = dropped(head, output_seed_ptr, row, head_column, rows_per_sample, output_keep, output_scale, 1, C)
-        tail = dropped(tail, output_seed_ptr, row, tail_column, rows_per_sample, output_keep, output_scale, 1, C)
-    head += load_tile(x_ptr, lane, valid, head_column, C, C).to(tl.float32)
-    tail += load_tile(x_ptr, lane, valid, tail_column, C, C).to(tl.float32)
-    store_tile(y_ptr + start * C, lane, valid, head_column, head, C, C)
-    store_tile(y_ptr + start * C, lane, valid, tail_column, tail, C, C)
+        head, tail = drop_rows(
+            head, tail, output_seed_ptr, row, rows_per_sample, output_keep, output_scale,
+            SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
+        )  # fmt: skip
+    head_x, tail_x = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL)
+    store_rows(y_ptr + start * C, lane, valid, head + head_x, tail + tail_x, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _hidden_bwd_kernel(
-    dy_ptr, x_ptr, norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr, mean_ptr, rstd_ptr, hidden_ptr, dpre_ptr,
-    hidden_seed_ptr, output_seed_ptr, rows, rows_per_sample, hidden_keep, hidden_scale, output_keep, output_scale,
+    dy_ptr, x_ptr,  # (rows, C)
+    norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # (C,), (C,), (F, C), (F,) or None, (C, F)
+    mean_ptr, rstd_ptr,  # (rows,) or, PER_SAMPLE, (samples,), float32
+    hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
+    hidden_ptr, dpre_ptr,  # written: (rows, F), like x
+    rows, rows_per_sample, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """The hidden tensor once more, and the gradient of what is activated."""
-    head_column, tail_column, lane = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL), tl.arange(0, BLOCK_M)
+    """hidden = dropout(SiLU(pre)) once more, where pre = norm(x) weight1^T + bias1, and the gradient of pre,
+
+        dpre = SiLU'(pre) * dropout(dropout(dy) weight2)
+
+    A program has BLOCK_M rows. Reads dy and x once, both weights once for each program; writes hidden and dpre once."""
+    lane = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * BLOCK_M + lane
     start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
     head, tail = normalise_rows(
-        x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, 0.0,
-        False, PER_SAMPLE, C, HEAD, TAIL,
+        x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample,
+        PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
     )  # fmt: skip
-    head_dy = load_tile(dy_ptr + start * C, lane, valid, head_column, C, C)
-    tail_dy = load_tile(dy_ptr + start * C, lane, valid, tail_column, C, C)
+    head_dy, tail_dy = load_rows(dy_ptr + start * C, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL)
     if output_seed_ptr is not None:
-        grad = dropped(head_dy.to(tl.float32), output_seed_ptr, row, head_column, rows_per_sample, output_keep, output_scale, 1, C)
-        head_dy = grad.to(head_dy.dtype)
-        grad = dropped(tail_dy.to(tl.float32), output_seed_ptr, row, tail_column, rows_per_sample, output_keep, output_scale, 1, C)
-        tail_dy = grad.to(tail_dy.dtype)
+        head_grad, tail_grad = drop_rows(
+            head_dy.to(tl.float32), tail_dy.to(tl.float32), output_seed_ptr, row, rows_per_sample,
+            output_keep, output_scale, SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
+        )  # fmt: skip
+        head_dy, tail_dy = head_grad.to(head_dy.dtype), tail_grad.to(tail_dy.dtype)
     for first in range(0, F, BLOCK_F):
         column = first + tl.arange(0, BLOCK_F)
-        head_weight, tail_weight = load_weight(weight1_ptr, column, head, C, F, HEAD, TAIL)
-        pre = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias1_ptr, column, F)[None, :]
-        hidden = activate(pre, SILU)
-        dhidden = tl.zeros((BLOCK_M, BLOCK_F), tl.float32)
-        dhidden = dot(head_dy, load_tile(weight2_ptr, head_column, head_column < C, column, F, F).to(head_dy.dtype), dhidden)
-        dhidden = dot(tail_dy, load_tile(weight2_ptr, tail_column, tail_column < C, column, F, F).to(head_dy.dtype), dhidden)
+        head_weight, tail_weight = load_weight(weight1_ptr, column, head, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
+        pre = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias1_ptr, column, WIDTH=F)[None, :]
+        hidden = activate(pre, ACT=SILU)
+        dhidden = multiply_by_columns(head_dy, tail_dy, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
         if hidden_seed_ptr is not None:
-            hidden = dropped(hidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, 0, F)
-            dhidden = dropped(dhidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, 0, F)
-        store_tile(hidden_ptr + start * F, lane, valid, column, hidden, F, F)
-        store_tile(dpre_ptr + start * F, lane, valid, column, activate_backward(dhidden, pre, SILU), F, F)
+            hidden = dropped(
+                hidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, SITE=0, WIDTH=F
+            )
+            dhidden = dropped(
+                dhidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, SITE=0, WIDTH=F
+            )
+        store_tile(hidden_ptr + start * F, lane, valid, column, hidden, WIDTH=F)
+        store_tile(dpre_ptr + start * F, lane, valid, column, activate_backward(dhidden, pre, ACT=SILU), WIDTH=F)
 
 
-def _dropouts(hidden: float, output: float, seed: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+def _dropouts(call: Call) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
     """(seeds of the hidden and of the output dropout, None where it is off), (threshold and scale of each)."""
-    seeds = tuple(seed if p > 0 else None for p in (hidden, output))
+    hidden, output = call.hidden_dropout, call.output_dropout
+    seeds = tuple(call.seed if p > 0 else None for p in (hidden, output))
     return seeds, (dropout_threshold(hidden), 1 / (1 - hidden), dropout_threshold(output), 1 / (1 - output))
 
 
-def feed_forward_forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, per_sample: bool, weight1: Tensor, bias1: Tensor | None,
-    weight2: Tensor, bias2: Tensor | None, hidden_dropout: float, output_dropout: float, seed: Tensor | None, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches the forward pass: y, mean and 1 / deviation of each token or sample, and nothing of the hidden tensor."""
-    if keep:
+def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the forward pass: y, mean and rstd = 1 / sqrt(variance + eps) of each token or sample, and nothing of
+    the hidden tensor."""
+    if call.keep:
         raise ValueError("keep: the backward pass computes the hidden tensor again, it must be False")
-    rows = Rows.of(x)
+    rows, hidden = Rows.of(call.x), call.weight1.shape[0]
     y = torch.empty_like(rows.x)
-    mean, rstd = rows.statistics(eps, per_sample)
+    mean, rstd = rows.statistics(call.eps, call.per_sample)
     if rows.rows:
-        config = configuration("fwd", rows, weight1.shape[0])
-        seeds, dropouts = _dropouts(hidden_dropout, output_dropout, seed)
-        parameters = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, weight1, bias1, weight2, bias2))
-        with on_device(x):
+        config = configuration("fwd", rows, hidden)
+        seeds, dropouts = _dropouts(call)
+        parameters = (call.norm_weight, call.norm_bias, call.weight1, call.bias1, call.weight2, call.bias2)
+        with on_device(rows.x):
             _feed_forward_fwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                rows.x, *parameters, y, mean, rstd, *seeds, rows.rows, rows.rows_per_sample, eps, *dropouts,
-                PER_SAMPLE=per_sample, F=weight1.shape[0], **rows.tiles, **config,
+                rows.x, *contiguous(*parameters), *seeds, y, mean, rstd,
+                rows.rows, rows.rows_per_sample, call.eps, *dropouts,
+                PER_SAMPLE=call.per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip
-    return y, mean, rstd, x.new_empty(0)
+    return y, mean, rstd, call.x.new_empty(0)
 
 
-def feed_forward_backward(
-    dy: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, per_sample: bool, weight1: Tensor, bias1: Tensor | None,
-    weight2: Tensor, bias2: Tensor | None, hidden_dropout: float, output_dropout: float, seed: Tensor | None, mean: Tensor, rstd: Tensor,
-    _: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty without one)."""
-    rows, hidden = Rows.of(x), weight1.shape[0]
-    config = configuration("bwd", rows, hidden)
-    dy, weight2 = dy.contiguous(), weight2.contiguous()
-    parameters = (norm_weight.contiguous(), norm_bias.contiguous(), weight1.contiguous(), None if bias1 is None else bias1.contiguous())
-    seeds, dropouts = _dropouts(hidden_dropout, output_dropout, seed)
-    wide, dpre = (x.new_empty(rows.rows, hidden) for _ in range(2))
-    with on_device(x):
-        if rows.rows:
+def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
+    """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty
+    without one)."""
+    rows, features = Rows.of(call.x), call.weight1.shape[0]
+    config = configuration("bwd", rows, features)
+    dy, weight2 = contiguous(call.dy, call.weight2)
+    parameters = contiguous(call.norm_weight, call.norm_bias, call.weight1, call.bias1)
+    seeds, dropouts = _dropouts(call)
+    hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
+    if rows.rows:
+        with on_device(rows.x):
             _hidden_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                dy, rows.x, *parameters, weight2, mean, rstd, wide, dpre, *seeds, rows.rows, rows.rows_per_sample, *dropouts,
-                PER_SAMPLE=per_sample, F=hidden, **rows.tiles, **config,
+                dy, rows.x, *parameters, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
+                rows.rows, rows.rows_per_sample, *dropouts,
+                PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
-    gradients = rows.norm_linear_backward(dpre, dy, norm_weight, norm_bias, per_sample, weight1, bias1, mean, rstd)
-    return *gradients, *rows.second_weight_backward(dy, wide, weight2, bias2, per_sample, output_dropout, seed)
+    norm = LayerNorm(call.norm_weight, call.norm_bias, per_sample=call.per_sample)
+    linear1, linear2 = Linear(call.weight1, call.bias1), Linear(weight2, call.bias2)
+    return (
+        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, residual=dy),
+        *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
+    )

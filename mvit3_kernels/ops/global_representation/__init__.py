@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_group, check_layer_norm, check_linear, check_map, check_patches
+from ..dropout import dropout
 from ..feed_forward import feed_forward
 from ..norm_linear import norm_linear
 from ..patch_attention import patch_attention
 from ..pointwise_conv import pointwise_conv
-from ..registry import register
+from ..registry import Call, register
 from ..separable_attention import separable_attention
 from ..types import Layer, LayerNorm, Linear
 from . import reference
@@ -50,9 +52,15 @@ def programs(batch: int, patches: int, positions: int, per_sample: bool, num_hea
 
 
 def _resident_why_not(
-    x: Tensor, layers: Sequence[Layer], norm: LayerNorm | None, num_heads: int | None, patch_size: tuple[int, int], training: bool
+    x: Tensor,
+    layers: Sequence[Layer],
+    norm: LayerNorm | None,
+    num_heads: int | None,
+    patch_size: tuple[int, int],
+    training: bool,
 ) -> str | None:
-    """Why the kernel that takes tokens through all layers cannot, or should not, run a call; it runs as the ops of its layers then."""
+    """Why the kernel that takes tokens through all layers cannot, or should not, run a call; it runs as the ops of its
+    layers then."""
     if reason := dispatch.triton_32_bit_why_not(x):
         return reason
     if training:
@@ -77,7 +85,11 @@ def _resident_why_not(
     # A sample that one multiprocessor works on while others are idle takes longer than ops that spread it.
     needed = _multiprocessors(x.device.index) // 2 if x.is_cuda else 0
     count = programs(batch, patches, patch_size[0] * patch_size[1], norms[0].per_sample, num_heads)
-    return f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on" if count < needed else None
+    return (
+        f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on"
+        if count < needed
+        else None
+    )
 
 
 RESIDENT = dispatch.Kernel("triton", _resident_why_not)
@@ -87,6 +99,9 @@ KERNELS = (
     dispatch.Kernel("cpu", lambda x, *_: dispatch.cpu_why_not(x)),
     dispatch.Kernel("triton", lambda x, *_: dispatch.triton_32_bit_why_not(x)),
 )
+
+
+OPS = reference.Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward, dropout)
 
 
 def global_representation(
@@ -99,22 +114,28 @@ def global_representation(
     hidden_dropout: float = 0.0,
     output_dropout: float = 0.0,
     seed: Tensor | None = None,
+    ffn_output_dropout: float | None = None,
 ) -> Tensor:
     """Every layer of a stage, then the final norm; tokens stay at their pixels throughout.
 
-    A layer is attention and feed-forward network, each behind a norm and inside a residual: `patch_attention` with `num_heads` heads
-    (MobileViTv1 and MobileViTv3-XXS/XS/S) or, with num_heads None, `separable_attention` (MobileViTv2 and MobileViTv3-w).
+    A layer is attention and feed-forward network, each behind a norm and inside a residual: `patch_attention` with
+    `num_heads` heads (MobileViTv1 and MobileViTv3-XXS/XS/S) or, with num_heads None, `separable_attention` (MobileViTv2
+    and MobileViTv3-w).
 
     Args:
-        x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under autocast.
+        x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under
+            autocast.
         layers: the parameters of each layer; shapes as in the ops named above and in `feed_forward`.
         norm: the final norm, weight and bias (D,), or None.
         num_heads: divides D; None for separable attention.
         patch_size: (ph, pw); H and W are multiples of them.
         attention_dropout: probability of dropping an attention probability or a score.
         hidden_dropout: of dropping an element of the feed-forward network's hidden tensor.
-        output_dropout: of dropping an element of a branch's output.
-        seed: int64 tensor of shape (), needed where a probability is positive; the same seed gives the same masks on every backend.
+        output_dropout: of dropping an element of attention's output.
+        seed: int64 tensor of shape (), needed where a probability is positive; the same seed gives the same masks on
+            every backend.
+        ffn_output_dropout: probability of dropping an element of the feed-forward network's output; None: that of
+            attention's.
 
     Returns:
         (B, H, W, D) of the dtype of x.
@@ -141,61 +162,48 @@ def global_representation(
     if num_heads is not None and (num_heads < 1 or width % num_heads):
         raise ValueError(f"num_heads must be positive and divide the {width} channels of x, got {num_heads}")
     check_patches("x", x, patch_size)
-    check_dropout(seed, x, attention_dropout=attention_dropout, hidden_dropout=hidden_dropout, output_dropout=output_dropout)
-    training = attention_dropout > 0 or hidden_dropout > 0 or output_dropout > 0 or _needs_grad(x, *_flat(layers), *(norm or ())[:2])
+    if ffn_output_dropout is None:
+        ffn_output_dropout = output_dropout
+    dropouts = reference.Dropouts(attention_dropout, hidden_dropout, output_dropout, ffn_output_dropout)
+    check_dropout(seed, x, **{f"{place}_dropout": p for place, p in dropouts._asdict().items()})
+    training = any(p > 0 for p in dropouts) or _needs_grad(x, *_flat(layers), *(norm or ())[:2])
     if dispatch.select("global_representation", KERNELS, x, layers, norm, num_heads, patch_size, training) is RESIDENT:
         final, kind = (None, None) if norm is None else norm[:2], layers[0].norm1[2:]
         op = torch.ops.mvit3.global_representation_inference
         return registry.run_without_gradient(op, x, _flat(layers), *final, *kind, num_heads, *patch_size)
-    return reference.global_representation(
-        x,
-        layers,
-        norm,
-        num_heads,
-        patch_size,
-        attention_dropout,
-        hidden_dropout,
-        output_dropout,
-        seed,
-        norm_linear=norm_linear,
-        patch_attention=patch_attention,
-        pointwise_conv=pointwise_conv,
-        separable_attention=separable_attention,
-        feed_forward=feed_forward,
-    )
+    return reference.global_representation(x, layers, norm, num_heads, patch_size, dropouts, seed, OPS)
+
+
+_PARAMETERS = "Tensor?[] layers, Tensor? norm_weight, Tensor? norm_bias, float eps, bool per_sample, int? num_heads"
 
 
 @register(
     "global_representation",
-    "(Tensor x, Tensor?[] layers, Tensor? norm_weight, Tensor? norm_bias, float eps, bool per_sample, int? num_heads, int[2] patch_size, "
-    "float attention_dropout, float hidden_dropout, float output_dropout, Tensor? seed) -> Tensor",
+    f"(Tensor x, {_PARAMETERS}, int[2] patch_size, float attention_dropout, float hidden_dropout, "
+    "float output_dropout, Tensor? seed, float? ffn_output_dropout=None) -> Tensor y",
 )
-def _op(x, layers, norm_weight, norm_bias, eps, per_sample, num_heads, patch_size, *dropout):
-    """`layers` holds what `_flat` says."""
+def _op(call: Call) -> Tensor:
+    """`call.layers` holds what `_flat` says."""
 
     def norm(weight: Tensor, bias: Tensor) -> LayerNorm:
-        return LayerNorm(weight, bias, eps, per_sample)
+        return LayerNorm(weight, bias, call.eps, call.per_sample)
 
     parts = (norm, Linear, Linear, norm, Linear, Linear)
-    unpacked = [Layer(*(part(layers[i + 2 * k], layers[i + 2 * k + 1]) for k, part in enumerate(parts))) for i in range(0, len(layers), 12)]
-    final = None if norm_weight is None else norm(norm_weight, norm_bias)
-    return global_representation(x, unpacked, final, num_heads, tuple(patch_size), *dropout)
+    pairs = zip(call.layers[::2], call.layers[1::2], strict=True)
+    each = [part(*pair) for part, pair in zip(cycle(parts), pairs, strict=False)]
+    layers = [Layer(*each[i : i + len(parts)]) for i in range(0, len(each), len(parts))]
+    final = None if call.norm_weight is None else norm(call.norm_weight, call.norm_bias)
+    dropout = (call.attention_dropout, call.hidden_dropout, call.output_dropout, call.seed, call.ffn_output_dropout)
+    return global_representation(call.x, layers, final, call.num_heads, tuple(call.patch_size), *dropout)
 
 
 # The kernel of calls without gradients and without dropout.
 
-torch.library.define(
-    "mvit3::global_representation_inference",
-    "(Tensor x, Tensor?[] layers, Tensor? norm_weight, Tensor? norm_bias, float eps, bool per_sample, int? num_heads, int patch_height, "
-    "int patch_width) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+
+@registry.kernel(
+    "global_representation_inference",
+    f"(Tensor x, {_PARAMETERS}, int patch_height, int patch_width) -> Tensor y",
+    triton=__name__,
 )
-dispatch.register_triton("global_representation_inference", __name__)
-
-
-@torch.library.register_fake("mvit3::global_representation_inference")
-def _inference_fake(x, *_):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-registry.forbid_gradient("global_representation_inference")
+def _inference_fake(call: Call) -> Tensor:
+    return torch.empty_like(call.x, memory_format=torch.contiguous_format)

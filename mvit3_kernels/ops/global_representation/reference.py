@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dropout.reference import dropout
 from ..feed_forward.reference import feed_forward
 from ..norm_linear.reference import norm_linear
 from ..patch_attention.reference import patch_attention
 from ..pointwise_conv.reference import pointwise_conv
-from ..random import dropout
 from ..separable_attention.reference import separable_attention
 from ..types import Layer, LayerNorm
+
+
+class Ops(NamedTuple):
+    """The ops that a stage is made of: their references, or the public functions."""
+
+    norm_linear: Callable
+    patch_attention: Callable
+    pointwise_conv: Callable
+    separable_attention: Callable
+    feed_forward: Callable
+    dropout: Callable
+
+
+class Dropouts(NamedTuple):
+    """The probabilities of dropping, as `global_representation` names them."""
+
+    attention: float
+    hidden: float
+    output: float
+    ffn_output: float
+
+
+REFERENCES = Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward, dropout)
 
 
 def _final_norm(x: Tensor, norm: LayerNorm) -> Tensor:
@@ -29,26 +53,24 @@ def global_representation(
     norm: LayerNorm | None,
     num_heads: int | None,
     patch_size: tuple[int, int],
-    attention_dropout: float,
-    hidden_dropout: float,
-    output_dropout: float,
+    p: Dropouts,
     seed: Tensor | None,
-    norm_linear=norm_linear,
-    patch_attention=patch_attention,
-    pointwise_conv=pointwise_conv,
-    separable_attention=separable_attention,
-    feed_forward=feed_forward,
+    ops: Ops = REFERENCES,
 ) -> Tensor:
     for i, layer in enumerate(layers):
         seeds = [None if seed is None else seed + 3 * i + branch for branch in range(3)]
         if num_heads is None:
-            x = separable_attention(x, layer.norm1, layer.qkv, layer.out_proj, patch_size, attention_dropout, output_dropout, seeds[0])
+            x = ops.separable_attention(
+                x, layer.norm1, layer.qkv, layer.out_proj, patch_size, p.attention, p.output, seeds[0]
+            )
         else:
-            tokens = patch_attention(norm_linear(x, layer.norm1, layer.qkv), num_heads, patch_size, attention_dropout, seeds[0])
-            if output_dropout == 0:
-                x, _ = pointwise_conv(tokens, layer.out_proj, None, "identity", x)
+            tokens = ops.patch_attention(
+                ops.norm_linear(x, layer.norm1, layer.qkv), num_heads, patch_size, p.attention, seeds[0]
+            )
+            if p.output == 0:
+                x, _ = ops.pointwise_conv(tokens, layer.out_proj, None, "identity", x)
             else:
-                branch, _ = pointwise_conv(tokens, layer.out_proj, None, "identity", None)
-                x = x + dropout(branch, output_dropout, seeds[1], site=0)
-        x = feed_forward(x, layer.norm2, layer.fc1, layer.fc2, hidden_dropout, output_dropout, seeds[2])
+                branch, _ = ops.pointwise_conv(tokens, layer.out_proj, None, "identity", None)
+                x = ops.dropout(branch, p.output, seeds[1], x)
+        x = ops.feed_forward(x, layer.norm2, layer.fc1, layer.fc2, p.hidden, p.ffn_output, seeds[2])
     return x if norm is None else _final_norm(x, norm)

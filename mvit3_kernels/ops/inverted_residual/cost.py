@@ -1,6 +1,7 @@
 """What a training step of inverted_residual moves and computes on a GPU, and which of its two ways is the cheaper one.
 
-Counted for each pixel of the input, from widths and stride alone: the choice must not depend on batch or size of the map.
+Everything is counted for one pixel of the input, from numbers of channels and stride alone: the choice must not depend
+on batch or size of the map.
 """
 
 from __future__ import annotations
@@ -8,46 +9,58 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Operations in the time of a byte: an H200 at half of 990 TFLOP/s and 4.3 TB/s. Other GPUs differ by less than the estimates below.
+# Operations that take as long as one byte of memory traffic: of an H200 that reaches half of its 990 TFLOP/s and 4.3
+# TB/s. Other GPUs differ from this by less than the estimates below are wrong.
 OPERATIONS_PER_BYTE = 115
-# Pixels around a tile that the fused way computes too: forward of the expanded map, backward of the filtered one.
+# The fused way computes a tile together with a border that its 3x3 taps reach, for 1.5 times the pixels: forward those
+# of the expanded map, backward those of z, the result of the depth-wise convolution.
 HALO = 1.5
 
 
-def fits_a_program(x: Tensor, wide: int) -> bool:
-    """Whether a row of the expansion and its whole weight fit a program of the Triton way, so that one read of a gradient serves all."""
-    return x.dtype is not torch.float32 and x.shape[-1] <= 64 and wide <= 256
+def fits_a_program(x: Tensor, expanded: int) -> bool:
+    """Whether the expanded channels of some pixels and the whole weight of the expansion fit a program of the Triton
+    way, which then reads the gradient of the expanded map once, for everything that follows from it."""
+    return x.dtype is not torch.float32 and x.shape[-1] <= 64 and expanded <= 256
 
 
-def values_moved(inputs: int, wide: int, outputs: int, skip: bool, store: bool, one_pass: bool) -> tuple[int, int, int, int]:
-    """Values read and written: forward for each pixel of the input and of the output, then backward. `store` is the Triton way.
+def values_moved(
+    inputs: int, expanded: int, outputs: int, skip: bool, store: bool, one_pass: bool
+) -> tuple[int, int, int, int]:
+    """Values read and written in a training step: forward for each pixel of the input and for each pixel of the output,
+    then the same backward. `store` is the Triton way, `skip` a residual, which is one more read each way.
 
-    Forward reads x twice (moments, product), writes and reads z and p, writes y. Backward reads dy and p twice, writes dp and reads it
-    twice, reads z twice, reads x twice, and writes dx, then corrects it in place. The Triton way also writes and reads a forward; backward
-    it writes and reads dz, reads a, and writes and reads the gradient of a, which without `one_pass` it replaces once and reads twice more,
-    with one more read of x. A residual is one more read each way.
+    x has `inputs` channels, a (the activated expansion) and z (the result of the depth-wise convolution) `expanded`, p
+    (the product before the last norm) and y `outputs`.
+
+    Forward reads x twice (for moments and product), writes and reads z and p, and writes y. Backward reads dy and p
+    twice, writes dp and reads it twice, reads z twice and x twice, writes dx, and reads and writes it once more for its
+    correction. The Triton way also writes and reads a forward. Backward it writes and reads dz, reads a, and writes and
+    reads da; without `one_pass` it also replaces da by another gradient, which it reads twice, and reads x once more.
     """
     forward, backward = 2 * inputs + inputs * skip, 5 * inputs + inputs * skip
-    forward_out, backward_out = 2 * wide + 3 * outputs, 2 * wide + 7 * outputs
+    forward_out, backward_out = 2 * expanded + 3 * outputs, 2 * expanded + 7 * outputs
     if store:
-        forward += 2 * wide
-        backward += 3 * wide if one_pass else 6 * wide + inputs
-        backward_out += 2 * wide
+        forward += 2 * expanded
+        backward += 3 * expanded if one_pass else 6 * expanded + inputs
+        backward_out += 2 * expanded
     return forward, forward_out, backward, backward_out
 
 
-def _cost(inputs: int, wide: int, outputs: int, stride: int, store: bool) -> float:
-    """Of maps in 16 bits, in bytes for each pixel of the input; products and memory overlap."""
-    one_pass = inputs <= 64 and wide <= 256
-    at_input, at_output, back_at_input, back_at_output = values_moved(inputs, wide, outputs, False, store, one_pass)
+def _cost(inputs: int, expanded: int, outputs: int, stride: int, store: bool) -> float:
+    """What a training step costs for each pixel of the input, in bytes: the larger of its memory traffic, of maps in 16
+    bits, and its products, for the two happen at the same time."""
+    one_pass = inputs <= 64 and expanded <= 256
+    at_input, at_output, back_at_input, back_at_output = values_moved(inputs, expanded, outputs, False, store, one_pass)
     moved = at_input + back_at_input + (at_output + back_at_output) / stride**2
-    # Multiply-adds: moments and correction of x; the expansion, again in backward, and its two gradients; the projection and its weight's
-    # gradient, and the gradient of its input for the sums and for z.
+    # Multiply-adds. For each pixel of the input: the moments of x and the correction of dx; the expansion, made once
+    # more in backward, and the gradients of x and of the weight through it. For each pixel of the output: the
+    # projection, the gradient of its weight, and the gradient of its input twice, for the sums and for dz. What the
+    # fused way computes in backward has the border too.
     border = 1 if store else HALO
-    products = 2 * inputs**2 + inputs * wide * (3 + border) + wide * outputs * (3 + border) / stride**2
+    products = 2 * inputs**2 + inputs * expanded * (3 + border) + expanded * outputs * (3 + border) / stride**2
     return max(2 * moved, 2 * products / OPERATIONS_PER_BYTE)
 
 
-def storing_is_cheaper(inputs: int, wide: int, outputs: int, stride: int) -> bool:
+def storing_is_cheaper(inputs: int, expanded: int, outputs: int, stride: int) -> bool:
     """Whether the expanded map had better be stored than made again on chip."""
-    return _cost(inputs, wide, outputs, stride, True) < _cost(inputs, wide, outputs, stride, False)
+    return _cost(inputs, expanded, outputs, stride, True) < _cost(inputs, expanded, outputs, stride, False)

@@ -17,11 +17,11 @@ def inverted_residual(
     stride: int,
     dilation: int,
     act: str,
+    skip: bool,
     pointwise_conv=pointwise_conv,
     depthwise_conv=depthwise_conv,
 ) -> tuple[Tensor, tuple[Moments | None, Moments | None, Moments | None]]:
     wide, expanded = pointwise_conv(x, Linear(expand.weight), expand.norm, act, None)
     wide, filtered = depthwise_conv(wide, depthwise.weight, depthwise.norm, act, stride, dilation)
-    skip = stride == 1 and x.shape[-1] == project.weight.shape[0]
     y, projected = pointwise_conv(wide, Linear(project.weight), project.norm, "identity", x if skip else None)
     return y, (expanded, filtered, projected)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_layer_norm, check_linear, check_map
-from ..registry import register
+from ..registry import LAYER_NORM, Call, register
 from ..types import LayerNorm, Linear
 from . import reference
 
@@ -30,7 +30,8 @@ def norm_linear(x: Tensor, norm: LayerNorm, projection: Linear) -> Tensor:
     """Layer normalisation (of each token, or of each sample as one-group group normalisation), then a linear map.
 
     Args:
-        x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under autocast.
+        x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under
+            autocast.
         norm: weight and bias (D,), float32 or the dtype of x.
         projection: weight (O, D) or (O, D, 1, 1), bias (O,) or None.
 
@@ -52,67 +53,34 @@ def norm_linear(x: Tensor, norm: LayerNorm, projection: Linear) -> Tensor:
     return torch.ops.mvit3.norm_linear_forward(x, *norm, *projection)[0]
 
 
-@register(
-    "norm_linear", "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor weight, Tensor? bias) -> Tensor"
-)
-def _op(x, norm_weight, norm_bias, eps, per_sample, weight, bias):
-    return norm_linear(x, LayerNorm(norm_weight, norm_bias, eps, per_sample), Linear(weight, bias))
+@register("norm_linear", f"(Tensor x, {LAYER_NORM}, Tensor weight, Tensor? bias) -> Tensor y")
+def _op(call: Call) -> Tensor:
+    norm = LayerNorm(call.norm_weight, call.norm_bias, call.eps, call.per_sample)
+    return norm_linear(call.x, norm, Linear(call.weight, call.bias))
 
 
 # The kernel. mean and rstd, of each token or of each sample, are all that backward needs beside the inputs.
 
-torch.library.define(
-    "mvit3::norm_linear_forward",
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    "mvit3::norm_linear_backward",
-    "(Tensor dy, Tensor x, Tensor norm_weight, Tensor norm_bias, bool per_sample, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-for _name in ("forward", "backward"):
-    dispatch.register_triton(f"norm_linear_{_name}", __name__)
 
-
-def statistics_fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
+def empty_statistics(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     """mean and rstd of layer normalisation, of each token or of each sample."""
     count = x.shape[0] if per_sample else x.shape[0] * x.shape[1] * x.shape[2]
     return x.new_empty(count, dtype=torch.float32), x.new_empty(count, dtype=torch.float32)
 
 
-def gradient_fake(t: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient of a parameter: empty where there is none."""
-    return like.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+@registry.forward(
+    "norm_linear_forward",
+    f"(Tensor x, {LAYER_NORM}, Tensor weight, Tensor? bias) -> (Tensor y, Tensor mean, Tensor rstd)",
+    triton=__name__,
+)
+def _forward_fake(call: Call) -> tuple[Tensor, ...]:
+    y = call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0])
+    return y, *empty_statistics(call.x, call.per_sample)
 
 
-@torch.library.register_fake("mvit3::norm_linear_forward")
-def _forward_fake(x, norm_weight, norm_bias, eps, per_sample, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), *statistics_fake(x, per_sample)
-
-
-@torch.library.register_fake("mvit3::norm_linear_backward")
-def _backward_fake(dy, x, norm_weight, norm_bias, per_sample, weight, bias, mean, rstd):
-    return tuple(gradient_fake(t, x) for t in (x, norm_weight, norm_bias, weight, bias))
-
-
-def _setup_context(ctx, inputs, output):
-    x, norm_weight, norm_bias, _, ctx.per_sample, weight, bias = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, mean, rstd)
-
-
-def _gradients(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 7
-    x, norm_weight, norm_bias, weight, bias, mean, rstd = ctx.saved_tensors
-    arguments = (dy, x, norm_weight, norm_bias, ctx.per_sample, weight, bias, mean, rstd)
-    dx, dnorm_weight, dnorm_bias, dweight, dbias = torch.ops.mvit3.norm_linear_backward(*arguments)
-    return dx, dnorm_weight, dnorm_bias, None, None, dweight, None if bias is None else dbias
-
-
-registry.register_gradient("norm_linear_forward", _gradients, _setup_context)
-registry.forbid_second_derivative("norm_linear_backward")
+registry.backward(
+    "norm_linear_backward",
+    "(Tensor dy, Tensor x, Tensor norm_weight, Tensor norm_bias, bool per_sample, Tensor weight, Tensor? bias, "
+    "Tensor mean, Tensor rstd) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
+    triton=__name__,
+)

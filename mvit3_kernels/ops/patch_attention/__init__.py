@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_map, check_patches
-from ..registry import register
+from ..registry import Call, register
 from . import reference
 
 __all__ = ["patch_attention"]
@@ -33,16 +33,17 @@ def patch_attention(
 ) -> Tensor:
     """Multi-head softmax attention among the pixels that share their position inside a patch.
 
-    The pixel (y, x) attends to every (y', x') with y' = y mod ph and x' = x mod pw: (H / ph) * (W / pw) keys for each query, scaled by
-    head_dim**-0.5. This is MobileViT's unfold, attention, fold.
+    The pixel (y, x) attends to every (y', x') with y' = y mod ph and x' = x mod pw: (H / ph) * (W / pw) keys for each
+    query, scaled by head_dim**-0.5. This is MobileViT's unfold, attention, fold.
 
     Args:
-        qkv: (B, H, W, 3D), float32, bfloat16, float16 or float64, any strides. Channels 0..D-1 are the query, D..2D-1 the key,
-            2D..3D-1 the value; in each, head h owns the channels h * D / num_heads onwards.
+        qkv: (B, H, W, 3D), float32, bfloat16, float16 or float64, any strides. Channels 0..D-1 are the query, D..2D-1
+            the key, 2D..3D-1 the value; in each, head h owns the channels h * D / num_heads onwards.
         num_heads: divides D.
         patch_size: (ph, pw); H and W are multiples of them.
         dropout: probability of dropping an attention probability.
-        seed: int64 tensor of shape (), needed where dropout is positive; the same seed gives the same mask on every backend.
+        seed: int64 tensor of shape (), needed where dropout is positive; the same seed gives the same mask on every
+            backend.
 
     Returns:
         (B, H, W, D) of the dtype of qkv.
@@ -55,7 +56,10 @@ def patch_attention(
     """
     check_map("qkv", qkv)
     if num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(f"num_heads must be positive and 3 * num_heads must divide the {qkv.shape[-1]} channels of qkv, got {num_heads}")
+        raise ValueError(
+            f"num_heads must be positive and 3 * num_heads must divide the {qkv.shape[-1]} channels of qkv, got "
+            f"{num_heads}"
+        )
     check_patches("qkv", qkv, patch_size)
     check_dropout(seed, qkv, dropout=dropout)
     qkv = dispatch.autocast(qkv)
@@ -64,49 +68,29 @@ def patch_attention(
     return torch.ops.mvit3.patch_attention_forward(qkv, num_heads, *patch_size, dropout, seed)[0]
 
 
-@register("patch_attention", "(Tensor qkv, int num_heads, int[2] patch_size, float dropout, Tensor? seed) -> Tensor")
-def _op(qkv, num_heads, patch_size, dropout, seed):
-    return patch_attention(qkv, num_heads, tuple(patch_size), dropout, seed)
+@register(
+    "patch_attention", "(Tensor qkv, int num_heads, int[2] patch_size, float dropout, Tensor? seed) -> Tensor out"
+)
+def _op(call: Call) -> Tensor:
+    return patch_attention(call.qkv, call.num_heads, tuple(call.patch_size), call.dropout, call.seed)
 
 
 # The kernels. Backward needs qkv, out and, of the probabilities, the log-sum-exp of each query's scores.
 
 _GEOMETRY = "int num_heads, int patch_height, int patch_width, float dropout, Tensor? seed"
 
-for _name, _schema in {
-    "forward": f"(Tensor qkv, {_GEOMETRY}) -> (Tensor, Tensor)",
-    "backward": f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_GEOMETRY}) -> Tensor",
-}.items():
-    torch.library.define(f"mvit3::patch_attention_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    dispatch.register_triton(f"patch_attention_{_name}", __name__)
+
+@registry.forward("patch_attention_forward", f"(Tensor qkv, {_GEOMETRY}) -> (Tensor out, Tensor lse)", triton=__name__)
+def _forward_fake(call: Call) -> tuple[Tensor, Tensor]:
+    batch, height, width, channels = call.qkv.shape
+    positions = call.patch_height * call.patch_width
+    patches = (height // call.patch_height) * (width // call.patch_width)
+    lse = call.qkv.new_empty(batch, positions, call.num_heads, patches, dtype=torch.float32)
+    return call.qkv.new_empty(batch, height, width, channels // 3), lse
 
 
-@torch.library.register_fake("mvit3::patch_attention_forward")
-def _forward_fake(qkv, num_heads, patch_height, patch_width, dropout, seed):
-    batch, height, width, channels = qkv.shape
-    tokens = (height // patch_height) * (width // patch_width)
-    lse = qkv.new_empty(batch, patch_height * patch_width, num_heads, tokens, dtype=torch.float32)
-    return qkv.new_empty(batch, height, width, channels // 3), lse
-
-
-@torch.library.register_fake("mvit3::patch_attention_backward")
-def _backward_fake(dout, qkv, *_):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    qkv, *ctx.geometry, seed = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, *output, seed)
-
-
-def _gradients(ctx, dout, _):
-    if dout is None:
-        return (None,) * 6
-    *saved, seed = ctx.saved_tensors
-    return torch.ops.mvit3.patch_attention_backward(dout, *saved, *ctx.geometry, seed), *(None,) * 5
-
-
-registry.register_gradient("patch_attention_forward", _gradients, _setup_context)
-registry.forbid_second_derivative("patch_attention_backward")
+registry.backward(
+    "patch_attention_backward",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_GEOMETRY}) -> Tensor dqkv",
+    triton=__name__,
+)

@@ -15,7 +15,8 @@ def probabilities(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(dim)) v, all (..., tokens, dim): fused wherever a first derivative is the most that can be asked for."""
+    """softmax(q k^T / sqrt(dim)) v, all (..., tokens, dim): fused wherever a first derivative is the most that can be
+    asked for."""
     if not dispatch.writes_aten() and dispatch.transform() is not None:
         return probabilities(q, k) @ v
     out = F.scaled_dot_product_attention(q, k, v)
@@ -25,8 +26,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Differentiable(torch.autograd.Function):
-    """`out` as it is. A gradient goes back through the fused attention that made it or, where it is to be differentiated again
-    (create_graph), through its formula written out."""
+    """`out` as it is. A gradient goes back through the fused attention that made it or, where it is to be
+    differentiated again (create_graph), through its formula written out."""
 
     @staticmethod
     def forward(ctx, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from ..random import dropout
 from .attention import attention, probabilities
 
 
-def patch_attention(qkv: Tensor, num_heads: int, patch_size: tuple[int, int], dropout_p: float, seed: Tensor | None) -> Tensor:
+def patch_attention(
+    qkv: Tensor, num_heads: int, patch_size: tuple[int, int], dropout_p: float, seed: Tensor | None
+) -> Tensor:
     batch, height, width, channels = qkv.shape
     (ph, pw), dim = patch_size, channels // (3 * num_heads)
     rows, columns = height // ph, width // pw

@@ -1,10 +1,11 @@
 """Triton kernels of patch_attention.
 
-A program owns one block of tokens of one group (a head of the pixels of a sample that share their position inside a patch) and walks over
-the group's other tokens. The heads of a block run side by side, for they share cache lines: a head's part of a pixel is 32 to 128 bytes.
-One launch each way. Backward takes the block first as keys, then as queries, and computes the scores twice: then nothing is added up
-across programs, no tensor of partial sums exists, and the result is the same in every run. What softmax's backward subtracts, the product
-of out and its gradient, is computed again for each block of queries: that reads out once more from cache and saves a launch.
+A group is one attention head of the pixels of a sample that share their position inside a patch. A program owns a block
+of its tokens and walks over all of them. The heads of a block run side by side because they share cache lines: the part
+of a pixel that belongs to a head is 32 to 128 bytes. There is one launch each way. Backward takes the block first as
+keys, then as queries, and computes the scores twice. So nothing is added up across programs, no workspace is needed,
+and the result is the same in every run. What the backward pass of the softmax subtracts, the product of out and its
+gradient, is computed again for each block of queries: that reads out once more from cache and saves a launch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..triton_common import dot, dropout_kept, dropout_key, dropout_threshold, on_device, pixel_of_token
+from ..registry import Call
+from ..triton_common import contiguous, dot, dropout_kept, dropout_key, dropout_threshold, on_device, pixel_of_token
 
-# Two binaries for all maps: sequences of at most 16 tokens (8x8 maps in 2x2 patches) fit a single tile of the matrix units.
+# Two binaries for all maps: sequences of at most 16 tokens (8x8 maps in 2x2 patches) fit a single tile of the matrix
+# units.
 SHORT = 16
 LOG2E = 1 / math.log(2)
 
@@ -27,13 +30,13 @@ _NOT_SPECIALIZED = ["pixels_per_sample", "width", "tokens", "blocks", "threshold
 
 
 def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) -> list[dict[str, int]]:
-    """A program's BLOCK of tokens, and the STEP that it walks over the others in. Float32 has no matrix units of its own precision: its
-    products are made in registers, so its tiles are small."""
+    """A program's BLOCK of tokens, and the STEP that it walks over the others in. Float32 has no matrix units of its
+    own precision: its products are made in registers, so its tiles are small."""
     columns = max(triton.next_power_of_2(dim), 16)
-    narrow = dtype is torch.float32
+    float32 = dtype is torch.float32
     if short:
-        tiles = [(16, 16, 4 if narrow or columns > 64 else 2)]
-    elif narrow:
+        tiles = [(16, 16, 4 if float32 or columns > 64 else 2)]
+    elif float32:
         tiles = [(32, 16, 8) if columns <= 64 else (16, 16, 4)]
     elif columns > 64:
         tiles = [(32, 32, 4 if backward else 8)]
@@ -41,8 +44,11 @@ def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) ->
         tiles = [(64, 32, 8), (32, 32, 4), (32, 64, 4)]
     else:
         tiles = [(64, 32 if columns == 16 else 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8)]
-    tiles = dict.fromkeys((*tile, stages) for stages in ((2,) if narrow else (2, 1)) for tile in tiles)
-    return [{"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": n} for block, step, warps, n in tiles]
+    tiles = dict.fromkeys((*tile, stages) for stages in ((2,) if float32 else (2, 1)) for tile in tiles)
+    return [
+        {"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": n}
+        for block, step, warps, n in tiles
+    ]
 
 
 def configuration(qkv: Tensor, dim: int, tokens: int, backward: bool) -> dict[str, int]:
@@ -52,7 +58,8 @@ def configuration(qkv: Tensor, dim: int, tokens: int, backward: bool) -> dict[st
 
 
 def bytes_moved(qkv: Tensor) -> tuple[int, int]:
-    """Bytes of full-size tensors that the forward and the backward pass read and write; the log-sum-exp is a few per cent more."""
+    """Bytes of full-size tensors that the forward and the backward pass read and write; the log-sum-exp is a few per
+    cent more."""
     size = qkv.numel() * qkv.element_size()
     return size * 4 // 3, size * 8 // 3
 
@@ -89,13 +96,20 @@ def _store(ptr, pixel, valid, channel, tile, STRIDE: tl.constexpr, DIM: tl.const
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_fwd_kernel(
-    qkv_ptr, out_ptr, lse_ptr, seed_ptr, pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
+    qkv_ptr, seed_ptr,  # (B, H, W, 3 HEADS DIM); one int64, or None without dropout
+    out_ptr, lse_ptr,  # written: (B, H, W, HEADS DIM), like qkv; (B, positions, HEADS, tokens), float32
+    pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """out = dropout(softmax(q k^T / sqrt(DIM))) v for the tokens of each group, and lse = log2(sum(exp2(scores))) of
+    each query, where scores = q k^T * scale and scale = log2(e) / sqrt(DIM).
+
+    A program has BLOCK queries of a group and walks over the keys, STEP at a time, with a running maximum. Reads q
+    once, k and v once for each block of queries, from cache; writes out and lse once."""
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
-    sample, position, block, head = _group(blocks, HEADS, POSITIONS)
+    sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=POSITIONS)
     channel = head * DIM
     group = position * HEADS + head  # of this sample
     pixels = sample.to(tl.int64) * pixels_per_sample
@@ -103,18 +117,18 @@ def _attention_fwd_kernel(
     out_ptr += pixels * CHANNELS
     lse_ptr += pixels * HEADS + group * tokens
     query = block * BLOCK + tl.arange(0, BLOCK)
-    query_pixel = pixel_of_token(query, position, width, PATCH_H, PATCH_W)
-    q = _load(qkv_ptr, query_pixel, query < tokens, channel, 3 * CHANNELS, DIM, BLOCK_D)
+    query_pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    q = _load(qkv_ptr, query_pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     if seed_ptr is not None:
-        mask_key = dropout_key(seed_ptr, sample, 0)
+        mask_key = dropout_key(seed_ptr, sample, SITE=0)
 
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for first in range(0, tokens, STEP):
         key = first + tl.arange(0, STEP)
-        pixel = pixel_of_token(key, position, width, PATCH_H, PATCH_W)
-        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+        pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale
         scores = tl.where((key < tokens)[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
@@ -125,10 +139,12 @@ def _attention_fwd_kernel(
         if seed_ptr is not None:
             kept = dropout_kept(mask_key, (group * tokens + query[:, None]) * tokens + key[None, :], threshold)
             probabilities *= tl.where(kept, keep_scale, 0.0)
-        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         sums = dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
 
-    _store(out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], CHANNELS, DIM, BLOCK_D)
+    _store(
+        out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
+    )
     tl.store(lse_ptr + query, maximum + tl.log2(total), mask=query < tokens)
 
 
@@ -140,13 +156,23 @@ def _product_of_out(dout, out):
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr, seed_ptr, dqkv_ptr, pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr,  # like out and qkv; (B, positions, HEADS, tokens), float32
+    seed_ptr,  # one int64, or None without dropout
+    dqkv_ptr,  # written: like qkv
+    pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """With p = exp2(scores - lse), the mask of the dropout m and delta = sum(dout * out) of each query:
+
+        dv = (p * m)^T dout;  dscores = p * (dout v^T * m - delta)
+        dq = dscores k / sqrt(DIM);  dk = dscores^T q / sqrt(DIM)
+
+    A program has BLOCK tokens of a group, first as keys, then as queries, and walks over the others STEP at a time.
+    Reads dout, qkv and out about twice for each block, from cache; writes dqkv once."""
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
-    sample, position, block, head = _group(blocks, HEADS, POSITIONS)
+    sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=POSITIONS)
     channel = head * DIM
     group = position * HEADS + head
     pixels = sample.to(tl.int64) * pixels_per_sample
@@ -157,23 +183,26 @@ def _attention_bwd_kernel(
     lse_ptr += pixels * HEADS + group * tokens
     mine = block * BLOCK + tl.arange(0, BLOCK)
     valid = mine < tokens
-    my_pixel = pixel_of_token(mine, position, width, PATCH_H, PATCH_W)
+    my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     if seed_ptr is not None:
-        mask_key = dropout_key(seed_ptr, sample, 0)
+        mask_key = dropout_key(seed_ptr, sample, SITE=0)
     score_scale = scale * 0.6931471805599453  # of the natural scores
 
     # The block as keys, transposed: (keys, queries).
-    my_k = _load(qkv_ptr, my_pixel, valid, CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
-    my_v = _load(qkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
+    my_k = _load(qkv_ptr, my_pixel, valid, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    my_v = _load(qkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for first in range(0, tokens, STEP):
         query = first + tl.arange(0, STEP)
-        pixel = pixel_of_token(query, position, width, PATCH_H, PATCH_W)
-        q = _load(qkv_ptr, pixel, query < tokens, channel, 3 * CHANNELS, DIM, BLOCK_D)
-        dout = _load(dout_ptr, pixel, query < tokens, channel, CHANNELS, DIM, BLOCK_D)
-        delta = _product_of_out(dout, _load(out_ptr, pixel, query < tokens, channel, CHANNELS, DIM, BLOCK_D))
-        lse = tl.load(lse_ptr + query, mask=query < tokens, other=float("inf"))  # queries beyond the last have no probabilities
+        pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        q = _load(qkv_ptr, pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        dout = _load(dout_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        delta = _product_of_out(
+            dout, _load(out_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        )
+        # queries beyond the last have no probabilities
+        lse = tl.load(lse_ptr + query, mask=query < tokens, other=float("inf"))
         probabilities = tl.exp2(dot(my_k, tl.trans(q), tl.zeros((BLOCK, STEP), tl.float32)) * scale - lse[None, :])
         grads = dot(my_v, tl.trans(dout), tl.zeros((BLOCK, STEP), tl.float32))
         weights = probabilities
@@ -183,70 +212,69 @@ def _attention_bwd_kernel(
             grads *= tl.where(kept, keep_scale, 0.0)
         dv = dot(weights.to(dout.dtype), dout, dv)
         dk = dot((probabilities * (grads - delta[None, :])).to(q.dtype), q, dk)
-    _store(dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, 3 * CHANNELS, DIM, BLOCK_D)
-    _store(dqkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, dv, 3 * CHANNELS, DIM, BLOCK_D)
+    _store(
+        dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
+    )
+    _store(dqkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, dv, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
     # The block as queries.
-    my_q = _load(qkv_ptr, my_pixel, valid, channel, 3 * CHANNELS, DIM, BLOCK_D)
-    my_dout = _load(dout_ptr, my_pixel, valid, channel, CHANNELS, DIM, BLOCK_D)
-    my_delta = _product_of_out(my_dout, _load(out_ptr, my_pixel, valid, channel, CHANNELS, DIM, BLOCK_D))
+    my_q = _load(qkv_ptr, my_pixel, valid, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    my_delta = _product_of_out(
+        my_dout, _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    )
     my_lse = tl.load(lse_ptr + mine, mask=valid, other=float("inf"))
     dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for first in range(0, tokens, STEP):
         key = first + tl.arange(0, STEP)
-        pixel = pixel_of_token(key, position, width, PATCH_H, PATCH_W)
-        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
-        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, 3 * CHANNELS, DIM, BLOCK_D)
-        scores = tl.where((key < tokens)[None, :], dot(my_q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale, float("-inf"))
+        pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        scores = tl.where(
+            (key < tokens)[None, :], dot(my_q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale, float("-inf")
+        )
         probabilities = tl.exp2(scores - my_lse[:, None])
         grads = dot(my_dout, tl.trans(v), tl.zeros((BLOCK, STEP), tl.float32))
         if seed_ptr is not None:
             kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
             grads *= tl.where(kept, keep_scale, 0.0)
         dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
-    _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, 3 * CHANNELS, DIM, BLOCK_D)
+    _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
 class _Launch:
     """Grid and arguments that both kernels share."""
 
-    def __init__(
-        self, backward: bool, qkv: Tensor, num_heads: int, patch_height: int, patch_width: int, dropout: float, seed: Tensor | None
-    ):
-        batch, height, width, channels = qkv.shape
-        dim = channels // (3 * num_heads)
+    def __init__(self, call: Call, backward: bool):
+        batch, height, width, channels = call.qkv.shape
+        heads, patch_height, patch_width = call.num_heads, call.patch_height, call.patch_width
+        dim = channels // (3 * heads)
         tokens = (height // patch_height) * (width // patch_width)
-        config = configuration(qkv, dim, tokens, backward)
+        config = configuration(call.qkv, dim, tokens, backward)
         blocks = triton.cdiv(tokens, config["BLOCK"])
-        self.grid = (batch * patch_height * patch_width * num_heads * blocks,)
-        self.seed = seed if dropout > 0 else None
-        keep = (dropout_threshold(dropout), 1 / (1 - dropout))
+        self.grid = (batch * patch_height * patch_width * heads * blocks,)
+        self.seed = call.seed if call.dropout > 0 else None
+        keep = (dropout_threshold(call.dropout), 1 / (1 - call.dropout))
         self.sizes = (height * width, width, tokens, blocks, LOG2E / math.sqrt(dim), *keep)
-        self.flags = {"HEADS": num_heads, "DIM": dim, "PATCH_H": patch_height, "PATCH_W": patch_width, **config}
-        self.lse_shape = (batch, patch_height * patch_width, num_heads, tokens)
+        self.flags = {"HEADS": heads, "DIM": dim, "PATCH_H": patch_height, "PATCH_W": patch_width, **config}
+        self.lse_shape = (batch, patch_height * patch_width, heads, tokens)
 
 
-def patch_attention_forward(
-    qkv: Tensor, num_heads: int, patch_height: int, patch_width: int, dropout: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def patch_attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Launches the forward pass: out, and the binary logarithm of each query's sum, (B, positions, heads, tokens)."""
-    launch = _Launch(False, qkv, num_heads, patch_height, patch_width, dropout, seed)
-    qkv = qkv.contiguous()
+    launch, qkv = _Launch(call, backward=False), call.qkv.contiguous()
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
     lse = qkv.new_empty(launch.lse_shape, dtype=torch.float32)
     if out.numel() > 0:
         with on_device(qkv):
-            _attention_fwd_kernel[launch.grid](qkv, out, lse, launch.seed, *launch.sizes, **launch.flags)
+            _attention_fwd_kernel[launch.grid](qkv, launch.seed, out, lse, *launch.sizes, **launch.flags)
     return out, lse
 
 
-def patch_attention_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
-    num_heads: int, patch_height: int, patch_width: int, dropout: float, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+def patch_attention_backward(call: Call) -> Tensor:
     """Launches the backward pass: the gradient of qkv."""
-    launch = _Launch(True, qkv, num_heads, patch_height, patch_width, dropout, seed)
-    dout, qkv, out, lse = dout.contiguous(), qkv.contiguous(), out.contiguous(), lse.contiguous()
+    launch = _Launch(call, backward=True)
+    dout, qkv, out, lse = contiguous(call.dout, call.qkv, call.out, call.lse)
     dqkv = torch.empty_like(qkv)
     if out.numel() > 0:
         with on_device(qkv):

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import dispatch
 from ..checks import check_activation, check_batch_norm, check_map, check_same, check_weight
 from ..pointwise_conv import pointwise_conv, run
-from ..registry import batch_norm_schema, flat, register
+from ..registry import Call, batch_norm, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
 from . import reference
@@ -26,15 +26,16 @@ def pointwise_fusion(
     """1x1 convolution over concat(a, b), batch normalisation, activation, addition of a residual.
 
     Args:
-        a, b: feature maps (B, H, W, Ca) and (B, H, W, Cb) of one dtype, float32, bfloat16, float16 or float64, any strides; cast to
-            autocast's dtype under autocast.
+        a, b: feature maps (B, H, W, Ca) and (B, H, W, Cb) of one dtype, float32, bfloat16, float16 or float64, any
+            strides; cast to autocast's dtype under autocast.
         weight: (O, Ca + Cb) or (O, Ca + Cb, 1, 1), float32 or the dtype of a; its first Ca inputs belong to a.
         norm: batch normalisation over O channels.
         act: "identity", "silu" or "relu".
         residual: (B, H, W, O) of the dtype of a, or None.
 
     Returns:
-        y = act(norm(W concat(a, b))) + residual, (B, H, W, O); and the moments of the product where `norm` is in training, else None.
+        y = act(norm(W concat(a, b))) + residual, (B, H, W, O); and the moments of the product where `norm` is in
+        training, else None.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -60,8 +61,9 @@ def pointwise_fusion(
 
 @register(
     "pointwise_fusion",
-    f"(Tensor a, Tensor b, Tensor weight, {batch_norm_schema('norm_')}, int act, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor a, Tensor b, Tensor weight, {batch_norm_schema('norm_')}, int act, Tensor? residual) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
 )
-def _op(a, b, weight, norm_weight, norm_bias, running_mean, running_var, training, eps, act, residual):
-    norm = BatchNorm(norm_weight, norm_bias, running_mean, running_var, training, eps)
-    return flat(*pointwise_fusion(a, b, weight, norm, ACTIVATIONS[act], residual))
+def _op(call: Call) -> tuple[Tensor, ...]:
+    norm = batch_norm(call, "norm_")
+    return flat(*pointwise_fusion(call.a, call.b, call.weight, norm, ACTIVATIONS[call.act], call.residual))

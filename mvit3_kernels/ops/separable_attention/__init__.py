@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map, check_patches
-from ..norm_linear import WIDEST_ROW, gradient_fake, norm_linear, statistics_fake, triton_why_not
-from ..registry import register
+from ..norm_linear import WIDEST_ROW, empty_statistics, norm_linear, triton_why_not
+from ..registry import LAYER_NORM, Call, register
 from ..types import LayerNorm, Linear
 from . import reference
 
@@ -34,17 +34,20 @@ def separable_attention(
 ) -> Tensor:
     """x + out_proj(ReLU(value) * context), where context is the mean of the keys weighted by the softmax of the scores.
 
-    Scores, keys and values are qkv(norm(x)). The softmax and the weighted sum run over the patches, separately for each of the ph * pw
-    positions inside a patch.
+    Scores, keys and values are qkv(norm(x)). The softmax and the weighted sum run over the patches, separately for each
+    of the ph * pw positions inside a patch.
 
     Args:
-        x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under autocast.
+        x: feature map (B, H, W, D), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under
+            autocast.
         norm: layer normalisation (MobileViTv2: per_sample), weight and bias (D,).
-        qkv: weight (1 + 2D, D) or with (1, 1) behind it, bias (1 + 2D,) or None: output 0 is the score, 1..D the key, D+1..2D the value.
+        qkv: weight (1 + 2D, D) or with (1, 1) behind it, bias (1 + 2D,) or None: output 0 is the score, 1..D the key,
+            D+1..2D the value.
         out_proj: weight (D, D) or with (1, 1) behind it, bias (D,) or None.
         patch_size: (ph, pw); H and W are multiples of them.
         attention_dropout, output_dropout: probabilities of dropping a score and an element of the branch's output.
-        seed: int64 tensor of shape (), needed where a probability is positive; the same seed gives the same masks on every backend.
+        seed: int64 tensor of shape (), needed where a probability is positive; the same seed gives the same masks on
+            every backend.
 
     Returns:
         (B, H, W, D) of the dtype of x.
@@ -70,78 +73,58 @@ def separable_attention(
     parameters = (*norm, *qkv, *out_proj)
     wanted = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *parameters))
     if wanted or attention_dropout > 0 or output_dropout > 0:
-        return torch.ops.mvit3.separable_attention_training(x, *parameters, *patch_size, attention_dropout, output_dropout, seed)[0]
+        return torch.ops.mvit3.separable_attention_forward(
+            x, *parameters, *patch_size, attention_dropout, output_dropout, seed
+        )[0]
     return registry.run_without_gradient(torch.ops.mvit3.separable_attention_inference, x, *parameters, *patch_size)
 
 
-@register(
-    "separable_attention",
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool per_sample, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, "
-    "Tensor? out_bias, int[2] patch_size, float attention_dropout, float output_dropout, Tensor? seed) -> Tensor",
-)
-def _op(x, norm_weight, norm_bias, eps, per_sample, qkv_weight, qkv_bias, out_weight, out_bias, patch_size, *dropout):
-    norm = LayerNorm(norm_weight, norm_bias, eps, per_sample)
-    return separable_attention(x, norm, Linear(qkv_weight, qkv_bias), Linear(out_weight, out_bias), tuple(patch_size), *dropout)
-
-
-# The kernels. In training, the statistics of the norm, the softmax of the scores, and for each position inside a patch the weighted mean of
-# the tokens and the context are what backward needs beside the inputs: all but the scores are a few values a sample.
-
 _INPUTS = "Tensor x, Tensor norm_weight, Tensor norm_bias"
 _LINEARS = "Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias"
-_KEPT = "Tensor mean, Tensor rstd, Tensor scores, Tensor pooled, Tensor context"
 _PATCH = "int patch_height, int patch_width"
 _DROPOUT = "float attention_dropout, float output_dropout, Tensor? seed"
 
-for _name, _schema in {
-    "inference": f"({_INPUTS}, float eps, bool per_sample, {_LINEARS}, {_PATCH}) -> Tensor",
-    "training": f"({_INPUTS}, float eps, bool per_sample, {_LINEARS}, {_PATCH}, {_DROPOUT}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "backward": f"(Tensor dy, {_INPUTS}, bool per_sample, {_LINEARS}, {_KEPT}, {_PATCH}, {_DROPOUT}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-}.items():
-    torch.library.define(f"mvit3::separable_attention_{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    dispatch.register_triton(f"separable_attention_{_name}", __name__)
+
+@register("separable_attention", f"(Tensor x, {LAYER_NORM}, {_LINEARS}, int[2] patch_size, {_DROPOUT}) -> Tensor y")
+def _op(call: Call) -> Tensor:
+    norm = LayerNorm(call.norm_weight, call.norm_bias, call.eps, call.per_sample)
+    qkv, out_proj = Linear(call.qkv_weight, call.qkv_bias), Linear(call.out_weight, call.out_bias)
+    dropout = (call.attention_dropout, call.output_dropout, call.seed)
+    return separable_attention(call.x, norm, qkv, out_proj, tuple(call.patch_size), *dropout)
 
 
-@torch.library.register_fake("mvit3::separable_attention_inference")
-def _inference_fake(x, *_):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+# The kernels. In training, the statistics of the norm, the softmax of the scores, and for each position inside a patch
+# the weighted mean of the tokens and the context are what backward needs beside the inputs: all but the scores are a
+# few values a sample.
 
 
-@torch.library.register_fake("mvit3::separable_attention_training")
-def _training_fake(x, norm_weight, norm_bias, eps, per_sample, qkv_weight, qkv_bias, out_weight, out_bias, patch_height, patch_width, *_):
-    batch, height, width, channels = x.shape
-    positions, lanes = patch_height * patch_width, -(-channels // 16) * 16
-    scores = x.new_empty(batch, positions, height * width // positions, dtype=torch.float32)
+@registry.kernel(
+    "separable_attention_inference",
+    f"({_INPUTS}, float eps, bool per_sample, {_LINEARS}, {_PATCH}) -> Tensor y",
+    triton=__name__,
+)
+def _inference_fake(call: Call) -> Tensor:
+    return torch.empty_like(call.x, memory_format=torch.contiguous_format)
+
+
+@registry.forward(
+    "separable_attention_forward",
+    f"({_INPUTS}, float eps, bool per_sample, {_LINEARS}, {_PATCH}, {_DROPOUT}) "
+    "-> (Tensor y, Tensor mean, Tensor rstd, Tensor scores, Tensor pooled, Tensor context)",
+    triton=__name__,
+)
+def _forward_fake(call: Call) -> tuple[Tensor, ...]:
+    batch, height, width, channels = call.x.shape
+    positions, lanes = call.patch_height * call.patch_width, -(-channels // 16) * 16
+    scores = call.x.new_empty(batch, positions, height * width // positions, dtype=torch.float32)
     pooled, context = (scores.new_empty(batch, positions, lanes) for _ in range(2))
-    return _inference_fake(x), *statistics_fake(x, per_sample), scores, pooled, context
+    return _inference_fake(call), *empty_statistics(call.x, call.per_sample), scores, pooled, context
 
 
-@torch.library.register_fake("mvit3::separable_attention_backward")
-def _backward_fake(dy, x, norm_weight, norm_bias, per_sample, qkv_weight, qkv_bias, out_weight, out_bias, *_):
-    return tuple(gradient_fake(t, x) for t in (x, norm_weight, norm_bias, qkv_weight, qkv_bias, out_weight, out_bias))
-
-
-def _setup_context(ctx, inputs, output):
-    x, norm_weight, norm_bias, _, ctx.per_sample, *linears, patch_height, patch_width, attention_dropout, output_dropout, seed = inputs
-    ctx.options = (patch_height, patch_width, attention_dropout, output_dropout)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, norm_bias, *linears, *output[1:], seed)
-
-
-def _gradients(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 14
-    *inputs, seed = ctx.saved_tensors
-    (x, norm_weight, norm_bias, *linears), kept = inputs[:7], inputs[7:]
-    arguments = (dy, x, norm_weight, norm_bias, ctx.per_sample, *linears, *kept, *ctx.options, seed)
-    dx, dnorm_weight, dnorm_bias, *dlinears = torch.ops.mvit3.separable_attention_backward(*arguments)
-    dlinears = (None if t is None else gradient for t, gradient in zip(linears, dlinears, strict=True))
-    return dx, dnorm_weight, dnorm_bias, None, None, *dlinears, None, None, None, None, None
-
-
-registry.register_gradient("separable_attention_training", _gradients, _setup_context)
-registry.forbid_gradient("separable_attention_inference")
-registry.forbid_second_derivative("separable_attention_backward")
+registry.backward(
+    "separable_attention_backward",
+    f"(Tensor dy, {_INPUTS}, bool per_sample, {_LINEARS}, Tensor mean, Tensor rstd, Tensor scores, Tensor pooled, "
+    f"Tensor context, {_PATCH}, {_DROPOUT}) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dqkv_weight, "
+    "Tensor dqkv_bias, Tensor dout_weight, Tensor dout_bias)",
+    triton=__name__,
+)

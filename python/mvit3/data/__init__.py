@@ -4,9 +4,11 @@ from importlib import import_module
 
 # Name and module; each is loaded at its first use, because the options of the command line need `config` alone.
 _HOMES = {
+    "Annotations": "targets",
     "AugmentConfig": "config",
+    "Boxes": "targets",
     "DataConfig": "config",
-    "DataError": "sources",
+    "DataError": "errors",
     "Dataset": "digits",
     "DecodeError": "decode",
     "EvaluationLoader": "loader",

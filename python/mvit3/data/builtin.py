@@ -16,9 +16,10 @@ import torchvision.datasets
 from ..options import UsageError, nearest
 from .config import DataConfig
 from .decode import Encoded
-from .sources import DataError
+from .errors import DataError
 
-PARTS = {"train": ("train", "training", "trainval"), "val": ("val", "validation", "valid", "test")}  # names of a split, in this order
+# names of a split, in this order
+PARTS = {"train": ("train", "training", "trainval"), "val": ("val", "validation", "valid", "test")}
 
 
 class _Indexed(Protocol):
@@ -29,7 +30,8 @@ class _Indexed(Protocol):
 
 @dataclass(frozen=True)
 class Items:
-    """Images of a data set that is read by index: `dataset[i]` is a PIL image and a label, or a row with a column of encoded images."""
+    """Images of a data set that is read by index: `dataset[i]` is a PIL image and a label, or a row with a column of
+    encoded images."""
 
     dataset: _Indexed
     labels: np.ndarray
@@ -73,14 +75,16 @@ def _torchvision_classes() -> dict[str, type]:
 
 
 def open_torchvision(config: DataConfig, part: str) -> Items:
-    """A part of a data set of torchvision, by the name of its class in any spelling (CIFAR10, cifar10, fashion_mnist)."""
+    """A part of a data set of torchvision, by the name of its class in any spelling (CIFAR10, cifar10,
+    fashion_mnist)."""
     kinds = _torchvision_classes()
     plain = {name.lower(): name for name in kinds}
     wanted = config.name.lower().replace("_", "").replace("-", "")
     if wanted not in plain:
         close = nearest(config.name, kinds)
         raise UsageError(
-            f"data.name must be a data set of torchvision with a part to train on; got {config.name!r}, the nearest is {close!r}"
+            f"data.name must be a data set of torchvision with a part to train on; got {config.name!r}, the nearest "
+            f"is {close!r}"
         )
     if not config.root:
         raise UsageError(f"data.root must name the folder of the data for data.source {config.source}")
@@ -89,7 +93,9 @@ def open_torchvision(config: DataConfig, part: str) -> Items:
     options: dict[str, object] = {"root": config.root}
     if config.download and "download" in parameters:
         options["download"] = True
-    tries = [{"train": part == "train"}] if "train" in parameters else [{"split": split} for split in _splits(config, part)]
+    tries = (
+        [{"train": part == "train"}] if "train" in parameters else [{"split": split} for split in _splits(config, part)]
+    )
     problem: Exception | None = None
     with _alone(config.root) if config.download else nullcontext():
         for split in tries:
@@ -100,9 +106,13 @@ def open_torchvision(config: DataConfig, part: str) -> Items:
                 problem = error
             except (RuntimeError, OSError, TypeError, ImportError) as error:
                 hint = "" if config.download else "; --data.download true fetches it, where torchvision can"
-                raise DataError(f"{name} cannot be read from {config.root}: {' '.join(str(error).split())}{hint}") from None
+                raise DataError(
+                    f"{name} cannot be read from {config.root}: {' '.join(str(error).split())}{hint}"
+                ) from None
         else:
-            raise UsageError(f"data.{part}: {name} has no split {', '.join(_splits(config, part))}: {' '.join(str(problem).split())}")
+            raise UsageError(
+                f"data.{part}: {name} has no split {', '.join(_splits(config, part))}: {' '.join(str(problem).split())}"
+            )
     labels = next((getattr(dataset, key) for key in ("targets", "labels", "_labels") if hasattr(dataset, key)), None)
     try:
         if labels is None:
@@ -130,7 +140,9 @@ def open_huggingface(config: DataConfig, part: str) -> Items:
     try:
         import datasets
     except ImportError:
-        raise UsageError("data.source huggingface needs the package datasets, which is not installed: pip install datasets") from None
+        raise UsageError(
+            "data.source huggingface needs the package datasets, which is not installed: pip install datasets"
+        ) from None
     name = config.name or config.root
     if not name:
         raise UsageError("data.name must name the data set for data.source huggingface, or a folder of save_to_disk")
@@ -143,7 +155,10 @@ def open_huggingface(config: DataConfig, part: str) -> Items:
         raise DataError(f"{name} cannot be loaded by datasets: {' '.join(str(error).split())}") from None
     split = next((split for split in _splits(config, part) if split in whole), None)
     if split is None:
-        raise UsageError(f"data.{part} must be one of the splits of {name}, {', '.join(whole)}; got {', '.join(_splits(config, part))}")
+        raise UsageError(
+            f"data.{part} must be one of the splits of {name}, {', '.join(whole)}; got "
+            f"{', '.join(_splits(config, part))}"
+        )
     rows = whole[split]
     images = [key for key, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     if not images:
@@ -167,4 +182,6 @@ def open_huggingface(config: DataConfig, part: str) -> Items:
         labels = np.asarray(values, np.int64)
         names = tuple(map(str, range(int(labels.max()) + 1)))
     _check_labels(name, labels, names)
-    return Items(rows.cast_column(image, datasets.Image(decode=False)), labels, names, f"{name} {split}", image, tuple(notes))
+    return Items(
+        rows.cast_column(image, datasets.Image(decode=False)), labels, names, f"{name} {split}", image, tuple(notes)
+    )

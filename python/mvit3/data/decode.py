@@ -1,25 +1,26 @@
 """From the bytes of an image to its pixels.
 
-Every CPU decoder gives the same pixels (libjpeg-turbo's exact inverse transform and smooth upsampling), so the choice among them changes
-the speed only. Each takes the JPEGs that it can; anything else, and whatever it refuses, goes to PIL, which alone decides what is
-unreadable. So the same images are left out whichever decoder runs. An image that is damaged but complete decodes, with wrong pixels, as PIL
-and libjpeg do it.
+Every CPU decoder gives the same pixels (libjpeg-turbo's exact inverse transform and smooth upsampling), so the choice
+among them changes the speed only. Each takes the JPEGs that it can; anything else, and whatever it refuses, goes to
+PIL, which alone decides what is unreadable. So the same images are left out whichever decoder runs. An image that is
+damaged but complete decodes, with wrong pixels, as PIL and libjpeg do it.
 
 What becomes of pixels that are not 8-bit RGB:
 
 - grey, palette and one-bit images and CMYK become RGB, as PIL's `convert("RGB")` does it;
-- 16-bit pixels keep their upper byte; other integers and floats are read as 0 to 1 (floats only), 0 to 255, 0 to 65535 or, where they leave
-  all of these, from their least to their greatest value: the first range that holds the image. NaN is black;
+- 16-bit pixels keep their upper byte; other integers and floats are read as 0 to 1 (floats only), 0 to 255, 0 to 65535
+  or, where they leave all of these, from their least to their greatest value: the first range that holds the image. NaN
+  is black;
 - transparency is left out: the colour that lies under it is read, as timm and torchvision do;
 - of several frames (GIF, TIFF, WebP) the first one is read;
 - an image is turned as its EXIF tag says (`data.exif_orientation`), a TIFF in any case.
 
-What of this is a choice is remarked (`Decoder.take_remarks`), and said once in the log. An image of more than MAX_PIXELS counts as
-unreadable, by its header alone.
+What of this is a choice is remarked (`Decoder.take_remarks`), and said once in the log. An image of more than
+MAX_PIXELS counts as unreadable, by its header alone.
 
-Scaled decoding is another matter: JPEG averages blocks of pixels on the way, and a crop is rounded to pixels of the smaller image. What
-comes out differs from exact decoding by at most 2 of 255 levels on average for whole images, 6 for random crops, which move by up to half a
-pixel of the result.
+Scaled decoding is another matter: JPEG averages blocks of pixels on the way, and a crop is rounded to pixels of the
+smaller image. What comes out differs from exact decoding by at most 2 of 255 levels on average for whole images, 6 for
+random crops, which move by up to half a pixel of the result.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class DecodeError(ValueError):
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What the segments before the pixels of a JPEG say. `tagged`: there is a segment that may hold an EXIF orientation."""
+    """What the segments before the pixels of a JPEG say. `tagged`: there is a segment that may hold an EXIF
+    orientation."""
 
     height: int
     width: int
@@ -84,7 +86,15 @@ def jpeg_header(data: Encoded) -> JpegHeader | None:
             bits, components = data[body], data[body + 5]
             height, width = (int.from_bytes(data[body + i : body + i + 2], "big") for i in (1, 3))
             ids = bytes(data[body + 6 + 3 * i] for i in range(components) if body + 6 + 3 * i < size)
-            return JpegHeader(height, width, components, bits, marker in (0xC0, 0xC1), tagged, components == 3 and (rgb or ids == b"RGB"))
+            return JpegHeader(
+                height,
+                width,
+                components,
+                bits,
+                marker in (0xC0, 0xC1),
+                tagged,
+                components == 3 and (rgb or ids == b"RGB"),
+            )
         place += 2 + length
     return None
 
@@ -93,7 +103,9 @@ def _check_size(height: int, width: int) -> None:
     if not height or not width:
         raise DecodeError(f"the image has no pixels, its header says {width}x{height}")
     if height * width > MAX_PIXELS:
-        raise DecodeError(f"{width}x{height} pixels exceed the limit of {MAX_PIXELS} pixels, could be a decompression bomb")
+        raise DecodeError(
+            f"{width}x{height} pixels exceed the limit of {MAX_PIXELS} pixels, could be a decompression bomb"
+        )
 
 
 def _pil_open(data: bytes) -> Image.Image:
@@ -142,8 +154,11 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _levels(values: np.ndarray, whole: bool, known: int = 0) -> tuple[np.ndarray, str]:
-    """Values (H, W) of any range as uint8, and the range that was taken. `whole`: they are integers; `known`: their largest value."""
-    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=np.finfo(np.float64).max, neginf=np.finfo(np.float64).min)
+    """Values (H, W) of any range as uint8, and the range that was taken. `whole`: they are integers; `known`: their
+    largest value."""
+    values = np.nan_to_num(
+        values.astype(np.float64), nan=0.0, posinf=np.finfo(np.float64).max, neginf=np.finfo(np.float64).min
+    )
     low, high = float(values.min()), float(values.max())
     limits = [known] if known else [255, 65535] if whole else [1, 255, 65535]
     top = next((limit for limit in limits if low >= 0 and high <= limit), None)
@@ -228,7 +243,8 @@ _FAST: dict[str, Callable[[bytes, JpegHeader, int], np.ndarray | None]] = {"simp
 
 
 class Decoder:
-    """Decodes images on the CPU by one of `pil`, `simplejpeg`, `cv2`, or `auto`: the first of simplejpeg, cv2, pil that is installed.
+    """Decodes images on the CPU by one of `pil`, `simplejpeg`, `cv2`, or `auto`: the first of simplejpeg, cv2, pil that
+    is installed.
 
     `turn`: as the EXIF tag of an image says.
     """
@@ -238,7 +254,10 @@ class Decoder:
         if name == "auto":
             name = (*installed, "pil")[0]
         elif name != "pil" and name not in installed:
-            raise UsageError(f"data.decoder {name}: the package {name} is not installed; mvit3_kernels[fast] brings it, auto does without")
+            raise UsageError(
+                f"data.decoder {name}: the package {name} is not installed; mvit3_kernels[fast] brings it, auto does "
+                "without"
+            )
         if name != "pil":
             importlib.import_module(name)  # here, so that loading processes inherit it
         self.name, self.turn = name, turn
@@ -291,5 +310,6 @@ class Decoder:
 
 
 def reduction(crop: tuple[int, int], size: tuple[int, int]) -> int:
-    """The strongest reduction after which a crop (height, width) is still at least as large as the size it will have."""
+    """The strongest reduction after which a crop (height, width) is still at least as large as the size it will
+    have."""
     return next((r for r in REDUCTIONS if crop[0] >= r * size[0] and crop[1] >= r * size[1]), 1)

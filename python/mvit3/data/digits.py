@@ -42,7 +42,8 @@ class Dataset:
 
 
 def load_digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, shown at 64x64 in three equal channels, so that the network keeps its stem.
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, shown at 64x64 in three equal channels, so that the network
+    keeps its stem.
 
     One fifth of each class is the validation part; both parts are shuffled.
     """
@@ -53,5 +54,7 @@ def load_digits() -> Dataset:
     large = F.interpolate(small, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", align_corners=False).clamp(0, 1)
     images = large.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
     labels = torch.from_numpy(digits.target).long()
-    parts = model_selection.train_test_split(range(len(labels)), test_size=0.2, stratify=digits.target, random_state=SPLIT_SEED)
+    parts = model_selection.train_test_split(
+        range(len(labels)), test_size=0.2, stratify=digits.target, random_state=SPLIT_SEED
+    )
     return Dataset("digits", 10, *(Split(images[part], labels[part]) for part in parts))

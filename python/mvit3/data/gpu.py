@@ -1,4 +1,5 @@
-"""Decoding and augmentation of training images on the GPU: nvJPEG through torchvision, then torchvision's transforms on tensors there.
+"""Decoding and augmentation of training images on the GPU: nvJPEG through torchvision, then torchvision's transforms on
+tensors there.
 
 Loading processes only read files and draw crops and flips, so the CPU's work per image is a file and a header.
 """
@@ -21,7 +22,8 @@ from .transforms import Box, TrainTransform
 
 @dataclass(frozen=True)
 class Plan:
-    """An encoded image and what will be done to it; `key` is what its randomness depends on, `sample` where it came from."""
+    """An encoded image and what will be done to it; `key` is what its randomness depends on, `sample` where it came
+    from."""
 
     encoded: bytes
     box: Box | None
@@ -32,8 +34,9 @@ class Plan:
 
 
 def can_decode(encoded: Encoded, turn: bool = True) -> bool:
-    """Whether an image goes to the GPU: a complete baseline JPEG of a size that is allowed, grey or YCbCr. What is cut off would come back
-    half grey instead of as an error. What has to be turned (`turn`: by its EXIF tag) is turned on the CPU."""
+    """Whether an image goes to the GPU: a complete baseline JPEG of a size that is allowed, grey or YCbCr. What is cut
+    off would come back half grey instead of as an error. What has to be turned (`turn`: by its EXIF tag) is turned on
+    the CPU."""
     header = jpeg_header(encoded)
     return (
         header is not None
@@ -50,7 +53,9 @@ def can_decode(encoded: Encoded, turn: bool = True) -> bool:
 def check(device: torch.device, augment: AugmentConfig) -> None:
     """UsageError where images cannot be decoded on this device."""
     if device.type != "cuda":
-        raise UsageError(f"data.decoder nvjpeg needs a CUDA device, this run is on {device}; data.decoder auto decodes on the CPU")
+        raise UsageError(
+            f"data.decoder nvjpeg needs a CUDA device, this run is on {device}; data.decoder auto decodes on the CPU"
+        )
     if augment.policy:
         raise UsageError("augment.policy works on the CPU only; with data.decoder nvjpeg use augment.rand_augment")
     sample = io.BytesIO()
@@ -63,7 +68,9 @@ def check(device: torch.device, augment: AugmentConfig) -> None:
 
 def decode(encoded: list[bytes], device: torch.device) -> list[Tensor]:
     """(3, H, W) uint8 of each JPEG on the device, RGB. RuntimeError where one of them cannot be decoded."""
-    return decode_jpeg([torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in encoded], ImageReadMode.RGB, device=device)
+    return decode_jpeg(
+        [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in encoded], ImageReadMode.RGB, device=device
+    )
 
 
 def pixels(plans: list[Plan], transform: TrainTransform, device: torch.device) -> list[Tensor | None]:

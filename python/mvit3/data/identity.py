@@ -6,6 +6,8 @@ import hashlib
 
 import numpy as np
 
+from .decode import DecodeError
+from .sampler import spread
 from .sources import Source
 
 SAMPLES = 32  # images whose content is compared, spread evenly; all would take as long as an epoch
@@ -15,16 +17,24 @@ def _digest(data: bytes | np.ndarray) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
 
 
+def _content(source: Source, index: int) -> str | None:
+    """Of an image, with its mask or boxes; None where it cannot be read."""
+    try:
+        image = _digest(source.read(index))
+        if not hasattr(source, "truth"):
+            return image
+        truth = source.truth(index)
+    except (OSError, DecodeError):
+        return None
+    parts = truth if isinstance(truth, tuple) else (truth,)
+    return _digest("".join([image, *map(_digest, parts)]).encode())
+
+
 def identity(source: Source) -> dict[str, object]:
-    """What tells a source from others, as plain values: number of images, their labels, the content of some. Where it lies is no part of
-    it, so that a folder may be moved."""
+    """What tells a source from others, as plain values: number of images, their labels, the content of some
+    with their masks or boxes. Where it lies is no part of it, so that a folder may be moved."""
     labels = np.asarray(source.labels, np.int64)
-    samples: list[str | None] = []
-    for index in sorted({i * len(labels) // SAMPLES for i in range(SAMPLES)}) if len(labels) else ():
-        try:
-            samples.append(_digest(source.read(index)))
-        except OSError:
-            samples.append(None)
+    samples = [_content(source, index) for index in spread(len(labels), SAMPLES)]
     return {"images": len(labels), "labels": _digest(labels), "samples": samples}
 
 

@@ -1,7 +1,7 @@
 """Which images form a batch, at which size, for which process: a function of (seed, epoch, batch) alone.
 
-timm's scheduled batch sampler draws the sizes and fills the batches. It is given the whole epoch and batches of all processes together, so
-that their number does not matter, and each process takes its part of every batch.
+timm's scheduled batch sampler draws the sizes and fills the batches. It is given the whole epoch and batches of all
+processes together, so that their number does not matter, and each process takes its part of every batch.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ from torch.utils.data import Sampler
 from ..options import UsageError
 from .config import SamplerConfig
 
-# Batches of other sizes than the base are rounded down to this many images, so that 1, 2, 4 and 8 processes see the same ones.
+# Batches of other sizes than the base are rounded down to this many images, so that 1, 2, 4 and 8 processes see the
+# same ones.
 MULTIPLE = 8
 
 Sample = tuple[int, int, int, int]  # index of the image, size, epoch, position in the epoch
 
 
+def spread(total: int, count: int) -> list[int]:
+    """`count` indices below `total`, spread evenly; all of them where there are no more."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
+
+
 def batch_sizes(config: SamplerConfig, batch_size: int, world_size: int) -> dict[int, int]:
-    """Images per batch of all processes, for each side of images: as many pixels as batch_size images of the base size on each process."""
+    """Images per batch of all processes, for each side of images: as many pixels as batch_size images of the base size
+    on each process."""
     total = batch_size * world_size
     multiple = math.gcd(total, math.lcm(MULTIPLE, world_size))
     sizes = {}
@@ -35,8 +43,9 @@ def batch_sizes(config: SamplerConfig, batch_size: int, world_size: int) -> dict
 
 
 class _Permutation(Sampler):
-    """(image, position) in the order of an epoch. With `repeats`, the first of them come so many times in a row, each augmented anew, and
-    the others wait for another epoch (Hoffer et al. 2019, Berman et al. 2019): an epoch stays as long."""
+    """(image, position) in the order of an epoch. With `repeats`, the first of them come so many times in a row, each
+    augmented anew, and the others wait for another epoch (Hoffer et al. 2019, Berman et al. 2019): an epoch stays as
+    long."""
 
     def __init__(self, count: int, seed: int, repeats: int) -> None:
         self.count, self.seed, self.repeats, self.epoch = count, seed, repeats, 0
@@ -57,11 +66,15 @@ class _Permutation(Sampler):
 class BatchSampler(Sampler):
     """This process's part of each batch. Set `epoch` and `start`, the first batch, before an iteration."""
 
-    def __init__(self, config: SamplerConfig, batch_size: int, count: int, seed: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: SamplerConfig, batch_size: int, count: int, seed: int, rank: int, world_size: int
+    ) -> None:
         sizes = batch_sizes(config, batch_size, world_size)
         if min(sizes.values()) > count:
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise UsageError(f"data.batch_size must be at most the number of training images, {count}, got {batch_size}{processes}")
+            raise UsageError(
+                f"data.batch_size must be at most the number of training images, {count}, got {batch_size}{processes}"
+            )
         order = _Permutation(count, seed, config.aug_repeats)
         self.sizes, self.batches = list(sizes), ScheduledBatchSampler(order, list(sizes.values()), seed=seed)
         self.rank, self.world_size, self.epoch, self.start = rank, world_size, 0, 0

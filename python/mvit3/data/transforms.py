@@ -1,7 +1,8 @@
 """What happens to an image between its bytes and the batch.
 
-Pixels stay uint8, (H, W, 3) in memory, seen by torch as a channels_last tensor, which it resizes several times faster than PIL does, to
-within one level of PIL's result. What is random about a sample is drawn from a generator seeded by (seed, epoch, position in the epoch).
+Pixels stay uint8, (H, W, 3) in memory, seen by torch as a channels_last tensor, which it resizes several times faster
+than PIL does, to within one level of PIL's result. What is random about a sample is drawn from a generator seeded by
+(seed, epoch, position in the epoch).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Key = tuple[int, ...]  # what the randomness of a sample depends on
 
 @contextmanager
 def seeded(key: Key, *, legacy: bool = False) -> Iterator[None]:
-    """Inside it torch's generator on the CPU is seeded by `key`, with `legacy` those of Python and numpy too, from which timm draws; they
-    are put back after."""
+    """Inside it torch's generator on the CPU is seeded by `key`, with `legacy` those of Python and numpy too, from
+    which timm draws; they are put back after."""
     words = np.random.SeedSequence(key).generate_state(4)
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))
@@ -82,8 +83,9 @@ class Resize:
         return self(image[:, top : top + height, left : left + width], size, size)
 
     def shorter(self, image: Tensor, resize: int, size: int) -> Tensor:
-        """The centre of the image, after its shorter side became `resize` pixels. An image of more than MAX_RATIO times its shorter side
-        loses its ends before: they are not in the centre, and a line of pixels would become terabytes."""
+        """The centre of the image, after its shorter side became `resize` pixels. An image of more than MAX_RATIO times
+        its shorter side loses its ends before: they are not in the centre, and a line of pixels would become
+        terabytes."""
         height, width = image.shape[-2:]
         longest = MAX_RATIO * min(height, width)
         if max(height, width) > longest:
@@ -106,19 +108,22 @@ def _policy(text: str, size: int, fill: tuple[int, ...]):
             return auto_augment.augment_and_mix_transform(text, parameters)
         return auto_augment.auto_augment_transform(text, parameters)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UsageError(f"augment.policy {text!r} is none that timm knows, such as rand-m9-mstd0.5-inc1 or augmix-m3: {error}") from None
+        raise UsageError(
+            f"augment.policy {text!r} is none that timm knows, such as rand-m9-mstd0.5-inc1 or augmix-m3: {error}"
+        ) from None
 
 
 class TrainTransform:
-    """The augmentation of a configuration. It has two stages, each with a seed of its own, because the second one may run on a GPU:
-    where to crop and whether to flip, then everything that looks at pixels of the final size."""
+    """The augmentation of a configuration. It has two stages, each with a seed of its own, because the second one may
+    run on a GPU: where to crop and whether to flip, then everything that looks at pixels of the final size."""
 
     def __init__(self, data: DataConfig, augment: AugmentConfig) -> None:
         self.data, self.augment = data, augment
         self.decoder = Decoder("auto" if data.decoder == "nvjpeg" else data.decoder, data.exif_orientation)
         self.resize = Resize(data)
         self._bgr = data.colors == "bgr"
-        # An erased part is zero for the network: it gets the pixel, in RGB and to the nearest level, that normalising makes zero.
+        # An erased part is zero for the network: it gets the pixel, in RGB and to the nearest level, that normalising
+        # makes zero.
         mean = data.mean[::-1] if self._bgr else data.mean
         self._erased = [round(255 * value) for value in mean]
         self._crop = v2.RandomResizedCrop(1, augment.crop_scale, augment.crop_ratio) if augment.crop else None
@@ -135,13 +140,19 @@ class TrainTransform:
         if augment.color_jitter:
             self._stages.append(v2.ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
         self._rand_augment = (
-            v2.RandAugment(augment.rand_augment, augment.rand_augment_magnitude, interpolation=v2.InterpolationMode.BILINEAR)
+            v2.RandAugment(
+                augment.rand_augment, augment.rand_augment_magnitude, interpolation=v2.InterpolationMode.BILINEAR
+            )
             if augment.rand_augment
             else None
         )
         if augment.policy:
             _policy(augment.policy, data.crop, tuple(self._erased))  # refused now, not in a loading process
-        self._erase = v2.RandomErasing(augment.erase, augment.erase_scale, augment.erase_ratio, self._erased) if augment.erase else None
+        self._erase = (
+            v2.RandomErasing(augment.erase, augment.erase_scale, augment.erase_ratio, self._erased)
+            if augment.erase
+            else None
+        )
 
     def geometry(self, height: int, width: int, key: Key) -> tuple[Box | None, bool]:
         """Crop box of an image of this size (None: the centre) and whether it is flipped."""
@@ -188,7 +199,9 @@ class TrainTransform:
         box, flip = self.geometry(height, width, key)
         reduce = 1
         if self.data.scaled_decoding:
-            reduce = reduction(box[2:], (size, size)) if box else reduction((height, width), (self._before_crop(size),) * 2)
+            reduce = (
+                reduction(box[2:], (size, size)) if box else reduction((height, width), (self._before_crop(size),) * 2)
+            )
         image = as_tensor(self.decoder.decode(encoded, reduce))
         if reduce > 1 and box:
             box = _scaled(box, reduce, *image.shape[1:])
@@ -202,11 +215,12 @@ def _scaled(box: Box, reduce: int, height: int, width: int) -> Box:
 
 
 class EvaluationTransform:
-    """What validation and prediction do: shorter side to `data.resize`, centre crop of `data.crop`, colours in the network's order.
+    """What validation and prediction do: shorter side to `data.resize`, centre crop of `data.crop`, colours in the
+    network's order.
 
-    Calling it with a path, the bytes of an image, a PIL image or pixels (H, W, 3) uint8 gives what the network reads: (3, crop, crop)
-    float32, normalised. DecodeError where that is no image, OSError where it cannot be read, ValueError for pixels of another shape or
-    dtype.
+    Calling it with a path, the bytes of an image, a PIL image or pixels (H, W, 3) uint8 gives what the network reads:
+    (3, crop, crop) float32, normalised. DecodeError where that is no image, OSError where it cannot be read, ValueError
+    for pixels of another shape or dtype.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -228,7 +242,9 @@ class EvaluationTransform:
             image = Path(image).read_bytes()
         elif isinstance(image, Image.Image):
             image, _ = from_pil(image, self.data.exif_orientation)
-        elif isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size):
+        elif isinstance(image, np.ndarray) and (
+            image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size
+        ):
             raise ValueError(f"image must be pixels (H, W, 3) of dtype uint8, got {image.shape} of {image.dtype}")
         return normalise(self.pixels(image)[None], self.data)[0]
 

@@ -17,7 +17,9 @@ def names() -> list[str]:
 def path(name: str) -> Path:
     """The file of a recipe. UsageError where there is none of this name."""
     if name not in names():
-        raise UsageError(f"there is no recipe {name!r}, the nearest is {nearest(name, names())!r}; there are {', '.join(names())}")
+        raise UsageError(
+            f"there is no recipe {name!r}, the nearest is {nearest(name, names())!r}; there are {', '.join(names())}"
+        )
     return _FOLDER / f"{name}.yaml"
 
 

@@ -1,0 +1,61 @@
+"""Networks of other libraries: their blocks are swapped for ones that run the ops. A host is never imported from here;
+its adapter is, where a model has modules of it."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from ..nn.guard import LOGGER
+from .swapped import SWAPPED, Swapped
+
+__all__ = ["Swapped", "host_of", "load_adapters", "restore", "swap", "why_left"]
+
+# The packages with an adapter, a module of this package of the same name.
+HOSTS = ("timm", "transformers")
+
+
+def load_adapters(model: nn.Module) -> None:
+    """Imports the adapters of the hosts that the modules of `model`, or what their classes are made of, come from. A
+    host of a version that lacks what its adapter knows is left alone, which the log says."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    for host in sorted({kind.__module__.partition(".")[0] for kind in kinds} & set(HOSTS)):
+        try:
+            importlib.import_module(f"{__name__}.{host}")
+        except (ImportError, AttributeError) as error:
+            LOGGER.warning("modules of %s run as they are: this version of it is not known (%s)", host, error)
+
+
+def swap(model: nn.Module) -> None:
+    """Swaps every block inside `model` that has a plan, in place. Where something fails, nothing has changed."""
+    found = [module for module in model.modules() if type(module) in SWAPPED and why_left(module) is None]
+    done = []
+    try:
+        for module in found:
+            module.__class__ = SWAPPED[type(module)]
+            done.append(module)
+    except BaseException:
+        for module in done:
+            module.restore()
+        raise
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `swap`."""
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            module.restore()
+
+
+def host_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a host that can be swapped and that a module's class is or is made of."""
+    return next((kind for kind in type(module).__mro__ if kind in SWAPPED), None)
+
+
+def why_left(module: nn.Module) -> str | None:
+    """Why a module with a `host_of` is not swapped; None where nothing is against it."""
+    host = host_of(module)
+    if type(module) is not host:
+        return f"is a subclass of {host.__module__}.{host.__qualname__}, and may do something else"
+    return SWAPPED[host].why_left(module)

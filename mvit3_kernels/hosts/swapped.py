@@ -1,0 +1,106 @@
+"""Blocks of hosts, the libraries that people have their networks from: a swapped block is the host's own module with
+another class, which runs an op where that is exactly what the host's modules do, and them elsewhere.
+
+Parameters, buffers, children and state-dict keys stay what and where they are. An adapter, `hosts/<package>.py`,
+describes each block of its host as a plan (`nn/plans.py`); all that follows from a plan is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..inference.program import Program, check, emit
+from ..nn.guard import LOGGER, Block, known
+from ..nn.layout import to_nchw, to_nhwc
+from ..nn.plans import Unfit, UnfitNow
+
+# The classes of hosts that are swapped, each with the class that takes its place.
+SWAPPED: dict[type[nn.Module], type[Swapped]] = {}
+
+
+class Swapped(Block):
+    """A block of a host. The subclass has the host's class behind this one, and is importable, so that a swapped model
+    can be pickled and copied."""
+
+    host: type[nn.Module]
+
+    def describe(self) -> NamedTuple:
+        """The plan of this block; of a module of the host's class too, which has none of the methods of this one.
+
+        Raises:
+            Unfit: it has none. `UnfitNow` where a flag that changes with training is the reason.
+        """
+        raise NotImplementedError
+
+    def plan(self) -> NamedTuple:
+        """The plan, kept for as long as the guard finds the block unchanged; asked for after `why_modules`."""
+        if torch.compiler.is_compiling():
+            return self.describe()
+        guard = self._guard
+        if guard.plan is None or guard.plan[0] is not guard.answer:
+            guard.plan = guard.answer, self.describe()
+        return guard.plan[1]
+
+    def misfit(self) -> str | None:
+        try:
+            return self.describe().misfit()
+        except Unfit as reason:
+            return str(reason)
+
+    @classmethod
+    def why_left(cls, module: nn.Module) -> str | None:
+        """Why a module of the host's class is not worth swapping: it has no plan, whatever its flags are."""
+        try:
+            return cls.describe(module).misfit()
+        except UnfitNow:
+            return None
+        except Unfit as reason:
+            return str(reason)
+
+    def forward(self, x: Tensor, *args: object, **keywords: object) -> Tensor:
+        # A tracer of torch.fx hands over something that is no tensor.
+        if args or keywords or not isinstance(x, Tensor) or x.ndim != 4 or self.why_modules() is not None:
+            return super().forward(x, *args, **keywords)
+        return to_nchw(self.plan().run(to_nhwc(x)))
+
+    def restore(self) -> None:
+        """Makes this the host's own module again."""
+        self.__class__ = self.host
+        vars(self).pop("_guard", None)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles the host's own code, and puts what it is given here in the place of this module."""
+        LOGGER.warning("torch.jit.script takes back what fuse did: it compiles a %s as it was", self.host.__name__)
+        self.restore()
+        return self
+
+
+def stands_for(host: type[nn.Module]) -> Callable[[type[Swapped]], type[Swapped]]:
+    """Registers a swapped class in the place of a host's class."""
+
+    def register(swapped: type[Swapped]) -> type[Swapped]:
+        swapped.host = host
+        SWAPPED[host] = known(swapped)
+        known_of_host(host)
+        return swapped
+
+    return register
+
+
+def known_of_host(*kinds: type[nn.Module]) -> None:
+    """Says that a plan may stand in for modules of a host's classes, unless someone has put another function in the
+    place of a forward before."""
+    for kind in kinds:
+        forward = kind.forward
+        if forward.__module__ == kind.__module__ and forward.__qualname__ == f"{kind.__qualname__}.forward":
+            known(kind)
+
+
+@emit.register
+def _(module: Swapped, program: Program, x: int) -> int:
+    check(module)
+    return emit(module.describe(), program, x)

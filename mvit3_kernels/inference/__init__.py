@@ -1,0 +1,288 @@
+"""Networks as programs of the compiled engine: when a program serves a call, and when it must be packed again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .. import _native
+from ..models.detection import SSDNetwork
+from ..models.network import MobileViT
+from ..models.segmentation import SegmentationNetwork
+from ..nn.guard import Block, Guard, known, replaced_method, tampered_below
+from ..ops import dispatch
+from .dense import BOXES, RAW
+from .program import Program, Result
+
+__all__ = [
+    "FusedNetwork",
+    "bfloat16_why_not",
+    "fuse_networks",
+    "networks",
+    "refresh",
+    "stands_for_network",
+    "unfuse_networks",
+]
+
+LOGGER = logging.getLogger("mvit3_kernels")
+
+
+def fuse_networks(model: nn.Module, dtype: torch.dtype | str = torch.float32) -> None:
+    """Makes every network inside `model` that has a fused class, and blocks that run as ops, run as one program where
+    that serves a call, its products of `dtype`; "auto" is bfloat16 where that is faster."""
+    _watch_optimizers()
+    for network in networks(model):
+        if type(network) in FUSED and any(isinstance(module, Block) for module in network.modules()):
+            network.__class__ = FUSED[type(network)]
+            network._fused = Fused(dtype)
+        elif isinstance(network, FusedNetwork) and network._fused.dtype != dtype:
+            network._fused = Fused(dtype)
+
+
+def unfuse_networks(model: nn.Module) -> None:
+    """Undoes `fuse_networks`."""
+    for network in networks(model):
+        if isinstance(network, FusedNetwork):
+            network.restore()
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Makes fused networks inside `model` pack their weights again at the next call; returns `model`. `fuse` says when
+    that is needed."""
+    for network in networks(model):
+        if isinstance(network, FusedNetwork):
+            network._fused = Fused(network._fused.dtype)
+    return model
+
+
+def bfloat16_why_not() -> str | None:
+    """Why products of bfloat16 cannot be had; None where they can."""
+    if _native.isa() == "avx512_bf16":
+        return None
+    kernels = _native.why_not() or f"those for {_native.isa()} are loaded"
+    return f"torch.bfloat16 needs the compiled kernels for a CPU with AVX512_BF16: {kernels}"
+
+
+def networks(model: nn.Module) -> list[nn.Module]:
+    """Networks of dense prediction and their backbones, which run as programs of their own where those cannot."""
+    return [module for module in model.modules() if type(module) in FUSED or type(module) in PLAIN]
+
+
+_optimizer_steps = 0
+_optimizers_are_watched = False
+
+
+def _watch_optimizers() -> None:
+    """Counts the steps of all optimizers: fused ones write parameters without counting a version."""
+    global _optimizers_are_watched
+    if not _optimizers_are_watched:
+        _optimizers_are_watched = True
+        register_optimizer_step_post_hook(_count_step)
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+class FusedNetwork:
+    """What `fuse` makes of a network: its methods run the program where it can, the network's own code elsewhere."""
+
+    _fused: Fused
+    # children that are called as modules where the program cannot stand in for them
+    apart: tuple[str, ...] = ()
+    # networks that ran, and why not as a program, while `explain` listens
+    observed: list[tuple[nn.Module, str | None]] | None = None
+
+    def restore(self) -> None:
+        """Makes this the plain network again."""
+        self.__class__ = PLAIN[type(self)]
+        del self._fused
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """TorchScript compiles the plain network, and puts what it is given here in the place of this one."""
+        LOGGER.warning("torch.jit.script takes back what fuse did: it compiles a network as it was")
+        self.restore()
+        return self
+
+    def returned(self) -> object:
+        """Which maps the network returns, where an object says that which the guard does not look into."""
+        info = getattr(getattr(self, "encoder", self), "feature_info", None)
+        return getattr(info, "out_indices", None)
+
+    def _runs_program(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or dispatch.writes_aten():
+            return False
+        reason = self._fused.why_not(self, x)
+        if FusedNetwork.observed is not None:
+            FusedNetwork.observed.append((self, reason))
+        if reason is not None:
+            self._fused.tell(reason)
+        return reason is None
+
+
+# The classes of networks that can be fused, each with its fused class, and the way back.
+FUSED: dict[type[nn.Module], type[FusedNetwork]] = {}
+PLAIN: dict[type[FusedNetwork], type[nn.Module]] = {}
+
+
+def stands_for_network(plain: type[nn.Module]) -> Callable[[type[FusedNetwork]], type[FusedNetwork]]:
+    """Registers a fused class in the place of a network's class."""
+
+    def register(fused: type[FusedNetwork]) -> type[FusedNetwork]:
+        FUSED[plain], PLAIN[fused] = fused, plain
+        return fused
+
+    return register
+
+
+# A network of dense prediction may stand in for its fused backbone, as for one that is not.
+known(MobileViT)
+
+
+@known
+@stands_for_network(MobileViT)
+class FusedMobileViT(FusedNetwork, MobileViT):
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        return self._fused.run(x) if self._runs_program(x) else super().forward(x)
+
+
+@stands_for_network(SegmentationNetwork)
+class FusedSegmentationNetwork(FusedNetwork, SegmentationNetwork):
+    def small_logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (self._fused.run(x), None) if self._runs_program(x) else super().small_logits(x)
+
+
+@stands_for_network(SSDNetwork)
+class FusedSSDNetwork(FusedNetwork, SSDNetwork):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._fused.run(x, RAW) if self._runs_program(x) else super().forward(x)
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._fused.run(x, BOXES) if self._runs_program(x) else super().predict(x)
+
+
+class Fused:
+    """The program of a network, the weights that it was packed from, and the structure that it was made from."""
+
+    def __init__(self, dtype: torch.dtype | str = torch.float32) -> None:
+        self.dtype = dtype  # as asked for: "auto" means something else on another machine
+        self._guard = Guard()
+        self.products: torch.dtype | None = None  # of the program, where there is one
+        self._program: Program | None = None
+        self._weights: Weights | None = None
+        self._returned: object = None
+        self._told: set[str] = set()
+
+    def why_not(self, network: nn.Module, x: Tensor) -> str | None:
+        """Why the program cannot serve a call on `x`; None where it can."""
+        reason = _call_why_not(x) or _native.why_not()
+        if reason is not None:
+            return reason
+        # The structure first: what the guard reads, the question about the weights finds in the caches.
+        reason = self._guard.ask(network, self._pack, owner=self)
+        returned = network.returned()
+        if returned != self._returned or (self._weights is not None and self._weights.changed()):
+            self._guard.answer = None
+            reason = self._guard.ask(network, self._pack, owner=self)
+        if reason is None and torch.is_grad_enabled() and self._weights.require_grad():
+            return (
+                "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or "
+                "inference_mode()"
+            )
+        return reason
+
+    def _pack(self, network: nn.Module) -> str | None:
+        self._program = self._weights = self.products = None
+        self._returned = network.returned()
+        reason = replaced_method(network) or tampered_below(network, network.apart)
+        if reason is not None:
+            return reason
+        # Also where there is no program: moving the network or casting it may give it one, and leaves its modules as
+        # they are.
+        self._weights = Weights(network)
+        reason = bfloat16_why_not()
+        if reason is not None and self.dtype is torch.bfloat16:
+            return reason
+        products = self.dtype
+        if products == "auto":
+            products = torch.bfloat16 if reason is None and _native.prefers_bfloat16() else torch.float32
+        made = Program.of(network, products)
+        if isinstance(made, str):
+            return made
+        self._program, self.products = made, products
+        return None
+
+    def run(self, x: Tensor, ending: int = 0) -> Result:
+        return self._program(x, ending)
+
+    def ends(self, ending: int) -> bool:
+        """Whether the program, which serves a call, has this ending."""
+        return self._program.ends(ending)
+
+    def tell(self, reason: str) -> None:
+        """Logs a reason once: as a warning where a user surely wants the program and has to do something for it."""
+        if reason not in self._told:
+            self._told.add(reason)
+            level = logging.WARNING if reason.startswith("gradients are recorded") else logging.DEBUG
+            LOGGER.log(level, "a fused network takes the ordinary path: %s", reason)
+
+    # A copy or a pickle of the network has a program of its own, made at its first call.
+    def __reduce__(self) -> tuple:
+        return Fused, (self.dtype,)
+
+
+def _call_why_not(x: Tensor) -> str | None:
+    """Why no program can serve a call on `x` now, whatever the network."""
+    if dispatch.forced_backend() not in (None, "cpu"):
+        return f"backend {dispatch.forced_backend()!r} is forced"
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"x must be a plain tensor, got {type(x).__name__}"
+    reason = dispatch.transform()
+    if reason is not None:
+        return reason
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a mode of torch.utils._python_dispatch watches PyTorch's operators"
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
+        return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if x.requires_grad and torch.is_grad_enabled():
+        return "x requires grad"
+    return None
+
+
+class Weights:
+    """The parameters and buffers of a network at one moment. Asked at every call, so it avoids all but the cheapest
+    questions."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
+        self._memory = [t.untyped_storage() for t in self._tensors]  # stays where it is for as long as it is watched
+        # Tensors made in inference mode count no versions.
+        self._counted = [(t, t._version, t.data_ptr()) for t in self._tensors if not t.is_inference()]
+        self._others = [(t, t.data_ptr()) for t in self._tensors if t.is_inference()]
+        self._steps = _optimizer_steps
+        self._number = torch.ops.mvit3.weights_new(self._tensors)
+
+    def __del__(self) -> None:
+        if torch is not None and hasattr(self, "_number"):  # at exit of the interpreter
+            torch.ops.mvit3.weights_free(self._number)
+
+    def changed(self) -> bool:
+        """Whether a weight has been written or moved since this was made, as far as `fuse` promises to notice."""
+        for t, version, address in self._counted:
+            if t._version != version or t.data_ptr() != address:
+                return True
+        for t, address in self._others:
+            if t.data_ptr() != address:
+                return True
+        stepped, self._steps = self._steps != _optimizer_steps, _optimizer_steps
+        return torch.ops.mvit3.weights_changed(self._number, stepped)
+
+    def require_grad(self) -> bool:
+        return any(t.requires_grad for t in self._tensors)

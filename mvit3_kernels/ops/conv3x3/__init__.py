@@ -1,0 +1,142 @@
+"""Dense 3x3 convolution, batch normalisation and activation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, registry
+from ..batch_norm_act import batch_norm_act
+from ..checks import check_activation, check_batch_norm, check_conv3x3, check_map
+from ..registry import Call, batch_norm_schema, flat, register
+from ..types import ACTIVATIONS, BatchNorm, Moments
+from . import reference
+
+__all__ = ["conv3x3"]
+
+
+def _cpu_why_not(x: Tensor, weight: Tensor, stride: int, dilation: int, training: bool) -> str | None:
+    if reason := dispatch.cpu_why_not(x):
+        return reason
+    if stride != 1:
+        return f"its kernel takes stride 1, got {stride}"
+    return _slower(x, weight, dilation, training) if dispatch.forced_backend() is None else None
+
+
+# Weights (inputs * outputs) up to which evaluation gains by the kernel's epilogue what packing them costs.
+PACKED = 2**16
+
+
+def _met(side: int, dilation: int) -> int:
+    """The taps inside of the map over all pixels of a side: of three each."""
+    return side + 2 * max(side - dilation, 0)
+
+
+def _slower(x: Tensor, weight: Tensor, dilation: int, training: bool) -> str | None:
+    """Why PyTorch's convolution is at least as fast, as measured (benchmarks/NOTES.md)."""
+    if x.dtype is torch.float16:  # PyTorch's backward pass of it takes some forty times as long
+        return None
+    if x.dtype is torch.bfloat16:
+        return "PyTorch's convolution of bfloat16 is faster"
+    if min(weight.shape[:2]) < 96:
+        return f"PyTorch's convolution of fewer than 96 channels is faster, weight is {tuple(weight.shape)}"
+    height, width = x.shape[1:3]
+    if 2 * _met(height, dilation) * _met(width, dilation) < 9 * height * width:
+        return None
+    found = f"half of the taps and more are inside of the map, x is {tuple(x.shape)} at dilation {dilation}"
+    if training:
+        return f"in training PyTorch's convolution is as fast where {found}"
+    if weight.shape[0] * weight.shape[1] > PACKED:
+        return f"PyTorch's convolution of a weight as large as {tuple(weight.shape)} is as fast where {found}"
+    return None
+
+
+KERNELS = (dispatch.Kernel("cpu", _cpu_why_not),)
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    norm: BatchNorm | None = None,
+    act: str = "identity",
+    stride: int = 1,
+    dilation: int = 1,
+) -> tuple[Tensor, Moments | None]:
+    """Dense 3x3 convolution with zero padding of `dilation`, optional batch normalisation, activation: y =
+    act(norm(conv(x))).
+
+    Args:
+        x: feature map (B, H, W, C), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under
+            autocast.
+        weight: (O, C, 3, 3), float32 or the dtype of x.
+        norm: batch normalisation over O channels, or None.
+        act: "identity", "silu" or "relu".
+        stride: 1 or 2.
+        dilation: distance between taps, at least 1.
+
+    Returns:
+        y, (B, ceil(H / stride), ceil(W / stride), O); and the moments of conv(x), each (O,), where `norm` is in
+        training, else None.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+
+    Bound: error <= 2 x that of the reference in the same dtype, both against float64.
+    Kernels: on the CPU, for stride 1. PyTorch's convolution runs elsewhere (cuDNN on a GPU), for stride 2, and where it
+    is as fast on the CPU (`explain` tells): in bfloat16; in float32 with fewer than 96 channels, and where half of the
+    taps and more are inside of the map, but for evaluation with small weights.
+    Products: those of taps inside of the map alone, (H - dilation) * (W - dilation) pixels for a corner tap, in forward
+    and backward; a library that pads multiplies H * W pixels at each tap.
+    Source: Chen et al., arXiv 1706.05587 (the dilated branches of ASPP); the ConvLayer of the MobileViT releases.
+    """
+    check_map("x", x)
+    x = dispatch.autocast(x)
+    outputs, rows = check_conv3x3("weight", weight, x, stride, dilation)
+    if norm is not None:
+        check_batch_norm("norm", norm, rows, outputs, x)
+    check_activation(act)
+    learned = (weight,) if norm is None else (weight, norm.weight, norm.bias)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *learned))
+    training = needs_grad or (norm is not None and norm.training)
+    if dispatch.select("conv3x3", KERNELS, x, weight, stride, dilation, training) is None:
+        return reference.conv3x3(x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act)
+    if training:
+        return reference.conv3x3(
+            x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act, convolve=_convolve
+        )
+    gamma, beta, mean, var, _, eps = norm or (None, None, None, None, False, 0.0)
+    op = torch.ops.mvit3.conv3x3_inference
+    y = registry.run_without_gradient(op, x, weight, gamma, beta, mean, var, eps, ACTIVATIONS.index(act), dilation)
+    return y, None
+
+
+def _convolve(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
+    return torch.ops.mvit3.conv3x3_forward(x, weight, dilation)
+
+
+@register(
+    "conv3x3",
+    f"(Tensor x, Tensor weight, {batch_norm_schema('norm_', optional=True)}, int act, int stride, int dilation) "
+    "-> (Tensor y, Tensor mean, Tensor var)",
+)
+def _op(call: Call) -> tuple[Tensor, ...]:
+    norm = None if call.norm_weight is None else registry.batch_norm(call, "norm_")
+    return flat(*conv3x3(call.x, call.weight, norm, ACTIVATIONS[call.act], call.stride, call.dilation))
+
+
+# The kernels. In training the convolution alone: `batch_norm_act` follows it.
+
+
+@registry.kernel(
+    "conv3x3_inference",
+    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, Tensor? running_var, "
+    "float eps, int act, int dilation) -> Tensor y",
+)
+@registry.forward("conv3x3_forward", "(Tensor x, Tensor weight, int dilation) -> Tensor y")
+def _fake(call: Call) -> Tensor:
+    return call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0])
+
+
+registry.backward(
+    "conv3x3_backward", "(Tensor dy, Tensor x, Tensor weight, int dilation) -> (Tensor dx, Tensor dweight)"
+)

@@ -1,0 +1,368 @@
+"""Triton kernels of inverted_residual in training, backward; names are those of kernels.py. A "d" in front of a name is
+its gradient; da is that of the activated expansion."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..pointwise_conv.triton import add_product
+from ..triton_common import (
+    activate,
+    activate_backward,
+    dot,
+    inverse_std,
+    load_folded_norm,
+    load_tile,
+    load_vector,
+    store_tile,
+    store_vector,
+)
+from .kernels import NOT_SPECIALIZED, load_deviations, load_rounded_weight
+
+
+@triton.jit
+def _middle_gradient(
+    dp_ptr, weight_ptr, row, valid, column, normal,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the middle norm's output n, of which `normal` is a tile: act'(n) * (dp weight)."""
+    sums = tl.zeros(normal.shape, tl.float32)
+    for first in range(0, OUT, BLOCK_K):
+        output = first + tl.arange(0, BLOCK_K)
+        dp = load_tile(dp_ptr, row, valid, output, WIDTH=OUT)
+        sums = dot(dp, load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(dp.dtype), sums)
+    return activate_backward(sums, normal, ACT=ACT)
+
+
+@triton.jit
+def _add_norm_sums(
+    total, weighted, dp_ptr, weight_ptr, row, valid, column, z, mean, normal,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    grad = _middle_gradient(dp_ptr, weight_ptr, row, valid, column, normal, ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K)
+    return total + tl.sum(grad, 0), weighted + tl.sum(grad * (z - mean[None, :]), 0)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def project_bwd_kernel(
+    dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
+    weight_ptr,  # (OUT, E)
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
+    part_ptr,  # written: (parts, OUT + 2, E), float32
+    rows, rows_per_part, eps,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The first read of z. Over the rows of a part, with the middle norm's output n and its gradient g:
+
+        dp^T act(n), which is dweight;  the sums of g;  the sums of g * (z - mean)
+
+    A program has BLOCK_K outputs and BLOCK_N expanded channels of a part. Reads z once for each block of outputs, dp
+    once for each block of expanded channels, and twice for the first block of outputs."""
+    columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    blocks: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
+    part, tile = tl.program_id(0) // (columns * blocks), tl.program_id(0) % (columns * blocks)
+    column, output = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N), tile // columns * BLOCK_K + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_M)
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    mean = load_vector(mean_ptr, column, WIDTH=E)
+    product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    begin = part * rows_per_part
+    length = tl.minimum(rows - begin, rows_per_part)
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin.to(tl.int64) + first, first + lane < length
+        z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+        dp = load_tile(dp_ptr + start * OUT, lane, valid, output, WIDTH=OUT)
+        normal = z * scale[None, :] + shift[None, :]
+        product = dot(tl.trans(dp), activate(normal, ACT=ACT).to(dp.dtype), product)
+        at = dp_ptr + start * OUT
+        if blocks == 1:  # noqa: SIM114 -- known when this is compiled, so that the loop can be pipelined
+            total, weighted = _add_norm_sums(
+                total, weighted, at, weight_ptr, lane, valid, column, z, mean, normal,
+                ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
+            )  # fmt: skip
+        elif tile < columns:
+            total, weighted = _add_norm_sums(
+                total, weighted, at, weight_ptr, lane, valid, column, z, mean, normal,
+                ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
+            )  # fmt: skip
+    part_ptr += part * ((OUT + 2) * E)
+    store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
+    if tile < columns:
+        store_vector(part_ptr + OUT * E, column, total, WIDTH=E)
+        store_vector(part_ptr + (OUT + 1) * E, column, weighted, WIDTH=E)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def middle_norm_bwd_kernel(
+    sums_ptr,  # (2, E), float32: of g and of g * (z - mean)
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (E,)
+    dweight_ptr, dbias_ptr, coefficients_ptr,  # written: (E,), like the norm's; (4, E), float32
+    rows, eps,
+    E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the middle norm's weight and bias, and four coefficients of each channel: scale and shift of the
+    folded norm, and offset and slope, with which dz = scale * g + offset + slope * z.
+
+        dbias = sum g;  dweight = rstd * sum(g * (z - mean))
+        slope = -scale * rstd * dweight / rows;  offset = -scale * dbias / rows - slope * mean
+
+    A program has BLOCK channels."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    rstd = inverse_std(load_vector(var_ptr, column, WIDTH=E, OTHER=1.0), eps)
+    dbias, dweight = load_vector(sums_ptr, column, WIDTH=E), load_vector(sums_ptr + E, column, WIDTH=E) * rstd
+    slope = -scale * rstd * dweight / rows
+    offset = -scale * dbias / rows - slope * load_vector(mean_ptr, column, WIDTH=E)
+    store_vector(dweight_ptr, column, dweight, WIDTH=E)
+    store_vector(dbias_ptr, column, dbias, WIDTH=E)
+    store_vector(coefficients_ptr, column, scale, WIDTH=E)
+    store_vector(coefficients_ptr + E, column, shift, WIDTH=E)
+    store_vector(coefficients_ptr + 2 * E, column, offset, WIDTH=E)
+    store_vector(coefficients_ptr + 3 * E, column, slope, WIDTH=E)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def filtered_bwd_kernel(
+    dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
+    weight_ptr, coefficients_ptr,  # (OUT, E); (4, E), float32, of middle_norm_bwd_kernel
+    dz_ptr,  # written: (rows, E), like z
+    rows,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The second read of z: dz = scale * g + offset + slope * z, where g = act'(z * scale + shift) * (dp weight).
+
+    A program has BLOCK_M rows and BLOCK_N expanded channels. Reads z once, dp once for each block of channels; writes
+    dz once."""
+    columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    start = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M
+    column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    valid = start + lane < rows
+    scale = load_vector(coefficients_ptr, column, WIDTH=E)[None, :]
+    shift = load_vector(coefficients_ptr + E, column, WIDTH=E)[None, :]
+    z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+    grad = _middle_gradient(
+        dp_ptr + start * OUT, weight_ptr, lane, valid, column, z * scale + shift,
+        ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
+    offset = load_vector(coefficients_ptr + 2 * E, column, WIDTH=E)[None, :]
+    slope = load_vector(coefficients_ptr + 3 * E, column, WIDTH=E)[None, :]
+    store_tile(dz_ptr + start * E, lane, valid, column, scale * grad + offset + slope * z, WIDTH=E)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def expanded_bwd_kernel(
+    x_ptr,  # (rows, C)
+    weight_ptr,  # W, (E, C)
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the first norm, (E,)
+    da_ptr,  # (rows, E), like x: da, replaced by G
+    rows, eps,
+    ACT: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """G = act'(norm(x W^T)) * da, the gradient of the first norm's output, whose input is made again from x.
+
+    A program has BLOCK_M rows and BLOCK_N expanded channels. Reads da once, x once for each block of channels; writes G
+    once."""
+    columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    start = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M
+    column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    valid = start + lane < rows
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = add_product(sums, x_ptr + start * C, weight_ptr, lane, valid, column, C=C, STRIDE=C, OUT=E, BLOCK_K=BLOCK_K)
+    da = load_tile(da_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+    grad = activate_backward(da, sums * scale[None, :] + shift[None, :], ACT=ACT)
+    store_tile(da_ptr + start * E, lane, valid, column, grad, WIDTH=E)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def products_bwd_kernel(
+    grad_ptr, x_ptr, mean_ptr,  # G (rows, E), x (rows, C), the mean of x (C,), float32
+    part_ptr,  # written: (parts, E * C + E), float32
+    rows, rows_per_part,
+    C: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """G^T (x - mean), (E, C), and behind it the sums of G, (E,), over the rows of a part.
+
+    A program has BLOCK_N expanded channels and BLOCK_K inputs of a part. Reads G once for each block of inputs, x once
+    for each block of expanded channels."""
+    columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    part, tile = tl.program_id(0) // (columns * blocks), tl.program_id(0) % (columns * blocks)
+    column, inner = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N), tile // columns * BLOCK_K + tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_M)
+    mean = load_vector(mean_ptr, inner, WIDTH=C)
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    begin = part * rows_per_part
+    length = tl.minimum(rows - begin, rows_per_part)
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin.to(tl.int64) + first, first + lane < length
+        grad = load_tile(grad_ptr + start * E, lane, valid, column, WIDTH=E)
+        x = load_deviations(x_ptr + start * C, mean, lane, valid, inner, C=C)
+        product = dot(tl.trans(grad), x.to(grad.dtype), product)
+        total += tl.sum(grad.to(tl.float32), 0)
+    part_ptr += part * (E * (C + 1))
+    store_tile(part_ptr, column, column < E, inner, product, WIDTH=C)
+    if tile < columns:
+        store_vector(part_ptr + E * C, column, total, WIDTH=E)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def expand_bwd_kernel(
+    da_ptr, x_ptr, mean_ptr,  # (rows, E), (rows, C), the mean of x (C,), float32
+    weight_ptr,  # W, (E, C)
+    norm_weight_ptr, norm_bias_ptr, expanded_mean_ptr, expanded_var_ptr,  # of the first norm, (E,)
+    dx_ptr, part_ptr,  # written: (rows, C), like x; (parts, E * C + E), float32
+    rows, rows_per_part, eps,
+    ACT: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What the two kernels above and a product do, where a row and the whole weight fit a program. With
+    G = act'(norm(x W^T)) * da and the scale of the first norm:
+
+        dx = (G * scale) W, which correct_bwd_kernel completes;  G^T (x - mean) and the sums of G over a part
+
+    A program has a part. Reads da and x once, W once for each program; writes dx once."""
+    column, inner, lane = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    scale, shift = load_folded_norm(
+        norm_weight_ptr, norm_bias_ptr, expanded_mean_ptr, expanded_var_ptr, column, eps, C=E
+    )
+    mean = load_vector(mean_ptr, inner, WIDTH=C)
+    weight = load_tile(weight_ptr, column, column < E, inner, WIDTH=C).to(dtype)
+    product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    begin = tl.program_id(0) * rows_per_part
+    length = tl.minimum(rows - begin, rows_per_part)
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin.to(tl.int64) + first, first + lane < length
+        x = load_tile(x_ptr + start * C, lane, valid, inner, WIDTH=C)
+        da = load_tile(da_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+        normal = tl.dot(x, tl.trans(weight)) * scale[None, :] + shift[None, :]
+        grad = activate_backward(da, normal, ACT=ACT)
+        total += tl.sum(grad, 0)
+        x = tl.where(valid[:, None], x.to(tl.float32) - mean[None, :], 0.0)
+        product = dot(tl.trans(grad.to(dtype)), x.to(dtype), product)
+        dx = tl.dot((grad * scale[None, :]).to(dtype), weight)
+        store_tile(dx_ptr + start * C, lane, valid, inner, dx, WIDTH=C)
+    part_ptr += tl.program_id(0) * (E * (C + 1))
+    store_tile(part_ptr, column, column < E, inner, product, WIDTH=C)
+    store_vector(part_ptr + E * C, column, total, WIDTH=E)
+
+
+@triton.jit
+def _load_centred_product(
+    product_ptr, total, mean_ptr, output, column, CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr
+):
+    """A tile of N = G^T (x - mean); where the matrix (E, C) is not CENTRED, it is G^T x."""
+    product = load_tile(product_ptr, output, output < E, column, WIDTH=C)
+    if not CENTRED:
+        product -= total[:, None] * load_vector(mean_ptr, column, WIDTH=C)[None, :]
+    return product
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def expand_gradient_kernel(
+    x_ptr,  # only its dtype is used
+    product_ptr, sums_ptr,  # (E, C) and (E,), float32: N or, not CENTRED, G^T x; g = sum G
+    weight_ptr, norm_weight_ptr,  # W, (E, C); the first norm's, (E,)
+    mean_ptr, covariance_ptr, var_ptr,  # of x (C,) and (C, C), of the expansion (E,), float32
+    dweight_ptr, dnorm_weight_ptr, dnorm_bias_ptr,  # written: like the parameters
+    correction_ptr,  # written: (2, E), float32
+    rows, eps,
+    CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of W and of the first norm's parameters (identity B), from N = G^T (x - mean), g = sum G and the
+    covariance S of x, with rstd = 1 / sqrt(var + eps) and scale = norm_weight * rstd:
+
+        dnorm_bias = g;  dnorm_weight = rstd * the sums of the rows of W * N
+        dW = scale * (N - dnorm_weight * rstd * W S)
+        correction = (scale * rstd * dnorm_weight / rows, scale * g / rows), for correction_bwd_kernel
+
+    A program has BLOCK_E expanded channels."""
+    output = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = load_vector(sums_ptr, output, WIDTH=E)
+    rstd = inverse_std(load_vector(var_ptr, output, WIDTH=E, OTHER=1.0), eps)
+    scale = load_vector(norm_weight_ptr, output, WIDTH=E) * rstd
+    dnorm_weight = tl.zeros((BLOCK_E,), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
+        weight = load_rounded_weight(weight_ptr, x_ptr, output, column, OUT=E, WIDTH=C)
+        dnorm_weight += tl.sum(product * weight, 1)
+    dnorm_weight *= rstd
+    for first in range(0, C, BLOCK_C):
+        column = first + tl.arange(0, BLOCK_C)
+        product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
+        weight_covariance = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+        for second in range(0, C, BLOCK_C):
+            inner = second + tl.arange(0, BLOCK_C)
+            covariance = load_tile(covariance_ptr, inner, inner < C, column, WIDTH=C)
+            weight = load_rounded_weight(weight_ptr, x_ptr, output, inner, OUT=E, WIDTH=C)
+            weight_covariance = dot(weight, covariance, weight_covariance)
+        dweight = scale[:, None] * (product - (dnorm_weight * rstd)[:, None] * weight_covariance)
+        store_tile(dweight_ptr, output, output < E, column, dweight, WIDTH=C)
+    store_vector(dnorm_weight_ptr, output, dnorm_weight, WIDTH=E)
+    store_vector(dnorm_bias_ptr, output, total, WIDTH=E)
+    store_vector(correction_ptr, output, scale * rstd * dnorm_weight / rows, WIDTH=E)
+    store_vector(correction_ptr + E, output, scale * total / rows, WIDTH=E)
+
+
+@triton.jit
+def correction_bwd_kernel(
+    x_ptr,  # only its dtype is used
+    weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
+    matrix_ptr, shift_ptr,  # written: (C, C) and (C,), float32
+    C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """K = W^T diag(k) W and shift = s W, with which correct_bwd_kernel completes dx. A program has a tile of K."""
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    left = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    right = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    matrix = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
+    shift = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, E, BLOCK_E):
+        output = first + tl.arange(0, BLOCK_E)
+        weight = load_rounded_weight(weight_ptr, x_ptr, output, right, OUT=E, WIDTH=C)
+        scaled = load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C)
+        scaled *= load_vector(correction_ptr, output, WIDTH=E)[:, None]
+        matrix = dot(tl.trans(scaled), weight, matrix)
+        shift += tl.sum(weight * load_vector(correction_ptr + E, output, WIDTH=E)[:, None], 0)
+    store_tile(matrix_ptr, left, left < C, right, matrix, WIDTH=C)
+    if tl.program_id(0) < blocks:
+        store_vector(shift_ptr, right, shift, WIDTH=C)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def correct_bwd_kernel(
+    x_ptr, residual_ptr,  # (rows, C); (rows, C) or None
+    mean_ptr, matrix_ptr, shift_ptr,  # of x (C,); K (C, C) and shift (C,) of correction_bwd_kernel; float32
+    dx_ptr,  # read and written: (rows, C), like x
+    rows,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx -= (x - mean) K + shift, what the first norm's statistics contribute; then a residual's gradient is added.
+
+    A program has BLOCK_M rows and BLOCK_N inputs. Reads dx and the residual once, x once for each block of inputs;
+    writes dx once."""
+    columns: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    start = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M
+    column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    valid = start + lane < rows
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, C, BLOCK_K):
+        inner = first + tl.arange(0, BLOCK_K)
+        mean = load_vector(mean_ptr, inner, WIDTH=C)
+        x = load_deviations(x_ptr + start * C, mean, lane, valid, inner, C=C).to(x_ptr.dtype.element_ty)
+        sums = dot(x, load_tile(matrix_ptr, inner, inner < C, column, WIDTH=C).to(x.dtype), sums)
+    dx = load_tile(dx_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
+    dx = dx - sums - load_vector(shift_ptr, column, WIDTH=C)[None, :]
+    if residual_ptr is not None:
+        dx += load_tile(residual_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
+    store_tile(dx_ptr + start * C, lane, valid, column, dx, WIDTH=C)
