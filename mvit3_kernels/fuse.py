@@ -11,7 +11,7 @@ from torch import nn
 
 from . import hosts
 from .hosts import Swapped
-from .inference import PLAIN, bfloat16_why_not, fuse_networks, unfuse_networks
+from .inference import PLAIN, bfloat16_why_not, fuse_networks, network_of, unfuse_networks
 from .nn.guard import Block, examine
 from .tables import table
 
@@ -69,14 +69,15 @@ def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = t
     if dtype is torch.bfloat16 and (reason := bfloat16_why_not()) is not None:
         raise ValueError(f'dtype {reason}; "auto" takes torch.float32 here')
     hosts.load_adapters(model)
-    hosts.swap(model)
+    swapped = hosts.swap(model)
     if not any(isinstance(module, Block) for module in model.modules()):
         raise ValueError(_nothing(model))
     if mode == "inference":
         try:
             fuse_networks(model, dtype)
         except BaseException:
-            unfuse(model)
+            for module in swapped:
+                module.restore()
             raise
     return model
 
@@ -153,6 +154,8 @@ def _rows(model: nn.Module) -> Iterator[FuseRow]:
             yield FuseRow(name, kind.host.__name__, _label(kind, kind.host), examine(module) or "")
         elif isinstance(module, Block):
             yield FuseRow(name, kind.__name__, kind.__name__, examine(module) or "")
+        elif (plain := network_of(module)) is not None:
+            yield FuseRow(name, kind.__name__, "", f"is a subclass of {plain.__qualname__}, and may do something else")
         elif hosts.host_of(module) is not None:
             yield FuseRow(name, kind.__name__, "", hosts.why_left(module) or "fuse has not been called")
 

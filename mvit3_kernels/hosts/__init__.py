@@ -27,8 +27,9 @@ def load_adapters(model: nn.Module) -> None:
             LOGGER.warning("modules of %s run as they are: this version of it is not known (%s)", host, error)
 
 
-def swap(model: nn.Module) -> None:
-    """Swaps every block inside `model` that has a plan, in place. Where something fails, nothing has changed."""
+def swap(model: nn.Module) -> list[Swapped]:
+    """Swaps every block inside `model` that has a plan, in place; returns those that were swapped now. Where something
+    fails, nothing has changed."""
     found = [module for module in model.modules() if type(module) in SWAPPED and why_left(module) is None]
     done = []
     try:
@@ -39,6 +40,7 @@ def swap(model: nn.Module) -> None:
         for module in done:
             module.restore()
         raise
+    return done
 
 
 def restore(model: nn.Module) -> None:

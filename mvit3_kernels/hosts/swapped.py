@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.program import Program, check, emit
-from ..nn.guard import LOGGER, Block, known
+from ..nn.guard import KNOWN, LOGGER, METHODS, Block, is_as_written, known, methods_called, replaced_in_class
 from ..nn.layout import to_nchw, to_nhwc
 from ..nn.plans import Unfit, UnfitNow
 
@@ -46,6 +46,8 @@ class Swapped(Block):
         return guard.plan[1]
 
     def misfit(self) -> str | None:
+        if (reason := _replaced(self, self.host)) is not None:
+            return reason
         try:
             return self.describe().misfit()
         except Unfit as reason:
@@ -54,6 +56,8 @@ class Swapped(Block):
     @classmethod
     def why_left(cls, module: nn.Module) -> str | None:
         """Why a module of the host's class is not worth swapping: it has no plan, whatever its flags are."""
+        if (reason := _replaced(module, cls.host)) is not None:
+            return reason
         try:
             return cls.describe(module).misfit()
         except UnfitNow:
@@ -84,20 +88,29 @@ def stands_for(host: type[nn.Module]) -> Callable[[type[Swapped]], type[Swapped]
 
     def register(swapped: type[Swapped]) -> type[Swapped]:
         swapped.host = host
-        SWAPPED[host] = known(swapped)
+        SWAPPED[host] = swapped
         known_of_host(host)
-        return swapped
+        METHODS[swapped] = (*methods_called(swapped), *METHODS.get(host, ()))
+        return known(swapped)
 
     return register
 
 
 def known_of_host(*kinds: type[nn.Module]) -> None:
     """Says that a plan may stand in for modules of a host's classes, unless someone has put another function in the
-    place of a forward before."""
+    place of a method before."""
     for kind in kinds:
-        forward = kind.forward
-        if forward.__module__ == kind.__module__ and forward.__qualname__ == f"{kind.__qualname__}.forward":
+        if is_as_written(kind):
             known(kind)
+
+
+def _replaced(module: nn.Module, host: type[nn.Module]) -> str | None:
+    """Which method, that the host's class calls in a module, is not the host's."""
+    if host not in KNOWN:
+        return f"is a {host.__qualname__}, of which a method had been replaced"
+    called = {name for _, name, _ in METHODS[host]} - {"forward"}
+    own = next((f"has a {name} of its own" for name in vars(module) if name in called), None)
+    return replaced_in_class(host) or own
 
 
 @emit.register

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
@@ -27,13 +26,13 @@ from ..nn.plans import (
     ConvPlan,
     LayerPlan,
     ResidualPlan,
+    SeparablePlan,
     TokensPlan,
     TransformerPlan,
     Unfit,
     activation_name,
     layer_norm,
     linear,
-    misfit_of,
 )
 from ..ops.types import Layer, Linear
 from .swapped import Swapped, known_of_host, stands_for
@@ -225,43 +224,11 @@ def _pointwise(name: str, layer: nn.Module, act: str) -> Linear:
 # Blocks
 
 
-class CroppedPlan(NamedTuple):
-    """MobileViTV2's block: pixels behind the last whole patch take no part in the layers, which leave zeros there."""
-
-    local: tuple[ConvPlan, ...]
-    tokens: TokensPlan
-    project: ConvPlan
-
-    def misfit(self) -> str | None:
-        return misfit_of(*self.local, self.project)
-
-    def run(self, x: Tensor) -> Tensor:
-        for plan in self.local:
-            x = plan.run(x)
-        (height, width), (ph, pw) = x.shape[1:3], self.tokens.patch_size
-        if height < ph or width < pw:
-            raise ValueError(f"a map of {height} x {width} pixels has no whole patch of {ph} x {pw}")
-        rows, columns = height // ph * ph, width // pw * pw
-        if (rows, columns) == (height, width):
-            return self.project.run(self.tokens.run(x))
-        tokens = self.tokens.run(x[:, :rows, :columns])
-        return self.project.run(F.pad(tokens, (0, 0, 0, width - columns, 0, height - rows)))
-
-
-@emit.register
-def _(plan: CroppedPlan, program: Program, x: int) -> int:
-    for part in plan.local:
-        x = emit(part, program, x)
-    tokens = program.add("crop_to_patches", [x], (), [*plan.tokens.patch_size])
-    tokens = program.add("pad_back", [emit(plan.tokens, program, tokens), x])
-    return emit(plan.project, program, tokens)
-
-
 class DownsampledPlan(NamedTuple):
     """A block and the inverted residual in front of it, or None."""
 
     residual: ResidualPlan | None
-    block: TransformerPlan | CroppedPlan
+    block: TransformerPlan | SeparablePlan
 
     def misfit(self) -> str | None:
         return (None if self.residual is None else self.residual.misfit()) or self.block.misfit()
@@ -275,18 +242,12 @@ def _(plan: DownsampledPlan, program: Program, x: int) -> int:
     return emit(plan.block, program, x if plan.residual is None else emit(plan.residual, program, x))
 
 
-def _downsampled(layer: nn.Module, block: TransformerPlan | CroppedPlan) -> DownsampledPlan:
+def _downsampled(layer: nn.Module, block: TransformerPlan | SeparablePlan) -> DownsampledPlan:
     return DownsampledPlan(None if layer.downsampling_layer is None else _residual(layer.downsampling_layer), block)
 
 
-class _Layer(Swapped):
-    def misfit(self) -> str | None:
-        own = [name for name in ("unfolding", "folding") if name in vars(self)]
-        return f"it has a method {own[0]} of its own" if own else super().misfit()
-
-
 @stands_for(v1.MobileViTLayer)
-class MobileViTLayer(_Layer, v1.MobileViTLayer):
+class MobileViTLayer(Swapped, v1.MobileViTLayer):
     def describe(self) -> DownsampledPlan:
         local = _conv(self.conv_kxk), _conv(self.conv_1x1)
         projection, fusion = _conv(self.conv_projection), _conv(self.fusion)
@@ -294,10 +255,10 @@ class MobileViTLayer(_Layer, v1.MobileViTLayer):
 
 
 @stands_for(v2.MobileViTV2Layer)
-class MobileViTV2Layer(_Layer, v2.MobileViTV2Layer):
+class MobileViTV2Layer(Swapped, v2.MobileViTV2Layer):
     def describe(self) -> DownsampledPlan:
         local = _conv(self.conv_kxk), _conv(self.conv_1x1)
-        return _downsampled(self, CroppedPlan(local, _separable(self), _conv(self.conv_projection)))
+        return _downsampled(self, SeparablePlan(local, _separable(self), _conv(self.conv_projection), crops=True))
 
 
 # Networks: the model below every head is a program, and so is the head of segmentation; other heads are a product.

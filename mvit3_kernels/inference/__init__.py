@@ -13,7 +13,16 @@ from .. import _native
 from ..models.detection import SSDNetwork
 from ..models.network import MobileViT
 from ..models.segmentation import SegmentationNetwork
-from ..nn.guard import Block, Guard, known, replaced_method, tampered_below
+from ..nn.guard import (
+    METHODS,
+    Block,
+    Guard,
+    is_as_written,
+    known,
+    methods_called,
+    replaced_method,
+    tampered_below,
+)
 from ..ops import dispatch
 from .dense import BOXES, RAW
 from .program import Program, Result
@@ -33,14 +42,25 @@ LOGGER = logging.getLogger("mvit3_kernels")
 
 def fuse_networks(model: nn.Module, dtype: torch.dtype | str = torch.float32) -> None:
     """Makes every network inside `model` that has a fused class, and blocks that run as ops, run as one program where
-    that serves a call, its products of `dtype`; "auto" is bfloat16 where that is faster."""
+    that serves a call, its products of `dtype`; "auto" is bfloat16 where that is faster. Where this fails nothing has
+    changed."""
     _watch_optimizers()
-    for network in networks(model):
-        if type(network) in FUSED and any(isinstance(module, Block) for module in network.modules()):
-            network.__class__ = FUSED[type(network)]
-            network._fused = Fused(dtype)
-        elif isinstance(network, FusedNetwork) and network._fused.dtype != dtype:
-            network._fused = Fused(dtype)
+    before = []
+    try:
+        for network in networks(model):
+            before.append((network, type(network), vars(network).get("_fused")))
+            if type(network) in FUSED and any(isinstance(module, Block) for module in network.modules()):
+                network.__class__ = FUSED[type(network)]
+                network._fused = Fused(dtype)
+            elif isinstance(network, FusedNetwork) and network._fused.dtype != dtype:
+                network._fused = Fused(dtype)
+    except BaseException:
+        for network, kind, fused in before:
+            network.__class__ = kind
+            vars(network).pop("_fused", None)
+            if fused is not None:
+                network._fused = fused
+        raise
 
 
 def unfuse_networks(model: nn.Module) -> None:
@@ -65,6 +85,12 @@ def bfloat16_why_not() -> str | None:
         return None
     kernels = _native.why_not() or f"those for {_native.isa()} are loaded"
     return f"torch.bfloat16 needs the compiled kernels for a CPU with AVX512_BF16: {kernels}"
+
+
+def network_of(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a network that can be fused and that a module's class is made of, without being it."""
+    kind = type(module)
+    return None if kind in FUSED or kind in PLAIN else next((base for base in kind.__mro__ if base in FUSED), None)
 
 
 def networks(model: nn.Module) -> list[nn.Module]:
@@ -134,7 +160,11 @@ def stands_for_network(plain: type[nn.Module]) -> Callable[[type[FusedNetwork]],
     """Registers a fused class in the place of a network's class."""
 
     def register(fused: type[FusedNetwork]) -> type[FusedNetwork]:
-        FUSED[plain], PLAIN[fused] = fused, plain
+        if is_as_written(plain):
+            FUSED[plain], PLAIN[fused] = fused, plain
+        else:
+            LOGGER.warning("no program is made of a %s: a method of it had been replaced", plain.__qualname__)
+        METHODS[fused] = (*methods_called(fused), *methods_called(plain))
         return fused
 
     return register

@@ -220,9 +220,14 @@ def _(plan: TransformerPlan, program: Program, x: int) -> int:
 
 @emit.register
 def _(plan: SeparablePlan, program: Program, x: int) -> int:
-    x = program.add("resize_to_patches", [x], (), [*plan.tokens.patch_size, 1])
-    tokens = emit(plan.tokens, program, _emit_all(plan.local, program, x))
-    return emit(plan.project, program, tokens)
+    patch_size = plan.tokens.patch_size
+    if not plan.crops:
+        x = program.add("resize_to_patches", [x], (), [*patch_size, 1])
+    x = _emit_all(plan.local, program, x)
+    if plan.crops:
+        tokens = emit(plan.tokens, program, program.add("crop_to_patches", [x], (), [*patch_size]))
+        return emit(plan.project, program, program.add("pad_back", [tokens, x]))
+    return emit(plan.project, program, emit(plan.tokens, program, x))
 
 
 def _emit_all(plans: Sequence[ConvPlan], program: Program, x: int) -> int:

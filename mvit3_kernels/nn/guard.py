@@ -14,6 +14,7 @@ Python without changing one of them.
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -29,15 +30,39 @@ PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = tuple(getattr(torch_module, f"_global{name}") for name in HOOKS)
 CALL = nn.Module.__call__
-# The classes that a fused op stands in for, and what each does when it is called, unless someone has put another
-# function in its place.
-FORWARDS: dict[type[nn.Module], Callable] = {}
+# The classes that a fused op stands in for.
+KNOWN: set[type[nn.Module]] = set()
+# What classes do when they are called: their forward and the methods that it calls, as (class, name, function), unless
+# someone has put another function in the place of one.
+METHODS: dict[type[nn.Module], tuple[tuple[type[nn.Module], str, Callable], ...]] = {}
 
 
 def known(kind: type[nn.Module]) -> type[nn.Module]:
     """Says that a fused op may stand in for modules of this class."""
-    FORWARDS[kind] = kind.forward
+    KNOWN.add(kind)
+    METHODS.setdefault(kind, methods_called(kind))
     return kind
+
+
+def methods_called(kind: type[nn.Module]) -> tuple[tuple[type[nn.Module], str, Callable], ...]:
+    """The forward of a class and the methods that it calls by name, at any depth."""
+    found, names = {}, ["forward"]
+    while names:
+        name = names.pop()
+        method = getattr(kind, name, None)
+        if name not in found and inspect.isfunction(method) and method is not getattr(nn.Module, name, None):
+            found[name] = method
+            names += getattr(inspect.unwrap(method), "__code__", method.__code__).co_names
+    return tuple((kind, name, method) for name, method in found.items())
+
+
+def is_as_written(kind: type[nn.Module]) -> bool:
+    """Whether the methods that are called are those that a class, or one that it is made of, was written with."""
+    for _, name, method in methods_called(kind):
+        owner = next(base for base in kind.__mro__ if name in vars(base))
+        if (method.__module__, method.__qualname__) != (owner.__module__, f"{owner.__qualname__}.{name}"):
+            return False
+    return True
 
 
 for _kind in (
@@ -86,8 +111,9 @@ def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
         for group in dicts
     ]
     contents[0] = (None, contents[0][1])
-    kinds = {type(module) for module in root.modules()} & FORWARDS.keys()
-    methods = ((nn.Module, "__call__", nn.Module.__call__), *((kind, "forward", kind.forward) for kind in kinds))
+    kinds = {type(module) for module in root.modules()} & METHODS.keys()
+    methods = [(nn.Module, "__call__", nn.Module.__call__)]
+    methods += [(owner, name, getattr(owner, name, None)) for kind in kinds for owner, name, _ in METHODS[kind]]
     pairs, empty = tuple(chain(contents)), tuple(group for group in hooks if not group)
     return type(root), tuple(objects), pairs, empty, tuple(chain(methods)), versions(root, pairs)
 
@@ -107,7 +133,7 @@ def unchanged_python(root: nn.Module, snapshot: Snapshot) -> bool:
         if any(a is not b and b is not ... for a, b in pairs):
             return False
     kinds = zip(methods[::3], methods[1::3], methods[2::3], strict=True)
-    return all(getattr(kind, name) is method for kind, name, method in kinds)
+    return all(getattr(kind, name, None) is method for kind, name, method in kinds)
 
 
 try:
@@ -232,16 +258,23 @@ def hooked(module: nn.Module) -> str | None:
 def altered(module: nn.Module) -> str | None:
     """`tampered` but for hooks."""
     kind = type(module)
-    if kind not in FORWARDS:
+    if kind not in KNOWN:
         return f"is a {kind.__module__}.{kind.__qualname__}, which only its own forward can compute"
-    if kind.forward is not FORWARDS[kind]:
-        return f"is a {kind.__qualname__}, whose forward has been replaced"
     return replaced_method(module) or _odd_tensors(module) or _odd_attributes(module)
 
 
 def replaced_method(module: nn.Module) -> str | None:
+    """Which method of a module, or of its class, has been replaced."""
     kind = type(module)
-    return next((f"has a {name} of its own" for name in vars(module) if callable(getattr(kind, name, None))), None)
+    own = next((f"has a {name} of its own" for name in vars(module) if callable(getattr(kind, name, None))), None)
+    return replaced_in_class(kind) or own
+
+
+def replaced_in_class(kind: type[nn.Module]) -> str | None:
+    for owner, name, method in METHODS.get(kind, ()):
+        if getattr(owner, name, None) is not method:
+            return f"is a {owner.__qualname__}, whose {name} has been replaced"
+    return None
 
 
 def _odd_tensors(module: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -66,7 +67,7 @@ class UnfitNow(Unfit):
     """The same, for as long as its flags, such as `training`, are as they are."""
 
 
-def _measured(y: Tensor, *batches: tuple[nn.BatchNorm2d, Moments | None, Tensor]) -> Tensor:
+def measured(y: Tensor, *batches: tuple[nn.BatchNorm2d, Moments | None, Tensor]) -> Tensor:
     """y, with what an op measured written to the running statistics: (norm, moments, map) of each norm.
 
     The second pass of a checkpoint ends as soon as it has every tensor that backward needs. PyTorch's norms write their
@@ -146,7 +147,7 @@ class ConvPlan(NamedTuple):
             y, moments = ops.conv3x3(x, conv.weight, parameters, act, 1, conv.dilation[0])
         else:
             y, moments = ops.batch_norm_act(to_nhwc(conv(to_nchw(x))), parameters, act, residual)
-        return y if norm is None else _measured(y, (norm, moments, y))
+        return y if norm is None else measured(y, (norm, moments, y))
 
     def fuses_concat(self) -> bool:
         """Whether `run_concat` builds no concatenation."""
@@ -157,7 +158,7 @@ class ConvPlan(NamedTuple):
         if not self.fuses_concat():
             return self.run(torch.cat((a, b), -1), residual)
         y, moments = ops.pointwise_fusion(a, b, self.conv.weight, batch_norm(self.norm), self.act, residual)
-        return _measured(y, (self.norm, moments, y))
+        return measured(y, (self.norm, moments, y))
 
 
 class ResidualPlan(NamedTuple):
@@ -197,7 +198,7 @@ class ResidualPlan(NamedTuple):
         (stride, _), (dilation, _) = self.depthwise.conv.stride, self.depthwise.conv.dilation
         skip = self.skip and self.drop_path is None
         y, moments = ops.inverted_residual(x, *convs, stride, dilation, self.expand.act, skip)
-        y = _measured(y, *zip((part.norm for part in parts), moments, (x, y, y), strict=True))
+        y = measured(y, *zip((part.norm for part in parts), moments, (x, y, y), strict=True))
         if self.drop_path is None:
             return y
         y = to_nhwc(self.drop_path(to_nchw(y)))
@@ -270,20 +271,33 @@ class TransformerPlan(NamedTuple):
 
 
 class SeparablePlan(NamedTuple):
-    """The block of MobileViTv2: the map is resized to whole patches and stays so; convolutions, layers, projection."""
+    """The block of MobileViTv2: convolutions, layers, projection. Where the map has no whole patches it is resized to
+    them first and stays so; with `crops`, pixels behind the last whole patch take no part in the layers, which leave
+    zeros there."""
 
     local: tuple[ConvPlan, ...]
     tokens: TokensPlan
     project: ConvPlan
+    crops: bool = False
 
     def misfit(self) -> str | None:
         return misfit_of(*self.local, self.project)
 
     def run(self, x: Tensor) -> Tensor:
-        x = _resize(x, whole_patches(to_nchw(x), self.tokens.patch_size), align_corners=True)
+        if not self.crops:
+            x = _resize(x, whole_patches(to_nchw(x), self.tokens.patch_size), align_corners=True)
         for plan in self.local:
             x = plan.run(x)
-        return self.project.run(self.tokens.run(x))
+        return self.project.run(self._run_cropped(x) if self.crops else self.tokens.run(x))
+
+    def _run_cropped(self, x: Tensor) -> Tensor:
+        (height, width), (ph, pw) = x.shape[1:3], self.tokens.patch_size
+        if height < ph or width < pw:
+            raise ValueError(f"a map of {height} x {width} pixels has no whole patch of {ph} x {pw}")
+        rows, columns = height // ph * ph, width // pw * pw
+        if (rows, columns) == (height, width):
+            return self.tokens.run(x)
+        return F.pad(self.tokens.run(x[:, :rows, :columns]), (0, 0, 0, width - columns, 0, height - rows))
 
 
 def misfit_of(*plans: ConvPlan) -> str | None:

@@ -13,7 +13,7 @@ from .. import ops
 from ..ops.types import Linear
 from .conv import ConvNormAct
 from .layout import to_nchw, to_nhwc
-from .plans import batch_norm
+from .plans import batch_norm, measured
 
 
 def pooled_misfit(conv: nn.Module, kernel_size: int) -> str | None:
@@ -73,5 +73,4 @@ def tap_shares(side: int, small: int, like: Tensor) -> Tensor:
 
 def _finish(conv: ConvNormAct, product: Tensor) -> Tensor:
     y, moments = ops.batch_norm_act(product, batch_norm(conv.norm), conv.act)
-    ops.update_running_stats(conv.norm, moments, y)
-    return to_nchw(y)
+    return to_nchw(measured(y, (conv.norm, moments, y)))

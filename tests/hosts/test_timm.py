@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import mvit3_kernels
-from mvit3_kernels import _native, explain, fuse, fuse_report, hosts, unfuse
+from mvit3_kernels import _native, explain, fuse, fuse_report, hosts, inference, unfuse
 from mvit3_kernels.nn import guard
 from tests.bounds import assert_bound, each
 
@@ -236,12 +236,38 @@ def test_a_failure_half_way_changes_nothing(monkeypatch):
     assert sum(a is not type(m) for a, m in zip(kinds, model.modules(), strict=True)) == 1
 
 
+def test_a_failure_keeps_what_was_fused_before(monkeypatch):
+    model = fuse(create("mobilevit_xxs"), "training")
+    kinds = [type(m) for m in model.modules()]
+
+    def refuse(self: object, *_: object) -> None:
+        raise MemoryError("no")
+
+    monkeypatch.setattr(inference.Fused, "__init__", refuse)
+    with pytest.raises(MemoryError):
+        fuse(model)
+    assert [type(m) for m in model.modules()] == kinds
+    plain = create("mobilevit_xxs")
+    kinds = [type(m) for m in plain.modules()]
+    with pytest.raises(MemoryError):
+        fuse(plain)
+    assert [type(m) for m in plain.modules()] == kinds
+
+
+def test_a_subclass_of_a_network_is_reported():
+    model = create("mobilevit_xxs")
+    model.__class__ = type("Mine", (type(model),), {})
+    row = next(row for row in fuse_report(fuse(model)) if row.name == "")
+    assert (row.kind, row.became) == ("Mine", "") and "is a subclass of ByobNet" in row.reason
+
+
 def test_a_forward_that_was_replaced_before_is_not_known(monkeypatch):
     fuse(create("mobilevit_xxs"), "training")
-    monkeypatch.delitem(guard.FORWARDS, MobileVitBlock)
+    monkeypatch.setattr(guard, "KNOWN", guard.KNOWN - {MobileVitBlock})
+    monkeypatch.setattr(mvit3_kernels.hosts.swapped, "KNOWN", guard.KNOWN)
     monkeypatch.setattr(MobileVitBlock, "forward", lambda self, x: x)
     mvit3_kernels.hosts.swapped.known_of_host(MobileVitBlock)
-    assert MobileVitBlock not in guard.FORWARDS
+    assert MobileVitBlock not in guard.KNOWN
 
 
 @built

@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mvit3_kernels.models.segmentation import ASPP, PSP
 
@@ -53,6 +54,20 @@ def test_pooled_branches_join_before_they_are_up_sampled(kind, name, training):
         assert module.why_modules() is None and plain.why_modules().startswith(name)
         for got, want in zip(run(copy.deepcopy(module), x + 3, dy), run(plain, x + 3, dy), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind, name", [("aspp", "aspp_layer.project"), ("psp", "fusion.0")])
+def test_checkpointing_counts_a_batch_as_often_as_the_modules(kind, name, reentrant):
+    module = pyramid(kind, True)
+    x = torch.randn(4, 12 if kind == "aspp" else 64, 6, 6, dtype=torch.float64, requires_grad=True)
+    buffers = []
+    for each in (module, hooked(module, name)):
+        y = checkpoint(each, x, use_reentrant=reentrant)
+        y.sum().backward()
+        buffers.append(dict(each.named_buffers()))
+    assert buffers[1][next(key for key in buffers[1] if key.endswith("tracked"))] == 2
+    torch.testing.assert_close(*buffers, rtol=1e-9, atol=1e-9)
 
 
 CHANGES = {

@@ -383,11 +383,7 @@ def test_the_log_and_explain_say_why(caplog):
         found = explain(model, x)
         model(x)
     lines = [record.message for record in caplog.records if "TransformerLayer" in record.message]
-    assert (
-        len(lines) == 1
-        and "1.pre_norm_ffn.2" not in lines[0]
-        and "pre_norm_ffn.2 is a torch.nn.modules.activation.ReLU" in lines[0]
-    )
+    assert len(lines) == 1 and "pre_norm_ffn is made of LayerNorm, Linear, ReLU, Dropout" in lines[0]
     rows = {row.what: row for row in found if row.kind == "block"}
     assert rows["layer_3.1.global_rep"].ran == rows["layer_3.1.global_rep.1"].ran == "modules"
     assert rows["layer_3.1.global_rep.0"].ran == rows["layer_1.0"].ran == "fused"
