@@ -26,7 +26,7 @@ from benchmarks.bench_models import Candidate as Network
 from benchmarks.common import Row, interleaved, line, machine, write
 
 SIDE = 256
-WORK = (Work("inference", 1, SIDE, (), 12, 5), Work("training", 8, SIDE, (), 7))
+WORK = (Work("inference", 1, SIDE, (), 12, 5), Work("training", 8, SIDE, (), 4, 2))
 PEERS = ("eager_nchw", "eager_channels_last", "compile", "onnxruntime", "openvino")
 
 
