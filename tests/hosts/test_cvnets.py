@@ -1,0 +1,317 @@
+"""Blocks of ml-cvnets and of the MobileViTv3 release: what they compute, what they keep, what is left.
+
+No copy of either is here: the stand-ins of `cvnets_like.py` take their place, under the same module path."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mvit3_kernels import explain, fuse, fuse_report, hosts, unfuse
+from mvit3_kernels.nn import guard
+from tests.bounds import assert_bound, each
+
+from .compare import distances, flat, images, prepare, results
+
+EXACT = 1e-12
+SOURCE = Path(__file__).with_name("cvnets_like.py")
+NAME = "cvnets.modules.mobilevit_block"
+BLOCKS = ("MobileViTBlock", "MobileViTBlockv2", "MobileViTBlockv3", "MobileViTv3Block")
+V1_STYLE = ("MobileViTBlock", "MobileViTBlockv3")
+
+
+def load_cvnets(**options: object) -> ModuleType:
+    """The stand-ins as a module of cvnets, anew."""
+    spec = importlib.util.spec_from_file_location(NAME, SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    vars(module).update(options)
+    sys.modules[NAME] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cvnets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A copy of cvnets before 0.3."""
+    yield from _package(monkeypatch)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A copy from 0.3 on."""
+    yield from _package(monkeypatch, LATE=True)
+
+
+def _package(monkeypatch: pytest.MonkeyPatch, **options: object) -> Iterator[ModuleType]:
+    for name in ("cvnets", "cvnets.modules", NAME):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    yield load_cvnets(**options)
+
+
+def network(cvnets: ModuleType, block: str, **options: object) -> nn.Module:
+    """A stem, two inverted residuals and a block: the map is half as large as the images, and a quarter."""
+    torch.manual_seed(0)
+    return prepare(
+        nn.Sequential(
+            cvnets.ConvLayer(3, 8, 3, stride=2),
+            cvnets.InvertedResidual(8, 8),
+            cvnets.InvertedResidual(8, 12, stride=2),
+            getattr(cvnets, block)(12, 16, **options),
+        )
+    )
+
+
+def reasons(model: nn.Module, x: Tensor) -> str:
+    """Why blocks of a call ran their modules."""
+    return " ".join(row.reason for row in explain(model, x) if row.kind == "block" and row.reason)
+
+
+def left(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.reason for row in fuse_report(model).left()}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("size", [(32, 48), (29, 37)], ids=["even", "odd"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_exact(cvnets, block, size, training):
+    model, x = network(cvnets, block), images(2, 3, *size)
+    found = distances(model, x, training)
+    assert all(distance <= EXACT for distance in found.values()), found
+    fuse(model, "training")
+    assert not left(model) and not reasons(model, x)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_large_patch_on_images_of_256(cvnets, block):
+    model, x = network(cvnets, block, patch=8, depth=1), images(1, 3, 256, 256)
+    found = distances(model, x, training=False)
+    assert all(distance <= EXACT for distance in found.values()), found
+    assert not reasons(fuse(model, "training"), x)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("block", V1_STYLE)
+def test_the_layer_norm_of_later_versions(late, block, training):
+    """It normalises over patches where there are as many as channels: 8 x 8 pixels of 2 x 2, 16 channels. In float64
+    the host rounds probabilities to float32; the op would not."""
+    model = network(late, block)
+    for pixels, many in ((32, "16 patches for 16 channels"), (40, "")):
+        x = images(2, 3, pixels, pixels)
+        assert max(distances(model, x, training).values()) <= EXACT
+        assert "rounds probabilities" in reasons(fuse(copy.deepcopy(model), "training"), x)
+        exact, host = (results(copy.deepcopy(m), t, training) for m, t in ((model, x), (model.float(), x.float())))
+        fused = fuse(copy.deepcopy(model), "training")
+        why = reasons(fused.train(training), x.float())
+        assert (many in why) if many else not why
+        found = results(fuse(copy.deepcopy(model), "training"), x.float(), training)
+        assert_bound(*({n: of[n] for n in exact} for of in (found, host, exact)), 1e-6, group=each, least=0)
+        model.double()
+
+
+def test_the_layer_norm_of_the_first_versions_normalises_channels(cvnets):
+    x = images(2, 3, 32, 32)
+    model = fuse(network(cvnets, "MobileViTBlock"), "training")
+    assert not reasons(model, x)
+
+
+def test_optimizers_go_on_and_unfuse_restores(cvnets):
+    model, x = network(cvnets, "MobileViTBlockv3"), images(2, 3, 33, 33)
+    host = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (host, model)]
+    ids, keys = [id(p) for p in model.parameters()], list(model.state_dict())
+    fuse(model, "training")
+    for _ in range(5):
+        for optimizer, m in zip(optimizers, (host, model), strict=True):
+            results(m, x, training=True)
+            optimizer.step()
+    error = flat(model.state_dict().values()) - flat(host.state_dict().values())
+    assert error.norm() <= 1e-9 * flat(host.state_dict().values()).norm()
+    assert [id(p) for p in model.parameters()] == ids and list(model.state_dict()) == keys
+    assert all(isinstance(m, cvnets.ConvLayer) for m in model[3].local_rep)
+    unfuse(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in host.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in host.modules()]
+
+
+def test_copies_and_pickles_are_fused(cvnets):
+    model, x = fuse(network(cvnets, "MobileViTBlockv2"), "training").eval(), images(1, 3, 32, 32)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert other(x).equal(model(x)) and not reasons(other, x)
+        unfuse(other)
+        assert type(other[3]) is cvnets.MobileViTBlockv2
+
+
+def test_a_pickle_is_the_hosts_own_where_its_version_is_not_known(cvnets):
+    model = fuse(network(cvnets, "MobileViTBlockv2"), "training")
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    other = load_cvnets()
+    other.MobileViTBlockv2.forward = lambda self, x: self.surprise(x)
+    found = torch.load(file, weights_only=False)
+    assert type(found[3]) is other.MobileViTBlockv2 and isinstance(found[1], hosts.Swapped)
+
+
+def test_every_hook_fires(cvnets):
+    host, x = network(cvnets, "MobileViTBlock"), images(1, 3, 32, 32)
+    counts = []
+    for model in (host, fuse(copy.deepcopy(host), "training")):
+        counts.append(0)
+
+        def count(*_: object) -> None:
+            counts[-1] += 1
+
+        for module in model.modules():
+            module.register_forward_hook(count)
+        model(x)
+    assert counts[0] == counts[1] > 60
+
+
+CHANGES = {
+    "scaling": lambda m: vars(m[3].global_rep[0].pre_norm_mha[1]).update(scaling=4.0),
+    "patch": lambda m: vars(m[3]).update(patch_h=4, patch_w=4, patch_area=16),
+    "area": lambda m: vars(m[3].global_rep[0].pre_norm_mha[1].softmax).update(dim=-2),
+    "skip": lambda m: vars(m[1]).update(use_res_connect=False),
+    "act": lambda m: setattr(m[1].block.exp_1x1.block, "act", nn.GELU()),
+    "eps": lambda m: vars(m[3].global_rep[2]).update(eps=0.1),
+    "norm": lambda m: setattr(m[3].global_rep[0].pre_norm_ffn, "0", nn.Identity()),
+}
+FUSED = ("patch", "skip", "eps")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_take_effect(cvnets, change):
+    host, x = network(cvnets, "MobileViTBlock"), images(2, 3, 32, 48)
+    model = fuse(copy.deepcopy(host), "training")
+    before = model(x)
+    for m in (host, model):
+        CHANGES[change](m)
+    want, found = results(host, x, training=True), results(model, x, training=True)
+    assert all((found[n] - t).norm() <= EXACT * t.norm() for n, t in want.items())
+    assert (model.eval()(x) - before).norm() > 1e-6 * before.norm()
+    assert (reasons(model, x) == "") == (change in FUSED)
+
+
+def test_dropouts_of_layers(cvnets):
+    model = fuse(network(cvnets, "MobileViTBlockv3", dropout=0.25), "training").train()
+    block, x = model[3], images(2, 3, 32, 32)
+    assert block.describe().tokens.dropouts == {
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "output_dropout": 0.25,
+        "ffn_output_dropout": 0.25,
+    }
+    assert not reasons(model, x) and not model(x).equal(model(x))
+    block.global_rep[1].pre_norm_mha[2].p = 0.5
+    assert "drop with different probabilities" in reasons(model, x)
+
+
+def _swaps_concat(cvnets: ModuleType) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        local = self.local_rep(x)
+        tokens, sizes = self.unfolding(local)
+        projected = self.conv_proj(self.folding(self.global_rep(tokens), sizes))
+        return self.fusion(torch.cat((projected, x), 1))
+
+    _write(cvnets.MobileViTBlock, forward)
+
+
+def _other_corners(cvnets: ModuleType) -> None:
+    def resize_input_if_needed(self, x: Tensor) -> Tensor:
+        sides = [cvnets.math.ceil(side / self.patch_h) * self.patch_h for side in x.shape[2:]]
+        return cvnets.F.interpolate(x, sides, mode="bilinear", align_corners=False)
+
+    _write(cvnets.MobileViTBlockv2, resize_input_if_needed)
+
+
+def _gated(cvnets: ModuleType) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.pre_norm_ffn(x + self.pre_norm_attn(x))
+
+    _write(cvnets.LinearAttnFFN, forward)
+
+
+def _subtracts(cvnets: ModuleType) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.block(x) if self.use_res_connect else self.block(x)
+
+    _write(cvnets.InvertedResidual, forward)
+
+
+def _returns_more(cvnets: ModuleType) -> None:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _, _, y = self.forward_spatial(x)
+        return self.conv_proj(y), y
+
+    _write(cvnets.MobileViTBlockv2, forward)
+
+
+def _write(kind: type[nn.Module], method: object) -> None:
+    """As if it stood in the file."""
+    method.__module__, method.__qualname__ = kind.__module__, f"{kind.__qualname__}.{method.__name__}"
+    setattr(kind, method.__name__, method)
+
+
+ALTERED = {
+    "order": (_swaps_concat, "MobileViTBlock", "3", "something else"),
+    "corners": (_other_corners, "MobileViTBlockv2", "3", "something else"),
+    "name": (
+        _gated,
+        "MobileViTBlockv2",
+        "3",
+        "an unknown version of cvnets.modules.mobilevit_block.LinearAttnFFN: its",
+    ),
+    "sign": (_subtracts, "MobileViTBlock", "1", "something else"),
+    "returns": (_returns_more, "MobileViTBlockv2", "3", "returns a tuple"),
+}
+
+
+@pytest.mark.parametrize("alteration", ALTERED)
+def test_an_altered_version_is_left(cvnets, alteration):
+    alter, block, name, reason = ALTERED[alteration]
+    alter(cvnets)
+    model = fuse(network(cvnets, block), "training")
+    found = left(model)
+    assert list(found) == [name] and reason in found[name], found
+    assert type(model.get_submodule(name)).__module__ == NAME
+
+
+def test_what_else_is_left(cvnets):
+    class Own(cvnets.ConvLayer):
+        pass
+
+    cvnets.ConvLayer.forward, forward = lambda self, x: x, cvnets.ConvLayer.forward
+    replaced = fuse_report(nn.Sequential(cvnets.ConvLayer(3, 4)))
+    assert "replaced" in replaced.left()[0].reason
+    cvnets.ConvLayer.forward = forward
+    parts = nn.Sequential(Own(3, 4), cvnets.InvertedResidual(4, 4, ratio=1), cvnets.MobileViTBlockv2(4, 8))
+    parts[2].global_rep[0].pre_norm_attn[0] = cvnets.LayerNorm(8)
+    found = left(fuse(parts, "training"))
+    assert "is a subclass of cvnets" in found["0"]
+    assert "exp_1x1" in found["1"]
+    assert "a norm is a LayerNorm" in found["2"]
+
+
+def test_probing_changes_nothing(cvnets):
+    """Neither the model nor the random numbers around it, and hooks do not see the probe."""
+    model, calls = network(cvnets, "MobileViTBlock", dropout=0.5).train(), []
+    model[3].conv_proj.register_forward_hook(lambda *_: calls.append(1))
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fuse(model, "training")
+    assert all(t.equal(state[name]) for name, t in model.state_dict().items()) and not calls
+    assert torch.get_rng_state().equal(random) and model[3].training
+    assert model[3].global_rep[0].pre_norm_mha[2].p == 0.5
+    assert guard.examine(model[3]) is not None
