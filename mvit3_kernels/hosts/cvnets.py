@@ -214,6 +214,8 @@ def _transformer_layer(layer: nn.Module) -> LayerPlan:
     qkv, out_proj = attention.qkv_proj, attention.out_proj
     for name, part in {"qkv_proj": qkv, "out_proj": out_proj, "fc1": fc1, "fc2": fc2}.items():
         _expect(name, part, "LinearLayer")
+        if getattr(part, "channel_first", False):
+            raise Unfit(f"{name} reads channels first, as for export")
     width = attention.num_heads * attention.head_dim
     if {qkv.in_features, qkv.out_features / 3, out_proj.in_features, out_proj.out_features} != {width}:
         raise Unfit("its attention does not keep the width")
@@ -272,14 +274,24 @@ class _Swapped(_Made, Swapped):
         return to_nchw(cls.describe(block).run(to_nhwc(x)))
 
     def misfit(self) -> str | None:
-        return super().misfit() or why_different(self, self.compute, self.patch_size(self))
+        try:
+            return super().misfit() or why_different(self, self.compute, self.patch_size(self))
+        except AttributeError as error:
+            return _lacks(error)
 
     @classmethod
     def why_left(cls, module: nn.Module) -> str | None:
-        reason = _unknown(cls.host) or super().why_left(module)
-        if reason is not None or tampered_below(module) is not None:  # that may pass
-            return reason
-        return why_different(module, cls.compute, cls.patch_size(module))
+        try:
+            reason = _unknown(cls.host) or super().why_left(module)
+            if reason is not None or tampered_below(module) is not None:  # that may pass
+                return reason
+            return why_different(module, cls.compute, cls.patch_size(module))
+        except AttributeError as error:
+            return _lacks(error)
+
+
+def _lacks(error: AttributeError) -> str:
+    return f"it is not made as the known versions are: {error}"
 
 
 class _ConvLayer(_Swapped):
@@ -303,7 +315,7 @@ class _MobileViTBlock(_Swapped):
         if getattr(self, "enable_coreml_compatible_fn", False):
             raise Unfit("it is made for export to Core ML")
         local = tuple(_conv("local_rep", layer) for layer in _children("local_rep", self.local_rep, 2))
-        *layers, norm = _children("global_rep", self.global_rep, len(self.global_rep))
+        *layers, norm = _children("global_rep", self.global_rep, max(len(self.global_rep), 1))
         project, patch_size = _conv("conv_proj", self.conv_proj), (self.patch_h, self.patch_w)
         channels, width = local[0].conv.in_channels, local[-1].conv.out_channels
         if not isinstance(norm, nn.LayerNorm):
@@ -317,21 +329,32 @@ class _MobileViTBlock(_Swapped):
         return TransformerPlan(local, tokens, project, fusion, with_local)
 
     def call_misfit(self, x: Tensor) -> str | None:
-        *layers, norm = self.global_rep
-        if not isinstance(norm, nn.LayerNorm):
-            return None
-        if x.dtype is torch.float64 and any("float" in _names(type(layer.pre_norm_mha[1])) for layer in layers):
+        if x.dtype is torch.float64 and _rounds(self):
             return "its attention rounds probabilities to float32, which the op in float64 does not"
         return self.norm_misfit(*x.shape[2:])
 
     def norm_misfit(self, height: int, width: int) -> str | None:
         """From version 0.3 on LayerNorm looks for the channels, and takes the patches for them where there are as
         many."""
-        norm = self.global_rep[-1]
-        patches = math.ceil(height / self.patch_h) * math.ceil(width / self.patch_w)
-        if isinstance(norm, nn.LayerNorm) and patches == norm.normalized_shape[0] and "std_mean" in _names(type(norm)):
-            return f"its LayerNorm takes {patches} patches for {patches} channels, and normalises over them"
-        return None
+        if not _looks_for_channels(self):
+            return None
+        patches = -(-height // self.patch_h) * -(-width // self.patch_w)
+        if patches != self.global_rep[-1].normalized_shape[0]:
+            return None
+        return f"its LayerNorm takes {patches} patches for {patches} channels, and normalises over them"
+
+
+# torch.compile asks while it traces, as it asks a guard.
+@torch.compiler.assume_constant_result
+def _rounds(block: nn.Module) -> bool:
+    layers = (layer for layer in block.global_rep if hasattr(layer, "pre_norm_mha"))
+    return any("float" in _names(type(layer.pre_norm_mha[1])) for layer in layers)
+
+
+@torch.compiler.assume_constant_result
+def _looks_for_channels(block: nn.Module) -> bool:
+    norm = block.global_rep[-1]
+    return isinstance(norm, nn.LayerNorm) and "std_mean" in _names(type(norm))
 
 
 _SWAPPED = {"ConvLayer": _ConvLayer, "ConvLayer2d": _ConvLayer, "InvertedResidual": _InvertedResidual}

@@ -8,18 +8,20 @@ answer is kept for all modules of the same class, with the same classes and the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.guard import is_plain
-from ..nn.plans import Unfit
+from ..inference import FusedNetwork
+from ..nn.guard import HOOKS, is_plain
+from .swapped import Swapped
 
 # Another formula shows by more; where a host rounds to float32 in between it errs less.
 TOLERANCE = 1e-6
 # What does not count: `training` is probed both ways, the rest is for the guard.
-PASSING = {*vars(nn.Module()), "_guard"}
+PASSING = {*vars(nn.Module()), "_guard", "_fused"}
 _answers: dict[tuple, str | None] = {}
 
 
@@ -34,7 +36,7 @@ def why_different(
     Args:
         module: takes maps (B, C, H, W); its first convolution says C. What is below it is plain
             (`guard.tampered_below`). It is left as it is.
-        compute: of any copy of the module and a map, what the module is thought to make of it. May raise `Unfit`.
+        compute: of any copy of the module and a map, what the module is thought to make of it.
         patch_size: maps are probed that are and that are not made of whole patches.
         modes: the values of `training` that are probed.
     """
@@ -49,7 +51,7 @@ def _key(root: nn.Module) -> tuple:
     """All that the code of a module could look at but for its tensors."""
     found = []
     for name, module in root.named_modules():
-        kind = getattr(module, "host", type(module))
+        kind = getattr(type(module), "host", type(module))
         passing = PASSING | ({"p"} if isinstance(module, nn.Dropout) else set())
         plain = {k: v for k, v in vars(module).items() if k not in passing and not isinstance(v, Tensor)}
         found.append((name, kind, tuple(module._modules), repr(sorted(plain.items()))))
@@ -63,13 +65,13 @@ def _probe(module: nn.Module, compute: Callable, patch_size: tuple[int, int], mo
     for size in _sizes(patch_size, twin):
         for training in modes:
             x = torch.randn(2, _channels(host), *size, generator=generator, dtype=torch.float64)
-            want = _call(host.train(training), x)
-            if isinstance(want, str):
-                return want
             try:
-                found = compute(twin.train(training), x)
-            except Unfit as reason:
-                return str(reason)
+                want, found = host.train(training)(x.clone()), compute(twin.train(training), x)
+            # Whatever the code of a host raises, or ends the process by: the module is left, with the reason.
+            except (Exception, SystemExit) as error:
+                return f"its code cannot be tried on a map of {tuple(x.shape)}: {type(error).__name__}: {error}"
+            if not isinstance(want, Tensor):
+                return f"its code returns a {type(want).__name__}"
             if not _agree(found, want):
                 return "its code computes something else than that of the known versions"
     if not all(_agree(*pair) for pair in zip(twin.buffers(), host.buffers(), strict=True)):
@@ -98,23 +100,17 @@ def _twin(root: nn.Module, generator: torch.Generator) -> nn.Module:
         elif t.ndim < 2:  # of norms and biases; variances are positive
             value = torch.rand(t.shape, generator=generator, dtype=torch.float64) + 0.5
         else:
-            value = torch.randn(t.shape, generator=generator, dtype=torch.float64) / t[0].numel() ** 0.5
+            value = torch.randn(t.shape, generator=generator, dtype=torch.float64) / math.prod(t.shape[1:]) ** 0.5
         tensors[id(t)] = nn.Parameter(value, requires_grad=False) if isinstance(t, nn.Parameter) else value
-    twin = copy.deepcopy(root, tensors)
+    # Hooks of the root do not concern it, nor should they see the copy.
+    known = tensors | {id(group): type(group)() for name, group in vars(root).items() if name in HOOKS}
+    twin = copy.deepcopy(root, known)
     for module in twin.modules():
-        if hasattr(module, "restore") and hasattr(module, "host"):
+        if isinstance(module, Swapped | FusedNetwork):
             module.restore()
         if is_plain(module, nn.Dropout):
             module.p = 0.0
     return twin
-
-
-def _call(host: nn.Module, x: Tensor) -> Tensor | str:
-    try:
-        y = host(x.clone())
-    except Exception as error:  # whatever the code of a host raises: it is left, with the reason
-        return f"its forward does not take a map of {tuple(x.shape)}: {type(error).__name__}: {error}"
-    return y if isinstance(y, Tensor) else f"its forward returns a {type(y).__name__}"
 
 
 def _agree(found: Tensor, want: Tensor) -> bool:

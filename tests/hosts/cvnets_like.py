@@ -127,12 +127,18 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv_proj(x_q).reshape(batch, tokens, 3, self.num_heads, -1).transpose(1, 3)
         query, key, value = qkv[:, :, 0] * self.scaling, qkv[:, :, 1], qkv[:, :, 2]
         scores = torch.matmul(query, key.transpose(2, 3))
-        if LATE:
-            scores = self.softmax(scores.float()).to(scores.dtype)
-        else:
-            scores = self.softmax(scores)
-        y = torch.matmul(self.attn_dropout(scores), value)
+        y = torch.matmul(self.attn_dropout(self.forward_default(scores)), value)
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, width))
+
+    if LATE:
+
+        def forward_default(self, scores: Tensor) -> Tensor:
+            return self.softmax(scores.float()).to(scores.dtype)
+
+    else:
+
+        def forward_default(self, scores: Tensor) -> Tensor:
+            return self.softmax(scores)
 
 
 class TransformerEncoder(nn.Module):
@@ -263,3 +269,36 @@ class MobileViTv3Block(MobileViTBlockv2):
     def forward(self, x: Tensor) -> Tensor:
         x, local, y = self.forward_spatial(x)
         return x + self.conv_proj(torch.cat((y, local), 1))
+
+
+class GlobalPool(nn.Module):
+    def __init__(self, pool_type: str = "mean") -> None:
+        super().__init__()
+        self.pool_type, self.keep_dim = pool_type, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mean(x, dim=[-2, -1], keepdim=self.keep_dim)
+
+
+class MobileViT(nn.Module):
+    """A classifier of the parts of `cvnets`, with one block."""
+
+    def __init__(self, cvnets: object, block: str) -> None:
+        super().__init__()
+        self.neural_augmentor = None
+        self.conv_1 = cvnets.ConvLayer(3, 8, 3, stride=2)
+        self.layer_1 = nn.Sequential(cvnets.InvertedResidual(8, 8))
+        self.layer_2 = nn.Sequential(cvnets.InvertedResidual(8, 12, stride=2))
+        self.layer_3 = nn.Sequential(cvnets.InvertedResidual(12, 12), getattr(cvnets, block)(12, 16))
+        self.layer_4 = nn.Sequential(cvnets.InvertedResidual(12, 16, stride=2))
+        self.layer_5 = nn.Sequential(cvnets.InvertedResidual(16, 16))
+        self.conv_1x1_exp = cvnets.ConvLayer(16, 24) if hasattr(self.layer_3[1], "unfolding") else cvnets.Identity()
+        width = 24 if hasattr(self.layer_3[1], "unfolding") else 16
+        self.classifier = nn.Sequential(cvnets.GlobalPool(), cvnets.Dropout(0.1), cvnets.LinearLayer(width, 5))
+
+    def extract_features(self, x: Tensor) -> Tensor:
+        x = self.layer_2(self.layer_1(self.conv_1(x)))
+        return self.conv_1x1_exp(self.layer_5(self.layer_4(self.layer_3(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.extract_features(x))

@@ -7,8 +7,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvit3_kernels import explain, fuse, fuse_report, hosts, unfuse
+from mvit3_kernels import _native, explain, fuse, fuse_report, hosts, unfuse
 from mvit3_kernels.nn import guard
 from tests.bounds import assert_bound, each
 
@@ -24,17 +25,18 @@ from .compare import distances, flat, images, prepare, results
 
 EXACT = 1e-12
 SOURCE = Path(__file__).with_name("cvnets_like.py")
-NAME = "cvnets.modules.mobilevit_block"
+NAME, NETWORK = "cvnets.modules.mobilevit_block", "cvnets.models.classification.mobilevit"
 BLOCKS = ("MobileViTBlock", "MobileViTBlockv2", "MobileViTBlockv3", "MobileViTv3Block")
+built = pytest.mark.skipif(_native.why_not() is not None, reason="the compiled kernels are not built")
 V1_STYLE = ("MobileViTBlock", "MobileViTBlockv3")
 
 
-def load_cvnets(**options: object) -> ModuleType:
+def load_cvnets(name: str = NAME, **options: object) -> ModuleType:
     """The stand-ins as a module of cvnets, anew."""
-    spec = importlib.util.spec_from_file_location(NAME, SOURCE)
+    spec = importlib.util.spec_from_file_location(name, SOURCE)
     module = importlib.util.module_from_spec(spec)
     vars(module).update(options)
-    sys.modules[NAME] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -52,7 +54,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def _package(monkeypatch: pytest.MonkeyPatch, **options: object) -> Iterator[ModuleType]:
-    for name in ("cvnets", "cvnets.modules", NAME):
+    for name in ("cvnets", "cvnets.modules", "cvnets.models", "cvnets.models.classification", NAME, NETWORK):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     yield load_cvnets(**options)
 
@@ -68,6 +70,11 @@ def network(cvnets: ModuleType, block: str, **options: object) -> nn.Module:
             getattr(cvnets, block)(12, 16, **options),
         )
     )
+
+
+def classifier(cvnets: ModuleType, block: str) -> nn.Module:
+    torch.manual_seed(0)
+    return prepare(load_cvnets(NETWORK).MobileViT(cvnets, block)).eval()
 
 
 def reasons(model: nn.Module, x: Tensor) -> str:
@@ -98,23 +105,21 @@ def test_a_large_patch_on_images_of_256(cvnets, block):
     assert not reasons(fuse(model, "training"), x)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("block", V1_STYLE)
-def test_the_layer_norm_of_later_versions(late, block, training):
+def test_the_layer_norm_of_later_versions(late, block):
     """It normalises over patches where there are as many as channels: 8 x 8 pixels of 2 x 2, 16 channels. In float64
     the host rounds probabilities to float32; the op would not."""
-    model = network(late, block)
-    for pixels, many in ((32, "16 patches for 16 channels"), (40, "")):
+    exact, host = network(late, block), network(late, block).float()
+    for pixels, reason in ((32, "16 patches for 16 channels"), (40, "")):
         x = images(2, 3, pixels, pixels)
-        assert max(distances(model, x, training).values()) <= EXACT
-        assert "rounds probabilities" in reasons(fuse(copy.deepcopy(model), "training"), x)
-        exact, host = (results(copy.deepcopy(m), t, training) for m, t in ((model, x), (model.float(), x.float())))
-        fused = fuse(copy.deepcopy(model), "training")
-        why = reasons(fused.train(training), x.float())
-        assert (many in why) if many else not why
-        found = results(fuse(copy.deepcopy(model), "training"), x.float(), training)
-        assert_bound(*({n: of[n] for n in exact} for of in (found, host, exact)), 1e-6, group=each, least=0)
-        model.double()
+        assert max(distances(exact, x, training=True).values()) <= EXACT
+        assert "rounds probabilities" in reasons(fuse(copy.deepcopy(exact), "training"), x)
+        fused = fuse(copy.deepcopy(host), "training")
+        why = reasons(fused, x.float())
+        assert (reason in why) if reason else not why
+        want, reference = results(copy.deepcopy(exact), x, True), results(copy.deepcopy(host), x.float(), True)
+        found = results(fuse(copy.deepcopy(host), "training"), x.float(), True)
+        assert_bound(found, reference, want, 1e-6, group=each, least=0)
 
 
 def test_the_layer_norm_of_the_first_versions_normalises_channels(cvnets):
@@ -194,14 +199,14 @@ FUSED = ("patch", "skip", "eps")
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_take_effect(cvnets, change):
-    host, x = network(cvnets, "MobileViTBlock"), images(2, 3, 32, 48)
+    host, x = network(cvnets, "MobileViTBlock").eval(), images(2, 3, 32, 48)
     model = fuse(copy.deepcopy(host), "training")
     before = model(x)
     for m in (host, model):
         CHANGES[change](m)
+    assert (model(x) - before).norm() > 1e-6 * before.norm()
     want, found = results(host, x, training=True), results(model, x, training=True)
     assert all((found[n] - t).norm() <= EXACT * t.norm() for n, t in want.items())
-    assert (model.eval()(x) - before).norm() > 1e-6 * before.norm()
     assert (reasons(model, x) == "") == (change in FUSED)
 
 
@@ -293,16 +298,20 @@ def test_what_else_is_left(cvnets):
     class Own(cvnets.ConvLayer):
         pass
 
-    cvnets.ConvLayer.forward, forward = lambda self, x: x, cvnets.ConvLayer.forward
-    replaced = fuse_report(nn.Sequential(cvnets.ConvLayer(3, 4)))
-    assert "replaced" in replaced.left()[0].reason
-    cvnets.ConvLayer.forward = forward
     parts = nn.Sequential(Own(3, 4), cvnets.InvertedResidual(4, 4, ratio=1), cvnets.MobileViTBlockv2(4, 8))
     parts[2].global_rep[0].pre_norm_attn[0] = cvnets.LayerNorm(8)
     found = left(fuse(parts, "training"))
     assert "is a subclass of cvnets" in found["0"]
     assert "exp_1x1" in found["1"]
     assert "a norm is a LayerNorm" in found["2"]
+
+
+def test_a_class_whose_forward_was_replaced_is_left(cvnets):
+    cvnets.ConvLayer.forward = lambda self, x: self.block(x)
+    model = network(cvnets, "MobileViTBlockv2")
+    assert "a method has been replaced" in left(model)["0"]
+    with pytest.raises(ValueError, match="an op stands for, got Sequential without one"):
+        fuse(model)
 
 
 def test_probing_changes_nothing(cvnets):
@@ -315,3 +324,71 @@ def test_probing_changes_nothing(cvnets):
     assert torch.get_rng_state().equal(random) and model[3].training
     assert model[3].global_rep[0].pre_norm_mha[2].p == 0.5
     assert guard.examine(model[3]) is not None
+
+
+@built
+@torch.no_grad()
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_network_is_one_program(cvnets, block):
+    model = classifier(cvnets, block)
+    for size in ((64, 64), (75, 50)):
+        x = images(2, 3, *size)
+        want, host = model(x), model.float()(x.float())
+        found = fuse(copy.deepcopy(model))(x.float())
+        assert_bound(*({"logits": t} for t in (found, host, want)), 1e-6, group=each, least=0)
+        rows = list(explain(fuse(copy.deepcopy(model)), x.float()))
+        assert [(row.kind, row.ran) for row in rows if row.kind != "op"] == [("network", "fused")]
+        model.double()
+
+
+@built
+@torch.no_grad()
+def test_a_program_knows_where_the_later_layer_norm_differs(late):
+    model = fuse(classifier(late, "MobileViTBlockv3").float())
+    rows = [explain(model, images(1, 3, n, n).float()).rows[0] for n in (48, 32)]
+    assert rows[0].ran == "fused"
+    assert rows[1].ran == "ordinary path" and "16 patches for 16 channels" in rows[1].reason
+    host, x = unfuse(copy.deepcopy(model)), images(1, 3, 32, 32).float()
+    assert torch.allclose(model(x), host(x), rtol=1e-4, atol=1e-5)
+
+
+@built
+@torch.no_grad()
+def test_networks_that_are_no_program(cvnets):
+    x = images(1, 3, 32, 32).float()
+
+    def why(change: Callable[[nn.Module], object]) -> str:
+        model = classifier(cvnets, "MobileViTBlockv2").float()
+        change(model)
+        want, model = model(x), fuse(model)
+        assert torch.allclose(model(x), want, rtol=1e-4, atol=1e-5)
+        row = explain(model, x).rows[0]
+        return row.reason if row.kind == "network" else "none"
+
+    assert why(lambda m: None) == ""
+    assert "pools by rms" in why(lambda m: setattr(m.classifier[0], "pool_type", "rms"))
+    assert "something else" in why(lambda m: _write(type(m), _residual_features))
+    assert why(lambda m: _write(type(m), _surprising_forward)) == "none"
+
+
+def _residual_features(self, x: Tensor) -> Tensor:
+    x = self.layer_3(self.layer_2(self.layer_1(self.conv_1(x))))
+    return self.conv_1x1_exp(self.layer_5(self.layer_5(self.layer_4(x))))
+
+
+_residual_features.__name__ = "extract_features"
+
+
+def _surprising_forward(self, x: Tensor) -> Tensor:
+    return self.classifier(self.extract_features(x)).neg()
+
+
+_surprising_forward.__name__ = "forward"
+
+
+@torch.no_grad()
+def test_a_pickled_network_is_fused(cvnets):
+    model, x = fuse(classifier(cvnets, "MobileViTBlock").float()), images(1, 3, 32, 32).float()
+    found = pickle.loads(pickle.dumps(model))
+    assert type(found) is type(model) and torch.equal(found(x), model(x))
+    assert type(unfuse(found)).__module__ == NETWORK
