@@ -9,7 +9,8 @@ import importlib.util
 import io
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mvit3_kernels import _native, explain, fuse, fuse_report, hosts, unfuse
+from mvit3_kernels import nn as blocks
 from mvit3_kernels.nn import guard
 from tests.bounds import assert_bound, each
 
@@ -36,27 +38,37 @@ def load_cvnets(name: str = NAME, **options: object) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, SOURCE)
     module = importlib.util.module_from_spec(spec)
     vars(module).update(options)
-    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture
-def cvnets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A copy of cvnets before 0.3."""
-    yield from _package(monkeypatch)
+once = cache(load_cvnets)
 
 
-@pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """A copy from 0.3 on."""
-    yield from _package(monkeypatch, LATE=True)
-
-
-def _package(monkeypatch: pytest.MonkeyPatch, **options: object) -> Iterator[ModuleType]:
-    for name in ("cvnets", "cvnets.modules", "cvnets.models", "cvnets.models.classification", NAME, NETWORK):
+def register(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> ModuleType:
+    for name in ("cvnets", "cvnets.modules", "cvnets.models", "cvnets.models.classification"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    yield load_cvnets(**options)
+    monkeypatch.setitem(sys.modules, NETWORK, once(NETWORK))
+    monkeypatch.setitem(sys.modules, NAME, module)
+    return module
+
+
+@pytest.fixture
+def cvnets(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A copy of cvnets before 0.3."""
+    return register(monkeypatch, once())
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A copy from 0.3 on."""
+    return register(monkeypatch, once(LATE=True))
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A copy that a test may change."""
+    return register(monkeypatch, load_cvnets())
 
 
 def network(cvnets: ModuleType, block: str, **options: object) -> nn.Module:
@@ -74,7 +86,7 @@ def network(cvnets: ModuleType, block: str, **options: object) -> nn.Module:
 
 def classifier(cvnets: ModuleType, block: str) -> nn.Module:
     torch.manual_seed(0)
-    return prepare(load_cvnets(NETWORK).MobileViT(cvnets, block)).eval()
+    return prepare(sys.modules[NETWORK].MobileViT(cvnets, block)).eval()
 
 
 def reasons(model: nn.Module, x: Tensor) -> str:
@@ -95,6 +107,21 @@ def test_exact(cvnets, block, size, training):
     assert all(distance <= EXACT for distance in found.values()), found
     fuse(model, "training")
     assert not left(model) and not reasons(model, x)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_stand_ins_are_the_published_blocks(cvnets, block):
+    """Ours are held to golden values of those, and have their keys."""
+    ours = {
+        "MobileViTBlock": blocks.MobileViTBlock,
+        "MobileViTBlockv2": blocks.MobileViTV2Block,
+        "MobileViTBlockv3": blocks.MobileViTV3Block,
+        "MobileViTv3Block": blocks.MobileViTV3SeparableBlock,
+    }[block](12, 16, 32, 2)
+    host, x = prepare(getattr(cvnets, block)(12, 16)), images(2, 12, 7, 10)
+    ours.double().load_state_dict(host.state_dict())
+    want = ours(x)
+    assert (host(x) - want).norm() <= EXACT * want.norm()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -159,12 +186,12 @@ def test_copies_and_pickles_are_fused(cvnets):
         assert type(other[3]) is cvnets.MobileViTBlockv2
 
 
-def test_a_pickle_is_the_hosts_own_where_its_version_is_not_known(cvnets):
+def test_a_pickle_is_the_hosts_own_where_its_version_is_not_known(cvnets, monkeypatch):
     model = fuse(network(cvnets, "MobileViTBlockv2"), "training")
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    other = load_cvnets()
+    other = register(monkeypatch, load_cvnets())
     other.MobileViTBlockv2.forward = lambda self, x: self.surprise(x)
     found = torch.load(file, weights_only=False)
     assert type(found[3]) is other.MobileViTBlockv2 and isinstance(found[1], hosts.Swapped)
@@ -285,10 +312,10 @@ ALTERED = {
 
 
 @pytest.mark.parametrize("alteration", ALTERED)
-def test_an_altered_version_is_left(cvnets, alteration):
+def test_an_altered_version_is_left(own, alteration):
     alter, block, name, reason = ALTERED[alteration]
-    alter(cvnets)
-    model = fuse(network(cvnets, block), "training")
+    alter(own)
+    model = fuse(network(own, block), "training")
     found = left(model)
     assert list(found) == [name] and reason in found[name], found
     assert type(model.get_submodule(name)).__module__ == NAME
@@ -306,9 +333,9 @@ def test_what_else_is_left(cvnets):
     assert "a norm is a LayerNorm" in found["2"]
 
 
-def test_a_class_whose_forward_was_replaced_is_left(cvnets):
-    cvnets.ConvLayer.forward = lambda self, x: self.block(x)
-    model = network(cvnets, "MobileViTBlockv2")
+def test_a_class_whose_forward_was_replaced_is_left(own):
+    own.ConvLayer.forward = lambda self, x: self.block(x)
+    model = network(own, "MobileViTBlockv2")
     assert "a method has been replaced" in left(model)["0"]
     with pytest.raises(ValueError, match="an op stands for, got Sequential without one"):
         fuse(model)
@@ -331,14 +358,11 @@ def test_probing_changes_nothing(cvnets):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_network_is_one_program(cvnets, block):
     model = classifier(cvnets, block)
-    for size in ((64, 64), (75, 50)):
-        x = images(2, 3, *size)
-        want, host = model(x), model.float()(x.float())
-        found = fuse(copy.deepcopy(model))(x.float())
-        assert_bound(*({"logits": t} for t in (found, host, want)), 1e-6, group=each, least=0)
-        rows = list(explain(fuse(copy.deepcopy(model)), x.float()))
-        assert [(row.kind, row.ran) for row in rows if row.kind != "op"] == [("network", "fused")]
-        model.double()
+    x = images(2, 3, 75, 50)
+    want, host = model(x), model.float()(x.float())
+    found = fuse(model)(x.float())
+    assert_bound(*({"logits": t} for t in (found, host, want)), 1e-6, group=each, least=0)
+    assert [(row.kind, row.ran) for row in explain(model, x.float())] == [("network", "fused")]
 
 
 @built
@@ -354,10 +378,11 @@ def test_a_program_knows_where_the_later_layer_norm_differs(late):
 
 @built
 @torch.no_grad()
-def test_networks_that_are_no_program(cvnets):
+def test_networks_that_are_no_program(cvnets, monkeypatch):
     x = images(1, 3, 32, 32).float()
 
     def why(change: Callable[[nn.Module], object]) -> str:
+        monkeypatch.setitem(sys.modules, NETWORK, load_cvnets(NETWORK))
         model = classifier(cvnets, "MobileViTBlockv2").float()
         change(model)
         want, model = model(x), fuse(model)
