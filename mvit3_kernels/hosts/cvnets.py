@@ -102,7 +102,9 @@ def _is_network(kind: type[nn.Module]) -> bool:
 
 def _unknown(kind: type[nn.Module]) -> str | None:
     """Why a class is none of the known versions."""
-    used = _MOBILEVIT if _is_block(kind) else _NETWORK if _is_network(kind) else USED[kind.__name__]
+    used = _MOBILEVIT if _is_block(kind) else _NETWORK if _is_network(kind) else USED.get(kind.__name__)
+    if used is None:
+        return f"a {kind.__module__}.{kind.__name__}"
     others = _names(kind) - {*used.split(), *_SHAPES.split()}
     if others:
         return f"an unknown version of {kind.__module__}.{kind.__name__}: its code uses {', '.join(sorted(others))}"
@@ -112,24 +114,28 @@ def _unknown(kind: type[nn.Module]) -> str | None:
 def recognise(kinds: Iterable[type]) -> None:
     """Registers the classes of ml-cvnets that are among these."""
     for kind in kinds:
-        if kind.__module__.partition(".")[0] != "cvnets" or not issubclass(kind, nn.Module) or kind in _met:
-            continue
-        _met.add(kind)
-        bases = [base for base in _PLAIN if inherits(kind, base)]
-        if bases:
-            known(kind)
-            ACTIVATION_NAMES.update((kind, ACTIVATION_NAMES[base]) for base in bases if base in ACTIVATION_NAMES)
-        elif _is_block(kind) or kind.__name__ in _SWAPPED:
-            stands_for(kind)(_made(_SWAPPED.get(kind.__name__, _MobileViTBlock), kind))
-        elif _is_network(kind) and (reason := _unknown(kind)) is not None:
-            LOGGER.warning("no program is made of a %s: it is %s", kind.__name__, reason)
-        elif _is_network(kind):
-            stands_for_network(kind)(_made(_MobileViT, kind))
-            assemble.register(kind, _assemble)
-        elif kind.__name__ in USED and _unknown(kind) is None:
-            known(kind)
-            if kind.__name__ in _EMIT:
-                emit.register(kind, _EMIT[kind.__name__])
+        if kind.__module__.partition(".")[0] == "cvnets" and issubclass(kind, nn.Module) and kind not in _met:
+            bases = [base for base in _PLAIN if inherits(kind, base)]
+            _met[kind] = None if bases else _unknown(kind)
+            if bases:
+                known(kind)
+                ACTIVATION_NAMES.update((kind, ACTIVATION_NAMES[base]) for base in bases if base in ACTIVATION_NAMES)
+            else:
+                _register(kind)
+
+
+def _register(kind: type[nn.Module]) -> None:
+    if _is_block(kind) or kind.__name__ in _SWAPPED:
+        stands_for(kind)(_made(_SWAPPED.get(kind.__name__, _MobileViTBlock), kind))
+    elif _is_network(kind) and _met[kind] is not None:
+        LOGGER.warning("no program is made of a %s: it is %s", kind.__name__, _met[kind])
+    elif _is_network(kind):
+        stands_for_network(kind)(_made(_MobileViT, kind))
+        assemble.register(kind, _assemble)
+    elif kind.__name__ in USED and _met[kind] is None:
+        known(kind)
+        if kind.__name__ in _EMIT:
+            emit.register(kind, _EMIT[kind.__name__])
 
 
 def _made(base: type[nn.Module], host: type[nn.Module]) -> type[nn.Module]:
@@ -151,10 +157,11 @@ class _Made:
 def _new(host: type[nn.Module]) -> nn.Module:
     recognise([host])
     made = SWAPPED.get(host) or FUSED.get(host)
-    return host.__new__(host if made is None or _unknown(host) else made)
+    return host.__new__(host if made is None or _met[host] is not None else made)
 
 
-_met: set[type[nn.Module]] = set()
+# The classes that were shown, and why they are none of the known versions.
+_met: dict[type[nn.Module], str | None] = {}
 _PLAIN = (
     nn.Conv2d,
     nn.BatchNorm2d,
@@ -175,7 +182,7 @@ def _expect(name: str, module: nn.Module | None, *kinds: str) -> None:
     kind = getattr(type(module), "host", type(module))
     if kind.__module__.partition(".")[0] != "cvnets" or kind.__name__ not in kinds:
         raise Unfit(f"{name} is a {kind.__module__}.{kind.__name__}")
-    if reason := _unknown(kind):
+    if (reason := _met.get(kind, f"a {kind.__name__} that fuse has not seen")) is not None:
         raise Unfit(f"{name} is {reason}")
 
 
@@ -282,7 +289,7 @@ class _Swapped(_Made, Swapped):
     @classmethod
     def why_left(cls, module: nn.Module) -> str | None:
         try:
-            reason = _unknown(cls.host) or super().why_left(module)
+            reason = _met[cls.host] or super().why_left(module)
             if reason is not None or tampered_below(module) is not None:  # that may pass
                 return reason
             return why_different(module, cls.compute, cls.patch_size(module))

@@ -327,10 +327,28 @@ def test_what_else_is_left(cvnets):
 
     parts = nn.Sequential(Own(3, 4), cvnets.InvertedResidual(4, 4, ratio=1), cvnets.MobileViTBlockv2(4, 8))
     parts[2].global_rep[0].pre_norm_attn[0] = cvnets.LayerNorm(8)
+    parts += nn.Sequential(*(cvnets.MobileViTBlock(8, 8) for _ in range(4)), cvnets.MobileViTBlockv2(4, 8))
+    parts[3].global_rep[0].drop_path = nn.Dropout()
+    parts[4].global_rep[1].pre_norm_ffn[2] = nn.GELU()
+    parts[5].fusion = cvnets.ConvLayer(16, 8)
+    del parts[6].patch_area, parts[6].patch_h
+    parts[7].enable_coreml_compatible_fn = True
     found = left(fuse(parts, "training"))
     assert "is a subclass of cvnets" in found["0"]
     assert "exp_1x1" in found["1"]
     assert "a norm is a LayerNorm" in found["2"]
+    assert "drop_path is a" in found["3"]
+    assert "act 'GELU', the op has 'silu'" in found["4"]
+    assert "something else" in found["5"]  # for all that the widths say it could be MobileViTv3's
+    assert "no attribute 'patch_h'" in found["6"]
+    assert "Core ML" in found["7"]
+
+
+def test_one_graph(late):
+    model, x = network(late, "MobileViTBlockv3").float().eval(), images(1, 3, 40, 40).float()
+    want = model(x)
+    found = torch.compile(fuse(model, "training"), backend="eager", fullgraph=True)(x)
+    assert torch.allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_whose_forward_was_replaced_is_left(own):
