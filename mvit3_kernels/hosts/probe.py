@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..inference import FusedNetwork
 from ..nn.guard import HOOKS, is_plain
+from ..ops.dispatch import backend
 from .swapped import Swapped
 
 # Another formula shows by more; where a host rounds to float32 in between it errs less.
@@ -42,8 +43,12 @@ def why_different(
     """
     key = _key(module)
     if key not in _answers:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
-            _answers[key] = _probe(module, compute, patch_size, modes)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"), backend("reference"):
+                _answers[key] = _probe(module, compute, patch_size, modes)
+        # Whatever the code of a host raises, or ends the process by: the module is left, with the reason.
+        except (Exception, SystemExit) as error:
+            return f"its code cannot be tried on small maps: {type(error).__name__}: {error}"
     return _answers[key]
 
 
@@ -65,11 +70,7 @@ def _probe(module: nn.Module, compute: Callable, patch_size: tuple[int, int], mo
     for size in _sizes(patch_size, twin):
         for training in modes:
             x = torch.randn(2, _channels(host), *size, generator=generator, dtype=torch.float64)
-            try:
-                want, found = host.train(training)(x.clone()), compute(twin.train(training), x)
-            # Whatever the code of a host raises, or ends the process by: the module is left, with the reason.
-            except (Exception, SystemExit) as error:
-                return f"its code cannot be tried on a map of {tuple(x.shape)}: {type(error).__name__}: {error}"
+            want, found = host.train(training)(x.clone()), compute(twin.train(training), x)
             if not isinstance(want, Tensor):
                 return f"its code returns a {type(want).__name__}"
             if not _agree(found, want):

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mvit3_kernels import _native, explain, fuse, fuse_report, hosts, unfuse
+from mvit3_kernels import _native, backend, explain, fuse, fuse_report, hosts, unfuse
 from mvit3_kernels import nn as blocks
 from mvit3_kernels.nn import guard
 from tests.bounds import assert_bound, each
@@ -342,6 +342,24 @@ def test_what_else_is_left(cvnets):
     assert "something else" in found["5"]  # for all that the widths say it could be MobileViTv3's
     assert "no attribute 'patch_h'" in found["6"]
     assert "Core ML" in found["7"]
+
+
+def test_code_that_ends_the_process_is_left(own):
+    """The logger of ml-cvnets does, where something is wrong."""
+    logger = SimpleNamespace(error=sys.exit)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logger.error(self.in_features)
+        return x
+
+    _write(own.LinearLayer, forward)
+    found = left(fuse(network(own, "MobileViTBlock"), "training"))
+    assert list(found) == ["3"] and "cannot be tried on small maps: SystemExit" in found["3"]
+
+
+def test_a_forced_backend_is_not_probed(own):
+    with backend("triton"):
+        assert not left(fuse(network(own, "MobileViTBlock"), "training"))
 
 
 def test_one_graph(late):
