@@ -13,16 +13,19 @@ from .swapped import SWAPPED, Swapped
 __all__ = ["Swapped", "host_of", "load_adapters", "restore", "swap", "why_left"]
 
 # The packages with an adapter, a module of this package of the same name.
-HOSTS = ("timm", "transformers")
+HOSTS = ("timm", "transformers", "cvnets")
 
 
 def load_adapters(model: nn.Module) -> None:
     """Imports the adapters of the hosts that the modules of `model`, or what their classes are made of, come from. A
-    host of a version that lacks what its adapter knows is left alone, which the log says."""
+    host of a version that lacks what its adapter knows is left alone, which the log says. An adapter that imports no
+    host has a `recognise`, which is shown the classes."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     for host in sorted({kind.__module__.partition(".")[0] for kind in kinds} & set(HOSTS)):
         try:
-            importlib.import_module(f"{__name__}.{host}")
+            adapter = importlib.import_module(f"{__name__}.{host}")
+            if hasattr(adapter, "recognise"):
+                adapter.recognise(kinds)
         except (ImportError, AttributeError) as error:
             LOGGER.warning("modules of %s run as they are: this version of it is not known (%s)", host, error)
 

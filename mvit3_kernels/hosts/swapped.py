@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference.program import Program, check, emit
+from ..nn import guard
 from ..nn.guard import KNOWN, LOGGER, METHODS, Block, is_as_written, known, methods_called, replaced_in_class
 from ..nn.layout import to_nchw, to_nhwc
 from ..nn.plans import Unfit, UnfitNow
@@ -40,10 +41,10 @@ class Swapped(Block):
         """The plan, kept for as long as the guard finds the block unchanged; asked for after `why_modules`."""
         if torch.compiler.is_compiling():
             return self.describe()
-        guard = self._guard
-        if guard.plan is None or guard.plan[0] is not guard.answer:
-            guard.plan = guard.answer, self.describe()
-        return guard.plan[1]
+        known = self._guard
+        if known.plan is None or known.plan[0] is not known.answer:
+            known.plan = known.answer, self.describe()
+        return known.plan[1]
 
     def misfit(self) -> str | None:
         if (reason := _replaced(self, self.host)) is not None:
@@ -67,9 +68,19 @@ class Swapped(Block):
 
     def forward(self, x: Tensor, *args: object, **keywords: object) -> Tensor:
         # A tracer of torch.fx hands over something that is no tensor.
-        if args or keywords or not isinstance(x, Tensor) or x.ndim != 4 or self.why_modules() is not None:
+        if args or keywords or not isinstance(x, Tensor) or x.ndim != 4 or self._why_host(x) is not None:
             return super().forward(x, *args, **keywords)
         return to_nchw(self.plan().run(to_nhwc(x)))
+
+    def call_misfit(self, x: Tensor) -> str | None:
+        """Why the plan is not what the host's modules do with this very map (B, C, H, W), where that depends on it."""
+        return None
+
+    def _why_host(self, x: Tensor) -> str | None:
+        reason = self.why_modules()
+        if reason is None and (reason := self.call_misfit(x)) is not None and guard.observed is not None:
+            guard.observed[-1] = self, reason
+        return reason
 
     def restore(self) -> None:
         """Makes this the host's own module again."""

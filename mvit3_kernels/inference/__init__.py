@@ -224,7 +224,7 @@ class Fused:
                 "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or "
                 "inference_mode()"
             )
-        return reason
+        return reason or self._program.misfit(x)
 
     def _pack(self, network: nn.Module) -> str | None:
         self._program = self._weights = self.products = None

@@ -33,6 +33,8 @@ class Program:
         self._engine = torch.ops.mvit3.engine_new(channels, **options)
         self._convert: list[Callable[[list[Tensor]], Result]] = []
         self.pooled: set[int] = set()  # maps of one pixel, on which a Linear works
+        # Why the network does something else with these very images, where that depends on them.
+        self.misfit: Callable[[Tensor], str | None] = lambda images: None
 
     def __del__(self) -> None:
         if torch is not None and hasattr(self, "_engine"):  # neither at exit of the interpreter nor after a refusal
@@ -215,7 +217,11 @@ def _(plan: TransformerPlan, program: Program, x: int) -> int:
     tokens = program.add("resize_to_patches", [local], (), [*plan.tokens.patch_size, 0])
     tokens = program.add("resize_back", [emit(plan.tokens, program, tokens), local])
     projected = emit(plan.project, program, tokens)
-    return projected if plan.fusion is None else emit_conv(plan.fusion, program, [x, projected])
+    if plan.fusion is None:
+        return projected
+    if plan.with_local:
+        return emit_conv(plan.fusion, program, [local, projected], residual=x)
+    return emit_conv(plan.fusion, program, [x, projected])
 
 
 @emit.register
@@ -223,11 +229,15 @@ def _(plan: SeparablePlan, program: Program, x: int) -> int:
     patch_size = plan.tokens.patch_size
     if not plan.crops:
         x = program.add("resize_to_patches", [x], (), [*patch_size, 1])
-    x = _emit_all(plan.local, program, x)
+    local = _emit_all(plan.local, program, x)
     if plan.crops:
-        tokens = emit(plan.tokens, program, program.add("crop_to_patches", [x], (), [*patch_size]))
-        return emit(plan.project, program, program.add("pad_back", [tokens, x]))
-    return emit(plan.project, program, emit(plan.tokens, program, x))
+        tokens = emit(plan.tokens, program, program.add("crop_to_patches", [local], (), [*patch_size]))
+        tokens = program.add("pad_back", [tokens, local])
+    else:
+        tokens = emit(plan.tokens, program, local)
+    if plan.with_local:
+        return emit_conv(plan.project, program, [tokens, local], residual=x)
+    return emit(plan.project, program, tokens)
 
 
 def _emit_all(plans: Sequence[ConvPlan], program: Program, x: int) -> int:

@@ -314,10 +314,21 @@ def _odd_attributes(module: nn.Module) -> str | None:
     return None
 
 
+def inherits(kind: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a class is one of PyTorch's, or made of it without another method where it is called."""
+    return issubclass(kind, base) and all(getattr(kind, name, None) is method for _, name, method in METHODS[base])
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module computes what one of these classes of PyTorch does: hosts have subclasses that add nothing."""
+    kind = type(module)
+    return kind in kinds or (kind in KNOWN and any(inherits(kind, base) for base in kinds))
+
+
 def is_dropout(module: nn.Module) -> bool:
-    return type(module) in (nn.Dropout, nn.Identity)
+    return is_plain(module, nn.Dropout, nn.Identity)
 
 
 def dropout_rate(module: nn.Module) -> float:
     """The probability with which a Dropout, or what took its place, drops an element now."""
-    return module.p if type(module) is nn.Dropout and module.training else 0.0
+    return module.p if is_plain(module, nn.Dropout) and module.training else 0.0

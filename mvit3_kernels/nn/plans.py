@@ -17,7 +17,7 @@ from .. import ops
 from ..ops import dispatch
 from ..ops.random import draw_seed
 from ..ops.types import ACTIVATIONS, BatchNorm, ConvNorm, Layer, LayerNorm, Linear, Moments
-from .guard import dropout_rate, is_dropout
+from .guard import dropout_rate, is_dropout, is_plain
 from .layout import resize, to_nchw, to_nhwc, whole_patches
 
 ACTIVATION_NAMES: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -126,7 +126,7 @@ class ConvPlan(NamedTuple):
 
     def misfit(self) -> str | None:
         """Why no op computes this; None where one does."""
-        if type(self.conv) is not nn.Conv2d:
+        if not is_plain(self.conv, nn.Conv2d):
             return f"its convolution is a {type(self.conv).__name__}"
         if self.norm is not None and not isinstance(self.norm, nn.BatchNorm2d):
             return f"its norm is a {type(self.norm).__name__}"
@@ -250,12 +250,14 @@ class TokensPlan(NamedTuple):
 
 class TransformerPlan(NamedTuple):
     """The block of MobileViTv1: convolutions, layers on a map that is resized to whole patches and back, projection,
-    and a convolution of the block's input beside it."""
+    and a convolution of the block's input beside it. MobileViTv3's has `with_local`: beside it is what the convolutions
+    made, and the input is added."""
 
     local: tuple[ConvPlan, ...]
     tokens: TokensPlan
     project: ConvPlan
     fusion: ConvPlan | None
+    with_local: bool = False
 
     def misfit(self) -> str | None:
         return misfit_of(*self.local, self.project, *(() if self.fusion is None else (self.fusion,)))
@@ -267,18 +269,24 @@ class TransformerPlan(NamedTuple):
         tokens = _resize(local, whole_patches(to_nchw(local), self.tokens.patch_size), align_corners=False)
         tokens = _resize(self.tokens.run(tokens), local.shape[1:3], align_corners=False)
         projected = self.project.run(tokens)
-        return projected if self.fusion is None else self.fusion.run_concat(x, projected)
+        if self.fusion is None:
+            return projected
+        if self.with_local:
+            return self.fusion.run_concat(local, projected, residual=x)
+        return self.fusion.run_concat(x, projected)
 
 
 class SeparablePlan(NamedTuple):
     """The block of MobileViTv2: convolutions, layers, projection. Where the map has no whole patches it is resized to
     them first and stays so; with `crops`, pixels behind the last whole patch take no part in the layers, which leave
-    zeros there."""
+    zeros there. MobileViTv3's has `with_local`: what the convolutions made stands behind what the layers made, and the
+    input is added."""
 
     local: tuple[ConvPlan, ...]
     tokens: TokensPlan
     project: ConvPlan
     crops: bool = False
+    with_local: bool = False
 
     def misfit(self) -> str | None:
         return misfit_of(*self.local, self.project)
@@ -286,9 +294,11 @@ class SeparablePlan(NamedTuple):
     def run(self, x: Tensor) -> Tensor:
         if not self.crops:
             x = _resize(x, whole_patches(to_nchw(x), self.tokens.patch_size), align_corners=True)
+        local = x
         for plan in self.local:
-            x = plan.run(x)
-        return self.project.run(self._run_cropped(x) if self.crops else self.tokens.run(x))
+            local = plan.run(local)
+        tokens = self._run_cropped(local) if self.crops else self.tokens.run(local)
+        return self.project.run_concat(tokens, local, residual=x) if self.with_local else self.project.run(tokens)
 
     def _run_cropped(self, x: Tensor) -> Tensor:
         (height, width), (ph, pw) = x.shape[1:3], self.tokens.patch_size
