@@ -110,6 +110,23 @@ def models_bfloat16(result: dict) -> str:
     )
 
 
+def hosts(result: dict) -> str:
+    rows = []
+    for row in result["rows"]:
+        peers = {c: row[f"{c}_ms"] for c in PEERS if f"{c}_ms" in row}
+        best = min(peers, key=peers.get)
+        eager = min(t for c, t in peers.items() if c.startswith("eager"))
+        cells = [f"`{row['network']}`", f"{row['work']} {row['batch']} at {row['side']}", f"{eager:.1f} ms"]
+        cells += [f"{peers[best]:.1f} ms ({PEERS[best]})", f"{row['fused_ms']:.1f} ms", f"{row['own_ms']:.1f} ms"]
+        rows.append([*cells, f"{peers[best] / row['fused_ms']:.2f}x", f"{row['against_eager']:.2f}x"])
+    header = ["network", "work, batch at size", "best eager", "best peer", "`fuse(host)`", "our own network"]
+    intro = (
+        "Networks of timm and transformers, fused in place, float32, `python benchmarks/bench_hosts.py --json`, "
+        "medians. A training step includes AdamW.\n"
+    )
+    return f"{intro}{conditions(result['machine'])}\n\n{table([*header, 'against best peer', 'against eager'], rows)}"
+
+
 def dense(result: dict) -> str:
     return networks(result, "bench_dense", "Segmentation and detection, with their losses or what follows the network")
 
@@ -170,7 +187,8 @@ def section() -> str:
         path = RESULTS / f"{name}_cpu.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    tables = {"models": models, "models_bfloat16": models_bfloat16, "dense": dense, "batch_norm_act": batch_norm_act}
+    tables = {"models": models, "hosts": hosts, "models_bfloat16": models_bfloat16, "dense": dense}
+    tables["batch_norm_act"] = batch_norm_act
     parts = [write(result) for name, write in tables.items() if (result := read(name))]
     single = {name: result for name in OPS if (result := read(name))}
     return "\n".join([*parts, *([ops(single)] if single else [])])
