@@ -20,12 +20,14 @@ DTYPES = (torch.float32, torch.bfloat16, "auto")
 
 
 def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = torch.float32) -> nn.Module:
-    """Makes networks of this library, of timm, transformers and ml-cvnets faster; returns `model`, changed in place.
+    """Makes networks of this library, of timm, transformers, torchvision and ml-cvnets, and convolutions of any model,
+    faster; returns `model`, changed in place.
 
-    Blocks of the others get another class, which runs them as ops, in training and in evaluation, where that is exactly
-    what their modules do, and runs their modules elsewhere. Those of this library are made of ops already. Parameters,
-    buffers, modules and state-dict keys stay what and where they are, so optimizers, averages and wrappers made before
-    go on. `fuse_report(model)` says what became of each block, `explain(model, images)` how a call runs.
+    Blocks of the others, and an nn.Sequential that has a convolution with a batch norm and an activation in a row, get
+    another class, which runs them as ops, in training and in evaluation, where that is exactly what their modules do,
+    and runs their modules elsewhere. Those of this library are made of ops already. Parameters, buffers, modules and
+    state-dict keys stay what and where they are, so optimizers, averages and wrappers made before go on.
+    `fuse_report(model)` says what became of each block, `explain(model, images)` how a call runs.
 
     mode "inference" also makes every network one program, for a CPU: batch norms are folded, weights are packed for the
     kernels, and a forward pass is one call that works in memory kept between calls. A call takes the ordinary path,
@@ -48,8 +50,8 @@ def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = t
     `torch.autocast("cpu", torch.bfloat16)` in plain PyTorch, both against float64.
 
     Args:
-        model: a network of `create_model`, of timm, transformers or ml-cvnets, or any module that contains such
-            networks or their blocks.
+        model: a network of `create_model`, of timm, transformers, torchvision or ml-cvnets, or any module that contains
+            such networks, their blocks or such an nn.Sequential.
         mode: "inference" or "training".
         dtype: what the products of programs are made of: torch.float32, torch.bfloat16, or "auto", which is bfloat16
             where that is faster (with AMX, or AVX512_BF16 on a CPU that is not Intel's) and float32 elsewhere. Networks
@@ -87,8 +89,9 @@ def _nothing(model: nn.Module) -> str:
     kinds = Counter(type(module).__name__ for module in model.modules() if module is not model)
     found = ", ".join(left[:3]) or ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "no modules"
     return (
-        "model must be or contain a network of mvit3_kernels.create_model, or blocks of timm, transformers or "
-        f"ml-cvnets that an op stands for, got {type(model).__name__} without one ({found})"
+        "model must be or contain a network of mvit3_kernels.create_model, or blocks of timm, transformers, "
+        "torchvision or ml-cvnets, or an nn.Sequential of convolutions and batch norms that an op stands for, got "
+        f"{type(model).__name__} without one ({found})"
     )
 
 
@@ -146,6 +149,7 @@ def fuse_report(model: nn.Module) -> FuseReport:
 
 
 def _rows(model: nn.Module) -> Iterator[FuseRow]:
+    candidates = hosts.candidates(model)
     for name, module in model.named_modules():
         kind = type(module)
         if kind in PLAIN:
@@ -156,8 +160,8 @@ def _rows(model: nn.Module) -> Iterator[FuseRow]:
             yield FuseRow(name, kind.__name__, kind.__name__, examine(module) or "")
         elif (plain := network_of(module)) is not None:
             yield FuseRow(name, kind.__name__, "", f"is a subclass of {plain.__qualname__}, and may do something else")
-        elif hosts.host_of(module) is not None:
-            yield FuseRow(name, kind.__name__, "", hosts.why_left(module) or "fuse has not been called")
+        elif module in candidates:
+            yield FuseRow(name, kind.__name__, "", candidates[module] or "fuse has not been called")
 
 
 def _label(became: type[nn.Module], was: type[nn.Module]) -> str:

@@ -7,13 +7,14 @@ import importlib
 
 from torch import nn
 
-from ..nn.guard import LOGGER
+from ..nn.guard import LOGGER, Block
+from .plain import calls_children
 from .swapped import SWAPPED, Swapped
 
-__all__ = ["Swapped", "host_of", "load_adapters", "restore", "swap", "why_left"]
+__all__ = ["Swapped", "candidates", "load_adapters", "restore", "swap"]
 
 # The packages with an adapter, a module of this package of the same name.
-HOSTS = ("timm", "transformers", "cvnets")
+HOSTS = ("cvnets", "timm", "torchvision", "transformers")
 
 
 def load_adapters(model: nn.Module) -> None:
@@ -33,7 +34,7 @@ def load_adapters(model: nn.Module) -> None:
 def swap(model: nn.Module) -> list[Swapped]:
     """Swaps every block inside `model` that has a plan, in place; returns those that were swapped now. Where something
     fails, nothing has changed."""
-    found = [module for module in model.modules() if type(module) in SWAPPED and why_left(module) is None]
+    found = [module for module, why in candidates(model).items() if why is None]
     done = []
     try:
         for module in found:
@@ -53,14 +54,22 @@ def restore(model: nn.Module) -> None:
             module.restore()
 
 
-def host_of(module: nn.Module) -> type[nn.Module] | None:
+def candidates(model: nn.Module) -> dict[nn.Module, str | None]:
+    """The modules inside `model` that have a host and are not swapped, each with why it is left or None; but for the
+    Sequentials inside of blocks, which speak for themselves."""
+    left = (module for module in model.modules() if not isinstance(module, Block))
+    found = {module: _why_left(module, host) for module in left if (host := _host_of(module)) is not None}
+    blocks = (module for module in model.modules() if isinstance(module, Block) or found.get(module, "") is None)
+    inside = {below for block in blocks if not calls_children(block) for below in block.modules()}
+    return {module: why for module, why in found.items() if not (calls_children(module) and module in inside)}
+
+
+def _host_of(module: nn.Module) -> type[nn.Module] | None:
     """The class of a host that can be swapped and that a module's class is or is made of."""
-    return next((kind for kind in type(module).__mro__ if kind in SWAPPED), None)
+    return next((kind for kind in type(module).__mro__ if kind in SWAPPED and SWAPPED[kind].concerns(module)), None)
 
 
-def why_left(module: nn.Module) -> str | None:
-    """Why a module with a `host_of` is not swapped; None where nothing is against it."""
-    host = host_of(module)
+def _why_left(module: nn.Module, host: type[nn.Module]) -> str | None:
     if type(module) is not host:
         return f"is a subclass of {host.__module__}.{host.__qualname__}, and may do something else"
     return SWAPPED[host].why_left(module)

@@ -36,6 +36,7 @@ from ..nn.plans import (
     linear,
 )
 from ..ops.types import Layer, LayerNorm, Linear
+from .plain import is_sequential
 from .probe import why_different
 from .swapped import SWAPPED, Swapped, stands_for
 
@@ -187,7 +188,7 @@ def _expect(name: str, module: nn.Module | None, *kinds: str) -> None:
 
 
 def _children(name: str, module: nn.Module | None, count: int) -> list[nn.Module]:
-    if type(module) is not nn.Sequential or len(module) != count:
+    if not is_sequential(module) or len(module) != count:
         raise Unfit(f"{name} is not a Sequential of {count} modules")
     return list(module)
 
@@ -195,7 +196,7 @@ def _children(name: str, module: nn.Module | None, count: int) -> list[nn.Module
 def _conv(name: str, module: nn.Module | None) -> ConvPlan:
     _expect(name, module, "ConvLayer", "ConvLayer2d")
     parts = dict(module.block.named_children())
-    if type(module.block) is not nn.Sequential or [p for p in ("conv", "norm", "act") if p in parts] != list(parts):
+    if not is_sequential(module.block) or [p for p in ("conv", "norm", "act") if p in parts] != list(parts):
         raise Unfit(f"{name} is not made of conv, norm and act")
     conv, norm, act = (parts.get(part) for part in ("conv", "norm", "act"))
     if not (norm is None or is_plain(norm, nn.BatchNorm2d)):
@@ -205,7 +206,7 @@ def _conv(name: str, module: nn.Module | None) -> ConvPlan:
 
 def _residual(block: nn.Module) -> ResidualPlan:
     names = ("exp_1x1", "conv_3x3", "red_1x1")
-    if type(block.block) is not nn.Sequential or tuple(block.block._modules) != names:
+    if not is_sequential(block.block) or tuple(block.block._modules) != names:
         raise Unfit(f"it is not made of {', '.join(names)}")
     return ResidualPlan(*(_conv(name, getattr(block.block, name)) for name in names), bool(block.use_res_connect))
 

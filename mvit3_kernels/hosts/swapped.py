@@ -29,6 +29,11 @@ class Swapped(Block):
 
     host: type[nn.Module]
 
+    @classmethod
+    def concerns(cls, module: nn.Module) -> bool:
+        """Whether anything is to be said about a module of the host's class, or of one that is made of it."""
+        return True
+
     def describe(self) -> NamedTuple:
         """The plan of this block; of a module of the host's class too, which has none of the methods of this one.
 

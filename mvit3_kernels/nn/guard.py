@@ -17,7 +17,7 @@ import importlib
 import inspect
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,8 @@ def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
     """
     chain = itertools.chain.from_iterable
     objects, dicts, hooks = [], [], list(GLOBAL_HOOKS)
-    for module in root.modules():
+    modules = [module for _, module in _watched(root)]
+    for module in modules:
         own = vars(module)
         dicts += (own, module._modules, module._parameters, module._buffers)
         if module is not root:
@@ -111,7 +112,7 @@ def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
         for group in dicts
     ]
     contents[0] = (None, contents[0][1])
-    kinds = {type(module) for module in root.modules()} & METHODS.keys()
+    kinds = {type(module) for module in modules} & METHODS.keys()
     methods = [(nn.Module, "__call__", nn.Module.__call__)]
     methods += [(owner, name, getattr(owner, name, None)) for kind in kinds for owner, name, _ in METHODS[kind]]
     pairs, empty = tuple(chain(contents)), tuple(group for group in hooks if not group)
@@ -190,6 +191,10 @@ class Block(nn.Module):
         """Why the modules, each plain by itself, do not form what the fused op computes; None where they do."""
         raise NotImplementedError
 
+    def watched(self) -> Iterable[tuple[str, nn.Module]]:
+        """This block, under the name "", and the modules below it that the fused op stands in for."""
+        return self.named_modules()
+
     def why_modules(self) -> str | None:
         """Why this block calls its modules one by one; None where one op stands in for them."""
         if torch.compiler.is_compiling():
@@ -234,13 +239,17 @@ def tampered_below(root: nn.Module, apart: tuple[str, ...] = ()) -> str | None:
         return "torch.nn.Module.__call__ has been replaced"
     if any(GLOBAL_HOOKS):
         return "there is a hook for all modules (torch.nn.modules.module.register_module_forward_hook or a relative)"
-    for name, module in root.named_modules():
+    for name, module in _watched(root):
         if name.partition(".")[0] in apart:
             continue
         reason = tampered(module) if module is not root else _odd_tensors(module)
         if reason is not None:
             return f"{name} {reason}" if name else reason
     return None
+
+
+def _watched(root: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    return root.watched() if isinstance(root, Block) else root.named_modules()
 
 
 def tampered(module: nn.Module) -> str | None:
@@ -260,7 +269,7 @@ def altered(module: nn.Module) -> str | None:
     kind = type(module)
     if kind not in KNOWN:
         return f"is a {kind.__module__}.{kind.__qualname__}, which only its own forward can compute"
-    return replaced_method(module) or _odd_tensors(module) or _odd_attributes(module)
+    return replaced_method(module) or _odd_tensors(module) or odd_attributes(module)
 
 
 def replaced_method(module: nn.Module) -> str | None:
@@ -293,7 +302,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, t) for group in groups for name, t in group.items() if t is not None)
 
 
-def _odd_attributes(module: nn.Module) -> str | None:
+def odd_attributes(module: nn.Module) -> str | None:
     """What no fused op knows of PyTorch's classes, and of hosts' that are made of them."""
     if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"has padding {module.padding!r} in mode {module.padding_mode!r}"

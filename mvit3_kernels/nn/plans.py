@@ -136,6 +136,14 @@ class ConvPlan(NamedTuple):
             return "a convolution without norm is fused with its activation where it is 1x1 only"
         return None
 
+    def why_no_gain(self) -> str | None:
+        """Why the modules take no more passes over memory than the op; None where they do."""
+        if self.norm is None and self.act == "identity":
+            return "a convolution alone is as fast as it is"
+        if self.act == "identity" and not (self.is_pointwise() or self.is_depthwise()):
+            return "a norm without activation is as fast as it is, behind this convolution"
+        return None
+
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, H, W, C) in and out; `residual` is added behind the activation."""
         (conv, norm, act), parameters = self, batch_norm(self.norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def images(*shape: int) -> Tensor:
 def flat(tensors: object) -> Tensor:
     """All values of a tensor, or of a collection of them, in a row."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    return torch.cat([t.detach().double().flatten() for t in tensors])
+    return torch.cat([torch.empty(0, dtype=torch.float64), *(t.detach().double().flatten() for t in tensors)])
 
 
 def results(model: nn.Module, x: Tensor, training: bool) -> dict[str, Tensor]:
@@ -43,4 +44,12 @@ def distances(model: nn.Module, x: Tensor, training: bool, mode: str = "training
     """How far a fused copy of a host's model is from the model, relative to the results."""
     want = results(copy.deepcopy(model), x, training)
     got = results(mvit3_kernels.fuse(copy.deepcopy(model), mode), x, training)
-    return {name: ((got[name] - t).norm() / t.norm()).item() for name, t in want.items()}
+    return {name: ((got[name] - t).norm() / t.norm().clamp(min=1e-300)).item() for name, t in want.items()}
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """A model that went through a file."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
