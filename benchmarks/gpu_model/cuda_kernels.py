@@ -1,0 +1,228 @@
+"""The launches of an op of csrc/cuda: blocks, steps of the main loop, bytes and operations, from the geometry that its
+sources describe; instructions from the loops of the built extension."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_model.device import MULTIPROCESSORS, occupancy
+from benchmarks.gpu_model.sass import Loop, kernels, tool
+from mvit3_kernels import _native
+
+WARPS, CHUNK = 8, 32  # of a block; expanded channels at a time
+# Of a step of the main loop: the share of its instructions that run (the others belong to other activations, to borders
+# of maps, to odd numbers of channels), and passes through each small loop in it (copies of a tile, sums of warps).
+RUN, SMALL_LOOPS = 0.75, 1.0
+# Of the depth-wise kernels, by kernel and stride: columns of a thread, and rows of the filtered map in a pass of its loop
+# down the map, as the compiler unrolled it.
+WALKS = {("filter", 1): (2, 2), ("filter", 2): (2, 1), ("filter_backward", 1): (2, 6), ("filter_backward", 2): (1, 1)}
+
+
+@dataclass
+class CudaLaunch:
+    """A launch: `steps` of the main loop in each of `blocks`, bytes in memory and in the second-level cache."""
+
+    name: str
+    code: str | None  # part of the mangled name, None for the small kernels around
+    blocks: int
+    steps: float
+    shared: int = 0
+    bytes: float = 0.0
+    cached: float = 0.0
+    products: float = 0.0
+
+
+@dataclass
+class Code:
+    """A kernel of the built extension."""
+
+    registers: int
+    stack: int
+    loop: Loop
+
+
+def available() -> bool:
+    return next(Path(_native.__file__).parent.glob("_cuda.*"), None) is not None
+
+
+@cache
+def codes() -> dict[str, Code]:
+    """The kernels of the extension for sm_90, by their mangled names."""
+    file = next(Path(_native.__file__).parent.glob("_cuda.*"))
+    usage = subprocess.run([tool("cuobjdump"), "-res-usage", "-arch", "sm_90", file], capture_output=True, text=True)
+    found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", usage.stdout)
+    text = subprocess.run([tool("cuobjdump"), "-sass", "-arch", "sm_90", file], capture_output=True, text=True).stdout
+    loops = kernels(_as_nvdisasm(text))
+    return {name: Code(int(r), int(s), loops[name]) for name, r, s in found if name in loops}
+
+
+def _as_nvdisasm(text: str) -> str:
+    """What cuobjdump prints, which writes addresses where nvdisasm writes labels."""
+    lines: list[str] = []
+    for part in re.split(r"\n\s*Function : ", text)[1:]:
+        name, _, body = part.partition("\n")
+        targets = {int(t, 16) for t in re.findall(r"BRA\S*\s+(?:\S+, )?0x([0-9a-f]+)", body)}
+        lines.append(f".text.{name.strip()}:")
+        for line in body.splitlines():
+            at = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+\S", line)
+            if at and int(at[1], 16) in targets:
+                lines.append(f".L_x_{int(at[1], 16)}:")
+            lines.append(re.sub(r"(BRA\S*\s+(?:\S+, )?)0x([0-9a-f]+)", lambda m: f"{m[1]}.L_x_{int(m[2], 16)}", line))
+    return "\n".join(lines)
+
+
+def find(code: str, stride: int, bfloat16: bool = True) -> Code:
+    """The kernel whose mangled name has this part, for a stride."""
+    number = "BFloat16" if bfloat16 else "Float16"
+    matches = [c for name, c in codes().items() if code in name and number in name and f"Li{stride}E" in name]
+    if not matches:
+        raise LookupError(f"the extension has no kernel {code} of stride {stride}")
+    return max(matches, key=lambda c: c.loop.counts["all"])
+
+
+def main_loop(code: Code) -> Loop:
+    """The loop that a kernel spends its time in: over tiles and channels, or that down a map inside of one over
+    strips."""
+    inner = [loop for outer in code.loop.inner for loop in outer.inner]
+    largest = max(code.loop.inner, key=lambda loop: loop.counts["all"])
+    if not inner:
+        return largest
+    deepest = max(inner, key=lambda loop: loop.counts["all"])
+    return deepest if largest.counts["loads"] == 0 or deepest.counts["all"] > largest.counts["all"] else largest
+
+
+def launches(op: str, call: Any) -> list[CudaLaunch]:
+    """The launches of an op of csrc/cuda, in their order."""
+    return _LAUNCHES[op](call)
+
+
+def _blocks(code: str, stride: int, shared: int, most: int) -> int:
+    return min(MULTIPROCESSORS * occupancy(find(code, stride).registers, WARPS, shared).blocks, most)
+
+
+def _small(name: str, count: float) -> CudaLaunch:
+    """Packing of parameters, or sums over blocks: `count` numbers are moved."""
+    return CudaLaunch(name, None, max(math.ceil(count / 256), 1), 1.0, bytes=8.0 * count)
+
+
+def _ceil(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def _tiles(x: Any, stride: int, tile: tuple[int, int]) -> int:
+    batch, height, width = x.shape[0], _ceil(x.shape[1], stride), _ceil(x.shape[2], stride)
+    return batch * _ceil(height, tile[0]) * _ceil(width, tile[1])
+
+
+def _slice(inputs: int) -> int:
+    parts = _ceil(inputs, 128)
+    return _ceil(_ceil(inputs, parts), 16) * 16
+
+
+def _front_shared(inputs: int, pixels: int) -> int:
+    width = _slice(inputs) + 8
+    return 2 * pixels * width + 2 * CHUNK * width + 2 * pixels * (CHUNK + 8) + 8 * CHUNK + 36 * CHUNK
+
+
+def _filter(call: Any) -> list[CudaLaunch]:
+    x, expanded, stride = call.x, call.expand.shape[0], call.stride
+    inputs = x.shape[-1]
+    pixels, halo = (180, 192) if stride == 1 else (153, 160)
+    shared = _front_shared(inputs, pixels) + WARPS * CHUNK * 8 + 32
+    tiles = _tiles(x, stride, (8, 16) if stride == 1 else (4, 8))
+    chunks = _ceil(expanded, CHUNK)
+    blocks = _blocks("6FilterI", stride, shared, tiles)
+    made = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * expanded * 2
+    return [
+        _small("inverted_residual.pack", expanded * (inputs + 11)),
+        CudaLaunch(
+            "inverted_residual.filter", "6FilterI", blocks, tiles * chunks / blocks, shared,
+            bytes=2.0 * x.numel() + made, cached=2.8 * x.numel() + made + tiles * chunks * 32.0 * 2 * inputs,
+            products=2.0 * tiles * halo * inputs * CHUNK * chunks,
+        ),
+        _small("inverted_residual.finish_moments", blocks * expanded * 2),
+    ]  # fmt: skip
+
+
+def _inference(call: Any) -> list[CudaLaunch]:
+    x, expanded, outputs, stride = call.x, call.expand.shape[0], call.project.shape[0], call.stride
+    inputs = x.shape[-1]
+    pixels, halo, made_pixels, most = (180, 192, 128, 64) if stride == 1 else (153, 160, 32, 256)
+    slices, chunks = _ceil(outputs, most), _ceil(expanded, CHUNK)
+    columns = min(_ceil(outputs, 16) * 16, most)
+    shared = _front_shared(inputs, pixels) + 80 * made_pixels + 80 * columns + 128
+    tiles = _tiles(x, stride, (8, 16) if stride == 1 else (4, 8))
+    blocks = _blocks("9InferenceI", stride, shared, tiles)
+    made = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * outputs * 2
+    weights = tiles * chunks * 64.0 * (inputs + outputs)
+    return [
+        _small("inverted_residual.pack", expanded * (inputs + outputs + 11)),
+        CudaLaunch(
+            "inverted_residual.inference", "9InferenceI", blocks * slices, tiles * chunks / blocks, shared,
+            bytes=2.0 * x.numel() + made, cached=slices * (2.8 * x.numel() + weights) + made,
+            products=2.0 * tiles * chunks * CHUNK * (halo * inputs * slices + made_pixels * outputs),
+        ),
+    ]  # fmt: skip
+
+
+def _filter_backward(call: Any) -> list[CudaLaunch]:
+    x, expanded, outputs, stride = call.x, call.expand.shape[0], call.project.shape[0], call.stride
+    inputs, slices, chunks = x.shape[-1], _ceil(x.shape[-1], 64), _ceil(expanded, CHUNK)
+    most, out_pixels = (64, 180) if stride == 1 else (128, 45)
+    parts = _ceil(outputs, most)
+    width = _ceil(_ceil(outputs, parts), 16) * 16
+    shared = 2 * 128 * 72 + 2 * 2 * CHUNK * 72 + 2 * out_pixels * (width + 8) + 80 * width + 80 * out_pixels
+    shared += 80 * 128 + 32 * CHUNK + 36 * CHUNK + 80 * CHUNK
+    tiles = _tiles(x, 1, (8, 16))
+    blocks = _blocks("8BackwardI", stride, shared, tiles)
+    z, dp = call.z.numel() * 2.0, call.dp.numel() * 2.0
+    moved = 4.0 * x.numel() + z + dp
+    kept = expanded * (inputs + 10)
+    return [
+        _small("inverted_residual.pack", expanded * (inputs + outputs + 19)),
+        CudaLaunch(
+            "inverted_residual.filter_backward", "8BackwardI", blocks * slices, tiles * chunks / blocks, shared,
+            bytes=moved,
+            cached=slices * (1.5 * moved + tiles * chunks * 64.0 * (inputs + outputs)) + 8.0 * tiles * kept,
+            products=2.0 * tiles * chunks * CHUNK * (slices * out_pixels * outputs + 128 * inputs * (slices + 2)),
+        ),
+        _small("inverted_residual.finish_backward", blocks * kept),
+    ]  # fmt: skip
+
+
+def _depthwise(op: str, code: str, call: Any, extra: int) -> list[CudaLaunch]:
+    x, stride = call.x, call.stride
+    batch, height, width, channels = x.shape
+    out_height, out_width = _ceil(height, stride), _ceil(width, stride)
+    groups_of_all = _ceil(channels, 4)
+    slices = _ceil(groups_of_all, 64)
+    groups = _ceil(groups_of_all, slices)
+    positions = 256 // groups
+    columns, rows_of_a_pass = WALKS[op, stride]
+    units = -(-batch * _ceil(out_width, columns) // positions) * out_height
+    resident = MULTIPROCESSORS * occupancy(find(code, stride).registers, WARPS, 0).blocks
+    blocks = min(max(resident // slices, 1), _ceil(units, 4))
+    out = batch * out_height * out_width * channels
+    moved = 2.0 * (x.numel() * (2 if extra else 1) + out)
+    return [
+        CudaLaunch(
+            f"depthwise_conv.{op}", code, blocks * slices, units / blocks / rows_of_a_pass, 16384,
+            bytes=moved, cached=1.5 * moved,
+        ),
+        _small(f"depthwise_conv.finish_{op}", blocks * channels * (9 if extra else 2)),
+    ]  # fmt: skip
+
+
+_LAUNCHES = {
+    "inverted_residual_filter": _filter,
+    "inverted_residual_inference": _inference,
+    "inverted_residual_filter_backward": _filter_backward,
+    "depthwise_conv_filter": lambda call: _depthwise("filter", "15DepthwiseFilterI", call, 0),
+    "depthwise_conv_filter_backward": lambda call: _depthwise("filter_backward", "17DepthwiseBackwardI", call, 1),
+}
