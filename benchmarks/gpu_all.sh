@@ -8,7 +8,10 @@
 #                                         {train,infer}-MODEL-BATCH-{autotune,timm}: beside max-autotune, beside timm's network
 #                                         networks-train, networks-infer: these for every model and batch
 #                                         dense: training steps of deeplabv3 at 512x512 and ssdlite at 320x320
+# Nothing is measured where Triton, the CUDA extension or the GPU is missing: that is said first, with exit status 3.
 # Results: benchmarks/results/gpu_*.json, written row by row, and output of tests in gpu_tests_*.txt; copied to $OUT where that is set.
+# All of them in one archive, gpu_results.tar.gz, and on one screen at the end; what failed or did not run is said, and is failure.
+# $TRITON_CACHE: an archive of compiled kernels (benchmarks/triton_cache.py), so that the first minutes are not the compiler's.
 # ARGUMENTS="--device cpu --tiny" tries the script without a GPU; further flags of gpu_baselines.py go the same way.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -17,6 +20,8 @@ export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 models=(mobilevitv3_s mobilevitv3_100 mobilevitv3_xxs mobilevitv3_050 mobilevitv2_100 mobilevit_s)
 timm=(mobilevitv2_100 mobilevit_s)
 logs=${OUT:-benchmarks/results}
+results=$logs
+[[ "${ARGUMENTS:-}" =~ --out\ ([^ ]+) ]] && results=${BASH_REMATCH[1]}
 failed=()
 
 limited() { # name command...
@@ -35,19 +40,23 @@ baseline() { # piece flags...
 shard() { # name pytest-arguments...: in the background, output to a file
     local name=$1
     shift
-    timeout --kill-after=10 "${LIMIT:-530}" python3 -m pytest -v --no-header --tb=short -p no:cacheprovider "$@" >"$logs/gpu_tests_$name.txt" 2>&1
+    # pytest ends by itself, with a verdict; `timeout` is for a test that hangs
+    MVIT3_TEST_SECONDS=$((${LIMIT:-530} - 20)) timeout --kill-after=10 "${LIMIT:-530}" \
+        python3 -m pytest -v --no-header --tb=short -p no:cacheprovider "$@" >"$logs/gpu_tests_$name.txt" 2>&1
     echo "$? $name" >>"$logs/gpu_tests_shards.txt"
 }
 
 run_tests() { # the GPU tests side by side, for most of their time is the compiler's, on the CPU
     mkdir -p "$logs"
     : >"$logs/gpu_tests_shards.txt"
-    local start=$SECONDS file class status name
+    local start=$SECONDS file class status name functions
     echo "== tests"
     for file in tests/gpu/test_*_gpu.py; do
         name=$(basename "$file" .py)
         if [ "$name" = test_kernels_gpu ]; then
-            for class in $(grep -oP '^class \KTest\w+' "$file"); do shard "$class" "$file" -k "$class" & done
+            for class in $(grep -oP '^class \KTest\w+' "$file"); do shard "$class" "$file::$class" & done
+            mapfile -t functions < <(grep -oP '^def \Ktest_\w+' "$file")
+            shard functions "${functions[@]/#/$file::}" &
         else
             shard "$name" "$file" -k "not 2_to_the_31" -m "not slow" &
         fi
@@ -108,8 +117,20 @@ network() { # piece model batch: every candidate
     case " ${timm[*]} " in *" $2 "*) run "$1-$2-$3-timm" ;; esac
 }
 
+summarize() { # one archive, one screen
+    tar -czf "$results/gpu_results.tar.gz" -C "$results" $(cd "$results" && ls gpu_*.json gpu_tests_*.txt 2>/dev/null)
+    echo "== everything is in $results/gpu_results.tar.gz"
+    python3 benchmarks/gpu_summary.py "$results" || failed+=("results (see above)")
+}
+
+if [[ ! "${ARGUMENTS:-}" =~ "--device cpu" ]]; then
+    python3 -m benchmarks.gpu_check || exit 3
+fi
+if [ -n "${TRITON_CACHE:-}" ]; then python3 -m benchmarks.triton_cache unpack "$TRITON_CACHE"; fi
+
 [ $# -gt 0 ] || set -- tests large sanitizer tune ops memory networks-infer networks-train dense
 for piece; do run "$piece"; done
+summarize
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "${failed[@]}"
     exit 1

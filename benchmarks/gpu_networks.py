@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import Report, Row, Run, interleaved_bursts, peak_gpu_memory, saved_bytes
+from benchmarks.common import Report, Row, Run, elapsed, interleaved_bursts, peak_gpu_memory, saved_bytes
 from benchmarks.peers import plain, plain_dense
 from mvit3_kernels.tasks import Targets, assign, segmentation_loss, ssd_loss
 
 Build = Callable[[], nn.Module]
+Evidence = dict[str, Tensor]  # what a candidate computes, by name
 BOXES = 8  # of an image, in a training step of detection
 
 
@@ -146,7 +148,7 @@ class Candidate:
             )
             self.run = torch.compile(self.model, dynamic=False, **settings)
         if self.training:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=options.device == "cuda")
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.graph = None
         if variant.graph and self.training:
             self.graph = mvit3_kernels.cuda_graph_step(self.run, task.loss, self.optimizer, autocast=torch.bfloat16)
@@ -169,22 +171,84 @@ class Candidate:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def evidence(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def evidence(self, dtype: torch.dtype = torch.bfloat16) -> Evidence:
         """What candidates are compared by: the logits or, in training of dense networks, the loss; and in training the
-        gradients of all parameters."""
+        loss and the gradients of all parameters. A graph shows what its replay gives."""
         if not self.training:
             with torch.inference_mode():
-                return (self.graph(self.x) if self.graph is not None else self.forward(dtype)).float().flatten().clone()
+                shown = self.graph(self.x) if self.graph is not None else self.forward(dtype)
+                return {"shown": shown.float().clone()}
+        if self.graph is not None:
+            return self._of_replay()
         outputs = self.forward(dtype)
         loss = self.task.loss(outputs, self.target)
         loss.backward()
-        gradients = [p.grad.float().flatten() for p in self.model.parameters()]
+        found = {"loss": loss.detach().float(), "shown": self.task.shown(outputs, loss).detach().float()}
+        found |= self._gradients()
         self.optimizer.zero_grad()
-        return torch.cat([self.task.shown(outputs, loss).detach().float().flatten(), *gradients])
+        return found
+
+    def _of_replay(self) -> Evidence:
+        """Loss and gradients of the first replay, with learning rates of 0, so that the steps before it change no
+        parameter."""
+        groups = self.optimizer.param_groups
+        rates = [float(group["lr"]) for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        for _ in range(self.graph.warmup + 1):
+            loss = self.graph(self.x, self.target)
+        found = {"loss": loss.float(), **self._gradients()}
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        return found
+
+    def _gradients(self) -> Evidence:
+        return {name: p.grad.float().clone() for name, p in enumerated(self.model)}
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+def enumerated(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by their position: a network and its plain peer call them differently, in one order."""
+    return ((f"gradient {i}", p) for i, p in enumerate(model.parameters()))
+
+
+def errors(found: Evidence, exact: Evidence) -> dict[str, float]:
+    """The relative error of each tensor, and of all of them as one vector. A tensor of hardly any size, such as the
+    gradient of a bias in front of a norm, is measured by the size of the others."""
+    exact = {name: exact[name].flatten() for name in found}
+    apart = {name: float((t.flatten() - exact[name]).norm()) for name, t in found.items()}
+    gradients = [t for name, t in exact.items() if name.startswith("gradient")]
+    usual = float(torch.cat(gradients).square().mean().sqrt()) if gradients else 0.0
+
+    def size(name: str, t: Tensor) -> float:
+        return max(float(t.norm()), 1e-3 * usual * t.numel() ** 0.5 if name.startswith("gradient") else 0.0, 1e-30)
+
+    sizes = {name: size(name, t) for name, t in exact.items()}
+    whole = sum(a * a for a in apart.values()) ** 0.5 / sum(s * s for s in sizes.values()) ** 0.5
+    return {"all": whole, **{name: a / sizes[name] for name, a in apart.items()}}
+
+
+def wrong(found: Mapping[str, float], eager: Mapping[str, float]) -> list[str]:
+    """The tensors whose error is beyond rounding. The compiled peers round in other places than eager does; three times
+    its distance from float32, that of the tensor or of all of them, is a wrong result."""
+    return [
+        name
+        for name, error in found.items()
+        if not error <= 3 * max(eager.get(name, 0.0), eager["all"]) + 1e-3  # NaN is wrong too
+    ]
+
+
+@contextlib.contextmanager
+def no_tf32() -> Iterator[None]:
+    """Inside, float32 is float32: in convolutions it is TF32 by default."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def networks(options: argparse.Namespace, report: Report) -> None:
@@ -217,10 +281,13 @@ def _time_network(
     """Our network beside its peer: the same in plain modules, or the network of another library, the host."""
     batch, prefix = len(x), "" if host is None else f"{name}_"
     peer, target = host or task.plain, task.target(x)
-    exact = {  # of ours too by plain modules
-        of: Candidate(make, task, Variant("exact", True), x, target, options).evidence(torch.float32)
-        for of, make in {"peer": peer, "ours": task.plain}.items()
-    }
+    torch.backends.cudnn.benchmark = True  # the best that eager and compiled convolutions can do
+    with no_tf32():
+        exact = {  # of ours too by plain modules
+            of: Candidate(make, task, Variant("exact", True), x, target, options).evidence(torch.float32)
+            for of, make in {"peer": peer, "ours": task.plain}.items()
+        }
+    apart: dict[str, dict[str, float]] = {}
     steps: dict[str, Run] = {}
     rows: dict[str, Row] = {}
     for variant in _chosen(batch, options):
@@ -230,19 +297,24 @@ def _time_network(
         try:
             start = time.perf_counter()
             candidate = Candidate(task.ours if is_ours else peer, task, variant, x, target, options)
-            row["error"] = _error(candidate.evidence(), exact["ours" if is_ours else "peer"])
+            apart[label] = errors(candidate.evidence(), exact["ours" if is_ours else "peer"])
+            row["error"] = apart[label]["all"]
             for _ in range(1 if options.tiny else 4):
                 candidate.step()
             row["first_call_s"] = time.perf_counter() - start
             # The pool of a graph is taken while it is recorded.
             row["peak_bytes"] = None if variant.graph else peak_gpu_memory(candidate.step, options.device)
+            if variant.graph:  # which is in its time: the input goes to where the graph reads it
+                aside = torch.empty_like(candidate.x)
+                row["input_copy_s"] = elapsed(partial(aside.copy_, candidate.x), 5, options.device)
         except Exception as failure:  # one peer that cannot run must not cost the others their numbers
             report.add(**row, failure=f"{type(failure).__name__}: {failure}"[:500])
             continue
-        eager = rows.get(f"{prefix}eager_channels_last", row)
-        # The compiled peers round in other places than eager does; three times its distance from float32 is a wrong
-        # result.
-        row["correct"] = row["error"] <= 3 * eager["error"] + 1e-3
+        eager = apart.get(f"{prefix}eager_channels_last", {"all": row["error"]})
+        found = wrong(apart[label], eager)
+        row["correct"] = not found
+        if found:
+            row["wrong"] = found[:10]
         steps[label], rows[label] = candidate.step, row
         # A first number at once, from this candidate alone; the interleaved ones follow when all candidates are warm.
         alone = interleaved_bursts({label: candidate.step}, options)[label]["seconds"]

@@ -46,8 +46,10 @@ def time_ops(options: argparse.Namespace, report: Report) -> None:
     """Every op: what the GPU takes (graph replay), what a call takes, and bytes over time against the copy
     bandwidth."""
     bandwidth = ceilings(options, report)["copy"]
-    for batch in (2,) if options.tiny else (1, 128):
-        for case in op_cases(batch, options.device, options.tiny):
+    # All batches of a shape before the next shape: where time runs out, none of them is missing altogether.
+    batches = (2,) if options.tiny else (128, 1)
+    for cases in zip(*(op_cases(batch, options.device, options.tiny) for batch in batches), strict=True):
+        for case in cases:
             if not options.ops or case.op in options.ops:
                 _time_op(case, options, report, bandwidth)
 
@@ -55,14 +57,15 @@ def time_ops(options: argparse.Namespace, report: Report) -> None:
 def _time_op(case: OpCase, options: argparse.Namespace, report: Report, bandwidth: float) -> None:
     row: Row = {"op": case.op, "mode": case.mode, "shape": list(case.leaves[0].shape)}
     steps: dict[str, Run] = {}
+    replays: dict[str, Run] = {}
     for name, call in _candidates(case, options.device).items():
         try:
-            steps[name] = case.step(call)
-            steps[name]()
-        except Exception as failure:  # a forced backend may not take the call
-            steps.pop(name, None)
+            step = case.step(call)
+            step()
+            replays[name] = graphed(step, options.device)
+            steps[name] = step
+        except Exception as failure:  # a forced backend may not take the call, a candidate may not be recorded
             report.add(**row, candidate=name, failure=f"{type(failure).__name__}: {failure}"[:300])
-    replays = {name: graphed(step, options.device) for name, step in steps.items()}
     gpu_times, call_times = (interleaved_bursts(calls, options, 0.02) for calls in (replays, steps))
     for name in steps:
         seconds = gpu_times[name]["seconds"]

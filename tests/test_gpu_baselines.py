@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_shell(tmp_path):
         "ARGUMENTS": f"--device cpu --tiny --out {tmp_path}",
     }
     script = str(ROOT / "benchmarks" / "gpu_all.sh")
-    subprocess.run([script, "ceilings"], check=True, env=environment, capture_output=True)
+    done = subprocess.run([script, "ceilings"], check=True, env=environment, capture_output=True, text=True)
     assert (tmp_path / "gpu_ceilings.json").exists()
+    with tarfile.open(tmp_path / "gpu_results.tar.gz") as archive:
+        assert archive.getnames() == ["gpu_ceilings.json"]
+    assert done.stdout.splitlines()[-1] == "nothing failed"
     assert subprocess.run([script, "nothing"], env=environment, capture_output=True).returncode == 2

@@ -19,8 +19,8 @@ WARPS, CHUNK = 8, 32  # of a block; expanded channels at a time
 # Of a step of the main loop: the share of its instructions that run (the others belong to other activations, to borders
 # of maps, to odd numbers of channels), and passes through each small loop in it (copies of a tile, sums of warps).
 RUN, SMALL_LOOPS = 0.75, 1.0
-# Of the depth-wise kernels, by kernel and stride: columns of a thread, and rows of the filtered map in a pass of its loop
-# down the map, as the compiler unrolled it.
+# Of the depth-wise kernels, by kernel and stride: columns of a thread, and rows of the filtered map in a pass of its
+# loop down the map, as the compiler unrolled it.
 WALKS = {("filter", 1): (2, 2), ("filter", 2): (2, 1), ("filter_backward", 1): (2, 6), ("filter_backward", 2): (1, 1)}
 
 

@@ -12,8 +12,8 @@ INTRODUCTION = """# How fast the GPU kernels should be: predicted, not measured
 Written by `python -m benchmarks.gpu_model --page` from `benchmarks/results/gpu_model.json`; do not edit it.
 
 Nothing on this page was run on a GPU. Every launch of a training step (forward, cross-entropy, backward, fused AdamW)
-and of an inference call is traced on tensors without contents, its kernel is compiled for sm_90, and its time on an H200
-is taken for the longest of
+and of an inference call is traced on tensors without contents, its kernel is compiled for sm_90, and its time on an
+H200 is taken for the longest of
 
 - **memory**: the bytes of its tensors, each counted once, at {memory:.1f} TB/s;
 - **l2**: all bytes that its programs ask for, at {l2:.1f} TB/s;
@@ -22,8 +22,8 @@ is taken for the longest of
 - **latency**: what one block waits and computes, where few run at once,
 
 and {start:.1f} us from one launch to the next. A step lasts as long as the GPU works or as the CPU launches, whichever
-is longer; *graph* is the GPU's part with {graph:.1f} us a launch. The peers are eager PyTorch op by op, and compiled code
-counted on the graph that it would be generated from, at shares of the rates that PyTorch's kernels usually reach:
+is longer; *graph* is the GPU's part with {graph:.1f} us a launch. The peers are eager PyTorch op by op, and compiled
+code counted on the graph that it would be generated from, at shares of the rates that PyTorch's kernels usually reach:
 guesses, within some 30 %. The constants are in `benchmarks/gpu_model/device.py` and `peers.py`; the first measurement
 replaces them.
 """

@@ -1,6 +1,7 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
 """The Triton kernels of inverted_residual on CPU tensors, step by step; run by test_inverted_residual_triton.py."""
 
+import importlib
 import sys
 
 import pytest
@@ -89,6 +90,21 @@ class TestInvertedResidual(TritonResults):
         e = given["x"].double() @ given["expand"].weight.flatten(1).double().T
         torch.testing.assert_close(moments[0].mean.double(), e.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(moments[0].var.double(), e.var((0, 1, 2), correction=0), rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("size", [1e-8, 1e4])
+    def test_a_correction_that_float16_does_not_hold(self, size):
+        """Of many rows and large inputs: the matrix of the correction is too small or too large for a number of
+        float16, what it adds to dx is not."""
+        draw, kernels = torch.Generator().manual_seed(1), importlib.import_module(f"{OP.__name__}.triton")
+        x = (1e-4 / size * torch.randn(2, 5, 5, 40, generator=draw)).half()
+        weight, correction = torch.randn(66, 40, generator=draw), size * torch.randn(2, 66, generator=draw)
+        correction[1] = 0
+        mean, dx = x.float().mean((0, 1, 2)), torch.zeros_like(x)
+        kernels._correct(dx, x, None, weight, correction, mean)
+        rounded = weight.half().double()
+        matrix = rounded.T @ (correction[0].double()[:, None] * rounded)
+        truth = -(x.double() - mean.double()) @ matrix
+        assert (dx.double() - truth).norm() <= 2e-3 * truth.norm()
 
 
 # The fused CUDA C++ ops, in plain PyTorch: what their schema says, with maps rounded as they are stored.

@@ -360,7 +360,13 @@ def correct_bwd_kernel(
         inner = first + tl.arange(0, BLOCK_K)
         mean = load_vector(mean_ptr, inner, WIDTH=C)
         x = load_deviations(x_ptr + start * C, mean, lane, valid, inner, C=C).to(x_ptr.dtype.element_ty)
-        sums = dot(x, load_tile(matrix_ptr, inner, inner < C, column, WIDTH=C).to(x.dtype), sums)
+        matrix = load_tile(matrix_ptr, inner, inner < C, column, WIDTH=C)
+        if x.dtype == tl.float16:  # K is of the order of 1 / rows, which float16 may not hold
+            largest = tl.max(tl.abs(matrix))
+            largest = tl.where(largest > 1e-30, largest, 1.0)
+            sums += tl.dot(x, (matrix * (1.0 / largest)).to(x.dtype)) * largest
+        else:
+            sums = dot(x, matrix.to(x.dtype), sums)
     dx = load_tile(dx_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
     dx = dx - sums - load_vector(shift_ptr, column, WIDTH=C)[None, :]
     if residual_ptr is not None:

@@ -1,0 +1,239 @@
+"""The model of GPU kernels (benchmarks/gpu_model): what it reads off code, and the budgets of every shipped kernel."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu_model import budgets, device, model, page, peers, predict, record, sass, trace, ttir  # noqa: E402
+from benchmarks.gpu_model.model import Demand, duration  # noqa: E402
+
+SOURCE = """
+module {
+  tt.func public @kernel(%x_ptr: !tt.ptr<bf16>, %y_ptr: !tt.ptr<f32>, %rows: i32, %each: i32) {
+    %c0 = arith.constant 0 : i32 loc(#loc1)
+    %c32 = arith.constant 32 : i32 loc(#loc1)
+    %c64 = arith.constant 64 : i32 loc(#loc1)
+    %0 = tt.get_program_id x : i32 loc(#loc2)
+    %begin = arith.muli %0, %each : i32 loc(#loc2)
+    %left = arith.subi %rows, %begin : i32 loc(#loc2)
+    %length = arith.minsi %left, %each : i32 loc(#loc2)
+    %p = tt.splat %x_ptr : !tt.ptr<bf16> -> tensor<32x16x!tt.ptr<bf16>> loc(#loc2)
+    %s:2 = scf.for %i = %c0 to %length step %c32 iter_args(%a = %b, %q = %p) -> (tensor<32x8xf32>)  : i32 {
+      %v = tt.load %q, %m, %o : tensor<32x16x!tt.ptr<bf16>> loc(#loc3)
+      %t = scf.for %j = %c0 to %c64 step %c32 iter_args(%u = %a) -> (tensor<32x8xf32>)  : i32 {
+        %d = tt.dot %v, %w, %u, inputPrecision = tf32 : tensor<32x16xbf16> * tensor<16x8xbf16> -> tensor<32x8xf32>
+        scf.yield %d : tensor<32x8xf32> loc(#loc3)
+      } loc(#loc3)
+      %k = "tt.reduce"(%v) <{axis = 0 : i32}> ({
+      ^bb0(%e: f32, %f: f32):
+        tt.reduce.return %e : f32 loc(#loc4)
+      }) : (tensor<32x16xf32>) -> tensor<16xf32> loc(#loc4)
+      scf.yield %t : tensor<32x8xf32> loc(#loc3)
+    } {tt.num_stages = 2 : i32} loc(#loc3)
+    %z = tt.splat %y_ptr : !tt.ptr<f32> -> tensor<32x8x!tt.ptr<f32>> loc(#loc2)
+    tt.store %z, %s#0, %m : tensor<32x8x!tt.ptr<f32>> loc(#loc5)
+    tt.return loc(#loc5)
+  }
+}
+"""
+
+
+def test_work_of_a_program():
+    """100 rows, of which the last program has 36 in two passes."""
+    values = {"x_ptr": torch.empty(0), "y_ptr": torch.empty(0), "rows": 100, "each": 64}
+    first, last = (ttir.work(SOURCE, values, (i,)) for i in (0, 1))
+    assert [loop.trips for loop in first.loops] == [2] and [loop.trips for loop in last.loops] == [2]
+    [inner] = first.loops[0].inner
+    assert (inner.trips, inner.constant, first.loops[0].constant) == (2, True, False)
+    assert first.read == {"x_ptr": 2 * 32 * 16 * 2} and first.written == {"y_ptr": 32 * 8 * 4}
+    assert first.products == 2 * 2 * 2 * 32 * 16 * 8
+    empty = ttir.work(SOURCE, values | {"rows": 64}, (1,))
+    assert empty.loops[0].trips == 0 and empty.products == 0 and not any(empty.read.values())
+
+
+CODE = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0020*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
+.L_x_1:
+        /*0030*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   MUFU.EX2 R3, R4 ;
+        /*0070*/               @P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0080*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0090*/                   EXIT ;
+.L_x_4:
+        /*00a0*/                   BRA `(.L_x_4);
+        /*00b0*/                   NOP ;
+$__internal_0_slowpath:
+        /*00c0*/                   FMUL R1, R1, R1 ;
+"""
+
+
+def test_loops_of_machine_code():
+    root = sass.kernels(CODE)["kernel"]
+    outer, inner = root.walk()[1:]
+    assert inner.counts == Counter({"all": 3, "loads": 1, "mma": 1}) and not inner.inner
+    assert outer.counts == Counter({"all": 3, "copies": 1, "special": 1}) and outer.inner == [inner]
+    assert root.counts == Counter({"all": 5, "stores": 1})
+
+
+def loop(*inner: sass.Loop, **counts: int) -> sass.Loop:
+    return sass.Loop(0, 0, Counter(counts), list(inner))
+
+
+def test_each_loop_of_the_code_runs_as_often_as_its_source():
+    inner = loop(all=10)
+    code = loop(loop(inner, all=100), loop(all=7))
+    source = [ttir.Loop(5, False, [ttir.Loop(2, True), ttir.Loop(8, True)]), ttir.Loop(3, False)]
+    found = model.passes(source, code)
+    assert [(here.counts["all"], times) for here, times, _ in found] == [(100, 5), (10, 40), (7, 3)]
+    assert not any(guess for *_, guess in found)
+
+
+def test_a_loop_that_the_compiler_unrolled_in_part():
+    code = loop(loop(all=40, loads=4), loop(all=11, loads=1))
+    found = model.passes([ttir.Loop(11, False)], code)
+    assert sorted((here.counts["loads"], times) for here, times, _ in found) == [(1, 3), (4, 2)]
+
+
+def test_a_loop_of_unknown_length_is_said():
+    assert [guess for *_, guess in model.passes([ttir.Loop(None, False)], loop(loop(all=4)))] == [True]
+
+
+def demand(**changed: float) -> Demand:
+    usual = {
+        "blocks": 10_000, "warps": 8, "resident": 4, "instructions": 100.0, "special": 0.0, "alone": 100.0,
+        "bytes": 1e6, "cached": 1e6, "products": 1e6, "wgmma": True,
+    }  # fmt: skip
+    return Demand(**usual | changed)
+
+
+@pytest.mark.parametrize(
+    "limit, changed",
+    [
+        ("memory", {"bytes": 1e10}),
+        ("l2", {"cached": 1e11}),
+        ("tensor cores", {"products": 1e14}),
+        ("issue", {"instructions": 1e6}),
+        ("latency", {"alone": 1e6, "blocks": 3}),
+    ],
+)
+def test_the_longest_limit_is_named(limit, changed):
+    seconds, named, _ = duration(demand(**changed))
+    assert named == limit and seconds > duration(demand())[0]
+    assert duration(demand(products=1e14, wgmma=False))[0] > duration(demand(products=1e14))[0]
+
+
+def test_occupancy():
+    assert device.occupancy(128, 8, 0) == (2, "registers")
+    assert device.occupancy(129, 8, 0) == (1, "registers")
+    assert device.occupancy(32, 4, 50_000) == (4, "shared memory")
+    assert device.occupancy(16, 8, 0) == (8, "threads")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(self.norm(self.conv(x))).mean((2, 3))
+
+
+def test_compiled_code_writes_what_a_library_or_a_sum_needs():
+    """An inference call: one kernel casts the convolution's input, one reads its result for norm, activation, mean."""
+    made = peers.Fusion(peers.graph(Block, False, 4, 32)).kernels()
+    assert sum(p.name == "convolution" for p in made) == 1
+    pixels = 4 * 32 * 32
+    fused = sorted(p.bytes for p in made if p.name == "fused" and p.bytes > 1000)
+    assert fused == pytest.approx([pixels * 8 * 2, pixels * 3 * (4 + 2)], rel=0.02)
+
+
+def test_eager_code_reads_and_writes_for_each_op():
+    made = [peers.aten(op) for op in trace.step(Block, False, 4, 32) if isinstance(op, trace.Aten)]
+    of = {p.name: p for p in made}
+    assert of["silu"].bytes == 2 * 4 * 8 * 32 * 32 * 2 and of["convolution"].products == 2 * 4 * 32 * 32 * 3 * 8
+
+
+# What is recorded
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return record.read(record.KERNELS)["kernels"]
+
+
+def test_every_shipped_kernel_keeps_its_budget_or_says_why(kernels):
+    assert len(kernels) > 100
+    over = [f"{e.budget}: {e.kernel}: {e.found}" for e in budgets.unexplained(kernels)]
+    assert not over, "\n".join(over)
+    assert not budgets.unused(kernels)
+
+
+@pytest.mark.parametrize(
+    "budget, changed",
+    [
+        ("registers", {"registers": 136}),
+        ("spill", {"stack": 8}),
+        ("pipeline", {"loops": [{"all": 50, "loads": 4}]}),
+        ("blocks", {"few": {"blocks": 9, "us": 12.0, "where": "here"}}),
+    ],
+)
+def test_a_kernel_over_a_budget_fails(budget, changed):
+    within = {"registers": 128, "warps": 8, "stack": 0, "loops": [{"all": 50, "loads": 1, "copies": 4}]}
+    assert not budgets.unexplained({"new.kernel[C=16]": within})
+    assert [e.budget for e in budgets.unexplained({"new.kernel[C=16]": within | changed})] == [budget]
+
+
+def test_kernels_are_recorded_as_they_are(kernels):
+    """A kernel that was changed has to be recorded anew, which shows whether it keeps its budget."""
+    now = record.functions()
+    old = sorted(
+        {
+            name
+            for key, k in kernels.items()
+            if not key.startswith("cuda.")
+            and ((name := key.partition("[")[0]) not in now or record.source_of(now[name]) != k["source"])
+        }
+    )
+    assert not old, f"changed since they were recorded; run `python -m benchmarks.gpu_model`: {', '.join(old)}"
+
+
+def test_compiled_again_they_are_as_recorded(kernels):
+    """A few of them, for the whole record takes minutes; by another Triton they differ."""
+    import triton
+
+    recorded_with = record.read(record.KERNELS)["triton"]
+    if triton.__version__ != recorded_with:
+        pytest.skip(f"recorded with triton {recorded_with}, this is {triton.__version__}")
+    qkv = torch.empty(256, 16, 16, 576, dtype=torch.bfloat16, device="meta")
+    with trace.as_on_a_gpu():
+        [forward, *_] = trace.launches([("patch_attention_forward", (qkv, 4, 2, 2, 0.0, None))]).launches
+    entry = record.kernel(model.code_of(forward.compiled), record.source_of(forward.function))
+    assert entry.items() <= kernels[model.key_of(forward)].items()
+
+
+def test_rows_and_page(tmp_path, monkeypatch):
+    rows = record.read(record.ROWS)["rows"]
+    found = {(r["network"], r["mode"], r["batch"], r["candidate"]) for r in rows}
+    assert found == {
+        (n, m, b, c) for n in predict.NETWORKS for m in predict.MODES for b in predict.BATCHES for c in predict.CANDIDATES
+    }
+    assert all(r["predicted_ms"] >= r["floor_ms"] > 0 for r in rows if r["batch"] == 256)
+    before = page.PAGE.read_text()
+    assert "predicted, not measured" in before
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    page.write()
+    assert (tmp_path / "page.md").read_text() == before, "run `python -m benchmarks.gpu_model --page`"
