@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import Counter
 
 import pytest
@@ -11,8 +11,8 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_model import budgets, device, model, page, peers, predict, record, sass, trace, ttir  # noqa: E402
-from benchmarks.gpu_model.model import Demand, duration  # noqa: E402
+from benchmarks.gpu_model import budgets, device, model, page, peers, predict, record, sass, trace, ttir
+from benchmarks.gpu_model.model import Demand, duration
 
 SOURCE = """
 module {
@@ -228,9 +228,8 @@ def test_compiled_again_they_are_as_recorded(kernels):
 def test_rows_and_page(tmp_path, monkeypatch):
     rows = record.read(record.ROWS)["rows"]
     found = {(r["network"], r["mode"], r["batch"], r["candidate"]) for r in rows}
-    assert found == {
-        (n, m, b, c) for n in predict.NETWORKS for m in predict.MODES for b in predict.BATCHES for c in predict.CANDIDATES
-    }
+    complete = itertools.product(predict.NETWORKS, predict.MODES, predict.BATCHES, predict.CANDIDATES)
+    assert found == set(complete)
     assert all(r["predicted_ms"] >= r["floor_ms"] > 0 for r in rows if r["batch"] == 256)
     before = page.PAGE.read_text()
     assert "predicted, not measured" in before

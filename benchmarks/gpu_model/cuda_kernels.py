@@ -97,6 +97,13 @@ def main_loop(code: Code) -> Loop:
     return deepest if largest.counts["loads"] == 0 or deepest.counts["all"] > largest.counts["all"] else largest
 
 
+def short_name(mangled: str) -> str:
+    """Such as cuda.Filter[BFloat16 1] of a kernel's mangled name."""
+    name = re.search(r"kernelINS_\d+([A-Za-z]+?)(?:I|E)", mangled)
+    parts = re.findall(r"BFloat16|Float16|(?<=I)f(?=[LE])|(?<=L[ib])\d", mangled)
+    return f"cuda.{name[1]}[{' '.join('Float32' if part == 'f' else part for part in parts)}]"
+
+
 def launches(op: str, call: Any) -> list[CudaLaunch]:
     """The launches of an op of csrc/cuda, in their order."""
     return _LAUNCHES[op](call)

@@ -19,7 +19,7 @@ FLOAT32 = 60e12  # operations/s of cuBLAS and cuDNN without tensor cores
 
 MEMORY_LATENCY, L2_LATENCY = 850, 300  # cycles
 ISSUED_BY_A_WARP = 0.18  # instructions a cycle between two waits
-ISSUED_AT_MOST = 0.8  # of a scheduler's cycles
+ISSUED_AT_MOST = 0.7  # of a scheduler's cycles
 FOURTH_OF_RATE = 4  # cycles that exponentials and the like keep a scheduler's unit busy, beyond their own
 
 START = 2.0e-6  # s on the GPU from one launch of a stream to the next, where nothing else takes longer

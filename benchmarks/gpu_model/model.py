@@ -8,6 +8,9 @@ of them waits and computes by itself (latency).
 from __future__ import annotations
 
 import math
+import re
+import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -58,16 +61,14 @@ _codes: dict[str, Code] = {}
 def code_of(compiled: Any) -> Code:
     """Reads a kernel that Triton compiled for NVIDIA; each one once."""
     if compiled.hash not in _codes:
-        import re
-        import subprocess
-        import tempfile
-
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
             command = [sass.tool("cuobjdump"), "-res-usage", file.name]
             usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            text = subprocess.run([sass.tool("nvdisasm"), "-c", file.name], capture_output=True, text=True).stdout
+            text = subprocess.run(
+                [sass.tool("nvdisasm"), "-ndf", "-c", file.name], capture_output=True, text=True
+            ).stdout
         registers, stack = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "STACK"))
         loop = next(iter(sass.kernels(text).values()))
         meta = compiled.metadata

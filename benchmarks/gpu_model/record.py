@@ -65,9 +65,9 @@ def add(kernels: dict[str, Any], launches: list[Launch], made: list[Prediction],
 
 
 def extension() -> dict[str, Any]:
-    """The kernels of the built CUDA extension, by their mangled names."""
+    """The kernels of the built CUDA extension, by their short names."""
     return {
-        f"cuda.{name}": kernel(Code(code.registers, code.stack, 0, cuda_kernels.WARPS, code.loop), "")
+        cuda_kernels.short_name(name): kernel(Code(code.registers, code.stack, 0, cuda_kernels.WARPS, code.loop), "")
         for name, code in cuda_kernels.codes().items()
     }
 

@@ -43,6 +43,11 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _needed(x: Tensor) -> int:
+    """Programs from which on the resident kernel pays."""
+    return _multiprocessors(x.device.index) // 2 if x.is_cuda else 0
+
+
 def programs(batch: int, patches: int, positions: int, per_sample: bool, num_heads: int | None) -> int:
     """How many programs the resident kernel splits a map into: samples, or tiles of whole groups of tokens."""
     if num_heads is None or per_sample:
@@ -83,7 +88,7 @@ def _resident_why_not(
     if num_heads is not None and patches > LONGEST_GROUP:
         return f"the resident kernel takes sequences of at most {LONGEST_GROUP} tokens, these have {patches}"
     # A sample that one multiprocessor works on while others are idle takes longer than ops that spread it.
-    needed = _multiprocessors(x.device.index) // 2 if x.is_cuda else 0
+    needed = _needed(x)
     count = programs(batch, patches, patch_size[0] * patch_size[1], norms[0].per_sample, num_heads)
     return (
         f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on"

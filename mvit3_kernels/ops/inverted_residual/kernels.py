@@ -139,13 +139,28 @@ def expanded_moments_kernel(
     store_vector(expanded_var_ptr, output, at_least_zero(var), WIDTH=E)
 
 
+@triton.jit
+def fold_norm_kernel(
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (E,)
+    folded_ptr,  # written: (2, E), float32
+    eps,
+    E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift of a norm of known statistics, for kernels that need them many times. A program has BLOCK
+    channels."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    store_vector(folded_ptr, column, scale, WIDTH=E)
+    store_vector(folded_ptr + E, column, shift, WIDTH=E)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def project_fwd_kernel(
     z_ptr,  # (rows, E)
     weight_ptr,  # (OUT, E)
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
+    folded_ptr,  # of the middle norm, (2, E), float32, of fold_norm_kernel
     p_ptr, part_ptr,  # written: (rows, OUT), like z; (2, parts, OUT), float32
-    rows, parts, rows_per_part, eps,
+    rows, parts, rows_per_part,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +181,8 @@ def project_fwd_kernel(
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for second in range(0, E, BLOCK_K):
             column = second + tl.arange(0, BLOCK_K)
-            scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+            scale = load_vector(folded_ptr, column, WIDTH=E)
+            shift = load_vector(folded_ptr + E, column, WIDTH=E)
             z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
             hidden = activate(z * scale[None, :] + shift[None, :], ACT=ACT).to(z_ptr.dtype.element_ty)
             weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(hidden.dtype)

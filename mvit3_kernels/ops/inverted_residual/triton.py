@@ -148,9 +148,13 @@ def _project(z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> tuple[Tens
     config = configuration("project", z, outputs, expanded)
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     parts, rows_per_part = split_rows(rows, max(2 * multiprocessors(z) // blocks, 1), config["BLOCK_M"])
-    part = _float32(z, 2, parts, outputs)
+    part, folded = _float32(z, 2, parts, outputs), _float32(z, 2, expanded)
+    # In the loop over rows root and division would be a third of its instructions.
+    kernels.fold_norm_kernel[(triton.cdiv(expanded, 128),)](
+        *norm[:4], folded, norm.eps, E=expanded, BLOCK=128, num_warps=4
+    )
     kernels.project_fwd_kernel[(blocks * parts,)](
-        z, weight, *norm[:4], p, part, rows, parts, rows_per_part, norm.eps, ACT=act, E=expanded, OUT=outputs, **config
+        z, weight, folded, p, part, rows, parts, rows_per_part, ACT=act, E=expanded, OUT=outputs, **config
     )
     return p, (part, parts, rows_per_part)
 
