@@ -57,4 +57,79 @@ def unused(kernels: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-REASONS: dict[tuple[str, str], str] = {}
+_WHOLE_ROWS = (
+    "keeps the sums of whole rows in registers; half as many rows would ask the second-level cache for the weights"
+    " twice as often, and `benchmarks/tune.py` has the other tiles to try on a GPU"
+)
+_LARGE_TILE = (
+    "holds a large tile of sums beside what is computed from it (activations, moments, a residual); a smaller one reads"
+    " the wide map more often, and `benchmarks/tune.py` has it to try on a GPU"
+)
+_NO_PRODUCT = (
+    "Triton copies ahead in loops around a product only; instead 3 blocks and more share a multiprocessor, each with"
+    " several loads of 16 bytes on their way"
+)
+_PARTS = (
+    "adds up a few hundred parts that the kernel before it left in the second-level cache; its loop is unrolled, so"
+    " that several loads are on their way at once"
+)
+_ONE_STAGE = (
+    "the weights of two products at a time, in one stage; two stages are among the configurations that"
+    " `benchmarks/tune.py` tries on a GPU"
+)
+_SMALL_MAP = (
+    "at batch 1, on a map of 8x8 to 32x32, has no more tiles to divide; dividing its inner dimension would take a"
+    " second launch"
+)
+_PARAMETERS = (
+    "has as many blocks as blocks of channels, whatever the batch: a grid over both sides of the gradient is to be"
+    " written"
+)
+
+REASONS: dict[tuple[str, str], str] = {
+    ("registers", "feed_forward.*"): _WHOLE_ROWS,
+    ("registers", "row_gradients.*"): _WHOLE_ROWS,
+    ("registers", "inverted_residual.project_*"): _LARGE_TILE,
+    ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
+    ("registers", "patch_attention.attention_bwd"): (
+        "holds queries, keys, values and the gradients of two of them at once; 4 warps are among the configurations"
+        " that `benchmarks/tune.py` tries on a GPU"
+    ),
+    ("registers", "global_representation.*"): (
+        "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
+    ),
+    ("registers", "cuda.DepthwiseBackward"): (
+        "keeps nine taps and nine sums of their gradients for four channels, and the rows that it loads ahead"
+    ),
+    ("pipeline", "batch_norm_act.*"): _NO_PRODUCT,
+    ("pipeline", "depthwise_conv.depthwise_*"): _NO_PRODUCT,
+    ("pipeline", "depthwise_conv.moments_fwd"): _PARTS,
+    ("pipeline", "depthwise_conv.norm_sums_bwd"): _PARTS,
+    ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
+    ("pipeline", "inverted_residual.add_parts"): _PARTS,
+    ("pipeline", "row_gradients.*_gradient"): _PARTS,
+    ("pipeline", "feed_forward.*"): _ONE_STAGE,
+    ("pipeline", "cuda.Depthwise*"): "loads rows of the map into registers two rows ahead of their use",
+    ("pipeline", "cuda.Finish*"): _PARTS,
+    ("pipeline", "cuda.Inference"): (
+        "its loop over tiles adds the residual, which the tile's first product read: it lies in the second-level cache"
+    ),
+    ("pipeline", "cuda.Backward"): "adds 320 sums of a step to those of the block, which lie in the second-level cache",
+    ("pipeline", "global_representation.*"): (
+        "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
+    ),
+    ("blocks", "batch_norm_act.*"): _SMALL_MAP,
+    ("blocks", "depthwise_conv.*"): _SMALL_MAP,
+    ("blocks", "feed_forward.*"): _SMALL_MAP,
+    ("blocks", "inverted_residual.project_fwd"): _SMALL_MAP,
+    ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
+    ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,
+    ("blocks", "norm_linear.*"): _SMALL_MAP,
+    ("blocks", "patch_attention.*"): _SMALL_MAP,
+    ("blocks", "pointwise_conv.*"): _SMALL_MAP,
+    ("blocks", "row_gradients.input_bwd"): _SMALL_MAP,
+    ("blocks", "row_gradients.*_gradient"): _PARAMETERS,
+    ("blocks", "inverted_residual.correction_bwd"): _PARAMETERS,
+    ("blocks", "inverted_residual.expand_gradient"): _PARAMETERS,
+    ("blocks", "inverted_residual.expanded_moments"): _PARAMETERS,
+}

@@ -91,12 +91,12 @@ class TestInvertedResidual(TritonResults):
         torch.testing.assert_close(moments[0].mean.double(), e.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(moments[0].var.double(), e.var((0, 1, 2), correction=0), rtol=1e-4, atol=0)
 
-    @pytest.mark.parametrize("size", [1e-8, 1e4])
-    def test_a_correction_that_float16_does_not_hold(self, size):
-        """Of many rows and large inputs: the matrix of the correction is too small or too large for a number of
-        float16, what it adds to dx is not."""
+    @pytest.mark.parametrize("size, inputs", [(1e-8, 1e4), (1e4, 1e-3)])
+    def test_a_correction_that_float16_does_not_hold(self, size, inputs):
+        """The matrix of the correction is too small (of many rows) or too large for a number of float16; what it adds
+        to dx is not."""
         draw, kernels = torch.Generator().manual_seed(1), importlib.import_module(f"{OP.__name__}.triton")
-        x = (1e-4 / size * torch.randn(2, 5, 5, 40, generator=draw)).half()
+        x = (inputs * torch.randn(2, 5, 5, 40, generator=draw)).half()
         weight, correction = torch.randn(66, 40, generator=draw), size * torch.randn(2, 66, generator=draw)
         correction[1] = 0
         mean, dx = x.float().mean((0, 1, 2)), torch.zeros_like(x)
