@@ -81,6 +81,7 @@ _SMALL_MAP = (
     "at batch 1, on a map of 8x8 to 32x32, has no more tiles to divide; dividing its inner dimension would take a"
     " second launch"
 )
+_SAMPLE = "has a block for each sample, whose statistics are of all its rows; at batch 1 that is one"
 _PARAMETERS = (
     "has as many blocks as blocks of channels, whatever the batch: a grid over both sides of the gradient is to be"
     " written"
@@ -90,6 +91,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "feed_forward.*"): _WHOLE_ROWS,
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "inverted_residual.project_*"): _LARGE_TILE,
+    ("registers", "separable_attention.attend_fwd"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
     ("registers", "patch_attention.attention_bwd"): (
         "holds queries, keys, values and the gradients of two of them at once; 4 warps are among the configurations"
@@ -108,6 +110,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
     ("pipeline", "inverted_residual.add_parts"): _PARTS,
     ("pipeline", "row_gradients.*_gradient"): _PARTS,
+    ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
+    ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,
+    ("pipeline", "separable_attention.context_fwd"): _PARTS,
+    ("pipeline", "separable_attention.attend_fwd"): _ONE_STAGE,
     ("pipeline", "feed_forward.*"): _ONE_STAGE,
     ("pipeline", "cuda.Depthwise*"): "loads rows of the map into registers two rows ahead of their use",
     ("pipeline", "cuda.Finish*"): _PARTS,
@@ -128,6 +134,8 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "patch_attention.*"): _SMALL_MAP,
     ("blocks", "pointwise_conv.*"): _SMALL_MAP,
     ("blocks", "row_gradients.input_bwd"): _SMALL_MAP,
+    ("blocks", "row_kernels.sample_statistics"): _SAMPLE,
+    ("blocks", "separable_attention.*"): _SMALL_MAP,
     ("blocks", "row_gradients.*_gradient"): _PARAMETERS,
     ("blocks", "inverted_residual.correction_bwd"): _PARAMETERS,
     ("blocks", "inverted_residual.expand_gradient"): _PARAMETERS,
