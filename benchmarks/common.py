@@ -180,6 +180,8 @@ def machine() -> Row:
 
 def gpu_machine(device: str) -> Row:
     """Facts that a time on a GPU means nothing without; of the CPU where `device` is that."""
+    from mvit3_kernels import info
+
     found: Row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "revision": os.environ.get("GIT_REVISION") or _output_of("git", "rev-parse", "HEAD") or None,
@@ -187,6 +189,7 @@ def gpu_machine(device: str) -> Row:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "backends": {name: b["reason"] or "available" for name, b in info.collect()["backends"].items()},
     }
     with contextlib.suppress(ImportError):
         import triton

@@ -149,6 +149,11 @@ def test_what_a_measurement_lacks_is_named_with_its_reason():
     assert gpu_check.missing(found) == ["backend cuda: the CUDA extension was not built: no nvcc"]
 
 
+def test_results_say_which_backends_there_were(tmp_path):
+    facts = Report("ops", "cpu", tmp_path).facts
+    assert facts["backends"].keys() == {"reference", "cpu", "triton", "cuda"} and facts["backends"]["cuda"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_nothing_is_measured_where_something_is_missing(tmp_path):
     environment = {**os.environ, "PATH": path_with_python(), "OUT": str(tmp_path)}

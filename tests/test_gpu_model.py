@@ -199,15 +199,7 @@ def test_a_kernel_over_a_budget_fails(budget, changed):
 
 def test_kernels_are_recorded_as_they_are(kernels):
     """A kernel that was changed has to be recorded anew, which shows whether it keeps its budget."""
-    now = record.functions()
-    old = sorted(
-        {
-            name
-            for key, k in kernels.items()
-            if not key.startswith("cuda.")
-            and ((name := key.partition("[")[0]) not in now or record.source_of(now[name]) != k["source"])
-        }
-    )
+    old = sorted({key.partition("[")[0] for key in record.changed(kernels)})
     assert not old, f"changed since they were recorded; run `python -m benchmarks.gpu_model`: {', '.join(old)}"
 
 

@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def save(rows: dict, kernels: dict) -> None:
+    for key in record.changed(kernels):
+        del kernels[key]
     head = {
         "what": "predicted, not measured",
         "device": f"NVIDIA H200, {MULTIPROCESSORS} multiprocessors",

@@ -66,7 +66,7 @@ _LARGE_TILE = (
     " the wide map more often, and `benchmarks/tune.py` has it to try on a GPU"
 )
 _NO_PRODUCT = (
-    "Triton copies ahead in loops around a product only; instead 3 blocks and more share a multiprocessor, each with"
+    "Triton copies ahead in loops around a product only; instead 2 to 8 blocks share a multiprocessor, each with"
     " several loads of 16 bytes on their way"
 )
 _PARTS = (

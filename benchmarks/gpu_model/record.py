@@ -81,6 +81,17 @@ def functions() -> dict[str, Any]:
     return {name_of(function): function for function in found}
 
 
+def changed(kernels: dict[str, Any]) -> list[str]:
+    """The recorded kernels whose source is another one now, or gone."""
+    now = functions()
+
+    def same(key: str, entry: dict[str, Any]) -> bool:
+        name = key.partition("[")[0]
+        return name.startswith("cuda.") or (name in now and source_of(now[name]) == entry["source"])
+
+    return [key for key, entry in kernels.items() if not same(key, entry)]
+
+
 def source_of(function: Any) -> str:
     """A hash of what a kernel and all that it calls say, but for comments and docstrings."""
     return _source_of(function.fn.__module__, function.fn.__name__, function)
