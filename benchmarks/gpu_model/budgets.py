@@ -91,7 +91,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "feed_forward.*"): _WHOLE_ROWS,
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "inverted_residual.project_*"): _LARGE_TILE,
-    ("registers", "separable_attention.attend_fwd"): _WHOLE_ROWS,
+    ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
     ("registers", "patch_attention.attention_bwd"): (
         "holds queries, keys, values and the gradients of two of them at once; 4 warps are among the configurations"
@@ -112,7 +112,14 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "row_gradients.*_gradient"): _PARTS,
     ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
     ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,
-    ("pipeline", "separable_attention.context_fwd"): _PARTS,
+    ("pipeline", "row_gradients.dropped_products"): (
+        "of float32 maps, of which separable attention has a row a sample: products are made in registers, in one stage"
+    ),
+    ("pipeline", "separable_attention.context_*"): (
+        "reads a sample's scores and sums, which the kernel before it left in the second-level cache"
+    ),
+    ("pipeline", "separable_attention.parameters_bwd"): _PARTS,
+    ("pipeline", "separable_attention.values_bwd"): _ONE_STAGE,
     ("pipeline", "separable_attention.attend_fwd"): _ONE_STAGE,
     ("pipeline", "feed_forward.*"): _ONE_STAGE,
     ("pipeline", "cuda.Depthwise*"): "loads rows of the map into registers two rows ahead of their use",
@@ -127,7 +134,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "depthwise_conv.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
-    ("blocks", "inverted_residual.project_fwd"): _SMALL_MAP,
+    ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
     ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,
     ("blocks", "norm_linear.*"): _SMALL_MAP,
