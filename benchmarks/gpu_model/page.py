@@ -24,7 +24,7 @@ H200 is taken for the longest of
 and {start:.1f} us from one launch to the next. A step lasts as long as the GPU works or as the CPU launches, whichever
 is longer; *graph* is the GPU's part with {graph:.1f} us a launch. The peers are eager PyTorch op by op, and compiled
 code counted on the graph that it would be generated from, at shares of the rates that PyTorch's kernels usually reach:
-guesses, within some 30 %. The constants are in `benchmarks/gpu_model/device.py` and `peers.py`; the first measurement
+guesses of unknown error. The constants are in `benchmarks/gpu_model/device.py` and `peers.py`; the first measurement
 replaces them.
 """
 
