@@ -3,37 +3,41 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/digits
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAGE := sh .ci/stage.sh
 
 LIBRARIES := $(VENV)/.libraries
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.h tests/*/*.cpp)
 
-.PHONY: help setup test sanitize triton36 demo lint format bench report clean
+.PHONY: help setup test sanitize triton36 demo lint format bench report docs wheel wheels-test clean
 help:
 	@echo "make demo    train mobilevitv3_xxs on handwritten digits with reference and with fused ops, then evaluate the checkpoint"
 	@echo "make test    lint and the whole test suite"
 	@echo "make sanitize  the tests of the CPU kernels with GCC's checks of memory and of undefined behaviour; ISA=avx512 for another variant"
 	@echo "make triton36  the tests of the Triton kernels with the oldest Triton that is supported"
 	@echo "make bench   the CPU benchmarks; make report puts their results into the README"
+	@echo "make docs    the documentation as a site, in build/site;  make wheel, make wheels-test  a wheel in dist/, tried beside several torch"
 	@echo "make setup   only the virtual environment in $(VENV);  make clean removes it"
 
 setup: $(INSTALLED)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || { echo "the venv module is needed (Debian: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }
+	@$(STAGE) "virtual environment" $(PYTHON) -m venv $(VENV) || { echo "the venv module is needed (Debian: apt-get install python3-venv)"; rm -rf $(VENV); exit 1; }
 
 # The build needs torch, so torch comes before the package. The registry's plain torch is the CUDA build, which torchvision goes with.
 $(LIBRARIES): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" ninja pybind11 "torch>=2.11"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[app,test]"
-	@touch $@ $(INSTALLED)
+	@$(STAGE) "pip, setuptools, ninja" $(PIP) --upgrade pip "setuptools>=77" ninja
+	@$(STAGE) "PyTorch (a download of some 3 GB)" $(PIP) "torch>=2.11"
+	@$(BIN)/python .ci/requirements.py app test > $(VENV)/requirements.txt
+	@$(STAGE) "libraries" $(PIP) --requirement $(VENV)/requirements.txt
+	@touch $@
 
 $(INSTALLED): $(LIBRARIES) setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
-	@# make takes this target for old where $(LIBRARIES) has just built it
-	@if [ ! -e $@ ] || [ -n "$$(find setup.py csrc -newer $@ -print -quit)" ]; then \
-	  echo "building the compiled kernels"; $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . || exit 1; fi
+	@$(STAGE) "compiled kernels (some 3 minutes)" $(PIP) --no-build-isolation --no-deps --editable .
+	@if [ -e mvit3_kernels/_build_failure.txt ]; then echo "not built, plain PyTorch runs instead:"; cat mvit3_kernels/_build_failure.txt; fi
 	@touch $@
 
 test: $(INSTALLED) lint
@@ -95,5 +99,30 @@ bench: $(INSTALLED) $(PEERS)
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py
 
+# Reads docstrings without importing, so it needs neither torch nor a compiler. Warnings, and links to nothing, are errors.
+SITE := build/docs-venv
+$(SITE)/.installed: pyproject.toml
+	@$(STAGE) "mkdocs" sh -c '$(PYTHON) -m venv $(SITE) && $(SITE)/bin/python -m pip install --quiet --upgrade pip && $(SITE)/bin/python -m pip install --quiet --group docs'
+	@touch $@
+
+docs: $(SITE)/.installed
+	$(SITE)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# One for every Python and torch; with the CUDA kernels where nvcc is. An environment for each torch is a download of some 3 GB.
+TORCH := 2.11 2.13 newest
+WHEELS := $(VENV)/.wheels
+$(WHEELS): | $(INSTALLED)
+	@$(STAGE) "auditwheel, abi3audit" $(PIP) auditwheel abi3audit
+	@touch $@
+
+wheel: $(INSTALLED) $(WHEELS)
+	rm -f dist/*.whl
+	@$(STAGE) "wheel (some 3 minutes)" $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python -m tests.wheels.check dist/*.whl
+
+wheels-test: $(INSTALLED)
+	$(BIN)/python -m tests.wheels.environments dist/*.whl --torch $(TORCH)
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info python/*.egg-info mvit3_kernels/*.so mvit3_kernels/_build_failure.txt
+	rm -rf $(VENV) build dist runs *.egg-info python/*.egg-info mvit3_kernels/*.so mvit3_kernels/_build_failure.txt

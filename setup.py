@@ -1,5 +1,6 @@
 """Builds the compiled extensions: the CPU kernels once per instruction set, a small host module that says which of them
-to load, and the CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out).
+to load, and the CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out). All
+keep to Python's limited API and torch's stable ABI, so one wheel serves every Python from 3.10 and torch from 2.11 on.
 
 Everything else about the package is in pyproject.toml. A machine that cannot compile still gets a working, pure-Python
 install: the reason is printed and kept in the package, where `python -m mvit3_kernels.info` shows it.
@@ -32,6 +33,8 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wno-psabi",
 ]
+# The oldest Python that a wheel serves, as csrc/host.cpp has it.
+WHEEL_TAG = "cp310"
 # The oldest torch whose stable ABI has all that the kernels use; the result loads in that version and all later ones.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
 ISA_FLAGS = {"generic": []}
@@ -53,12 +56,18 @@ CUDA_CODE = [(80, "sm_80"), (90, "sm_90"), (90, "compute_90")]
 
 NO_BUILD = None
 try:
-    import pybind11
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 except Exception as error:  # torch's import may fail in many ways, all of them a reason to go on without the extension
     NO_BUILD = f"{type(error).__name__}: {error}"
     BuildExtension = build_ext
+
+
+def hide_paths() -> list[str]:
+    """Messages of the kernels name source files: they must not tell where the build was. No part of FLAGS, which the
+    build says."""
+    places = {Path.cwd(): "mvit3_kernels", **{Path(path).parent: "torch" for path in include_paths()[:1]}}
+    return [f"-ffile-prefix-map={place}={name}" for place, name in places.items()]
 
 
 def compiler_version(command: list[str]) -> str:
@@ -87,6 +96,9 @@ class BuildOrExplain(BuildExtension):
     def run(self) -> None:
         self.failures: list[str] = []
         self.cuda_failure: str | None = None
+        if self.inplace or getattr(self, "editable_mode", False):
+            for old in Path(PACKAGE).glob("_host.c*"):  # of one Python alone, which that would load before ours
+                old.unlink()
         super().run()
         self.record(FAILURE_FILE, "CPU", "\n".join(self.failures))
         self.record(CUDA_FAILURE_FILE, "CUDA C++", self.cuda_failure)
@@ -154,6 +166,7 @@ class BuildOrExplain(BuildExtension):
         for source in [*extension.sources, *(file for file in extension.depends if file.endswith(".cu"))]:
             objects.append(str(folder / f"{Path(source).name}.o"))
             options = code if source.endswith(".cu") else [*STABLE_ABI, *(f"-I{path}" for path in include_paths())]
+            options = [*options, *(f"-Xcompiler={flag}" for flag in hide_paths())]
             run_nvcc([*common, *options, "-c", source, "-o", objects[-1]])
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
         run_nvcc([*common, "-shared", "--no-device-link", *objects, *libraries, "-o", str(target)])
@@ -187,7 +200,7 @@ def extensions() -> list[Extension]:
             f"{PACKAGE}._cpu_{isa}",
             sources,
             depends=headers,
-            extra_compile_args=FLAGS + STABLE_ABI + flags,
+            extra_compile_args=FLAGS + STABLE_ABI + flags + hide_paths(),
             extra_link_args=LINK_FLAGS,
             py_limited_api=True,
         )
@@ -197,10 +210,10 @@ def extensions() -> list[Extension]:
         f"{PACKAGE}._host",
         ["csrc/host.cpp"],
         depends=[__file__],
-        include_dirs=[pybind11.get_include()],
         extra_compile_args=FLAGS,
         extra_link_args=LINK_FLAGS,
         language="c++",
+        py_limited_api=True,
     )
     cuda = Extension(
         f"{PACKAGE}._cuda",
@@ -218,4 +231,5 @@ setup(
     # the reason.
     ext_modules=extensions() if NO_BUILD is None else [Extension(f"{PACKAGE}._host", ["csrc/host.cpp"])],
     cmdclass={"build_ext": BuildOrExplain},
+    options={"bdist_wheel": {"py_limited_api": WHEEL_TAG}},
 )

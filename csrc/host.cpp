@@ -1,11 +1,14 @@
 // What this CPU can run, how the extension was built, and the one question that every call of a block asks. Independent
-// of torch, so that it loads even where the kernels do not.
+// of torch, so that it loads even where the kernels do not, and within Python's limited API, so that one file serves
+// every Python from 3.10 on.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#undef Py_LIMITED_API  // torch's build sets it too
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
 #include <algorithm>
-#include <map>
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,8 +18,6 @@
 #endif
 
 #include "build_info.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -64,98 +65,223 @@ Names isas_of(const Names& features) {
 }
 
 // Up to Python 3.12 every change of a dictionary gives it a new number (PEP 509), so that one comparison tells that
-// nothing in it changed.
-#if PY_VERSION_HEX < 0x030D0000
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-uint64_t version(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
-constexpr bool kHasVersions = true;
-#else
-uint64_t version(PyObject*) { return 0; }
-constexpr bool kHasVersions = false;
-#endif
+// nothing in it changed. The limited API has no name for it, but the layout of these versions is what it is for ever;
+// a build of them with another layout (Py_TRACE_REFS) is found out when the module is loaded.
+struct Dict {
+  Py_ssize_t references;
+  void* type;
+  Py_ssize_t used;
+  uint64_t version;
+};
 
-// A snapshot owns what it compares but for its root, which owns the snapshot: the root's dictionary is asked for each
-// time, and stands as None in the list of dictionaries, each followed by its content.
-PyObject* dict_at(PyObject* dicts, Py_ssize_t i, PyObject* root_dict) {
-  PyObject* dict = PyTuple_GET_ITEM(dicts, i);
-  return dict == Py_None ? root_dict : dict;
-}
+const Dict& layout_of(PyObject* dict) { return *reinterpret_cast<const Dict*>(dict); }
 
-// The versions of the dictionaries as bytes; none where Python keeps no versions.
-py::bytes versions(py::handle root, py::tuple dicts) {
-  std::string bytes;
-  const py::object root_dict = root.attr("__dict__");
-  for (Py_ssize_t i = 0; kHasVersions && i < PyTuple_GET_SIZE(dicts.ptr()); i += 2) {
-    const uint64_t found = version(dict_at(dicts.ptr(), i, root_dict.ptr()));
-    bytes.append(reinterpret_cast<const char*>(&found), sizeof(found));
+bool has_versions = false;  // set once, when the module is loaded
+
+bool find_versions() {
+  PyObject* hex = PySys_GetObject("hexversion");  // borrowed
+  const unsigned long running = hex ? PyLong_AsUnsignedLong(hex) : 0;
+  if (sizeof(void*) != 8 || running < 0x030A0000 || running >= 0x030D0000) return false;
+  PyObject *dict = PyDict_New(), *key = PyLong_FromLong(1);
+  bool found = dict != nullptr && key != nullptr && layout_of(dict).type == Py_TYPE(dict);
+  for (PyObject* value : {Py_True, Py_False, Py_True}) {
+    if (!found) break;
+    const uint64_t before = layout_of(dict).version;
+    found = PyDict_SetItem(dict, key, value) == 0 && layout_of(dict).used == PyDict_Size(dict) &&
+            layout_of(dict).version != before;
   }
-  return bytes;
+  Py_XDECREF(key);
+  Py_XDECREF(dict);
+  return found;
 }
 
-bool has_versions(PyObject* dicts, PyObject* root_dict, PyObject* expected) {
-  const Py_ssize_t count = PyTuple_GET_SIZE(dicts) / 2;
-  if (PyBytes_GET_SIZE(expected) != Py_ssize_t(count * sizeof(uint64_t)) || !kHasVersions) return false;
-  const uint64_t* numbers = reinterpret_cast<const uint64_t*>(PyBytes_AS_STRING(expected));
-  for (Py_ssize_t i = 0; i < count; ++i)
-    if (version(dict_at(dicts, 2 * i, root_dict)) != numbers[i]) return false;
+Py_ssize_t size_of(PyObject* dict) { return has_versions ? layout_of(dict).used : PyDict_Size(dict); }
+
+// A snapshot of nn/guard.py packed for `unchanged`: addresses of what its tuples own.
+//   how many objects, empty dictionaries, methods and dictionaries; whether versions count
+//   objects: each with its class.  empty dictionaries.  methods: owner, name, function
+//   dictionaries: address (0: that of the root), version, where its contents begin
+//   contents, which are read only where a version differs: number of entries, keys each with its value (0: any)
+using Word = uintptr_t;
+static_assert(sizeof(Word) >= sizeof(void*));
+enum { kObjects, kEmpty, kMethods, kDicts, kVersions, kHeader };
+
+Word word(PyObject* object) { return reinterpret_cast<Word>(object); }
+PyObject* object(Word word) { return reinterpret_cast<PyObject*>(word); }
+
+void append(std::vector<Word>& words, PyObject* tuple) {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i) words.push_back(word(PyTuple_GetItem(tuple, i)));
+}
+
+// pack(root, (objects, dicts, empty, methods)), as parts of a snapshot are called: its last part. The snapshot owns
+// what it compares but for its root, which owns the snapshot: the root's dictionary stands in it as None, and an
+// Ellipsis for what may be anything.
+PyObject* pack(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyTuple_Check(arguments[1]) || PyTuple_Size(arguments[1]) != 4)
+    return PyErr_Format(PyExc_TypeError, "pack takes a module and four tuples");
+  PyObject* parts[4];
+  for (int i = 0; i < 4; ++i)
+    if (!PyTuple_Check(parts[i] = PyTuple_GetItem(arguments[1], i)))
+      return PyErr_Format(PyExc_TypeError, "pack takes a module and four tuples");
+  auto [objects, dicts, empty, methods] = parts;
+  PyObject* root_dict = PyObject_GenericGetDict(arguments[0], nullptr);
+  if (root_dict == nullptr) return nullptr;
+  std::vector<Word> words = {
+      Word(PyTuple_Size(objects) / 2), Word(PyTuple_Size(empty)), Word(PyTuple_Size(methods) / 3),
+      Word(PyTuple_Size(dicts) / 2), Word(has_versions)};
+  append(words, objects);
+  append(words, empty);
+  append(words, methods);
+  size_t contents = words.size() + 3 * words[kDicts];
+  for (Py_ssize_t i = 0; i < PyTuple_Size(dicts); i += 2) {
+    PyObject* dict = PyTuple_GetItem(dicts, i);
+    const bool is_root = dict == Py_None;
+    words.push_back(is_root ? 0 : word(dict));
+    words.push_back(has_versions ? Word(layout_of(is_root ? root_dict : dict).version) : 0);
+    words.push_back(contents);
+    contents += 1 + PyTuple_Size(PyTuple_GetItem(dicts, i + 1));
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_Size(dicts); i += 2) {
+    PyObject* entries = PyTuple_GetItem(dicts, i + 1);
+    words.push_back(Word(PyTuple_Size(entries) / 2));
+    append(words, entries);
+  }
+  std::replace(words.begin() + kHeader, words.end(), word(Py_Ellipsis), Word(0));  // no number is an address
+  Py_DECREF(root_dict);
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()), words.size() * sizeof(Word));
+}
+
+bool has_contents(PyObject* dict, const Word* contents) {
+  if (Word(size_of(dict)) != *contents) return false;
+  const Word* entry = contents + 1;
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value); entry += 2)
+    if (entry[0] != word(key) || (entry[1] != word(value) && entry[1] != 0)) return false;
   return true;
 }
 
-// An expected value that is an Ellipsis may be anything: the owner of the snapshot.
-bool has_contents(PyObject* dicts, PyObject* root_dict) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dicts); i += 2) {
-    PyObject *dict = dict_at(dicts, i, root_dict), *items = PyTuple_GET_ITEM(dicts, i + 1), *key, *value;
-    if (2 * PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(items)) return false;
-    for (Py_ssize_t position = 0, k = 0; PyDict_Next(dict, &position, &key, &value); k += 2) {
-      PyObject* expected = PyTuple_GET_ITEM(items, k + 1);
-      if (PyTuple_GET_ITEM(items, k) != key || (expected != value && expected != Py_Ellipsis)) return false;
-    }
+bool has_dicts(const Word* words, const Word* part, PyObject* root_dict) {
+  for (const Word* end = part + 3 * words[kDicts]; part < end; part += 3) {
+    PyObject* dict = part[0] ? object(part[0]) : root_dict;
+    if (words[kVersions] && layout_of(dict).version == part[1]) continue;
+    if (!has_contents(dict, words + part[2])) return false;
   }
   return true;
 }
 
-// Whether `root` and the modules below it are as `snapshot` says; nn/guard.py makes it and has the same function in
-// Python. It is asked at every call of a block, so it compares addresses and nothing else: no Python code runs.
-bool unchanged(py::handle root, py::tuple snapshot) {
-  const auto part = [&](Py_ssize_t i) { return PyTuple_GET_ITEM(snapshot.ptr(), i); };
-  PyObject *kind = part(0), *objects = part(1), *dicts = part(2), *empty = part(3), *methods = part(4);
-  if (reinterpret_cast<PyObject*>(Py_TYPE(root.ptr())) != kind) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(objects); i += 2)
-    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(objects, i))) != PyTuple_GET_ITEM(objects, i + 1))
-      return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(empty); ++i)
-    if (PyDict_GET_SIZE(PyTuple_GET_ITEM(empty, i)) != 0) return false;
-  const py::object root_dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(root.ptr(), nullptr));
-  if (!root_dict) throw py::error_already_set();
-  if (!has_versions(dicts, root_dict.ptr(), part(5)) && !has_contents(dicts, root_dict.ptr())) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(methods); i += 3) {
-    PyObject* found = PyObject_GetAttr(PyTuple_GET_ITEM(methods, i), PyTuple_GET_ITEM(methods, i + 1));
-    if (found == nullptr) throw py::error_already_set();
-    Py_DECREF(found);  // the class holds it
-    if (found != PyTuple_GET_ITEM(methods, i + 2)) return false;
-  }
+// A method that is gone is None, as in the snapshot.
+bool has_method(const Word* words) {
+  PyObject* found = PyObject_GetAttr(object(words[0]), object(words[1]));
+  if (found == nullptr) PyErr_Clear();
+  const bool same = (found ? found : Py_None) == object(words[2]);
+  Py_XDECREF(found);  // the class holds it
+  return same;
+}
+
+bool is_unchanged(const Word* words, PyObject* root_dict) {
+  const Word* part = words + kHeader;
+  for (Word i = 0; i < words[kObjects]; ++i, part += 2)
+    if (reinterpret_cast<Word>(Py_TYPE(object(part[0]))) != part[1]) return false;
+  for (Word i = 0; i < words[kEmpty]; ++i, ++part)
+    if (size_of(object(*part)) != 0) return false;
+  const Word* methods = part;
+  if (!has_dicts(words, methods + 3 * words[kMethods], root_dict)) return false;
+  for (Word i = 0; i < words[kMethods]; ++i)
+    if (!has_method(methods + 3 * i)) return false;
   return true;
 }
 
-Names supported_isas() { return isas_of(cpu_features()); }
-
-std::map<std::string, std::string> build_info() {
-  return {{"compiler", MVIT3_COMPILER}, {"flags", MVIT3_FLAGS}, {"torch", MVIT3_TORCH}};
+// unchanged(root, snapshot): whether `root` and the modules below it are as `snapshot` says; nn/guard.py makes it and
+// has the same function in Python. It is asked at every call of a block, so it compares addresses and nothing else: no
+// Python code runs.
+PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "unchanged takes a module and a snapshot");
+  PyObject *root = arguments[0], *kind = PyTuple_GetItem(arguments[1], 0), *packed = PyTuple_GetItem(arguments[1], 5);
+  const char* bytes = packed ? PyBytes_AsString(packed) : nullptr;
+  if (kind == nullptr || bytes == nullptr) return nullptr;
+  if (PyBytes_Size(packed) < Py_ssize_t(kHeader * sizeof(Word)))
+    return PyErr_Format(PyExc_ValueError, "the snapshot was not packed");
+  bool same = reinterpret_cast<PyObject*>(Py_TYPE(root)) == kind;
+  if (same) {
+    PyObject* root_dict = PyObject_GenericGetDict(root, nullptr);
+    if (root_dict == nullptr) return nullptr;
+    same = is_unchanged(reinterpret_cast<const Word*>(bytes), root_dict);
+    Py_DECREF(root_dict);
+  }
+  return PyBool_FromLong(same);
 }
+
+PyObject* text(const std::string& value) { return PyUnicode_FromStringAndSize(value.data(), value.size()); }
+
+// A list of what `make` gives for each item, a new reference or null.
+template <class Items, class Make>
+PyObject* list(const Items& items, Make make) {
+  PyObject* made = PyList_New(items.size());
+  for (size_t i = 0; made != nullptr && i < items.size(); ++i) {
+    PyObject* item = make(items[i]);
+    if (item == nullptr || PyList_SetItem(made, i, item) < 0) Py_CLEAR(made);
+  }
+  return made;
+}
+
+PyObject* py_supported_isas(PyObject*, PyObject*) { return list(isas_of(cpu_features()), text); }
+
+PyObject* py_cpu_features(PyObject*, PyObject*) { return list(cpu_features(), text); }
+
+PyObject* py_isa_features(PyObject*, PyObject*) {
+  return list(isa_features(), [](const auto& variant) {
+    return Py_BuildValue("(sN)", variant.first.c_str(), list(variant.second, text));
+  });
+}
+
+PyObject* py_isas_of(PyObject*, PyObject* names) {
+  Names features;
+  const Py_ssize_t count = PySequence_Size(names);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* name = PySequence_GetItem(names, i);
+    const char* utf8 = name ? PyUnicode_AsUTF8AndSize(name, nullptr) : nullptr;
+    if (utf8 != nullptr) features.push_back(utf8);
+    Py_XDECREF(name);
+    if (utf8 == nullptr) return nullptr;
+  }
+  return count < 0 ? nullptr : list(isas_of(features), text);
+}
+
+PyObject* py_build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{ssssss}", "compiler", MVIT3_COMPILER, "flags", MVIT3_FLAGS, "torch", MVIT3_TORCH);
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"supported_isas", py_supported_isas, METH_NOARGS,
+     "Instruction sets of this CPU that a variant is built for, best first."},
+    {"isa_features", py_isa_features, METH_NOARGS,
+     "The variants, best first, each with the CPU features that it was compiled for."},
+    {"cpu_features", py_cpu_features, METH_NOARGS, "Those of the features that this CPU has."},
+    {"isas_of", py_isas_of, METH_O, "Variants that run on a CPU with these features, best first."},
+    {"pack", fast(pack), METH_FASTCALL, "The last part of a snapshot of nn/guard.py."},
+    {"unchanged", fast(unchanged), METH_FASTCALL,
+     "Whether a module and those below it are as a snapshot of nn/guard.py says."},
+    {"build_info", py_build_info, METH_NOARGS, "Compiler, flags and torch version of the build."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_host",
+    "What this CPU can run and how the extension was built.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_host, m) {
-  m.doc() = "What this CPU can run and how the extension was built.";
-  m.def("supported_isas", &supported_isas, "Instruction sets of this CPU that a variant is built for, best first.");
-  m.def(
-      "isa_features", &isa_features, "The variants, best first, each with the CPU features that it was compiled for.");
-  m.def("cpu_features", &cpu_features, "Those of the features that this CPU has.");
-  m.def("isas_of", &isas_of, "Variants that run on a CPU with these features, best first.");
-  m.def("detected_isa", [] { return supported_isas().front(); }, "The best of supported_isas().");
-  m.def(
-      "versions", &versions,
-      "The version of every dictionary in a snapshot's second part, where Python keeps versions.");
-  m.def("unchanged", &unchanged, "Whether a module and those below it are as a snapshot of nn/guard.py says.");
-  m.def("build_info", &build_info, "Compiler, flags and torch version of the build.");
+PyMODINIT_FUNC PyInit__host() {
+  has_versions = find_versions();
+  return PyErr_Occurred() ? nullptr : PyModule_Create(&definition);
 }

@@ -84,7 +84,7 @@ for _kind in (
     known(_kind)
 
 # The class of the root; modules and tensors with their classes; dictionaries with their contents; empty dictionaries;
-# methods; the dictionaries' versions. `unchanged_python` reads them.
+# methods; all of these packed for `_host.unchanged`. `unchanged_python` reads the others.
 Snapshot = tuple[type, tuple, tuple, tuple, tuple, bytes]
 
 
@@ -116,7 +116,8 @@ def take_snapshot(root: nn.Module, owner: object = None) -> Snapshot:
     methods = [(nn.Module, "__call__", nn.Module.__call__)]
     methods += [(owner, name, getattr(owner, name, None)) for kind in kinds for owner, name, _ in METHODS[kind]]
     pairs, empty = tuple(chain(contents)), tuple(group for group in hooks if not group)
-    return type(root), tuple(objects), pairs, empty, tuple(chain(methods)), versions(root, pairs)
+    parts = tuple(objects), pairs, empty, tuple(chain(methods))
+    return type(root), *parts, pack(root, parts)
 
 
 def unchanged_python(root: nn.Module, snapshot: Snapshot) -> bool:
@@ -139,9 +140,9 @@ def unchanged_python(root: nn.Module, snapshot: Snapshot) -> bool:
 
 try:
     _host = importlib.import_module("mvit3_kernels._host")
-    unchanged, versions = _host.unchanged, _host.versions
+    unchanged, pack = _host.unchanged, _host.pack
 except (ImportError, AttributeError):  # not built, or built for another Python: _native keeps the reason
-    unchanged, versions = unchanged_python, lambda root, dicts: b""
+    unchanged, pack = unchanged_python, lambda root, parts: b""
 
 
 class Guard:

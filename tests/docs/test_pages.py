@@ -1,0 +1,122 @@
+"""Every page of the documentation is a script: its blocks run from top to bottom, in an empty folder, offline. What cannot
+run says why in a comment in front of it, and its syntax, options and targets are checked all the same."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvit3 import runtime
+from mvit3.cli import _arrange, main
+from mvit3.parser import Parser
+from mvit3.timm_options import TimmOptions
+
+from .blocks import ROOT, RUNNABLE, TEXT, Block, blocks, pages
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+PAGES = {page.relative_to(ROOT).as_posix(): list(blocks(page.read_text())) for page in pages()}
+
+
+TINY = """train --config digits --data.limit_train 32 --data.limit_val 16 --data.batch_size 16 --data.resize 32
+    --data.crop 32 --sampler.size 32 --schedule.epochs 1 --schedule.warmup_epochs 0 --quiet"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of `mvit3 train`, as pages have it in runs/s."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main([*TINY.split(), f"--run.output={folder}", f"--run.threads={torch.get_num_threads()}"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch, tmp_path):
+    """An empty folder, the threads of this process, and nothing left behind."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(runtime, "usable_cores", lambda: threads)
+    monkeypatch.chdir(tmp_path)
+
+
+def commands(block: Block) -> list[list[str]]:
+    """Each command of a block in words, without comments."""
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def run_command(words: list[str], more: list[str]) -> None:
+    """A command of ours in this process; `> file` takes its output."""
+    if ">" in words:
+        with open(words[-1], "w") as stream, redirect_stdout(stream):
+            return run_command(words[: words.index(">")], more)
+    if words[0] == "mvit3":
+        assert main([*words[1:], *more]) == 0
+    elif words[:2] == ["python", "-m"]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", words[2:])
+            runpy.run_module(words[2], run_name="__main__")
+    else:
+        raise AssertionError(f"no test can run {shlex.join(words)!r}: say why, <!-- not run: REASON -->")
+
+
+def check_command(words: list[str]) -> None:
+    """What can be known of a command that does not run: options, files and targets exist."""
+    if "mvit3" in words:  # also behind `torchrun ... -m` and variables of the environment
+        name, arguments = words[words.index("mvit3") + 1], words[words.index("mvit3") + 2 :]
+        arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
+        parser = Parser(name)
+        parser.parse_args(_arrange(parser, arguments, TimmOptions(name)))
+    elif "make" in words:
+        targets = [word for word in words[words.index("make") + 1 :] if "=" not in word]
+        assert all(re.search(rf"^{re.escape(target)}:", MAKEFILE, re.MULTILINE) for target in targets), targets
+    elif files := [word for word in words if word.endswith((".py", ".sh"))]:
+        assert all((ROOT / file).exists() for file in files), files
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_say_what_they_are(page):
+    """A block without a language would be run by no test."""
+    for block in PAGES[page]:
+        assert block.language in (*RUNNABLE, *TEXT), f"{page}:{block.line}: a block in {block.language!r}"
+        assert block.notes.get("not run", "a reason"), f"{page}:{block.line}: not run without a reason"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in RUNNABLE for b in PAGES[page])])
+def test_page_runs(page, trained, tmp_path):
+    torch.manual_seed(0)
+    shutil.copytree(trained, tmp_path / "runs" / "s")
+    names: dict[str, object] = {"__name__": "page"}
+    for block in PAGES[page]:
+        where, reads = f"{page}:{block.line}", "not run" not in block.notes
+        if given := block.notes.get("given"):
+            exec(compile(given, f"{where}, given", "exec"), names)
+        if block.language == "python":
+            code = compile("\n" * (block.line - 1) + block.code, page, "exec")
+            if reads:
+                exec(code, names)
+        elif block.language == "sh":
+            for words in commands(block):
+                check_command(words)
+                if reads:
+                    run_command(words, shlex.split(block.notes.get("shortened by", "")))
+
+
+def test_a_wrong_block_is_found(tmp_path):
+    """The checks above can fail."""
+    text = "<!-- given: x = 1 -->\n<!-- not run: none -->\n```sh\nmvit3 train --optimizer.lrr 3\n```\n```\nx\n```\n"
+    first, second = blocks(text)
+    assert (first.line, first.notes) == (4, {"given": "x = 1", "not run": "none"}) and second.language == ""
+    with pytest.raises(Exception, match="there is no option '--optimizer.lrr'"):
+        check_command(*commands(first))
+    with pytest.raises(AssertionError):
+        check_command(["make", "nothing"])
+    with pytest.raises(AssertionError, match="say why"):
+        run_command(["curl", "x"], [])
+    assert list(Path().iterdir()) == []
