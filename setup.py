@@ -1,6 +1,6 @@
 """Builds the compiled extensions: the CPU kernels once per instruction set, a small host module that says which of them
-to load, and the CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out). All
-keep to Python's limited API and torch's stable ABI, so one wheel serves every Python from 3.10 and torch from 2.11 on.
+to load, and the CUDA C++ kernels where nvcc is (whether torch is a CUDA build or not; MVIT3_CUDA=0 leaves them out).
+All keep to Python's limited API and torch's stable ABI, so one wheel serves every Python from 3.10 and torch from 2.11.
 
 Everything else about the package is in pyproject.toml. A machine that cannot compile still gets a working, pure-Python
 install: the reason is printed and kept in the package, where `python -m mvit3_kernels.info` shows it.

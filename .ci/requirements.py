@@ -1,4 +1,5 @@
-"""Prints what the extras named on the command line need, a requirement a line, for pip to install without the package."""
+"""Prints what the extras named on the command line need, a requirement a line: pip then installs it without the
+package."""
 
 import sys
 

@@ -1,5 +1,5 @@
-"""Every page of the documentation is a script: its blocks run from top to bottom, in an empty folder, offline. What cannot
-run says why in a comment in front of it, and its syntax, options and targets are checked all the same."""
+"""Every page of the documentation is a script: its blocks run from top to bottom, in an empty folder, offline. What
+cannot run says why in a comment in front of it, and its syntax, options and targets are checked all the same."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def run_command(words: list[str], more: list[str]) -> None:
     """A command of ours in this process; `> file` takes its output."""
     if ">" in words:
         with open(words[-1], "w") as stream, redirect_stdout(stream):
-            return run_command(words[: words.index(">")], more)
-    if words[0] == "mvit3":
+            run_command(words[: words.index(">")], more)
+    elif words[0] == "mvit3":
         assert main([*words[1:], *more]) == 0
     elif words[:2] == ["python", "-m"]:
         with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +113,7 @@ def test_a_wrong_block_is_found(tmp_path):
     text = "<!-- given: x = 1 -->\n<!-- not run: none -->\n```sh\nmvit3 train --optimizer.lrr 3\n```\n```\nx\n```\n"
     first, second = blocks(text)
     assert (first.line, first.notes) == (4, {"given": "x = 1", "not run": "none"}) and second.language == ""
-    with pytest.raises(Exception, match="there is no option '--optimizer.lrr'"):
+    with pytest.raises(Exception, match="there is no option"):
         check_command(*commands(first))
     with pytest.raises(AssertionError):
         check_command(["make", "nothing"])

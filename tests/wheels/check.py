@@ -1,7 +1,7 @@
 """What a wheel must be before anyone gets it: `python -m tests.wheels.check dist/*.whl` (`make wheel`).
 
-One tag for all Pythons, every variant inside, below 12 MB, no path of the machine that built it; and what auditwheel and
-abi3audit say, where they are installed.
+One tag for all Pythons, every variant inside, below 12 MB, no path of the machine that built it; and what auditwheel
+and abi3audit say, where they are installed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What an installed wheel must do, run by `make wheels-test` in fresh environments with torch and the wheel alone, by path:
-it imports nothing of the repository. Networks of all three families run in compiled kernels, as they do in plain PyTorch."""
+"""What an installed wheel must do, run by `make wheels-test` in fresh environments with torch and the wheel alone, by
+path: it imports nothing of the repository. Every network runs in compiled kernels, as it does in plain PyTorch."""
 
 from __future__ import annotations
 
