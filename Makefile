@@ -106,7 +106,7 @@ $(SITE)/.installed: pyproject.toml
 	@touch $@
 
 docs: $(SITE)/.installed
-	$(SITE)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
 # One for every Python and torch; with the CUDA kernels where nvcc is. An environment for each torch is a download of some 3 GB.

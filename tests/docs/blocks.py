@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMENT = re.compile(r"<!-- (given|shortened by|not run): (.*?)\s*-->", re.DOTALL)
+COMMENT = re.compile(r"<!-- (given|shortened by|not run):\s(.*?)\s*-->", re.DOTALL)
 RUNNABLE, TEXT = ("python", "sh"), ("text", "yaml")
 
 
