@@ -85,7 +85,9 @@ def test_blocks_say_what_they_are(page):
     """A block without a language would be run by no test."""
     for block in PAGES[page]:
         assert block.language in (*RUNNABLE, *TEXT), f"{page}:{block.line}: a block in {block.language!r}"
-        assert block.notes.get("not run", "a reason"), f"{page}:{block.line}: not run without a reason"
+        reason = block.notes.get("not run", "a reason")
+        assert reason, f"{page}:{block.line}: not run without a reason"
+        assert all((ROOT / file).exists() for file in re.findall(r"tests/\S+\.py", reason)), reason
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language in RUNNABLE for b in PAGES[page])])

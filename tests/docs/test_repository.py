@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from datetime import date
 
 import pytest
@@ -59,6 +60,14 @@ def test_every_page_is_in_the_site():
     """mkdocs says so too, where it is installed."""
     named = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert named == {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+
+
+@pytest.mark.parametrize("page", ["api", "ops", "nn", "tasks"])
+def test_reference_has_every_public_name(page):
+    package = mvit3_kernels if page == "api" else getattr(mvit3_kernels, page)
+    public = {name for name in package.__all__ if not isinstance(getattr(package, name), types.ModuleType)}
+    text = (ROOT / "docs" / "reference" / f"{page}.md").read_text()
+    assert set(re.findall(r"^::: mvit3_kernels\.\S*?(\w+)$", text, re.MULTILINE)) == public
 
 
 def test_no_line_names_a_machine():
