@@ -49,6 +49,11 @@ def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = t
     the images stay float32, as do weights, images and outputs. Outputs err at most twice as much as the network's under
     `torch.autocast("cpu", torch.bfloat16)` in plain PyTorch, both against float64.
 
+    A model may be called from several threads at once. They share its packed weights, each call works in memory of its
+    own. So n streams on a server with many cores are n Python threads: let each of them call
+    `torch.set_num_threads(cores // n)` first, which holds for that thread, and then this one model, under
+    `torch.inference_mode()`, which is a thread's own too. The first call packs the weights, the others wait for it.
+
     Args:
         model: a network of `create_model`, of timm, transformers, torchvision or ml-cvnets, or any module that contains
             such networks, their blocks or such an nn.Sequential.

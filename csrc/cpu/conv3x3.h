@@ -145,16 +145,36 @@ struct Conv3x3WeightsOf {
   }
 };
 
-// Calls f(range of output rows over all images, range of panels) once a part, all parts in parallel. Rows are cut over
-// threads, and panels where there are more threads than rows.
+// How a convolution is cut over threads: output rows over all images, and panels where there are more threads than
+// rows.
+struct ConvCut {
+  int64_t rows, panels, row_parts, columns;
+
+  template <typename E>
+  ConvCut(int64_t rows, int64_t width, const PackedWeightOf<E>& weight)
+      : ConvCut(rows, weight.panels().size(), count_parts(rows * width * weight.inputs() * weight.outputs(), 1 << 16)) {
+  }
+  ConvCut(int64_t rows, int64_t panels, int64_t threads)
+      : rows(rows), panels(panels), row_parts(std::clamp<int64_t>(rows, 1, threads)),
+        columns(std::clamp<int64_t>(panels, 1, threads / row_parts)) {}
+
+  int64_t parts() const { return row_parts * columns; }
+  Range rows_of(int64_t part) const { return part_range(rows, part / columns, row_parts); }
+  Range panels_of(int64_t part) const { return part_range(panels, part % columns, columns); }
+
+  template <typename E>
+  Region operations(int64_t width, const PackedWeightOf<E>& weight) const {
+    return operations_of(parts(), [&](int64_t part) {
+      return rows_of(part).size() * width * weight.lanes(panels_of(part)) * weight.inputs();
+    });
+  }
+};
+
+// Calls f(range of output rows over all images, range of panels) once a part, all parts in parallel.
 template <typename E, typename F>
 void for_each_conv_part(int64_t rows, int64_t width, const PackedWeightOf<E>& weight, const F& f) {
-  const int64_t threads = count_parts(rows * width * weight.inputs() * weight.outputs(), 1 << 16),
-                panels = weight.panels().size(), row_parts = std::clamp<int64_t>(rows, 1, threads),
-                panel_parts = std::clamp<int64_t>(panels, 1, threads / row_parts);
-  for_each_part(row_parts * panel_parts, [&](int64_t part) {
-    f(part_range(rows, part / panel_parts, row_parts), part_range(panels, part % panel_parts, panel_parts));
-  });
+  const ConvCut cut(rows, width, weight);
+  for_each_part(cut.parts(), [&](int64_t part) { f(cut.rows_of(part), cut.panels_of(part)); });
 }
 
 constexpr int64_t kConvRows = 8;     // output rows of a tile, at most

@@ -238,10 +238,15 @@ struct DepthwiseWeights {
       : taps(pack_taps(weight, channels, norm.scale.data())), shift(std::move(norm.shift)) {}
 };
 
+// Parts of its rows of all images.
+inline int64_t depthwise_parts(const DepthwiseGeometry& g) {
+  return count_parts(g.out_image_rows() * g.out_row_size());
+}
+
 // y = act(norm(conv(x))) in one pass.
 template <int Act, typename T>
 void depthwise_conv(const DepthwiseGeometry& g, const DepthwiseWeights& weights, const T* x, T* y) {
-  const int64_t parts = count_parts(g.out_image_rows() * g.out_row_size());
+  const int64_t parts = depthwise_parts(g);
   const bool past_cache = writes_past_cache(y, g.out_image_rows() * g.out_row_size(), g.channels);
   dispatch_shift(g, [&](auto shift) {
     for_each_part(parts, [&](int64_t part) {

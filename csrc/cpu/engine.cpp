@@ -70,7 +70,7 @@ class Engine {
     const bool nchw = x.is_contiguous() && takes_nchw();
     const Tensor images = nchw ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
     const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
-    const auto whole = layout(ending, std::max<int64_t>(std::min(batch, kMostImages), 1), height, width);
+    const auto whole = layout(ending, std::max<int64_t>(std::min(batch, most_images()), 1), height, width);
     std::vector<Tensor> results;
     std::vector<float*> result_data;
     for (const int64_t output : outputs) {
@@ -81,9 +81,7 @@ class Engine {
                                   : torch::stable::new_empty(x, {batch, shape.height, shape.width, shape.channels}));
       result_data.push_back(mutable_data_of<float>(results.back()));
     }
-    // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch
-    // would not.
-    const int64_t groups = (batch + kMostImages - 1) / kMostImages;
+    const int64_t groups = groups_of(batch);
     Arena arena(*this);
     const float* const data = static_cast<const float*>(images.data_ptr());
     for (int64_t group = 0; group < groups; ++group) {
@@ -91,6 +89,25 @@ class Engine {
       run_group(data, nchw, mine, *layout(ending, mine.size(), height, width), arena, result_data);
     }
     return results;
+  }
+
+  // The parallel loops of such a call, in order, each with the number of its step, from 1 on.
+  std::vector<std::pair<int64_t, Region>> regions(int64_t batch, int64_t height, int64_t width, int64_t ending) {
+    MVIT3_CHECK(0 <= ending && ending < int64_t(endings_.size()), "ending must be one of engine_finish, got ", ending);
+    check_pixels("x", height, width);
+    std::vector<std::pair<int64_t, Region>> all;
+    for (int64_t group = 0; group < groups_of(batch); ++group) {
+      const int64_t images = part_range(batch, group, groups_of(batch)).size();
+      const auto at = layout(size_t(ending), images, height, width);
+      for (size_t i = 0; i < steps_.size(); ++i) {
+        if (!at->needed[i + 1] || at->source[i + 1] != i + 1) continue;
+        std::vector<MapShape> shapes;
+        for (const int64_t input : steps_[i].inputs) shapes.push_back(at->shapes[input]);
+        for (Region& region : steps_[i].step->regions(shapes, images))
+          all.push_back({int64_t(i) + 1, std::move(region)});
+      }
+    }
+    return all;
   }
 
   // Frees the memory of calls that have ended. Returns the bytes that do not go back to the pool.
@@ -106,7 +123,10 @@ class Engine {
  private:
   using Memory = std::pair<int64_t, Scratch<float>>;
 
-  static constexpr int64_t kMostImages = 4;
+  // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would
+  // not. More cores come with more cache, and share more images out more evenly.
+  static int64_t most_images() { return std::max<int64_t>(4, torch::stable::get_num_threads() / 4); }
+  static int64_t groups_of(int64_t batch) { return (batch + most_images() - 1) / most_images(); }
 
   struct Node {
     std::unique_ptr<Step> step;
@@ -264,6 +284,23 @@ std::vector<Tensor> engine_run(int64_t number, const Tensor& x, int64_t ending) 
   return engine_of(number)->run(x, ending);
 }
 
+// How the work of a call on x is cut: a row for each parallel loop, the number of its step and then the operations of
+// each part, for the number of threads of the caller. Nothing runs.
+Tensor engine_regions(int64_t number, const Tensor& x, int64_t ending) {
+  MVIT3_CHECK(x.dim() == 4, "x must be images (B, C, H, W), got shape ", text(x.sizes()));
+  const auto regions = engine_of(number)->regions(x.size(0), x.size(2), x.size(3), ending);
+  size_t most = 0;
+  for (const auto& [step, region] : regions) most = std::max(most, region.size());
+  const Tensor out = torch::stable::new_empty(x, {int64_t(regions.size()), int64_t(most) + 1}, ScalarType::Double);
+  double* row = mutable_data_of<double>(out);
+  for (const auto& [step, region] : regions) {
+    row[0] = double(step);
+    std::fill(std::copy(region.begin(), region.end(), row + 1), row + most + 1, 0.0);
+    row += most + 1;
+  }
+  return out;
+}
+
 void engine_free(int64_t number) {
   const std::shared_ptr<Engine> freed = engine_of(number);  // its weights go after the lock
   const std::lock_guard<std::mutex> lock(engines_mutex);
@@ -290,6 +327,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) {
   m.def("engine_add(int engine, str kind, int[] inputs, Tensor[] weights, int[] integers, float[] numbers) -> int");
   m.def("engine_finish(int engine, int[] outputs) -> int");
   m.def("engine_run(int engine, Tensor x, int ending=0) -> Tensor[]");
+  m.def("engine_regions(int engine, Tensor x, int ending=0) -> Tensor");
   m.def("engine_free(int engine) -> ()");
   m.def("release_memory() -> int");
 }
@@ -299,6 +337,7 @@ STABLE_TORCH_LIBRARY_IMPL(mvit3, CompositeExplicitAutograd, m) {
   m.impl("engine_add", TORCH_BOX(&mvit3::engine_add));
   m.impl("engine_finish", TORCH_BOX(&mvit3::engine_finish));
   m.impl("engine_run", TORCH_BOX(&mvit3::engine_run));
+  m.impl("engine_regions", TORCH_BOX(&mvit3::engine_regions));
   m.impl("engine_free", TORCH_BOX(&mvit3::engine_free));
   m.impl("release_memory", TORCH_BOX(&mvit3::release_all));
 }

@@ -42,6 +42,9 @@ class Step {
   // Whether its input may be the image as (batch, channels, height, width).
   virtual bool takes_nchw() const { return false; }
   virtual void run(const std::vector<Map>& inputs, const Map& output) const = 0;
+  // The parallel loops of `run` on `batch` maps of these shapes, cut for the number of threads of the caller; none
+  // where a step does not say.
+  virtual std::vector<Region> regions(const std::vector<MapShape>&, int64_t) const { return {}; }
 };
 
 // Builds a step from its weights, its integers (sizes, flags) and its numbers (eps). steps.cpp says what each kind

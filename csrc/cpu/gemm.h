@@ -91,6 +91,10 @@ class PackedWeightOf {
   int64_t inputs() const { return inputs_; }
   int64_t steps() const { return depth_ / kDepth; }
   Range panels() const { return {0, (outputs_ + kPanel - 1) / kPanel}; }
+  // Outputs of some panels, padded to whole vectors.
+  int64_t lanes(Range panels) const {
+    return std::min(panels.end * kPanel, round_up(outputs_, kLanes)) - panels.begin * kPanel;
+  }
 
   // The panel that begins with output `first`, a multiple of kPanel, and its number of vectors.
   const E* panel(int64_t first) const { return data_.data() + first * depth_; }
@@ -262,30 +266,51 @@ void add_outer(
   }
 }
 
-// Cuts a product over threads: f(range of rows, range of panels) once a part, all parts in parallel. Rows are cut
+// How a product is cut over threads: into row_parts ranges of rows, each into `columns` ranges of panels. Rows are cut
 // first, in ranges that fill blocks; a map of few rows is cut over panels as well, so that every thread has work and
 // reads only its part of the weight.
+struct BlockCut {
+  int64_t rows, panels, row_parts = 1, columns = 1;
+
+  BlockCut(int64_t rows, int64_t panels, int64_t threads) : rows(rows), panels(panels), row_parts(threads) {
+    int64_t least = threads > 1 ? longest(threads, 1) : 0;  // the longest part decides: blocks of rows times panels
+    for (int64_t columns = 2; columns <= std::min(panels, threads); ++columns) {
+      const int64_t cost = longest(threads / columns, columns);
+      if (cost * 51 > least * 50) continue;
+      this->columns = columns;
+      row_parts = threads / columns;
+      least = cost;
+    }
+    row_parts = std::min(row_parts, std::max<int64_t>(rows, 1));
+  }
+  template <typename E>
+  BlockCut(int64_t rows, const PackedWeightOf<E>& weight)
+      : BlockCut(rows, weight.panels().size(), count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16)) {}
+
+  int64_t parts() const { return row_parts * columns; }
+  Range rows_of(int64_t part) const { return part_range(rows, part / columns, row_parts); }
+  Range panels_of(int64_t part) const { return part_range(panels, part % columns, columns); }
+
+  template <typename E>
+  Region operations(const PackedWeightOf<E>& weight) const {
+    return operations_of(
+        parts(), [&](int64_t part) { return rows_of(part).size() * weight.lanes(panels_of(part)) * weight.inputs(); });
+  }
+
+ private:
+  int64_t longest(int64_t row_parts, int64_t columns) const {
+    const int64_t part_rows = (rows + row_parts - 1) / row_parts;
+    return round_up(part_rows, kBlockRows) * ((panels + columns - 1) / columns);
+  }
+};
+
+// f(range of rows, range of panels) once a part of a product, all parts in parallel.
 template <typename E, typename F>
 void for_each_block(int64_t rows, const PackedWeightOf<E>& weight, const F& f) {
-  const int64_t panels = weight.panels().size(),
-                threads = count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16);
-  int64_t row_parts = 1;
-  double least = 0;
-  for (int64_t parts = 1; parts <= threads; ++parts) {  // the longest part decides: blocks of rows times panels
-    if (threads % parts) continue;
-    const int64_t columns = threads / parts, part_rows = (rows + parts - 1) / parts,
-                  part_panels = (panels + columns - 1) / columns;
-    const double cost = double((part_rows + kBlockRows - 1) / kBlockRows * kBlockRows * part_panels);
-    if (parts == 1 || cost <= least * 1.02) {
-      row_parts = parts;
-      least = std::min(cost, parts == 1 ? cost : least);
-    }
-  }
-  const int64_t columns = threads / row_parts;
-  for_each_part(threads, [&](int64_t part) {
-    const Range mine = part_range(rows, part / columns, row_parts),
-                outputs = part_range(panels, part % columns, columns);
-    if (mine.size() > 0 && outputs.size() > 0) f(mine, outputs);
+  const BlockCut cut(rows, weight);
+  for_each_part(cut.parts(), [&](int64_t part) {
+    const Range mine = cut.rows_of(part), panels = cut.panels_of(part);
+    if (mine.size() > 0 && panels.size() > 0) f(mine, panels);
   });
 }
 

@@ -121,6 +121,101 @@ struct InvertedResidualWeightsOf {
   }
 };
 
+// The rows of the expansion that some rows of the output read.
+inline Range read_rows(const InvertedResidualShape& s, Range rows) {
+  return {
+      std::max<int64_t>(rows.begin * s.stride - s.dilation, 0),
+      std::min((rows.end - 1) * s.stride + s.dilation + 1, s.height)};
+}
+
+// Operations of expanding `read` rows to `channels` channels and of filtering them to `rows` rows.
+inline int64_t operations(const InvertedResidualShape& s, int64_t read, int64_t rows, int64_t channels) {
+  return channels * (read * s.width * s.inputs + rows * s.out_width() * 9);
+}
+
+// Whether evaluation cuts channels over threads. With a handful of rows a thread, the rows that two ranges both expand
+// cost more than passing the filtered map from thread to thread.
+inline bool cuts_channels(const InvertedResidualShape& s) {
+  return s.batch * s.out_height() < 6 * torch::stable::get_num_threads() && s.pixels() <= 4096;
+}
+
+// Else it cuts the rows of the output over all images. Like every cut it is made by the calling thread: what PyTorch
+// says of threads holds there.
+struct RowsCut {
+  int64_t height, rows, parts;
+
+  explicit RowsCut(const InvertedResidualShape& s)
+      : height(s.out_height()), rows(s.batch * height), parts(parts_for(rows)) {}
+
+  // f(image, range of its rows) for all rows of a part.
+  template <typename F>
+  void for_each_range_of(int64_t part, const F& f) const {
+    Range left = part_range(rows, part, parts);
+    while (left.size() > 0) {
+      const int64_t first = left.begin % height, count = std::min(left.size(), height - first);
+      f(left.begin / height, Range{first, first + count});
+      left.begin += count;
+    }
+  }
+};
+
+// How evaluation cuts a small map: each image into `ranges` ranges of its output's rows, each of them into `chunks`
+// chunks of expanded channels. Of the cuts that give every thread something to do it is the one whose longest part is
+// shortest, with the rows that two ranges both expand.
+class ChannelsCut {
+ public:
+  explicit ChannelsCut(const InvertedResidualShape& s) : ChannelsCut(s, (s.expanded + kPanel - 1) / kPanel, 1, 1) {
+    const int64_t threads = torch::stable::get_num_threads();
+    int64_t least = 0;
+    for (int64_t chunks = 1; chunks <= panels_; ++chunks) {
+      const int64_t fewest = std::clamp<int64_t>(threads / (s.batch * chunks), 1, s.out_height());
+      for (int64_t ranges = fewest; ranges <= std::min(fewest + 1, s.out_height()); ++ranges) {
+        const ChannelsCut cut(s, panels_, ranges, chunks);
+        if (cut.ring_floats() > kTileFloats && chunks < panels_) continue;
+        const int64_t cost = (cut.tasks() + threads - 1) / threads * cut.longest();
+        if (least > 0 && cost >= least) continue;
+        least = cost;
+        ranges_ = ranges;
+        chunks_ = chunks;
+      }
+    }
+    parts_ = parts_for(tasks());
+  }
+
+  int64_t tasks() const { return s_.batch * ranges_ * chunks_; }
+  int64_t parts() const { return parts_; }
+  int64_t most_read() const {  // rows of the expansion, of a task
+    return std::min((most_rows() - 1) * s_.stride + 2 * s_.dilation + 1, s_.height);
+  }
+  int64_t ring_floats() const { return Ring::floats(most_read(), s_.width, s_.dilation, tile_stride(widest())); }
+
+  // f(image, range of rows of the output, range of expanded channels) for every task, all parts in parallel.
+  template <typename F>
+  void for_each_task(const F& f) const {
+    for_each_part(parts_, [&](int64_t part) { for_each_task_of(part, f); });
+  }
+  template <typename F>
+  void for_each_task_of(int64_t part, const F& f) const {
+    const Range mine = part_range(tasks(), part, parts_);
+    for (int64_t task = mine.begin; task < mine.end; ++task) {
+      const Range panels = part_range(panels_, task % chunks_, chunks_);
+      f(task / chunks_ / ranges_, part_range(s_.out_height(), task / chunks_ % ranges_, ranges_),
+        Range{panels.begin * kPanel, std::min(panels.end * kPanel, lanes_of(s_.expanded))});
+    }
+  }
+
+ private:
+  ChannelsCut(const InvertedResidualShape& s, int64_t panels, int64_t ranges, int64_t chunks)
+      : s_(s), panels_(panels), ranges_(ranges), chunks_(chunks) {}
+
+  int64_t most_rows() const { return (s_.out_height() + ranges_ - 1) / ranges_; }
+  int64_t widest() const { return std::min((panels_ + chunks_ - 1) / chunks_ * kPanel, lanes_of(s_.expanded)); }
+  int64_t longest() const { return operations(s_, most_read(), most_rows(), widest()); }
+
+  const InvertedResidualShape& s_;
+  int64_t panels_, ranges_, chunks_, parts_ = 1;
+};
+
 template <typename T, typename E, int Act>
 class InvertedResidualForward {
   using Weights = InvertedResidualWeightsOf<E>;
@@ -129,75 +224,70 @@ class InvertedResidualForward {
   InvertedResidualForward(const Weights& w, const T* x, int64_t batch, int64_t height, int64_t width, T* y)
       : w_(w), s_(w.shape(batch, height, width)), x_(x), y_(y) {}
 
-  // With a handful of rows a thread, the rows that two ranges both expand cost more than passing the filtered map from
-  // thread to thread.
   void run() const {
-    if (s_.batch * s_.out_height() < 6 * torch::stable::get_num_threads() && s_.pixels() <= 4096)
+    if (cuts_channels(s_))
       by_channels();
     else
       by_rows();
   }
 
  private:
-  // Large maps: a task is a range of rows of one image, and a ring holds the expanded rows that the taps need.
+  // Large maps: a part has some rows of all images, and a ring holds the expanded rows that the taps need.
   void by_rows() const {
     const int64_t pixel = tile_stride(s_.expanded), row_floats = s_.width * pixel, out_width = s_.out_width(),
                   d = s_.dilation;
-    const int64_t ranges =
-        std::clamp<int64_t>((torch::stable::get_num_threads() + s_.batch - 1) / s_.batch, 1, s_.out_height());
-    for_each_range(
-        s_.batch, s_.out_height(), ranges, parts_for(s_.batch * ranges), [&](int64_t, int64_t image, Range range) {
-          const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
-          const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1,
-                        ring_floats = Ring::floats(slots, s_.width, d, pixel);
-          float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
-          E *filtered = tile_of<E>(memory + ring_floats), *converted = filtered + tile * out_width * pixel;
-          const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
-          int64_t next = 0;  // the first row that is not expanded yet
-          for (int64_t first = range.begin; first < range.end; first += tile) {
-            const int64_t last = std::min(first + tile, range.end);
-            next = std::max({next, first * s_.stride - d, int64_t(0)});
-            for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
-              float* out = ring.row(next);
-              const RowsOf<E> in = as_rows(
-                  x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, converted);
-              expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
-            }
-            for (int64_t row = first; row < last; ++row)
-              filter(ring, row, filtered + (row - first) * out_width * pixel, {0, lanes_of(s_.expanded)}, pixel, pixel);
-            project(
-                filtered, pixel, image * s_.out_pixels() + first * out_width, (last - first) * out_width,
-                w_.project.panels());
+    const RowsCut cut(s_);
+    for_each_part(cut.parts, [&](int64_t part) {
+      cut.for_each_range_of(part, [&](int64_t image, Range range) {
+        const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
+        const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1, ring_floats = Ring::floats(slots, s_.width, d, pixel);
+        float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
+        E *filtered = tile_of<E>(memory + ring_floats), *converted = filtered + tile * out_width * pixel;
+        const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
+        int64_t next = 0;  // the first row that is not expanded yet
+        for (int64_t first = range.begin; first < range.end; first += tile) {
+          const int64_t last = std::min(first + tile, range.end);
+          next = std::max({next, first * s_.stride - d, int64_t(0)});
+          for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
+            float* out = ring.row(next);
+            const RowsOf<E> in = as_rows(
+                x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, converted);
+            expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
           }
-        });
+          for (int64_t row = first; row < last; ++row)
+            filter(
+                ring, row * s_.stride, filtered + (row - first) * out_width * pixel, {0, lanes_of(s_.expanded)}, pixel,
+                pixel);
+          project(
+              filtered, pixel, image * s_.out_pixels() + first * out_width, (last - first) * out_width,
+              w_.project.panels());
+        }
+      });
+    });
   }
 
-  // Small maps: a task is a few channels of one image, so that it reads its part of the weights once and no row is
-  // expanded twice; the projection follows when all channels are there.
+  // Small maps: a task is a few channels of some rows of an image, so that it reads its part of the weights once and
+  // few rows are expanded twice; the projection follows when all channels are there.
   void by_channels() const {
-    const int64_t pixels = s_.pixels(), d = s_.dilation, panels = w_.expand.panels().size(),
-                  threads = torch::stable::get_num_threads();
-    const int64_t bordered = (s_.height + 1) * (s_.width + 2 * d);
-    const int64_t fitting = std::clamp<int64_t>(kTileFloats / (bordered * kPanel), 1, panels);
-    // As many chunks as fill all threads evenly.
-    const int64_t tasks = round_up(s_.batch * ((panels + fitting - 1) / fitting), threads);
-    const int64_t chunks = std::clamp<int64_t>(tasks / s_.batch, 1, panels);
-    const int64_t widest = (panels + chunks - 1) / chunks * kPanel, hidden = tile_stride(s_.expanded);
+    const int64_t d = s_.dilation, hidden = tile_stride(s_.expanded);
+    const ChannelsCut cut(s_);
     E* filtered = tile_of<E>(workspace<1>(s_.out_rows() * hidden));
-    for_each_range(s_.batch, panels, chunks, parts_for(s_.batch * chunks), [&](int64_t, int64_t image, Range range) {
-      const Range channels{range.begin * kPanel, std::min(range.end * kPanel, lanes_of(s_.expanded))};
-      const int64_t pixel = tile_stride(channels.size()), ring_floats = Ring::floats(s_.height, s_.width, d, pixel);
-      float* memory =
-          workspace(Ring::floats(s_.height, s_.width, d, tile_stride(widest)) + pixels * lanes_of(s_.inputs));
-      const Ring ring(memory, s_.height, s_.height, s_.width, d, pixel);
-      const RowsOf<E> in =
-          as_rows(x_ + image * pixels * s_.inputs, s_.inputs, pixels, s_.inputs, tile_of<E>(memory + ring_floats));
-      expand(in, pixels, range, [&](int64_t r, int64_t c) {
+    cut.for_each_task([&](int64_t image, Range range, Range channels) {
+      const Range read = read_rows(s_, range);
+      const int64_t pixel = tile_stride(channels.size()), pixels = read.size() * s_.width,
+                    ring_floats = Ring::floats(read.size(), s_.width, d, pixel);
+      float* memory = workspace(cut.ring_floats() + cut.most_read() * s_.width * lanes_of(s_.inputs));
+      const Ring ring(memory, read.size(), read.size(), s_.width, d, pixel);  // of these rows alone
+      const RowsOf<E> in = as_rows(
+          x_ + (image * s_.height + read.begin) * s_.width * s_.inputs, s_.inputs, pixels, s_.inputs,
+          tile_of<E>(memory + ring_floats));
+      expand(in, pixels, {channels.begin / kPanel, (channels.end + kPanel - 1) / kPanel}, [&](int64_t r, int64_t c) {
         return ring.row(0) + (r + r / s_.width * 2 * d) * pixel + c - channels.begin;
       });
-      for (int64_t row = 0; row < s_.out_height(); ++row)
+      for (int64_t row = range.begin; row < range.end; ++row)
         filter(
-            ring, row, filtered + (image * s_.out_height() + row) * s_.out_width() * hidden, channels, pixel, hidden);
+            ring, row * s_.stride - read.begin, filtered + (image * s_.out_height() + row) * s_.out_width() * hidden,
+            channels, pixel, hidden);
     });
     for_each_block(s_.out_rows(), w_.project, [&](Range rows, Range outputs) {
       project(filtered + rows.begin * hidden, hidden, rows.begin, rows.size(), outputs);
@@ -213,10 +303,10 @@ class InvertedResidualForward {
     });
   }
 
-  // A row of the ring, which holds `channels` alone, to a row of `out`, which holds all.
-  void filter(const Ring& ring, int64_t row, E* out, Range channels, int64_t pixel, int64_t out_pixel) const {
+  // The rows around row `centre` of the ring, which holds `channels` alone, to a row of `out`, which holds all.
+  void filter(const Ring& ring, int64_t centre, E* out, Range channels, int64_t pixel, int64_t out_pixel) const {
     const float* rows[3];
-    for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(row * s_.stride + (t - 1) * s_.dilation);
+    for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(centre + (t - 1) * s_.dilation);
     const float *shift = w_.filter_shift.data() + channels.begin, *taps = w_.taps.data() + channels.begin * 9;
     out += channels.begin;
     filter_row(
@@ -243,6 +333,30 @@ class InvertedResidualForward {
   const T* x_;
   T* y_;
 };
+
+// The parallel loops of the same call.
+template <typename E>
+std::vector<Region> inverted_residual_regions(const InvertedResidualWeightsOf<E>& w, const InvertedResidualShape& s) {
+  const RowsCut by_rows(s);
+  if (!cuts_channels(s))
+    return {operations_of(by_rows.parts, [&](int64_t part) {
+      int64_t sum = 0;
+      by_rows.for_each_range_of(part, [&](int64_t, Range rows) {
+        sum += operations(s, read_rows(s, rows).size(), rows.size(), lanes_of(s.expanded)) +
+               rows.size() * s.out_width() * s.expanded * lanes_of(s.outputs);
+      });
+      return sum;
+    })};
+  const ChannelsCut cut(s);
+  const Region expanded = operations_of(cut.parts(), [&](int64_t part) {
+    int64_t sum = 0;
+    cut.for_each_task_of(part, [&](int64_t, Range rows, Range channels) {
+      sum += operations(s, read_rows(s, rows).size(), rows.size(), channels.size());
+    });
+    return sum;
+  });
+  return {expanded, BlockCut(s.out_rows(), w.project).operations(w.project)};
+}
 
 // y (batch, height / stride, width / stride, outputs) from x (batch, height, width, inputs).
 template <typename E, typename T>

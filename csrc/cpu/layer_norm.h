@@ -17,6 +17,15 @@ struct Tokens {
   Tokens(int64_t samples, int64_t rows, int64_t channels) : samples(samples), rows(rows), channels(channels) {}
   int64_t total() const { return samples * rows; }
   int64_t norms(bool per_sample) const { return per_sample ? samples : total(); }
+
+  // How the statistics of samples are computed: each sample in pieces, all pieces in parts.
+  int64_t pieces() const { return (rows + kTileRows - 1) / kTileRows; }
+  int64_t measure_parts() const { return std::min(samples * pieces(), count_parts(total() * channels)); }
+  void add_measure_to(std::vector<Region>& regions, bool per_sample) const {
+    constexpr int64_t kOperations = 3;  // of a value
+    if (per_sample)
+      regions.push_back(even_region(samples * pieces(), measure_parts(), rows / pieces() * channels * kOperations));
+  }
 };
 
 // Mean and 1 / deviation of each token or sample, float32: an output forward, an argument backward.
@@ -103,11 +112,11 @@ class NormedMap {
   // Computes the statistics of the samples, over all threads; those of tokens are computed tile by tile.
   void measure(double eps) const {
     if (!per_sample_ || tokens_.total() == 0) return;
-    const int64_t pieces = (tokens_.rows + kTileRows - 1) / kTileRows, tasks = tokens_.samples * pieces;
+    const int64_t pieces = tokens_.pieces(), tasks = tokens_.samples * pieces;
     thread_local std::vector<Moments> memory;
     memory.assign(tasks, Moments{});
     Moments* moments = memory.data();  // a thread_local would be another one in each thread
-    const int64_t parts = std::min(tasks, count_parts(tokens_.total() * tokens_.channels));
+    const int64_t parts = tokens_.measure_parts();
     for_each_part(parts, [&](int64_t part) {
       const Range mine = part_range(tasks, part, parts);
       for (int64_t task = mine.begin; task < mine.end; ++task) {

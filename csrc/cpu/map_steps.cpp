@@ -25,6 +25,10 @@ class GlobalPool : public Step {
       }
     });
   }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    const int64_t tasks = batch * (lanes_of(in[0].channels) / kLanes), parts = count_parts(batch * in[0].floats());
+    return {even_region(tasks, parts, in[0].pixels() * kLanes)};
+  }
 };
 
 // Bilinear, as torch.nn.functional.interpolate.

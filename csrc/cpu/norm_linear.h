@@ -81,18 +81,15 @@ template <typename E, typename T>
 void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeightsOf<E>& w, T* y) {
   const int64_t lanes = lanes_of(x.tokens().channels), outputs = w.weight.outputs();
   x.measure(eps);
-  for_each_block(x.tokens().total(), w.weight, [&](Range rows, Range panels) {
+  for_each_block_tile(x.tokens().total(), w.weight, [&](int64_t first, int64_t count, Range panels) {
     E* tile = tile_of<E>(workspace(kTileRows * lanes));
-    for (int64_t first = rows.begin; first < rows.end; first += kTileRows) {
-      const int64_t count = std::min(kTileRows, rows.end - first);
-      x.normalise(first, count, eps, tile, lanes);
-      multiply(tile, lanes, count, w.weight, panels, [&](int64_t r, int64_t o, Vec sums) {
-        T* out = y + (first + r) * outputs + o;
-        prefetch_to_write(
-            out + kPanel);  // of the panel that comes next: waiting for its lines would cost a tenth of the product
-        store_some(out, sums + load(w.bias.data() + o), outputs - o);
-      });
-    }
+    x.normalise(first, count, eps, tile, lanes);
+    multiply(tile, lanes, count, w.weight, panels, [&](int64_t r, int64_t o, Vec sums) {
+      T* out = y + (first + r) * outputs + o;
+      prefetch_to_write(
+          out + kPanel);  // of the panel that comes next: waiting for its lines would cost a tenth of the product
+      store_some(out, sums + load(w.bias.data() + o), outputs - o);
+    });
   });
 }
 

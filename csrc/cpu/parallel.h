@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "amx.h"
 
@@ -24,6 +25,22 @@ inline int64_t count_parts(int64_t elements, int64_t least_per_part = 32768) {
 // The part'th of `parts` almost equal ranges of 0..total.
 inline Range part_range(int64_t total, int64_t part, int64_t parts) {
   return {total * part / parts, total * (part + 1) / parts};
+}
+
+// The operations of each part of a parallel loop: products of two numbers, and what costs about as much.
+using Region = std::vector<double>;
+
+// The region of a loop whose parts have operations(part) each.
+template <typename F>
+Region operations_of(int64_t parts, const F& operations) {
+  Region region;
+  for (int64_t part = 0; part < parts; ++part) region.push_back(double(operations(part)));
+  return region;
+}
+
+// The region of a loop over 0..total in `parts` parts.
+inline Region even_region(int64_t total, int64_t parts, int64_t operations_each) {
+  return operations_of(parts, [&](int64_t part) { return part_range(total, part, parts).size() * operations_each; });
 }
 
 // f(part) for every part, on torch's own thread pool. `f` must not throw.

@@ -98,6 +98,31 @@ struct PatchGroups {
   }
 };
 
+// How the forward pass is cut over threads: into blocks of queries, a panel of them, or a vector where there would be
+// fewer blocks than threads. Made by the calling thread: what PyTorch says of threads holds there.
+struct AttentionCut {
+  int64_t queries, blocks_per_group, blocks, parts;
+
+  explicit AttentionCut(const PatchGroups& g) {
+    const int64_t tokens = g.tokens();
+    const bool few = g.groups() * ((tokens + kPanel - 1) / kPanel) < torch::stable::get_num_threads();
+    queries = few ? kLanes : kPanel;
+    blocks_per_group = (tokens + queries - 1) / queries;
+    blocks = g.groups() * blocks_per_group;
+    parts = std::min(blocks, count_parts(g.groups() * tokens * tokens * 2 * g.dim, 1 << 17));
+  }
+
+  Region operations(const PatchGroups& g) const {
+    return operations_of(parts, [&](int64_t part) {
+      const Range mine = part_range(blocks, part, parts);
+      int64_t lanes = 0;
+      for (int64_t block = mine.begin; block < mine.end; ++block)
+        lanes += lanes_of(std::min(queries, g.tokens() - block % blocks_per_group * queries));
+      return lanes * g.tokens() * 2 * g.dim;
+    });
+  }
+};
+
 // The groups that a thread loads next. Their pixels lie too far apart for the hardware to fetch them ahead of
 // `load_tokens`, and asking for all of them at once takes as long as reading them: so a share is fetched before every
 // product of the groups at hand.
@@ -125,7 +150,7 @@ struct GroupsAhead {
   static bool pays(int64_t bytes) { return bytes > int64_t(8) << 20; }
 };
 
-// Attention of blocks of kPanel queries; a group has blocks_per_group() of them. Products are made of E.
+// Attention of blocks of queries. Products are made of E.
 template <typename T, typename E>
 class AttentionForward {
  public:
@@ -133,10 +158,10 @@ class AttentionForward {
 
   // `lse`, if not null, receives the binary logarithm of each query's sum of 2^score: (groups, tokens).
   AttentionForward(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse)
-      : g_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse), far_(GroupsAhead::pays(groups.bytes<T>(4))) {}
+      : g_(groups), cut_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse),
+        far_(GroupsAhead::pays(groups.bytes<T>(4))) {}
 
-  int64_t blocks_per_group() const { return (g_.tokens() + kPanel - 1) / kPanel; }
-  int64_t blocks() const { return g_.groups() * blocks_per_group(); }
+  const AttentionCut& cut() const { return cut_; }
 
   // The memory that `run` needs.
   int64_t floats() const {
@@ -145,14 +170,14 @@ class AttentionForward {
   }
 
   void run(Range blocks, float* memory) const {
-    const int64_t per_group = blocks_per_group();
+    const int64_t per_group = cut_.blocks_per_group, queries = cut_.queries;
     int64_t loaded = 0, end = 0, copied = -1;  // the groups in memory; the one whose operands are
     GroupsAhead ahead;
     E* copies = tile_of<E>(memory + heads_at_once() * group_floats());
     float* rest = memory + heads_at_once() * group_floats() + copies_floats();
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const int64_t group = block / per_group, first = block % per_group * kPanel,
-                    count = std::min(kPanel, g_.tokens() - first);
+      const int64_t group = block / per_group, first = block % per_group * queries,
+                    count = std::min(queries, g_.tokens() - first);
       if (group >= end) {
         loaded = group;
         end =
@@ -307,6 +332,7 @@ class AttentionForward {
   }
 
   const PatchGroups& g_;
+  const AttentionCut cut_;
   const Dropout& dropout_;
   const T* qkv_;
   T* out_;
@@ -318,10 +344,9 @@ class AttentionForward {
 template <typename T, typename E = float>
 void patch_attention(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse) {
   const AttentionForward<T, E> forward(groups, dropout, qkv, out, lse);
-  const int64_t work = groups.groups() * groups.tokens() * groups.tokens() * 2 * groups.dim;
-  const int64_t parts = std::min(forward.blocks(), count_parts(work, 1 << 17));
-  for_each_part(parts, [&](int64_t part) {
-    forward.run(part_range(forward.blocks(), part, parts), workspace(forward.floats()));
+  const AttentionCut& cut = forward.cut();
+  for_each_part(cut.parts, [&](int64_t part) {
+    forward.run(part_range(cut.blocks, part, cut.parts), workspace(forward.floats()));
   });
 }
 

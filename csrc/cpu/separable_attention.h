@@ -69,4 +69,8 @@ void separable_attention(
     const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights, const T* x,
     T* y);
 
+// The parallel loops of such a call.
+template <typename E>
+std::vector<Region> separable_attention_regions(const PatchedMap& map, const SeparableAttentionWeightsOf<E>& weights);
+
 }  // namespace mvit3

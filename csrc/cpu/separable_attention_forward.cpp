@@ -10,7 +10,13 @@ namespace separable {
 namespace {
 
 constexpr int64_t kPoolRows = 32;  // of a tile that only dot products and sums read: it stays in the first-level cache
+constexpr int64_t kPoolOperations = 4;  // of a value in the walks before the products
 constexpr double kLowest = -std::numeric_limits<double>::infinity();
+
+// Whether W_v and W_o are cut over threads on their own, because a task would have less than a block of rows.
+bool attends_by_products(const PatchedMap& map, const Plan& plan) {
+  return !plan.whole() && map.samples * map.tokens() < kBlockRows * torch::stable::get_num_threads();
+}
 
 template <typename T, typename E>
 class Forward {
@@ -26,14 +32,34 @@ class Forward {
     softmax.resize(plan_.tasks() * map.positions());
     moments_ = moments.data();
     softmax_ = softmax.data();
-    pooled_ = workspace<1>(plan_.tasks() * map.positions() * map.lanes());
+    const int64_t floats = plan_.tasks() * map.positions() * map.lanes();
+    pooled_ = workspace<1>(floats + (attends_by_products(map, plan_) ? map.samples * map.tokens() * map.lanes() : 0));
+    attended_ = tile_of<E>(pooled_ + floats);
   }
 
+  // What only the first task of a sample has to do is little: the calling thread does it for all samples, which is
+  // quicker than handing it over.
   void run() const {
-    plan_.run(
-        [this](const Task& task) { measure(task); }, [this](const Task& task) { finish_statistics(task); },
-        [this](const Task& task) { pool(task); }, [this](const Task& task) { finish_context(task); },
-        [this](const Task& task) { attend(task); });
+    if (plan_.whole())
+      return plan_.for_each_task([this](const Task& task) {
+        measure(task);
+        finish_statistics(task.sample);
+        pool(task);
+        finish_mean(task.sample);
+        multiply_keys(task.sample * map_.positions(), map_.positions(), weights_.key.panels());
+        attend(task);
+      });
+    plan_.for_each_task([this](const Task& task) { measure(task); });
+    for (int64_t sample = 0; sample < map_.samples; ++sample) finish_statistics(sample);
+    plan_.for_each_task([this](const Task& task) { pool(task); });
+    for (int64_t sample = 0; sample < map_.samples; ++sample) finish_mean(sample);
+    for_each_block(map_.samples * map_.positions(), weights_.key, [this](Range rows, Range panels) {
+      multiply_keys(rows.begin, rows.size(), panels);
+    });
+    if (attends_by_products(map_, plan_))
+      attend_by_products();
+    else
+      plan_.for_each_task([this](const Task& task) { attend(task); });
   }
 
  private:
@@ -69,12 +95,12 @@ class Forward {
     }
   }
 
-  void finish_statistics(const Task& task) const {
-    if (!normed_.per_sample() || !task.leads()) return;
+  void finish_statistics(int64_t sample) const {
+    if (!normed_.per_sample()) return;
     Moments whole;
-    for (int64_t i = task.first; i < task.first + plan_.ranges(); ++i) whole.join(moments_[i]);
-    kept_.mean[task.sample] = float(whole.mean);
-    kept_.rstd[task.sample] = whole.rstd(eps_);
+    for (int64_t i = 0; i < plan_.ranges(); ++i) whole.join(moments_[sample * plan_.ranges() + i]);
+    kept_.mean[sample] = float(whole.mean);
+    kept_.rstd[sample] = whole.rstd(eps_);
   }
 
   // Scores and the weighted mean of the task's tokens, without their denominator.
@@ -113,17 +139,16 @@ class Forward {
     }
   }
 
-  // Puts together what the tasks of a sample found: context = W_k m + b_k (sum of the weights), m the weighted mean.
-  void finish_context(const Task& task) const {
-    if (!task.leads()) return;
-    const int64_t lanes = map_.lanes(), positions = map_.positions(), patches = map_.patches();
-    float *mean = kept_.pooled + task.sample * positions * lanes,
-          *context = kept_.context + task.sample * positions * lanes;
+  // Puts together what the tasks of a sample found: the weighted mean.
+  void finish_mean(int64_t sample) const {
+    const int64_t lanes = map_.lanes(), positions = map_.positions(), patches = map_.patches(),
+                  first = sample * plan_.ranges();
+    float* mean = kept_.pooled + sample * positions * lanes;
     std::fill_n(mean, positions * lanes, 0.0f);
     for (int64_t p = 0; p < positions; ++p) {
       Softmax whole;
-      for (int64_t i = task.first; i < task.first + plan_.ranges(); ++i) whole.raise(softmax(i)[p].largest);
-      for (int64_t i = task.first; i < task.first + plan_.ranges(); ++i) {
+      for (int64_t i = first; i < first + plan_.ranges(); ++i) whole.raise(softmax(i)[p].largest);
+      for (int64_t i = first; i < first + plan_.ranges(); ++i) {
         const Softmax& part = softmax(i)[p];
         const double factor = part.largest == whole.largest ? 1 : std::exp(part.largest - whole.largest);
         whole.total += factor * part.total;
@@ -132,41 +157,76 @@ class Forward {
       }
       const float scale = float(1 / whole.total);
       for (int64_t c = 0; c < lanes; c += kLanes) store(mean + p * lanes + c, load(mean + p * lanes + c) * scale);
-      softmax(task.first)[p].kept = whole.kept / whole.total;
+      softmax(first)[p].kept = whole.kept / whole.total;
       if (!kept_.scores) continue;
-      float* scores = kept_.scores + task.sample * map_.tokens() + p * patches;
+      float* scores = kept_.scores + sample * map_.tokens() + p * patches;
       for (int64_t i = 0; i < patches; i += kLanes)
         store_some(scores + i, exp(load_some(scores + i, patches - i) - float(whole.largest)) * scale, patches - i);
     }
-    multiply_into(mean, lanes, positions, weights_.key, context, lanes);
-    for (int64_t p = 0; p < positions; ++p)
-      add_scaled(context + p * lanes, 1.0f, weights_.key_bias.data(), float(softmax(task.first)[p].kept), lanes);
+  }
+
+  // Of positions of all samples, from `first` on: context = W_k m + b_k (sum of the weights), m the weighted mean.
+  void multiply_keys(int64_t first, int64_t count, Range panels) const {
+    const int64_t lanes = map_.lanes(), positions = map_.positions(), begin = panels.begin * kPanel,
+                  width = weights_.key.lanes(panels);
+    float* context = kept_.context + first * lanes;
+    multiply_into(kept_.pooled + first * lanes, lanes, count, weights_.key, panels, context, lanes);
+    for (int64_t i = 0; i < count; ++i) {
+      const Softmax& whole = softmax((first + i) / positions * plan_.ranges())[(first + i) % positions];
+      add_scaled(context + i * lanes + begin, 1.0f, weights_.key_bias.data() + begin, float(whole.kept), width);
+    }
   }
 
   void attend(const Task& task) const {
-    const int64_t lanes = map_.lanes(), channels = map_.channels;
-    const float *context = kept_.context + task.sample * map_.positions() * lanes,
-                *value_bias = weights_.value_bias.data();
-    const uint32_t key = dropout_.output.key(task.sample);
+    const int64_t lanes = map_.lanes();
     float* product = workspace(2 * kTileRows * lanes);  // in the place of the normalised rows, when they were read
     E *tile = tile_of<E>(product), *attended = tile_of<E>(product + kTileRows * lanes);
     for (int64_t first = task.rows.begin; first < task.rows.end; first += kTileRows) {
       const int64_t count = std::min(kTileRows, task.rows.end - first);
-      const Place* places = places_ + first;
-      normed_.normalise_again(row(task, first), count, tile, lanes);
-      multiply(tile, lanes, count, weights_.value, [&](int64_t r, int64_t c, Vec sums) {
-        const Vec value = activate<kRelu>(sums + load(value_bias + c));
-        store(attended + r * lanes + c, value * load(context + places[r].position * lanes + c));
-      });
-      multiply_into(attended, lanes, count, weights_.out, product, lanes);
-      for (int64_t r = 0; r < count; ++r) {
-        const T* x = normed_.row(row(task, first + r));
-        T* y = y_ + row(task, first + r) * channels;
-        for (int64_t c = 0; c < channels; c += kLanes) {
-          Vec branch = load(product + r * lanes + c) + load(weights_.out_bias.data() + c);
-          if (dropout_.output.active()) branch = branch * dropout_.output(key, (first + r) * channels + c);
-          store_some(y + c, load_some(x + c, channels - c) + branch, channels - c);
-        }
+      multiply_values(row(task, first), count, weights_.value.panels(), tile, attended);
+      multiply_out(row(task, first), count, weights_.out.panels(), attended, product);
+    }
+  }
+
+  // The same where a task would have less than a block of rows.
+  void attend_by_products() const {
+    const int64_t lanes = map_.lanes(), rows = map_.samples * map_.tokens();
+    for_each_block_tile(rows, weights_.value, [&](int64_t first, int64_t count, Range panels) {
+      multiply_values(first, count, panels, tile_of<E>(workspace(kTileRows * lanes)), attended_ + first * lanes);
+    });
+    for_each_block_tile(rows, weights_.out, [&](int64_t first, int64_t count, Range panels) {
+      multiply_out(first, count, panels, attended_ + first * lanes, workspace(kTileRows * lanes));
+    });
+  }
+
+  // ReLU(W_v n + b_v) * context of rows of all samples, from `first` on; `tile` takes the normalised rows.
+  void multiply_values(int64_t first, int64_t count, Range panels, E* tile, E* attended) const {
+    const int64_t lanes = map_.lanes(), tokens = map_.tokens();
+    const float* contexts[kTileRows];
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t position = places_[(first + r) % tokens].position;
+      contexts[r] = kept_.context + ((first + r) / tokens * map_.positions() + position) * lanes;
+    }
+    normed_.normalise_again(first, count, tile, lanes);
+    multiply(tile, lanes, count, weights_.value, panels, [&](int64_t r, int64_t c, Vec sums) {
+      const Vec value = activate<kRelu>(sums + load(weights_.value_bias.data() + c));
+      store(attended + r * lanes + c, value * load(contexts[r] + c));
+    });
+  }
+
+  // x + dropout(W_o attended + b_o) of these rows.
+  void multiply_out(int64_t first, int64_t count, Range panels, const E* attended, float* product) const {
+    const int64_t lanes = map_.lanes(), channels = map_.channels, tokens = map_.tokens();
+    multiply_into(attended, lanes, count, weights_.out, panels, product, lanes);
+    for (int64_t r = 0; r < count; ++r) {
+      const uint32_t key = dropout_.output.key((first + r) / tokens);
+      const int64_t element = (first + r) % tokens * channels;
+      const T* x = normed_.row(first + r);
+      T* y = y_ + (first + r) * channels;
+      for (int64_t c = panels.begin * kPanel; c < std::min(panels.end * kPanel, channels); c += kLanes) {
+        Vec branch = load(product + r * lanes + c) + load(weights_.out_bias.data() + c);
+        if (dropout_.output.active()) branch = branch * dropout_.output(key, element + c);
+        store_some(y + c, load_some(x + c, channels - c) + branch, channels - c);
       }
     }
   }
@@ -183,6 +243,7 @@ class Forward {
   Moments* moments_;
   Softmax* softmax_;
   float* pooled_;
+  E* attended_;
 };
 
 }  // namespace
@@ -224,6 +285,27 @@ void separable_attention(
   separable_attention(map, eps, per_sample, weights, none, x, y, {mean, rstd, nullptr, pooled, pooled + context});
 }
 
+template <typename E>
+std::vector<Region> separable_attention_regions(const PatchedMap& map, const SeparableAttentionWeightsOf<E>& weights) {
+  using namespace separable;
+  const Plan plan(map);
+  const int64_t walk = map.channels * kPoolOperations, products = 2 * map.channels * map.lanes();
+  if (plan.whole()) {
+    const int64_t keys = map.channels * map.lanes() * map.positions();
+    return {plan.operations(2 * walk + products + keys / map.tokens())};
+  }
+  const int64_t rows = map.samples * map.tokens(), means = map.samples * map.positions();
+  std::vector<Region> regions{
+      plan.operations(walk), plan.operations(walk), BlockCut(means, weights.key).operations(weights.key)};
+  if (attends_by_products(map, plan)) {
+    regions.push_back(BlockCut(rows, weights.value).operations(weights.value));
+    regions.push_back(BlockCut(rows, weights.out).operations(weights.out));
+  } else {
+    regions.push_back(plan.operations(products));
+  }
+  return regions;
+}
+
 #define MVIT3_SEPARABLE_ATTENTION(T, E)                                                                         \
   template void separable_attention(                                                                            \
       const PatchedMap&, double, bool, const SeparableAttentionWeightsOf<E>&, const SeparableAttentionDropout&, \
@@ -231,11 +313,14 @@ void separable_attention(
   template void separable_attention(                                                                            \
       const PatchedMap&, double, bool, const SeparableAttentionWeightsOf<E>&, const T*, T*);
 template struct SeparableAttentionWeightsOf<float>;
+template std::vector<Region> separable_attention_regions(const PatchedMap&, const SeparableAttentionWeights&);
 MVIT3_SEPARABLE_ATTENTION(float, float)
 MVIT3_SEPARABLE_ATTENTION(BFloat16, float)
 MVIT3_SEPARABLE_ATTENTION(Float16, float)
 #if defined(__AVX512BF16__)
 template struct SeparableAttentionWeightsOf<BFloat16>;
+template std::vector<Region> separable_attention_regions(
+    const PatchedMap&, const SeparableAttentionWeightsOf<BFloat16>&);
 MVIT3_SEPARABLE_ATTENTION(float, BFloat16)
 #endif
 #undef MVIT3_SEPARABLE_ATTENTION

@@ -52,6 +52,8 @@ class Plan {
     parts_ = std::min(threads, tasks());
   }
 
+  // Whether a task is a whole sample.
+  bool whole() const { return ranges_ == 1; }
   int64_t ranges() const { return ranges_; }
   int64_t parts() const { return parts_; }
   int64_t tasks() const { return samples_ * ranges_; }
@@ -59,13 +61,12 @@ class Plan {
   // Runs the phases on every task, each phase after the earlier ones of the same sample.
   template <typename... Phases>
   void run(const Phases&... phases) const {
-    if (ranges_ == 1)
+    if (whole())
       for_each_task([&](const Task& task) { (phases(task), ...); });
     else
       (for_each_task(phases), ...);
   }
 
- private:
   template <typename F>
   void for_each_task(const F& f) const {
     for_each_part(parts_, [&](int64_t part) {
@@ -75,6 +76,17 @@ class Plan {
     });
   }
 
+  // A loop over all tasks, with so many operations for a token.
+  Region operations(int64_t of_a_token) const {
+    return operations_of(parts_, [&](int64_t part) {
+      const Range mine = part_range(tasks(), part, parts_);
+      int64_t tokens = 0;
+      for (int64_t i = mine.begin; i < mine.end; ++i) tokens += part_range(tokens_, i % ranges_, ranges_).size();
+      return tokens * of_a_token;
+    });
+  }
+
+ private:
   int64_t samples_, tokens_, ranges_, parts_;
 };
 

@@ -28,6 +28,9 @@ class InvertedResidual : public Step {
   void run(const Maps& in, const Map& out) const override {
     evaluate_inverted_residual(weights_, in[0].data, in[0].batch, in[0].shape.height, in[0].shape.width, out.data);
   }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    return inverted_residual_regions(weights_, weights_.shape(batch, in[0].height, in[0].width));
+  }
 
  private:
   InvertedResidual(
@@ -59,6 +62,10 @@ class DepthwiseConv : public Step {
   void run(const Maps& in, const Map& out) const override {
     const DepthwiseGeometry g = geometry(in[0].batch, in[0].shape);
     dispatch_activation(act_, [&](auto act) { depthwise_conv<act>(g, weights_, in[0].data, out.data); });
+  }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    const DepthwiseGeometry g = geometry(batch, in[0]);
+    return {even_region(g.out_image_rows(), depthwise_parts(g), g.out_row_size() * 9)};
   }
 
  private:
@@ -97,6 +104,9 @@ class PointwiseConv : public Step {
     const float* residual = residual_ ? in.back().data : nullptr;
     dispatch_activation(act_, [&](auto act) { pointwise_conv<act>(weights_, x, residual, out.data, out.rows()); });
   }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    return {BlockCut(batch * in[0].pixels(), weights_.weight).operations(weights_.weight)};
+  }
 
  private:
   PointwiseConv(Source& from, const Folded& conv)
@@ -109,14 +119,15 @@ class PointwiseConv : public Step {
   PointwiseWeightsOf<E> weights_;
 };
 
+Tokens tokens_of(const MapShape& s, int64_t batch) { return Tokens(batch, s.pixels(), s.channels); }
+
 // A map's norm, with memory for its statistics where they are of samples.
 struct Statistics {
   Scratch<float> memory;
   NormedMap<float> map;
   Statistics(const Map& x, bool per_sample)
-      : memory(2 * x.batch), map(x.data, Tokens(x.batch, x.shape.pixels(), x.shape.channels), per_sample,
-                                 per_sample ? memory.data() : nullptr, per_sample ? memory.data() + x.batch : nullptr) {
-  }
+      : memory(2 * x.batch), map(x.data, tokens_of(x.shape, x.batch), per_sample, per_sample ? memory.data() : nullptr,
+                                 per_sample ? memory.data() + x.batch : nullptr) {}
 };
 
 template <typename E>
@@ -131,6 +142,12 @@ class NormLinear : public Step {
   void run(const Maps& in, const Map& out) const override {
     const Statistics statistics(in[0], per_sample_);
     norm_linear(statistics.map, eps_, weights_, out.data);
+  }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    std::vector<Region> all;
+    tokens_of(in[0], batch).add_measure_to(all, per_sample_);
+    all.push_back(BlockCut(batch * in[0].pixels(), weights_.weight).operations(weights_.weight));
+    return all;
   }
 
  private:
@@ -157,6 +174,12 @@ class FeedForward : public Step {
   void run(const Maps& in, const Map& out) const override {
     const Statistics statistics(in[0], per_sample_);
     feed_forward(statistics.map, eps_, weights_, FeedForwardDropout(), out.data);
+  }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    std::vector<Region> all;
+    tokens_of(in[0], batch).add_measure_to(all, per_sample_);
+    FeedForwardCut(batch * in[0].pixels(), in[0].channels, weights_.second.inputs()).add_to(all, weights_);
+    return all;
   }
 
  private:
@@ -189,12 +212,17 @@ class SeparableAttention : public Step {
     return in[0];
   }
   void run(const Maps& in, const Map& out) const override {
-    const MapShape& s = in[0].shape;
-    const PatchedMap map{in[0].batch, s.height, s.width, s.channels, patch_height_, patch_width_};
+    const PatchedMap map = patched(in[0].shape, in[0].batch);
     separable_attention(map, eps_, per_sample_, weights_, in[0].data, out.data);
+  }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    return separable_attention_regions(patched(in[0], batch), weights_);
   }
 
  private:
+  PatchedMap patched(const MapShape& s, int64_t batch) const {
+    return {batch, s.height, s.width, s.channels, patch_height_, patch_width_};
+  }
   SeparableAttention(
       Source& from, const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& qkv, const Tensor& qkv_bias,
       const Tensor& w, const Tensor& b)
@@ -231,13 +259,17 @@ class PatchAttention : public Step {
     return {in[0].height, in[0].width, in[0].channels / 3};
   }
   void run(const Maps& in, const Map& out) const override {
-    const MapShape& s = in[0].shape;
-    const PatchGroups groups{in[0].batch,   s.height,    s.width, heads_, s.channels / 3 / heads_,
-                             patch_height_, patch_width_};
-    patch_attention<float, E>(groups, Dropout(), in[0].data, out.data, nullptr);
+    patch_attention<float, E>(groups(in[0].shape, in[0].batch), Dropout(), in[0].data, out.data, nullptr);
+  }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    const PatchGroups all = groups(in[0], batch);
+    return {AttentionCut(all).operations(all)};
   }
 
  private:
+  PatchGroups groups(const MapShape& s, int64_t batch) const {
+    return {batch, s.height, s.width, heads_, s.channels / 3 / heads_, patch_height_, patch_width_};
+  }
   int64_t heads_, patch_height_, patch_width_;
 };
 
@@ -270,6 +302,11 @@ class Conv3x3 : public Step {
                           in[0].batch, s.height,
                           s.width,     in[0].nchw};
     dispatch_activation(act_, [&](auto act) { conv3x3<act>(weights_, x, out.data); });
+  }
+  // Of a dilation all taps count, also those that meet nothing.
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    const int64_t rows = batch * weights_.out_size(in[0].height), width = weights_.out_size(in[0].width);
+    return {ConvCut(rows, width, weights_.weight).operations(width, weights_.weight)};
   }
 
  private:
@@ -312,9 +349,69 @@ class LayerNorm : public Step {
               fma(load(tile + r * lanes + c), load(weight_.data() + c), load(bias_.data() + c)), channels_ - c);
     });
   }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    const int64_t rows = batch * in[0].pixels();
+    std::vector<Region> all;
+    tokens_of(in[0], batch).add_measure_to(all, per_sample_);
+    all.push_back(even_region(rows, count_parts(rows * channels_), 3 * channels_));
+    return all;
+  }
 
  private:
   LayerNorm(Source& from, const Tensor& norm_weight, const Tensor& norm_bias)
+      : channels_(norm_weight.size(0)), weight_(read_vector("weight", norm_weight, channels_)),
+        bias_(read_vector("bias", norm_bias, channels_)), per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
+
+  int64_t channels_;
+  Scratch<float> weight_, bias_;
+  bool per_sample_;
+  double eps_;
+};
+
+// The mean of a norm's output over height and width. The scale and the shift wait for the mean.
+class NormPool : public Step {
+ public:
+  explicit NormPool(Source& from) : NormPool{from, from.vector(), from.vector()} {}
+
+  MapShape shape(const Shapes& in) const override {
+    check_channels("norm_pool", in[0].channels, channels_);
+    return {1, 1, channels_};
+  }
+  void run(const Maps& in, const Map& out) const override {
+    const Statistics statistics(in[0], per_sample_);
+    statistics.map.measure(eps_);
+    const int64_t pixels = in[0].shape.pixels(), lanes = lanes_of(channels_), parts = parts_for(out.batch);
+    for_each_part(parts, [&](int64_t part) {
+      float *sums = workspace((kTileRows + 1) * lanes), *tile = sums + lanes;
+      const Range mine = part_range(out.batch, part, parts);
+      for (int64_t image = mine.begin; image < mine.end; ++image) {
+        std::fill_n(sums, lanes, 0.0f);
+        for (int64_t first = 0; first < pixels; first += kTileRows) {
+          const int64_t count = std::min(kTileRows, pixels - first);
+          statistics.map.normalise(image * pixels + first, count, eps_, tile, lanes);
+          for (int64_t c = 0; c < lanes; c += kLanes) {
+            Vec sum = 0.0f;
+            for (int64_t r = 0; r < count; ++r) sum += load(tile + r * lanes + c);
+            store(sums + c, load(sums + c) + sum);
+          }
+        }
+        const Vec factor = float(1.0 / double(pixels));
+        for (int64_t c = 0; c < channels_; c += kLanes)
+          store_some(
+              out.data + image * channels_ + c,
+              fma(load(sums + c) * factor, load(weight_.data() + c), load(bias_.data() + c)), channels_ - c);
+      }
+    });
+  }
+  std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    std::vector<Region> all;
+    tokens_of(in[0], batch).add_measure_to(all, per_sample_);
+    all.push_back(even_region(batch, parts_for(batch), 3 * in[0].floats()));
+    return all;
+  }
+
+ private:
+  NormPool(Source& from, const Tensor& norm_weight, const Tensor& norm_bias)
       : channels_(norm_weight.size(0)), weight_(read_vector("weight", norm_weight, channels_)),
         bias_(read_vector("bias", norm_bias, channels_)), per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
 
@@ -336,6 +433,7 @@ std::vector<StepKind> step_kinds() {
       {"separable_attention", make<SeparableAttention<E>>},
       {"patch_attention", make<PatchAttention<E>>},
       {"layer_norm", make<LayerNorm>},
+      {"norm_pool", make<NormPool>},
   };
   for (const StepKind& one : map_step_kinds()) kinds.push_back(one);
   for (const StepKind& one : dense_step_kinds<E>()) kinds.push_back(one);

@@ -53,6 +53,15 @@ void for_each_tile(int64_t rows, int64_t parts, const F& f, int64_t tile = kTile
   });
 }
 
+// The parts of a product (`for_each_block`) in tiles: f(first row, number of rows, range of panels).
+template <typename E, typename F>
+void for_each_block_tile(int64_t rows, const PackedWeightOf<E>& weight, const F& f) {
+  for_each_block(rows, weight, [&](Range mine, Range panels) {
+    for (int64_t first = mine.begin; first < mine.end; first += kTileRows)
+      f(first, std::min(kTileRows, mine.end - first), panels);
+  });
+}
+
 // `rows` rows of `channels` elements to rows of another type, `stride` apart, zero from the last channel to the next
 // whole vector.
 template <typename T, typename E>

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..inference import FUSED, FusedNetwork, stands_for_network
-from ..inference.program import IMAGE, Program, Refused, assemble, emit
+from ..inference.program import IMAGE, Program, Refused, assemble, emit, pool
 from ..nn.guard import LOGGER, inherits, is_as_written, is_plain, known, methods_called, tampered_below
 from ..nn.layout import to_nchw, to_nhwc
 from ..nn.plans import (
@@ -419,12 +419,10 @@ def _assemble(network: nn.Module, program: Program) -> None:
     program.misfit = _misfit(network)
 
 
-def _emit_pool(pool: nn.Module, program: Program, x: int) -> int:
-    if pool.pool_type != "mean":
-        raise Refused(f"its head pools by {pool.pool_type}")
-    x = program.add("global_pool", [x])
-    program.pooled.add(x)
-    return x
+def _emit_pool(module: nn.Module, program: Program, x: int) -> int:
+    if module.pool_type != "mean":
+        raise Refused(f"its head pools by {module.pool_type}")
+    return pool(program, x)
 
 
 _EMIT = {

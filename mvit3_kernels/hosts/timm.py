@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from ..inference import FusedNetwork, stands_for_network
-from ..inference.program import IMAGE, Program, Refused, assemble, emit
+from ..inference.program import IMAGE, Program, Refused, assemble, emit, pool
 from ..nn.guard import known, tampered, tampered_below
 from ..nn.plans import (
     ConvPlan,
@@ -258,9 +258,7 @@ def _(module: ClassifierHead, program: Program, x: int) -> int:
         raise Refused("its head does not pool by averages alone")
     if type(module.flatten) is not nn.Identity:
         raise Refused("its head has a convolution")
-    x = program.add("global_pool", [x])
-    program.pooled.add(x)
-    return emit(module.fc, program, emit(module.drop, program, x))
+    return emit(module.fc, program, emit(module.drop, program, pool(program, x)))
 
 
 def _averages(pool: nn.Module) -> bool:

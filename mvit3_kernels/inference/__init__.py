@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -207,45 +208,47 @@ class Fused:
         self._weights: Weights | None = None
         self._returned: object = None
         self._told: set[str] = set()
+        self._lock = threading.Lock()  # calls come from several threads; one of them packs, the others wait
 
     def why_not(self, network: nn.Module, x: Tensor) -> str | None:
         """Why the program cannot serve a call on `x`; None where it can."""
         reason = _call_why_not(x) or _native.why_not()
         if reason is not None:
             return reason
-        # The structure first: what the guard reads, the question about the weights finds in the caches.
-        reason = self._guard.ask(network, self._pack, owner=self)
-        returned = network.returned()
-        if returned != self._returned or (self._weights is not None and self._weights.changed()):
-            self._guard.answer = None
+        with self._lock:
+            # The structure first: what the guard reads, the question about the weights finds in the caches.
             reason = self._guard.ask(network, self._pack, owner=self)
-        if reason is None and torch.is_grad_enabled() and self._weights.require_grad():
+            returned = network.returned()
+            if returned != self._returned or (self._weights is not None and self._weights.changed()):
+                self._guard.answer = None
+                reason = self._guard.ask(network, self._pack, owner=self)
+            program, weights = self._program, self._weights
+        if reason is None and torch.is_grad_enabled() and weights.require_grad():
             return (
                 "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or "
                 "inference_mode()"
             )
-        return reason or self._program.misfit(x)
+        return reason or program.misfit(x)
 
     def _pack(self, network: nn.Module) -> str | None:
-        self._program = self._weights = self.products = None
         self._returned = network.returned()
         reason = replaced_method(network) or tampered_below(network, network.apart)
-        if reason is not None:
-            return reason
-        # Also where there is no program: moving the network or casting it may give it one, and leaves its modules as
-        # they are.
-        self._weights = Weights(network)
-        reason = bfloat16_why_not()
-        if reason is not None and self.dtype is torch.bfloat16:
-            return reason
-        products = self.dtype
-        if products == "auto":
-            products = torch.bfloat16 if reason is None and _native.prefers_bfloat16() else torch.float32
-        made = Program.of(network, products)
-        if isinstance(made, str):
-            return made
-        self._program, self.products = made, products
-        return None
+        program = weights = products = None
+        if reason is None:
+            # Also where there is no program: moving the network or casting it may give it one, and leaves its modules
+            # as they are.
+            weights, products = Weights(network), self._products()
+            reason = bfloat16_why_not() if products is torch.bfloat16 else None
+            made = reason or Program.of(network, products)
+            program, reason = (None, made) if isinstance(made, str) else (made, None)
+        # All at once: a call of another thread that may run the program has it until then.
+        self._program, self._weights, self.products = program, weights, None if program is None else products
+        return reason
+
+    def _products(self) -> torch.dtype:
+        if self.dtype != "auto":
+            return self.dtype
+        return torch.bfloat16 if bfloat16_why_not() is None and _native.prefers_bfloat16() else torch.float32
 
     def run(self, x: Tensor, ending: int = 0) -> Result:
         return self._program(x, ending)

@@ -18,9 +18,8 @@ from ..models.segmentation import ASPP, PSP, SegmentationHead, SegmentationNetwo
 from ..nn import ConvNormAct
 from ..nn.plans import ConvPlan
 from ..ops.types import ACTIVATIONS
-from .program import Program, Refused, assemble, check, conv_affine, emit, features, pointwise
+from .program import IDENTITY, Program, Refused, assemble, check, conv_affine, emit, features, pointwise
 
-IDENTITY = ACTIVATIONS.index("identity")
 # The endings of a detector's program.
 RAW, BOXES = 0, 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import singledispatch
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..ops.folding import fold_batch_norm
 from ..ops.types import ACTIVATIONS, LayerNorm, Linear
 
 IMAGE = 0  # the number of the map that holds the images
+IDENTITY = ACTIVATIONS.index("identity")
 Result = Tensor | list[Tensor] | tuple[Tensor, ...]
 
 
@@ -24,17 +26,32 @@ class Refused(Exception):
     """The engine has no step for a module as it is now; the message says why. It never leaves `Program.of`."""
 
 
+class Step(NamedTuple):
+    """A step as the engine takes it. It reads the maps `inputs`."""
+
+    kind: str
+    inputs: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    integers: tuple[int, ...]
+    numbers: tuple[float, ...]
+
+
 class Program:
     """Steps in the order in which they run. A map is known by its number; `add` returns the number of the map that a
-    step writes."""
+    step writes. The engine gets them together, at `pack` or at the first call: a step whose map nobody reads in the end
+    is not among them."""
 
     def __init__(self, channels: int, dtype: torch.dtype = torch.float32) -> None:
         options = {"bfloat16": True} if dtype is torch.bfloat16 else {}
         self._engine = torch.ops.mvit3.engine_new(channels, **options)
+        self._steps: list[Step] = []
+        self._endings: list[tuple[int, ...]] = []
         self._convert: list[Callable[[list[Tensor]], Result]] = []
+        self._packed = False
         self.pooled: set[int] = set()  # maps of one pixel, on which a Linear works
         # Why the network does something else with these very images, where that depends on them.
         self.misfit: Callable[[Tensor], str | None] = lambda images: None
+        self.kinds: list[str] = []  # of the steps that the engine got
 
     def __del__(self) -> None:
         if torch is not None and hasattr(self, "_engine"):  # neither at exit of the interpreter nor after a refusal
@@ -56,6 +73,7 @@ class Program:
             assemble(network, program)
         except Refused as refusal:
             return str(refusal)
+        program.pack()
         return program
 
     def add(
@@ -66,17 +84,45 @@ class Program:
         integers: Sequence[int] = (),
         numbers: Sequence[float] = (),
     ) -> int:
-        return torch.ops.mvit3.engine_add(self._engine, kind, inputs, [t.detach() for t in weights], integers, numbers)
+        step = Step(kind, tuple(inputs), tuple(t.detach() for t in weights), tuple(integers), tuple(numbers))
+        self._steps.append(step)
+        return len(self._steps)
+
+    def step_of(self, x: int, reader: int | None = None) -> Step | None:
+        """The step that writes map `x`, where no other step reads it than that which writes `reader`."""
+        if x == IMAGE or any(x in step.inputs for i, step in enumerate(self._steps, 1) if i != reader):
+            return None
+        return self._steps[x - 1]
 
     def finish(self, outputs: Sequence[int], convert: Callable[[list[Tensor]], Result]) -> int:
         """An ending: maps (B, H, W, C) that a call returns, as `convert` makes them of these. Returns its number."""
         self._convert.append(convert)
-        return torch.ops.mvit3.engine_finish(self._engine, outputs)
+        self._endings.append(tuple(outputs))
+        return len(self._endings) - 1
+
+    def pack(self) -> None:
+        """Hands the engine all steps that an ending needs, which packs their weights."""
+        needed = {x for outputs in self._endings for x in outputs}
+        for i, step in reversed(tuple(enumerate(self._steps, 1))):
+            needed.update(step.inputs if i in needed else ())
+        places = {IMAGE: IMAGE}
+        for i, step in enumerate(self._steps, 1):
+            if i in needed:
+                inputs = [places[x] for x in step.inputs]
+                weights, integers, numbers = step[2:]
+                places[i] = torch.ops.mvit3.engine_add(self._engine, step.kind, inputs, weights, integers, numbers)
+                self.kinds.append(step.kind)
+        for outputs in self._endings:
+            torch.ops.mvit3.engine_finish(self._engine, [places[x] for x in outputs])
+        self._steps.clear()  # the engine has its own copy of the weights
+        self._packed = True
 
     def ends(self, ending: int) -> bool:
         return ending < len(self._convert)
 
     def __call__(self, x: Tensor, ending: int = 0) -> Result:
+        if not self._packed:
+            self.pack()
         return self._convert[ending](torch.ops.mvit3.engine_run(self._engine, x.detach(), ending))
 
 
@@ -150,9 +196,7 @@ def _(module: nn.Dropout, program: Program, x: int) -> int:
 
 @emit.register
 def _(module: GlobalPool, program: Program, x: int) -> int:
-    x = program.add("global_pool", [x])
-    program.pooled.add(x)
-    return x
+    return pool(program, x)
 
 
 @emit.register
@@ -298,6 +342,25 @@ def emit_conv(plan: ConvPlan, program: Program, inputs: list[int], residual: int
     raise Refused(f"the engine has no step for {conv}")
 
 
+def pool(program: Program, x: int, reader: int | None = None) -> int:
+    """The mean of map `x` over its pixels. An affine step in front of it runs behind it, on one pixel (docs/algebra.md,
+    L), unless another step than that which writes `reader` reads the whole map."""
+    step = program.step_of(x, reader)
+    kind = None if step is None else step.kind
+    if kind == "pointwise_conv" and step.integers[0] == IDENTITY:
+        mean = program.add(kind, [pool(program, i, x) for i in step.inputs], *step[2:])
+    elif kind == "norm_linear":
+        norm_weight, norm_bias, weight, bias = step.weights
+        mean = program.add("norm_pool", step.inputs, (norm_weight, norm_bias), *step[3:])
+        mean = pointwise(program, [mean], weight, torch.ones_like(bias), bias, "identity")
+    elif kind == "layer_norm":
+        mean = program.add("norm_pool", *step[1:])
+    else:
+        mean = program.add("global_pool", [x])
+    program.pooled.add(mean)
+    return mean
+
+
 def pointwise(
     program: Program,
     inputs: list[int],
@@ -308,6 +371,10 @@ def pointwise(
     residual: int | None = None,
 ) -> int:
     maps = inputs if residual is None else [*inputs, residual]
+    norm = program.step_of(maps[0]) if len(maps) == 1 and act == "identity" else None
+    if norm is not None and norm.kind == "layer_norm":  # the product is all that reads it: no map between the two
+        weights = [*norm.weights, (weight.flatten(1).double() * scale.double()[:, None]).to(weight.dtype), shift]
+        return program.add("norm_linear", norm.inputs, weights, norm.integers, norm.numbers)
     integers = [ACTIVATIONS.index(act), int(residual is not None)]
     return program.add("pointwise_conv", maps, [weight.flatten(1), scale, shift], integers)
 
