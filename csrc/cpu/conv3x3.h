@@ -152,8 +152,8 @@ struct ConvCut {
 
   template <typename E>
   ConvCut(int64_t rows, int64_t width, const PackedWeightOf<E>& weight)
-      : ConvCut(rows, weight.panels().size(), count_parts(rows * width * weight.inputs() * weight.outputs(), 1 << 16)) {
-  }
+      : ConvCut(
+            rows, weight.panels().size(), spread_parts(rows * width * weight.inputs() * weight.outputs(), 1 << 16)) {}
   ConvCut(int64_t rows, int64_t panels, int64_t threads)
       : rows(rows), panels(panels), row_parts(std::clamp<int64_t>(rows, 1, threads)),
         columns(std::clamp<int64_t>(panels, 1, threads / row_parts)) {}

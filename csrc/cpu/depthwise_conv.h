@@ -240,7 +240,7 @@ struct DepthwiseWeights {
 
 // Parts of its rows of all images.
 inline int64_t depthwise_parts(const DepthwiseGeometry& g) {
-  return count_parts(g.out_image_rows() * g.out_row_size());
+  return spread_parts(g.out_image_rows() * g.out_row_size());
 }
 
 // y = act(norm(conv(x))) in one pass.

@@ -60,7 +60,7 @@ struct FeedForwardCut {
   bool by_products;
 
   FeedForwardCut(int64_t rows, int64_t channels, int64_t width)
-      : rows(rows), parts(count_parts(rows * channels * width, 1 << 19)),
+      : rows(rows), parts(spread_parts(rows * channels * width, 1 << 19)),
         by_products(parts > 1 && rows < kBlockRows * torch::stable::get_num_threads()) {}
 
   template <typename E>

@@ -266,14 +266,18 @@ void add_outer(
   }
 }
 
-// How a product is cut over threads: into row_parts ranges of rows, each into `columns` ranges of panels. Rows are cut
-// first, in ranges that fill blocks; a map of few rows is cut over panels as well, so that every thread has work and
-// reads only its part of the weight.
+// How a product is cut over threads: into row_parts ranges of rows, each into `columns` ranges of panels. The longest
+// part decides, and between cuts that are about as good the one with fewer ranges of panels. A map of few rows is so
+// cut over panels, and every thread has work and reads only its part of the weight.
 struct BlockCut {
-  int64_t rows, panels, row_parts = 1, columns = 1;
+  int64_t rows, panels, lanes, row_parts, columns = 1;  // lanes: outputs, padded to whole vectors
 
-  BlockCut(int64_t rows, int64_t panels, int64_t threads) : rows(rows), panels(panels), row_parts(threads) {
-    int64_t least = threads > 1 ? longest(threads, 1) : 0;  // the longest part decides: blocks of rows times panels
+  template <typename E>
+  BlockCut(int64_t rows, const PackedWeightOf<E>& weight)
+      : rows(rows), panels(weight.panels().size()), lanes(weight.lanes(weight.panels())),
+        row_parts(spread_parts(rows * weight.inputs() * weight.outputs(), 1 << 16)) {
+    const int64_t threads = row_parts;
+    int64_t least = threads > 1 ? longest(threads, 1) : 0;
     for (int64_t columns = 2; columns <= std::min(panels, threads); ++columns) {
       const int64_t cost = longest(threads / columns, columns);
       if (cost * 51 > least * 50) continue;
@@ -283,9 +287,6 @@ struct BlockCut {
     }
     row_parts = std::min(row_parts, std::max<int64_t>(rows, 1));
   }
-  template <typename E>
-  BlockCut(int64_t rows, const PackedWeightOf<E>& weight)
-      : BlockCut(rows, weight.panels().size(), count_parts(rows * weight.inputs() * weight.outputs(), 1 << 16)) {}
 
   int64_t parts() const { return row_parts * columns; }
   Range rows_of(int64_t part) const { return part_range(rows, part / columns, row_parts); }
@@ -298,9 +299,10 @@ struct BlockCut {
   }
 
  private:
+  // The cost of the longest part, rows times outputs. A block of rows costs about two rows more than its own.
   int64_t longest(int64_t row_parts, int64_t columns) const {
-    const int64_t part_rows = (rows + row_parts - 1) / row_parts;
-    return round_up(part_rows, kBlockRows) * ((panels + columns - 1) / columns);
+    const int64_t most = (rows + row_parts - 1) / row_parts, blocks = (most + kBlockRows - 1) / kBlockRows;
+    return (most + 2 * blocks) * std::min((panels + columns - 1) / columns * kPanel, lanes);
   }
 };
 

@@ -22,6 +22,12 @@ inline int64_t count_parts(int64_t elements, int64_t least_per_part = 32768) {
   return std::clamp<int64_t>(elements / least_per_part, 1, torch::stable::get_num_threads());
 }
 
+// The same where more parts cost nothing more, because nothing is added up over them: a loop that is handed over wakes
+// all threads of the pool, so it is cut for all of them, into parts of an eighth of that size if need be.
+inline int64_t spread_parts(int64_t elements, int64_t least_per_part = 32768) {
+  return elements < 2 * least_per_part ? 1 : count_parts(elements, least_per_part / 8);
+}
+
 // The part'th of `parts` almost equal ranges of 0..total.
 inline Range part_range(int64_t total, int64_t part, int64_t parts) {
   return {total * part / parts, total * (part + 1) / parts};

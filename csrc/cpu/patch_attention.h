@@ -109,7 +109,7 @@ struct AttentionCut {
     queries = few ? kLanes : kPanel;
     blocks_per_group = (tokens + queries - 1) / queries;
     blocks = g.groups() * blocks_per_group;
-    parts = std::min(blocks, count_parts(g.groups() * tokens * tokens * 2 * g.dim, 1 << 17));
+    parts = std::min(blocks, spread_parts(g.groups() * tokens * tokens * 2 * g.dim, 1 << 17));
   }
 
   Region operations(const PatchGroups& g) const {

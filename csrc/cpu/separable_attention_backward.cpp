@@ -29,7 +29,8 @@ class Backward {
       const PatchedMap& map, bool per_sample, const BackwardWeights& weights, const SeparableAttentionDropout& dropout,
       const T* dy, const T* x, T* dx, const SeparableAttentionKept& kept)
       : map_(map), normed_(x, Tokens(map.samples, map.tokens(), map.channels), per_sample, kept.mean, kept.rstd),
-        weights_(weights), dropout_(dropout), dy_(dy), dx_(dx), kept_(kept), places_(places_of(map)), plan_(map),
+        weights_(weights), dropout_(dropout), dy_(dy), dx_(dx), kept_(kept), places_(places_of(map)),
+        plan_(map, count_parts(Plan::products(map), Plan::kLeastProducts)),
         sums_(plan_.parts(), map.channels, map.lanes()), dcontext_(plan_.tasks() * map.positions() * map.lanes()),
         dmean_(map.samples * map.positions() * map.lanes()), dtotal_(map.samples * map.positions()),
         dscores_(map.samples * map.tokens()), slopes_(2 * plan_.tasks() * map.positions()),

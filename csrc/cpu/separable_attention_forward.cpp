@@ -13,6 +13,8 @@ constexpr int64_t kPoolRows = 32;  // of a tile that only dot products and sums 
 constexpr int64_t kPoolOperations = 4;  // of a value in the walks before the products
 constexpr double kLowest = -std::numeric_limits<double>::infinity();
 
+Plan plan_of(const PatchedMap& map) { return Plan(map, spread_parts(Plan::products(map), Plan::kLeastProducts)); }
+
 // Whether W_v and W_o are cut over threads on their own, because a task would have less than a block of rows.
 bool attends_by_products(const PatchedMap& map, const Plan& plan) {
   return !plan.whole() && map.samples * map.tokens() < kBlockRows * torch::stable::get_num_threads();
@@ -25,7 +27,8 @@ class Forward {
       const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights,
       const SeparableAttentionDropout& dropout, const T* x, T* y, const SeparableAttentionKept& kept)
       : map_(map), normed_(x, Tokens(map.samples, map.tokens(), map.channels), per_sample, kept.mean, kept.rstd),
-        eps_(eps), weights_(weights), dropout_(dropout), y_(y), kept_(kept), places_(places_of(map)), plan_(map) {
+        eps_(eps), weights_(weights), dropout_(dropout), y_(y), kept_(kept), places_(places_of(map)),
+        plan_(plan_of(map)) {
     thread_local std::vector<Moments> moments;
     thread_local std::vector<Softmax> softmax;
     moments.resize(plan_.tasks());
@@ -288,7 +291,7 @@ void separable_attention(
 template <typename E>
 std::vector<Region> separable_attention_regions(const PatchedMap& map, const SeparableAttentionWeightsOf<E>& weights) {
   using namespace separable;
-  const Plan plan(map);
+  const Plan plan = plan_of(map);
   const int64_t walk = map.channels * kPoolOperations, products = 2 * map.channels * map.lanes();
   if (plan.whole()) {
     const int64_t keys = map.channels * map.lanes() * map.positions();

@@ -44,9 +44,11 @@ struct Task {
 // them go through a phase together.
 class Plan {
  public:
-  explicit Plan(const PatchedMap& map) : samples_(map.samples), tokens_(map.tokens()) {
-    constexpr int64_t kLeastRows = 16, kLeastProducts = 1 << 19;  // of a task; of a part
-    const int64_t threads = count_parts(samples_ * tokens_ * map.channels * map.channels, kLeastProducts);
+  static constexpr int64_t kLeastProducts = 1 << 19;  // of a part
+  static int64_t products(const PatchedMap& map) { return map.samples * map.tokens() * map.channels * map.channels; }
+
+  Plan(const PatchedMap& map, int64_t threads) : samples_(map.samples), tokens_(map.tokens()) {
+    constexpr int64_t kLeastRows = 16;  // of a task
     const int64_t even = threads / std::gcd(samples_, threads);
     ranges_ = samples_ >= 8 * threads ? 1 : std::clamp<int64_t>(tokens_ / kLeastRows, 1, even);
     parts_ = std::min(threads, tasks());
