@@ -78,7 +78,7 @@ def test_little_is_computed_twice(programs, threads, name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mobilevitv3_xxs", "mobilevitv3_050", "mobilevit_xxs"])
 def test_results_do_not_depend_on_the_cut(name):
-    """Every value is the same sum whatever part it is in, but for norms of samples, whose sums are cut."""
+    """Every value is the same sum whatever part it is in, but for norms and softmax of samples, whose sums are cut."""
     model, before = fuse(network(name)), torch.get_num_threads()
     batch = [images(n, 3, *size) for n, size in ((1, (128, 128)), (3, (96, 64)), (5, (64, 96)))]
     try:
@@ -87,7 +87,8 @@ def test_results_do_not_depend_on_the_cut(name):
         for count in (2, 5, 16, 64):
             torch.set_num_threads(count)
             for x, y in zip(batch, want, strict=True):
-                torch.testing.assert_close(model(x), y, rtol=0 if name != "mobilevitv3_050" else 2e-5, atol=0)
+                error = (model(x) - y).abs().max() / y.abs().max()
+                assert error <= (1e-6 if name == "mobilevitv3_050" else 0), (count, error)
     finally:
         torch.set_num_threads(before)
 
