@@ -56,17 +56,9 @@ class Engine {
 
   // x (B, C, H, W) of any strides; contiguous outputs (B, H, W, C). An output that is asked for twice is one tensor.
   std::vector<Tensor> run(const Tensor& x, int64_t number) {
-    MVIT3_CHECK(!endings_.empty(), "an engine runs after engine_finish");
-    MVIT3_CHECK(
-        0 <= number && number < int64_t(endings_.size()), "ending must be 0 to ", endings_.size() - 1, ", got ",
-        number);
+    check_call(x, number);
     const size_t ending = size_t(number);
     const std::vector<int64_t>& outputs = endings_[ending];
-    MVIT3_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
-    MVIT3_CHECK(
-        x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W), got shape ",
-        text(x.sizes()));
-    check_pixels("x", x.size(2), x.size(3));
     const bool nchw = x.is_contiguous() && takes_nchw();
     const Tensor images = nchw ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
     const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
@@ -92,9 +84,9 @@ class Engine {
   }
 
   // The parallel loops of such a call, in order, each with the number of its step, from 1 on.
-  std::vector<std::pair<int64_t, Region>> regions(int64_t batch, int64_t height, int64_t width, int64_t ending) {
-    MVIT3_CHECK(0 <= ending && ending < int64_t(endings_.size()), "ending must be one of engine_finish, got ", ending);
-    check_pixels("x", height, width);
+  std::vector<std::pair<int64_t, Region>> regions(const Tensor& x, int64_t ending) {
+    check_call(x, ending);
+    const int64_t batch = x.size(0), height = x.size(2), width = x.size(3);
     std::vector<std::pair<int64_t, Region>> all;
     for (int64_t group = 0; group < groups_of(batch); ++group) {
       const int64_t images = part_range(batch, group, groups_of(batch)).size();
@@ -121,6 +113,18 @@ class Engine {
   }
 
  private:
+  void check_call(const Tensor& x, int64_t ending) const {
+    MVIT3_CHECK(!endings_.empty(), "an engine runs after engine_finish");
+    MVIT3_CHECK(
+        0 <= ending && ending < int64_t(endings_.size()), "ending must be 0 to ", endings_.size() - 1, ", got ",
+        ending);
+    MVIT3_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float, "x must be a float32 tensor on the CPU");
+    MVIT3_CHECK(
+        x.dim() == 4 && x.size(1) == channels_, "x must be images (B, ", channels_, ", H, W), got shape ",
+        text(x.sizes()));
+    check_pixels("x", x.size(2), x.size(3));
+  }
+
   using Memory = std::pair<int64_t, Scratch<float>>;
 
   // Groups of almost equal size: maps of a few images stay in the last-level cache, where those of a whole batch would
@@ -287,8 +291,7 @@ std::vector<Tensor> engine_run(int64_t number, const Tensor& x, int64_t ending) 
 // How the work of a call on x is cut: a row for each parallel loop, the number of its step and then the operations of
 // each part, for the number of threads of the caller. Nothing runs.
 Tensor engine_regions(int64_t number, const Tensor& x, int64_t ending) {
-  MVIT3_CHECK(x.dim() == 4, "x must be images (B, C, H, W), got shape ", text(x.sizes()));
-  const auto regions = engine_of(number)->regions(x.size(0), x.size(2), x.size(3), ending);
+  const auto regions = engine_of(number)->regions(x, ending);
   size_t most = 0;
   for (const auto& [step, region] : regions) most = std::max(most, region.size());
   const Tensor out = torch::stable::new_empty(x, {int64_t(regions.size()), int64_t(most) + 1}, ScalarType::Double);

@@ -152,6 +152,7 @@ STEPS = {  # of the inference engine; kind: number of inputs, weights, integers,
     "resize_to_patches": (1, [], [2, 2, 0], []),
     "resize_back": (2, [], [], []),
     "layer_norm": (1, [V, V], [1], [1e-5]),
+    "norm_pool": (1, [V, V], [0], [1e-5]),
     "adaptive_pool": (1, [], [2], []),
     "pointwise_sum": (2, [W, V, V], [1], []),
     "spread_taps": (2, [], [1], []),
@@ -166,6 +167,7 @@ def engine_calls() -> Iterator[tuple[str, list, str]]:
     yield "engine_add", [engine, "nothing", [0], [], [], []], "kind must be"
     yield "engine_new", [0], "channels must be"
     yield "engine_run", [engine, torch.ones(1, 5, 4, 4)], "engine_finish"
+    yield "engine_regions", [engine, torch.ones(1, 5, 4, 4)], "engine_finish"
     for outputs in ([], [0], [-1], [99], [2**62]):
         yield "engine_finish", [engine, outputs], "outputs must"
     yield from wrong_images()
@@ -219,6 +221,7 @@ def wrong_images() -> Iterator[tuple[str, list, str]]:
     pool = engine_of(("global_pool", [0], [], [], []))
     for ending in (-1, 1, 2**62):
         yield "engine_run", [pool, torch.ones(1, 5, 4, 4), ending], "ending must be"
+        yield "engine_regions", [pool, torch.ones(1, 5, 4, 4), ending], "ending must be"
     yield "engine_add", [pool, "global_pool", [0], [], [], []], "finished"
     x = torch.ones(1, 5, 4, 4)
     for bad in (
@@ -233,6 +236,7 @@ def wrong_images() -> Iterator[tuple[str, list, str]]:
         x[:0, :, :0],
     ):
         yield "engine_run", [pool, bad], "x must"
+        yield "engine_regions", [pool, bad], "x must"
     yield "engine_run", [pool, x.to_sparse()], ""
     # maps of other sizes than a step takes
     half = ("depthwise_conv", [0], [TAPS, V, V], [2, 1, 1], [])
