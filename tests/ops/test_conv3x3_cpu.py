@@ -37,6 +37,8 @@ class TestConv3x3Cpu(CpuKernel):
         "plain-outside": {"norm": False, "dilation": 40},
     }
     threaded = ((3, 20, 32, 48, 40), (2, 10, 37, 23, 100))
+    # PyTorch's gradient of a dilated convolution in bfloat16 spreads NaN to pixels that no tap connects, on some CPUs.
+    spoiled_in = torch.float64
     arguments = staticmethod(Reference.arguments)
 
     @staticmethod
