@@ -20,11 +20,11 @@ def update_running_stats(norm: nn.BatchNorm2d, moments: Moments | None, y: Tenso
         moments: of its input, as the op returned them; None leaves the buffers as they are.
         y: a map (B, H, W, C) of the size of its input.
     """
-    if moments is None or not (norm.training and norm.track_running_stats) or y.numel() == 0:
+    if moments is None or not (norm.training and norm.track_running_stats):
         return
-    if norm.num_batches_tracked is not None:
+    if norm.num_batches_tracked is not None:  # an empty batch counts, too
         norm.num_batches_tracked.add_(1)
-    if norm.running_mean is None:
+    if norm.running_mean is None or y.numel() == 0:
         return
     momentum = norm.momentum
     if momentum is None:  # a cumulative average, which stands still where nobody counts

@@ -174,6 +174,17 @@ def test_inputs_that_are_no_maps():
     assert fuse(nn.Sequential(*conv(3, 4, 1)).eval())(input=torch.zeros(0, 3, 2, 2)).shape == (0, 4, 2, 2)
 
 
+def test_an_empty_batch_counts_and_changes_no_average():
+    host = prepare(nn.Sequential(*conv(3, 4, 3)[:1], nn.BatchNorm2d(4, momentum=None), nn.ReLU())).train()
+    host.to(memory_format=torch.channels_last)
+    fused, x = fuse(copy.deepcopy(host), "training"), images(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for part in (x[:0], x, x[:0], 2 * x):
+        host(part), fused(part)
+        assert fused[1].num_batches_tracked == host[1].num_batches_tracked
+        assert torch.allclose(flat(fused.buffers()), flat(host.buffers()), rtol=EXACT)
+    assert all(explain(fused, part).rows[0].ran == "fused" for part in (x, x[:0]))
+
+
 LEFT = {
     "none": (lambda: [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(5, 5)], "2 |1 Conv2d"),
     "norm": (lambda: conv(3, 4, 3), "a norm without activation is as fast as it is"),
