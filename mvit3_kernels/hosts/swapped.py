@@ -71,7 +71,9 @@ class Swapped(Block):
         except Unfit as reason:
             return str(reason)
 
-    def forward(self, x: Tensor, *args: object, **keywords: object) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args: object, **keywords: object) -> Tensor:
+        if x is None:  # a host may call its map `input` or `features`
+            return super().forward(*args, **keywords)
         # A tracer of torch.fx hands over something that is no tensor.
         if args or keywords or not isinstance(x, Tensor) or x.ndim != 4 or self._why_host(x) is not None:
             return super().forward(x, *args, **keywords)

@@ -83,6 +83,16 @@ def test_other_dimensions_are_of_no_concern():
     assert became(fuse(model, "training")) == ["FusedConv2dNormActivation"]
 
 
+def test_the_map_may_have_the_hosts_name():
+    host, x = prepare(Conv2dNormActivation(3, 8, 1)), images(2, 3, 5, 4)
+    want = host(input=x)
+    fused = fuse(host, "training")
+    assert torch.allclose(fused(input=x), want, rtol=EXACT)
+    for keywords in ({}, {"other": x}):
+        with pytest.raises(TypeError, match="forward"):
+            fused(**keywords)
+
+
 def test_changes_and_hooks_take_effect():
     host = prepare(Conv2dNormActivation(3, 4)).train()
     model, x, calls = fuse(copy.deepcopy(host), "training"), images(2, 3, 9, 7), []
