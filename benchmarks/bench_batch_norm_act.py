@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import Case, Row, peak_memory, run_cases
+from benchmarks.common import Case, Row, run_cases
+from mvit3.bench.measure import peak_memory
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 
 SHAPES = ((8, 128, 64, 64), (32, 64, 128, 128), (16, 24, 56, 56), (2, 240, 16, 16))  # as NCHW

@@ -5,7 +5,7 @@ user could run instead.
         [--work training-21 ...]
 
 float32, the same number of threads for all, one process, candidates in turns, medians. A turn is a pause, a call that
-is not counted and one or more that are. The peers are the same networks in plain PyTorch (benchmarks/peers.py), as they
+is not counted and one or more that are. The peers are the same networks in plain PyTorch (mvit3.bench.plain), as they
 are in channels_last, compiled, and for inference in ONNX Runtime and OpenVINO. What every candidate computes, gradients
 in training, label maps or probabilities and boxes in inference, is compared with eager before it is timed.
 
@@ -33,19 +33,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the plain peers are a module of the benchmarks
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.bench_models import BOUND, ROOT, autocast, compiled, missing
-from benchmarks.common import RESULTS, in_turns, line, machine, peak_memory, timed, write
-from benchmarks.peers import plain_dense
+from benchmarks.common import RESULTS, line, write
+from mvit3.bench.candidates import BOUND, autocast, compiled, missing
+from mvit3.bench.measure import PAUSE, in_turns, machine, peak_memory, timed
+from mvit3.bench.plain import plain_dense
 from mvit3_kernels.tasks import assign, segmentation_loss, ssd_loss
 
-PAUSE = 0.2  # seconds before a turn: a processor that was idle runs faster, and threads of the last candidate sleep
+ROOT = Path(__file__).resolve().parents[1]
 Results = tuple[Tensor, ...]
 
 

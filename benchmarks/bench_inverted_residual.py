@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Case, batches, mode, run_cases
-from benchmarks.peers import inverted_residual as plain
+from mvit3.bench.plain import inverted_residual as plain
 from mvit3_kernels.nn import InvertedResidual
 from mvit3_kernels.ops import inverted_residual as public  # noqa: F401 -- loads the op's module
 

@@ -1,5 +1,6 @@
 """What every benchmark shares: timing of candidates side by side, on a CPU and on a GPU, facts about the machine,
-checking of the timed result, memory, one file format, and the command line of the benchmarks of single ops.
+checking of the timed result, memory, one file format, and the command line of the benchmarks of single ops. Turns and
+facts about the CPU are those of `mvit3 bench` (python/mvit3/bench/measure.py).
 
 Times of candidates are taken in turns, in one process, so that a change of the machine's speed meets all of them alike.
 A benchmark of an op makes a `Case` for each of its rows; `run_cases` does the rest.
@@ -13,8 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,50 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvit3.bench.measure import Row, Run, document, in_turns, interleaved, machine, output_of, replace_file, timed
+
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
-Row = dict[str, Any]
-Run = Callable[[], Any]
 
 
 # Time
-
-
-def timed(run: Run) -> float:
-    """Milliseconds of one call."""
-    start = time.perf_counter()
-    run()
-    return (time.perf_counter() - start) * 1e3
-
-
-def in_turns(
-    candidates: Mapping[Any, Run], rounds: int, sample: Callable[[Any, Run], list[float]]
-) -> dict[Any, list[float]]:
-    """All times that `sample(name, run)` takes of each candidate, in `rounds` turns."""
-    times: dict[Any, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            times[name] += sample(name, run)
-    return times
-
-
-def interleaved(
-    candidates: Mapping[Any, Run], rounds: int = 15, warmup: int = 2, burst: int = 1
-) -> dict[Any, dict[str, float]]:
-    """Median and least milliseconds of each candidate, over `rounds` turns of `burst` calls. Before a turn of several
-    calls goes one that is not counted: it finds caches and sleeping threads as another candidate left them, which no
-    user of one candidate meets."""
-    for _ in range(warmup):
-        for run in candidates.values():
-            run()
-
-    def sample(_: Any, run: Run) -> list[float]:
-        if burst > 1:
-            run()
-        return [timed(run) for _ in range(burst)]
-
-    times = in_turns(candidates, rounds, sample)
-    return {name: {"median_ms": statistics.median(t), "min_ms": min(t)} for name, t in times.items()}
 
 
 def elapsed(run: Run, times: int, device: str) -> float:
@@ -120,71 +81,13 @@ def graphed(run: Run, device: str) -> Run:
 # Facts about the machine
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """GB/s of a large copy, bytes read plus bytes written, all threads."""
-    source = torch.ones(megabytes * 2**20 // 4)
-    target = torch.ones_like(source)
-    best = interleaved({"copy": lambda: target.copy_(source)}, rounds=7)["copy"]["min_ms"]
-    return 2 * source.numel() * 4 / best / 1e6
-
-
-def matmul_rate(size: int = 1024) -> float:
-    """GFLOP/s of torch.mm in float32, all threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = interleaved({"mm": lambda: torch.mm(a, b)}, rounds=7)["mm"]["min_ms"]
-    return 2 * size**3 / best / 1e6
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if cpuinfo.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
-def _output_of(*command: str) -> str:
-    """What a command prints; nothing where it does not run."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True, timeout=20
-        ).stdout.strip()
-    return ""
-
-
-def _revision() -> str:
-    changed = _output_of(
-        *("git", "status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../mvit3_kernels", ".")
-    )
-    return _output_of("git", "rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-
-
-def machine() -> Row:
-    """Facts that a time on a CPU means nothing without."""
-    from mvit3_kernels import _native
-
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": _native.isa(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "revision": _revision(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "copy_gb_s": round(copy_bandwidth(), 1),
-        "mm_gflop_s": round(matmul_rate(), 1),
-    }
-
-
 def gpu_machine(device: str) -> Row:
     """Facts that a time on a GPU means nothing without; of the CPU where `device` is that."""
     from mvit3_kernels import info
 
     found: Row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "revision": os.environ.get("GIT_REVISION") or _output_of("git", "rev-parse", "HEAD") or None,
+        "revision": os.environ.get("GIT_REVISION") or output_of("git", "rev-parse", "HEAD") or None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -199,7 +102,7 @@ def gpu_machine(device: str) -> Row:
         return found | {"device": platform.processor() or platform.machine()}
     properties = torch.cuda.get_device_properties(0)
     fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
-    answer = _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
+    answer = output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "-i", "0")
     return found | {
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
@@ -229,24 +132,6 @@ def check(ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mappin
 
 
 # Memory
-
-
-def peak_memory(setup: str, call: str) -> float:
-    """MiB that `call` adds at its peak to the resident memory after `setup`, in a fresh process (both are Python
-    source)."""
-    code = f"""
-import resource
-{setup}
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-before = resident()
-{call}
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print((peak - before) / 2**20)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
 
 
 def peak_gpu_memory(run: Run, device: str) -> int | None:
@@ -301,19 +186,11 @@ def line(row: Mapping[str, object]) -> str:
     )
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Whoever reads finds the old file or the new one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def write(op: str, rows: list[Row], facts: Mapping[str, object], name: str | None = None) -> Path:
     """Writes results/<name or op>.json: {schema, op, machine, rows}; times in milliseconds, rates in GB/s, memory in
     MiB."""
     path = RESULTS / f"{name or op}.json"
-    replace_file(path, json.dumps({"schema": SCHEMA, "op": op, "machine": dict(facts), "rows": rows}, indent=2) + "\n")
+    replace_file(path, document(op, rows, facts))
     return path
 
 

@@ -16,7 +16,7 @@ gpu_<piece>_<model>_b<batches>.json, and $OUT if that is set), so a run that is 
 Candidates whose name ends in "_graph" run as a CUDA graph (mvit3_kernels.cuda_graph and cuda_graph_step);
 torch.compile's max-autotune records graphs of its own. Where launches decide, at batch 1, the peers have graphs too.
 
-The eager and the compiled peer of a network are the same network in plain PyTorch modules (benchmarks/peers.py). For
+The eager and the compiled peer of a network are the same network in plain PyTorch modules (mvit3.bench.plain). For
 the names that timm has too, timm's own network is a peer as well (--host timm), its candidates prefixed "timm_".
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mvit3_kernels
 from benchmarks.common import Report, Row, Run, elapsed, interleaved_bursts, peak_gpu_memory, saved_bytes
-from benchmarks.peers import plain, plain_dense
+from mvit3.bench.plain import plain, plain_dense
 from mvit3_kernels.tasks import Targets, assign, segmentation_loss, ssd_loss
 
 Build = Callable[[], nn.Module]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.peers import plain, plain_dense
+from mvit3.bench.plain import plain, plain_dense
 from mvit3_kernels import create_model
 
 

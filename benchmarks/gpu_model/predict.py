@@ -11,7 +11,7 @@ import mvit3_kernels
 from benchmarks.gpu_model import cuda_kernels, device, model, peers
 from benchmarks.gpu_model.model import Prediction
 from benchmarks.gpu_model.trace import Launch, Trace, step, trace
-from benchmarks.peers import plain
+from mvit3.bench.plain import plain
 
 NETWORKS = ("mobilevitv3_s", "mobilevitv3_100", "mobilevitv3_xxs", "mobilevitv2_100", "mobilevit_s")
 BATCHES = (1, 32, 256)

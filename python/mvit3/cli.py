@@ -1,4 +1,4 @@
-"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `export`, `models` and `demo`."""
+"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `export`, `models`, `bench` and `demo`."""
 
 from __future__ import annotations
 

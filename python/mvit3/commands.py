@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import mvit3_kernels
 
 from . import checkpoint, prediction_dense
 from .backends import served
+from .bench import command as benchmark
 from .config import TrainConfig, check_output
 from .data import DataError, DecodeError, loaders
 from .demo import demo
@@ -56,6 +58,8 @@ def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
         kind = (
             "data.batch_size (run.accumulate makes up for it)"
             if name in ("train", "finetune", "demo")
+            else "--batch"
+            if name == "bench"
             else "data.eval_batch_size"
         )
         lines = str(error).strip().splitlines() or ["no more memory is to be had"]
@@ -134,6 +138,15 @@ def models(config: TrainConfig, args: argparse.Namespace) -> None:
             f"\nGMACs: 10^9 multiplications with addition of one {args.size}x{args.size} image, which papers call "
             f"FLOPs; {'as many classes as published' if dense else '1000 classes'}."
         )
+
+
+def bench(config: TrainConfig, args: argparse.Namespace) -> int:
+    """1 where a result is wrong."""
+    work = benchmark.work_of(args)
+    prepare(replace(config.run, threads=args.threads, device="cpu"))
+    facts, rows = benchmark.bench(args, work, Bar(args.quiet))
+    print(benchmark.document("networks", rows, facts) if args.json else benchmark.text(facts, rows))
+    return int(any(row["result"] == "WRONG" for row in rows))
 
 
 def _backend(trainer: Trainer) -> str:
@@ -245,5 +258,6 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "export": export,
+    "bench": bench,
     "demo": compare,
 }

@@ -59,6 +59,35 @@ TO = {"default": None, "help": "the file (default: beside the checkpoint, by its
 SIDE = {"type": int, "default": None, "help": "height and width of the images, pixels (default: data.crop)"}
 OPEN_SIZE = {"action": "store_true", "help": "leave height and width open as the batch is; not for detectors"}
 NAMES = {"nargs": "*", "default": [], "help": "names or patterns such as 'mobilevitv3*'; all networks without"}
+BENCH = {
+    "names": {"nargs": "*", "default": [], "help": "names or patterns of classifiers; mobilevitv3_s without"},
+    "--mode": {
+        "default": "infer",
+        "choices": ["infer", "train"],
+        "help": "calls, or steps with AdamW (default: infer)",
+    },
+    "--batch": {"type": int, "default": None, "help": "images in a call (default: 1, in training 8)"},
+    "--size": {"type": int, "default": 256, "help": "height and width of the images, pixels (default: 256)"},
+    "--dtype": {
+        "default": "float32",
+        "choices": ["float32", "bfloat16"],
+        "help": "bfloat16: what computes in it too, ours and peers; of inference (default: float32)",
+    },
+    "--peers": {
+        "default": "eager,channels_last,compile,onnxruntime,openvino",
+        "help": "what is run beside it, with commas between; one that is not installed is left out, compile takes "
+        "minutes (default: all)",
+    },
+    "--host": {
+        "default": None,
+        "choices": ["timm", "transformers"],
+        "help": "the networks are this package's, and ours is fuse of them",
+    },
+    "--rounds": {"type": int, "default": None, "help": "turns of each candidate (default: 12, in training 5)"},
+    "--threads": {"type": int, "default": 0, "help": "CPU threads; 0: one for each physical core (default: 0)"},
+    "--no_memory": {"action": "store_true", "help": "no peak memory, which takes a process for each candidate"},
+    "--output": {"default": None, "help": "a JSON file of the results, written after each network"},
+}
 EVERYTHING = (
     "model",
     "data",
@@ -109,6 +138,7 @@ COMMANDS = {
     "models": Command(
         "networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}
     ),
+    "bench": Command("time whole networks on this machine's CPU beside what could be run instead", (), extra=BENCH),
     "demo": Command(
         "train on handwritten digits with reference and with fused ops, and compare",
         EVERYTHING,
