@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import Case, Row, run_cases
+from benchmarks.common import Case, Make, Row, run_cases
 from mvit3.bench.measure import peak_memory
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 
@@ -104,8 +105,8 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> Case:
     return Case(columns, candidates, step.truth, bytes=size, more=more)
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    return (case(shape, dtype, options.compile) for dtype in DTYPES for shape in SHAPES)
+def cases(options: argparse.Namespace) -> Iterator[Make]:
+    return (partial(case, shape, dtype, options.compile) for dtype in DTYPES for shape in SHAPES)
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:

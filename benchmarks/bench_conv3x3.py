@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, mode, run_cases, step
+from benchmarks.common import Case, Make, mode, run_cases, step
 from mvit3_kernels.ops import BatchNorm, conv3x3, dispatch
 
 OP = sys.modules["mvit3_kernels.ops.conv3x3"]
@@ -97,11 +98,11 @@ def case(dtype: torch.dtype, place: str, shape: tuple[int, ...], training: bool)
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     torch.empty(31 << 18)  # as in a network: once something large was freed, the allocator keeps what is below 32 MiB
     dtype = torch.bfloat16 if options.bfloat16 else torch.float32
     for place, *shape in SHAPES:
-        yield from (case(dtype, place, tuple(shape), training) for training in (False, True))
+        yield from (partial(case, dtype, place, tuple(shape), training) for training in (False, True))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, mode, run_cases, step
+from benchmarks.common import Case, Make, mode, run_cases, step
 from mvit3_kernels.ops import BatchNorm, depthwise_conv
 
 OP = sys.modules["mvit3_kernels.ops.depthwise_conv"]
@@ -81,11 +82,11 @@ def case(dtype: torch.dtype, batch: int, channels: int, side: int, stride: int, 
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     torch.empty(31 << 18)  # as in a network: once something large was freed, the allocator keeps what is below 32 MiB
     for dtype, shapes in ((torch.float32, SHAPES), (torch.bfloat16, SHAPES[:2])):
         for shape in shapes:
-            yield from (case(dtype, *shape, training) for training in (False, True))
+            yield from (partial(case, dtype, *shape, training) for training in (False, True))
 
 
 if __name__ == "__main__":

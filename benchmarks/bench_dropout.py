@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvit3_kernels
-from benchmarks.common import Case, mode, run_cases, step
+from benchmarks.common import Case, Make, mode, run_cases, step
 from mvit3_kernels.ops import dropout
 
 # (network, width, side of the map)
@@ -70,9 +71,11 @@ def case(place: tuple, batch: int, training: bool, dtype: torch.dtype) -> Case:
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     dtype = getattr(torch, options.dtype)
-    return (case(place, batch, training, dtype) for training in (False, True) for batch in (8, 1) for place in MAPS)
+    return (
+        partial(case, place, batch, training, dtype) for training in (False, True) for batch in (8, 1) for place in MAPS
+    )
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import mvit3_kernels
-from benchmarks.common import Case, Row, mode, run_cases, saved_bytes, step
+from benchmarks.common import Case, Make, Row, mode, run_cases, saved_bytes, step
 from mvit3_kernels.ops import LayerNorm, Linear, feed_forward, norm_linear
 
 # (op, network, width, outputs or hidden width, side of the map, per sample)
@@ -115,9 +116,14 @@ def case(layer: tuple, batch: int, training: bool, dtype: torch.dtype) -> Case:
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     dtype = getattr(torch, options.dtype)
-    return (case(layer, batch, training, dtype) for training in (False, True) for batch in (8, 1) for layer in LAYERS)
+    return (
+        partial(case, layer, batch, training, dtype)
+        for training in (False, True)
+        for batch in (8, 1)
+        for layer in LAYERS
+    )
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, batches, mode, run_cases
+from benchmarks.common import Case, Make, batches, mode, run_cases
 from mvit3.bench.plain import inverted_residual as plain
 from mvit3_kernels.nn import InvertedResidual
 from mvit3_kernels.ops import inverted_residual as public  # noqa: F401 -- loads the op's module
@@ -117,10 +118,10 @@ def case(place: str, batch: int, shape: tuple[int, ...], training: bool) -> Case
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     for batch in options.batch:
         for training in (False, True):
-            yield from (case(place, batch, tuple(shape), training) for place, *shape in SHAPES)
+            yield from (partial(case, place, batch, tuple(shape), training) for place, *shape in SHAPES)
 
 
 if __name__ == "__main__":

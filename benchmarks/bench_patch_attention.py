@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvit3_kernels
-from benchmarks.common import Case, Row, mode, run_cases, step
+from benchmarks.common import Case, Make, Row, mode, run_cases, step
 from mvit3_kernels.ops import patch_attention
 
 HEADS, PATCH = 4, (2, 2)
@@ -74,10 +74,10 @@ def case(batch: int, width: int, side: int, dtype: torch.dtype, training: bool) 
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     for dtype, shapes in ((torch.float32, SHAPES), (torch.bfloat16, SHAPES[:3])):
         for shape in shapes:
-            yield from (case(*shape, dtype, training) for training in (False, True))
+            yield from (partial(case, *shape, dtype, training) for training in (False, True))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, batches, mode, run_cases
+from benchmarks.common import Case, Make, batches, mode, run_cases
 from mvit3_kernels.ops import BatchNorm, Linear, batch_norm_act, pointwise_conv, pointwise_fusion
 from mvit3_kernels.ops.pointwise_conv import reference
 
@@ -159,10 +159,10 @@ def case(place: str, batch: int, shape: tuple, training: bool) -> Case:
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     for batch in options.batch:
         for training in (False, True):
-            yield from (case(place, batch, tuple(shape), training) for place, *shape in SHAPES)
+            yield from (partial(case, place, batch, tuple(shape), training) for place, *shape in SHAPES)
 
 
 if __name__ == "__main__":

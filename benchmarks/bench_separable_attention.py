@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, mode, run_cases, step
+from benchmarks.common import Case, Make, mode, run_cases, step
 from mvit3_kernels.ops import LayerNorm, Linear, separable_attention
 
 # (channels at width 1.0, side of the map, layers)
@@ -88,11 +89,11 @@ def case(batch: int, channels: int, side: int, layers: int, training: bool) -> C
     )
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Make]:
     for training in (False, True):
         for batch in (1, 8, 32):
             for channels, side, layers in STAGES:
-                yield case(batch, int(channels * options.width), side, layers, training)
+                yield partial(case, batch, int(channels * options.width), side, layers, training)
 
 
 def more_options(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, mode, run_cases
+from benchmarks.common import Case, Make, mode, run_cases
 from mvit3_kernels.ops import upsample_argmax, upsample_cross_entropy
 
 # (batch, side of the small map, classes, side of the labels)
@@ -106,8 +107,8 @@ def columns(shape: tuple[int, int, int, int], op: str, training: bool) -> dict[s
     return {"op": op, "network": "deeplabv3", "shape": text, "dtype": "float32", "mode": mode(training)}
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    yield from (make(shape) for make in (loss_case, labels_case) for shape in SHAPES)
+def cases(options: argparse.Namespace) -> Iterator[Make]:
+    yield from (partial(make, shape) for make in (loss_case, labels_case) for shape in SHAPES)
 
 
 if __name__ == "__main__":

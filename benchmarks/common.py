@@ -242,11 +242,15 @@ class Case:
     overlap: bool = True
     more: Callable[[Mapping[str, Mapping[str, float]]], Row] = nothing
 
+    def checked(self) -> dict[str, float]:
+        """Errors of our results, none where the truth is too large; AssertionError where they are too large."""
+        if self.truth is None:
+            return {}
+        return check(self.candidates["ours"](), self.candidates["eager"](), self.truth())
+
     def measure(self, facts: Mapping[str, Any], quick: bool = False) -> Row:
         """The row: columns, the median `<candidate>_ms`, how many times as fast ours is, the floor and its share."""
-        errors = {}
-        if self.truth is not None:
-            errors = check(self.candidates["ours"](), self.candidates["eager"](), self.truth())
+        errors = self.checked()
         times = interleaved(self.candidates, max(3, self.rounds // 3) if quick else self.rounds, self.warmup)
         ms = {name: t["median_ms"] for name, t in times.items()}
         products = ms["mm"] if "mm" in ms else self.flops / facts["mm_gflop_s"] / 1e6
@@ -261,6 +265,9 @@ class Case:
             **self.more(times),
             **({"error": f"{max(errors.values()):.1e}"} if errors else {}),
         }
+
+
+Make = Callable[[], Case]  # a case whose tensors are made when it is its turn
 
 
 def mode(training: bool) -> str:
@@ -281,7 +288,7 @@ def step(run: Callable[..., Tensor], leaves: Mapping[str, Tensor], dy: Tensor | 
 def run_cases(
     description: str,
     op: str,
-    cases: Callable[[argparse.Namespace], Iterable[Case]],
+    cases: Callable[[argparse.Namespace], Iterable[Make]],
     more_options: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> None:
     """The command line of a benchmark: measures `cases(options)` one after the other and prints their table."""
@@ -294,7 +301,7 @@ def run_cases(
     torch.set_num_threads(options.threads)
     facts = machine()
     print(line(facts))
-    rows = [case.measure(facts, options.quick) for case in cases(options)]
+    rows = [make().measure(facts, options.quick) for make in cases(options)]
     print(table(rows))
     if options.json:
         print(write(op, rows, facts, f"{op}_cpu"))
