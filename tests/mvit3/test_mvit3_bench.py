@@ -129,6 +129,6 @@ def test_turns():
 
 
 def test_memory_of_a_step():
-    """Gradients and optimiser state are in it: three times the parameters, beside the activations."""
+    """More than gradients and optimiser state, which are three times the parameters."""
     weights = 4 * sum(p.numel() for p in Subject("mobilevitv3_xxs").network().parameters()) / 2**20
-    assert 3 * weights < candidates.step_memory("ours", Subject("mobilevitv3_xxs"), Work("training", 2, 128, 1)) < 400
+    assert 3 * weights < candidates.step_memory("ours", Subject("mobilevitv3_xxs"), Work("training", 8, 128, 1)) < 400
