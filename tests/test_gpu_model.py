@@ -11,8 +11,9 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_model import budgets, device, model, page, peers, predict, record, sass, trace, ttir
+from benchmarks.gpu_model import budgets, configs, device, model, page, peers, predict, record, sass, trace, ttir
 from benchmarks.gpu_model.model import Demand, duration
+from mvit3_kernels.ops import tuning
 
 SOURCE = """
 module {
@@ -165,6 +166,34 @@ def test_eager_code_reads_and_writes_for_each_op():
     made = [peers.aten(op) for op in trace.step(Block, False, 4, 32) if isinstance(op, trace.Aten)]
     of = {p.name: p for p in made}
     assert of["silu"].bytes == 2 * 4 * 8 * 32 * 32 * 2 and of["convolution"].products == 2 * 4 * 32 * 32 * 3 * 8
+
+
+# Configurations
+
+
+def offer(*seconds: float | None, shipped: int = 0) -> configs.Offer:
+    choice = tuning.Choice("kernel", "bfloat16", (8,), tuple({"num_warps": n} for n in range(len(seconds))))
+    return configs.Offer(choice, shipped, 1, list(seconds))
+
+
+def test_another_configuration_is_best_if_it_is_faster_by_a_tenth():
+    assert offer(1.0, 0.95, None).best == 0
+    assert offer(1.0, 0.85, 0.8, None).best == 2
+    assert offer(None, 0.9, 1.0).best == 1
+    both = offer(1.0, 0.5, 2.0)
+    both.add(offer(1.0, 1.7, None))
+    assert (both.launches, both.seconds, both.best) == (2, [2.0, 2.2, None], 0)
+
+
+def test_each_configuration_of_a_call_is_predicted():
+    qkv = torch.empty(64, 8, 8, 576, dtype=torch.bfloat16, device="meta")
+    call = ("patch_attention_forward", (qkv, 4, 2, 2, 0.0, None))
+    with trace.as_on_a_gpu():
+        [found] = configs.offers_of_call(call, 3)
+        [launch] = trace.launches([call]).launches
+    assert found.choice.kernel == "patch_attention_short_fwd" and found.launches == 3
+    assert len(found.seconds) == len(found.choice.offered) == 2 and len(set(found.seconds)) == 2
+    assert found.seconds[found.shipped] == pytest.approx(3 * model.triton(launch).seconds)
 
 
 # What is recorded

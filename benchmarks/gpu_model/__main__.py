@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 
 import torch
 import triton
 
 import benchmarks.gpu_model
-from benchmarks.gpu_model import page, predict, record
+from benchmarks.gpu_model import configs, page, predict, record
 from benchmarks.gpu_model.device import MULTIPROCESSORS
 
 
@@ -22,7 +23,14 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=predict.BATCHES)
     parser.add_argument("--candidates", nargs="+", default=predict.CANDIDATES, choices=predict.CANDIDATES)
     parser.add_argument("--page", action="store_true", help="only write docs/gpu_model.md anew")
+    parser.add_argument(
+        "--configs", action="store_true", help="only print the predicted time of every configuration on offer"
+    )
     options = parser.parse_args()
+    if options.configs:
+        for network, mode, batch in itertools.product(options.networks, options.modes, options.batches):
+            configs.write(network, mode == "train", batch)
+        return
     if not options.page:
         run(options)
     page.write()
