@@ -50,11 +50,19 @@ _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_kee
 
 
 def configurations(rows: Rows) -> list[dict[str, int]]:
-    """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over."""
+    """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over. One group of 4 warps
+    multiplies 64 rows from shared memory: of two groups, each would do the same work for half of the columns."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
-    first = {"BLOCK_M": rows.block(), "BLOCK_F": 32 if rows.block() == 64 else 16, "num_warps": 8, "num_stages": 1}
-    others = ({"num_stages": 2}, {"num_warps": 4}, {"BLOCK_F": 16}, {"BLOCK_M": 32, "BLOCK_F": 32, "num_warps": 4})
+    few = rows.block() == 64 and rows.width() <= 192  # a wider row spills with 4 warps
+    block_f, warps = 32 if rows.block() == 64 else 16, 4 if few else 8
+    first = {"BLOCK_M": rows.block(), "BLOCK_F": block_f, "num_warps": warps, "num_stages": 1}
+    others = (
+        {"num_stages": 2, "num_warps": 8},
+        {"num_warps": 12 - warps},
+        {"BLOCK_F": 16, "num_warps": 8},
+        {"BLOCK_M": 32, "BLOCK_F": 32, "num_warps": 4},
+    )
     return [first, *(first | other for other in others)]
 
 

@@ -51,7 +51,10 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
         if kernel in _OUTER:
             return [tile(16, 32, 32, 4)]
         return [tile(32, 32, 16, 8 if kernel == "project" else 4)]
-    return [tile(*shape) for shape in _TILES[kernel]]
+    tiles = _TILES[kernel]
+    if kernel == "project_bwd" and inner > 128:  # several blocks of outputs, each of which reads z: larger tiles
+        tiles = tiles[::-1]
+    return [tile(*shape) for shape in tiles]
 
 
 # Rows, columns, inner columns, warps.
@@ -62,7 +65,7 @@ _TILES = {
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
     "expanded_bwd": ((128, 64, 32, 8), (64, 64, 64, 8)),
     "expand_bwd": ((16, 256, 64, 8),),
-    "products_bwd": ((64, 64, 64, 4), (64, 128, 64, 8)),
+    "products_bwd": ((64, 128, 64, 8), (64, 64, 64, 4)),
     "correct_bwd": ((64, 64, 64, 4), (128, 64, 32, 8)),
 }
 _OUTER = ("moments", "project_bwd", "products_bwd")  # sums over rows

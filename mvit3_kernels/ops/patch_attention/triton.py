@@ -41,9 +41,9 @@ def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) ->
     elif columns > 64:
         tiles = [(32, 32, 4 if backward else 8)]
     elif backward:
-        tiles = [(64, 32, 8), (32, 32, 4), (32, 64, 4)]
+        tiles = [(32, 32, 4), (64, 32, 8), (32, 64, 4)]
     else:
-        tiles = [(64, 32 if columns == 16 else 64, 4), (64, 32, 4), (128, 32, 8), (128, 64, 8)]
+        tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
     tiles = dict.fromkeys((*tile, stages) for stages in ((2,) if float32 else (2, 1)) for tile in tiles)
     return [
         {"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": n}
