@@ -42,6 +42,8 @@ def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) ->
         tiles = [(32, 32, 4 if backward else 8)]
     elif backward:
         tiles = [(32, 32, 4), (64, 32, 8), (32, 64, 4)]
+        if dim % 4:  # rows that are loaded element by element would spill with 4 warps
+            tiles[:2] = tiles[1::-1]
     else:
         tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
     tiles = dict.fromkeys((*tile, stages) for stages in ((2,) if float32 else (2, 1)) for tile in tiles)
