@@ -93,10 +93,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "inverted_residual.project_*"): _LARGE_TILE,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
-    ("registers", "patch_attention.attention_bwd"): (
-        "holds queries, keys, values and the gradients of two of them at once; 4 warps are among the configurations"
-        " that `benchmarks/tune.py` tries on a GPU"
-    ),
     ("registers", "global_representation.*"): (
         "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
     ),
