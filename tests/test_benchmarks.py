@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,15 @@ ROOT = Path(__file__).parents[1]
 def test_a_case_is_checked_and_timed(tmp_path):
     file, wanted = tmp_path / "found.json", "patch_attention-1-96-8-float32-training"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/", "-k", wanted]
+    # where this is a worker of pytest-xdist, its variables would tell the other process that it is one, too
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, "--threads", "1", f"--benchmark-json={file}"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "--threads", "1", f"--benchmark-json={file}"],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     found = {one["extra_info"]["candidate"]: one for one in json.loads(file.read_text())["benchmarks"]}
