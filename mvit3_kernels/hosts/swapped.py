@@ -72,11 +72,13 @@ class Swapped(Block):
             return str(reason)
 
     def forward(self, x: Tensor | None = None, *args: object, **keywords: object) -> Tensor:
-        if x is None:  # a host may call its map `input` or `features`
-            return super().forward(*args, **keywords)
-        # A tracer of torch.fx hands over something that is no tensor.
-        if args or keywords or not isinstance(x, Tensor) or x.ndim != 4 or self._why_host(x) is not None:
-            return super().forward(x, *args, **keywords)
+        # A tracer of torch.fx hands over something that is no tensor; a host may call its map `input` or `features`.
+        if args or keywords or not isinstance(x, Tensor) or x.ndim != 4:
+            if guard.observed is not None:
+                guard.observed.append((self, "what it is called with is not just a map (B, C, H, W)"))
+            return super().forward(*(() if x is None else (x,)), *args, **keywords)
+        if self._why_host(x) is not None:
+            return super().forward(x)
         return to_nchw(self.plan().run(to_nhwc(x)))
 
     def call_misfit(self, x: Tensor) -> str | None:

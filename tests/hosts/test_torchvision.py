@@ -92,6 +92,17 @@ def test_the_map_may_have_the_hosts_name():
         with pytest.raises(TypeError, match="forward"):
             fused(**keywords)
 
+    class Caller(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = fused
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(input=x)
+
+    row = next(row for row in explain(Caller(), x) if row.what == "block")
+    assert row.ran == "modules" and "not just a map" in row.reason
+
 
 def test_changes_and_hooks_take_effect():
     host = prepare(Conv2dNormActivation(3, 4)).train()
