@@ -9,10 +9,12 @@ ONNX Runtime and OpenVINO. Those two are for inference only and optional (`pip i
 is left out. What every candidate computes, outputs in inference and gradients in training, is compared with eager
 before it is timed.
 
-With `--dtype bfloat16`, inference alone: `fuse` with that dtype, beside float32 peers and beside eager autocast,
-torch.compile under autocast and OpenVINO told to compute in bfloat16. Recorded in results/models_bfloat16_cpu.json.
+With `--dtype bfloat16`, `fuse` with that dtype and training steps under autocast, beside float32 peers and beside eager
+autocast, torch.compile under autocast and OpenVINO told to compute in bfloat16. Recorded in
+results/models_bfloat16_cpu.json.
 
-A training step is forward, cross-entropy, backward and AdamW, with dropout off so that all compute the same function.
+A training step is forward, cross-entropy, backward and AdamW, with the dropouts of the recipe; gradients are compared
+without them, so that all compute the same function.
 Its memory is what a first step (gradients and optimiser state included) adds to the resident set at its peak.
 `<candidate>_built_ms` and `_first_ms` are what comes before the timed calls: making the candidate of a network
 (exporting, loading, fusing) and its first call (compiling, packing weights). `--json` replaces the rows that it
@@ -70,11 +72,11 @@ def measure(work: Work, found: dict[str, Candidate], quick: bool) -> dict[str, o
 
 def with_ratios(row: dict[str, object]) -> dict[str, object]:
     """Adds the fastest peer, the faster of ours, and how many times as fast that is; of bfloat16, how many times as
-    fast as the fastest peer of each dtype `fuse` is."""
+    fast as the fastest peer of each dtype ours is."""
     times = {c: row[f"{c}_ms"] for c in CANDIDATES if f"{c}_ms" in row}
-    if "ours_fused_bfloat16_ms" in row:
-        halves = {c: row[f"{c}_ms"] for c in HALF if f"{c}_ms" in row}
-        ours = halves.pop("ours_fused_bfloat16")
+    halves = {c: row[f"{c}_ms"] for c in HALF if f"{c}_ms" in row}
+    if half := {c for c in halves if c.startswith("ours")}:
+        ours = halves.pop(half.pop())
         for dtype, peers in (
             ("float32", {c: t for c, t in times.items() if not c.startswith("ours")}),
             ("bfloat16", halves),
@@ -134,7 +136,7 @@ def main() -> None:
     )
     rows: list[dict[str, object]] = []
     for work in WORK:
-        for name in WORK[work] if str(work) in options.work and not (half and work.training) else ():
+        for name in WORK[work] if str(work) in options.work else ():
             if options.models and name not in options.models:
                 continue
             found, row = prepare(name, work, [c for c in names if c not in absent])

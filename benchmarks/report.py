@@ -43,6 +43,7 @@ HALF_PEERS = {
     "compile_bfloat16": "torch.compile, autocast",
     "openvino_bfloat16": "OpenVINO",
 }
+HALF_TRAINING = ("eager_bfloat16", "compile_bfloat16")
 
 
 def networks(result: dict, script: str, intro: str) -> str:
@@ -91,9 +92,26 @@ def models(result: dict) -> str:
     return networks(result, "bench_models", "Whole networks")
 
 
+def training_bfloat16(result: dict) -> str:
+    rows = []
+    for row in (row for row in result["rows"] if row["work"] == "training"):
+        half = {c: row[f"{c}_ms"] for c in HALF_PEERS if f"{c}_ms" in row}
+        cells = [f"`{row['model']}`", f"{row['batch']} at {row['side']}"]
+        cells += [f"{row[c]:.0f} ms" if c in row else "" for c in ("eager_bfloat16_ms", "compile_bfloat16_ms")]
+        cells += [f"{row['ours_ms']:.0f} ms", f"{row['ours_bfloat16_ms']:.0f} ms"]
+        rows.append(
+            [*cells, *(f"{half[c] / row['ours_bfloat16_ms']:.2f}x" if c in half else "" for c in HALF_TRAINING)]
+        )
+    header = ["network", "batch at size", *(HALF_PEERS[c] for c in HALF_TRAINING), "ours, float32", "ours, autocast"]
+    header += ["against eager", "against torch.compile"]
+    if not rows:
+        return ""
+    return f"\nTraining steps under autocast, of the same run.\n\n{table(header, rows)}"
+
+
 def models_bfloat16(result: dict) -> str:
     rows = []
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if row["work"] == "inference"):
         cells = [f"`{row['model']}`", f"{row['batch']} at {row['side']}"]
         for dtype, names in (("float32", PEERS), ("bfloat16", HALF_PEERS)):
             best = row.get(f"best_{dtype}_peer")
@@ -107,6 +125,7 @@ def models_bfloat16(result: dict) -> str:
     return (
         "Inference with products of bfloat16, `python benchmarks/bench_models.py --dtype bfloat16 --json`, medians, "
         f"beside peers of both dtypes.\n{conditions(result['machine'])}\n\n{table(header, rows)}"
+        f"{training_bfloat16(result)}"
     )
 
 

@@ -229,7 +229,7 @@ def test_kernels_refuse_what_they_would_drop(kernel):
         inputs = (x, None, weight, None, None, None, None, None)
         if kernel == "inference":
             return torch.ops.mvit3.pointwise_conv_inference(*inputs, 0.0, 0, None)
-        return torch.ops.mvit3.pointwise_conv_forward(*inputs, False, 0.0, 0, None)[0]
+        return torch.ops.mvit3.pointwise_conv_forward(*inputs, False, 0.0, 0, 0.0, None, None)[0]
 
     def dual(x: Tensor) -> Tensor:
         with forward_ad.dual_level():

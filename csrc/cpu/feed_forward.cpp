@@ -86,15 +86,8 @@ FeedForwardSums<Multiplied<T>> backward(
     E *normalised = tile_of<E>(dnormalised + tile * lanes), *memory = normalised + tile * lanes,
       *active = memory + tile * lanes;
     E* dhidden = active + tile * hidden_lanes;
-    const T* given = dy + first * channels;
-    RowsOf<E> grads = as_rows(given, channels, count, channels, memory);
-    if (dropout.output.active()) {
-      const TileMask mask(dropout.output, first, count, tokens.rows, channels);
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < channels; c += kLanes)
-          store(memory + r * lanes + c, mask(load_some(given + r * channels + c, channels - c), r, c));
-      grads = {memory, lanes};
-    }
+    const TileMask output(dropout.output, first, count, tokens.rows, channels);
+    const RowsOf<E> grads = masked_rows(dy + first * channels, count, channels, output, memory);
     const TileMask mask(dropout.hidden, first, count, tokens.rows, hidden);
     x.normalise_again(first, count, normalised, lanes);
     multiply(grads.data, grads.stride, count, second_transposed, [&](int64_t r, int64_t c, Vec product) {

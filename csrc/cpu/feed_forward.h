@@ -29,29 +29,6 @@ struct FeedForwardDropout {
       : hidden("hidden_dropout", a.first, a.seed, 0), output("output_dropout", a.output, a.seed, 1) {}
 };
 
-// The part of a mask that belongs to the rows of a tile.
-class TileMask {
- public:
-  TileMask(const Dropout& dropout, int64_t first, int64_t count, int64_t rows_per_sample, int64_t width)
-      : dropout_(dropout) {
-    if (!dropout.active()) return;
-    for (int64_t r = 0; r < count; ++r) {
-      keys_[r] = dropout.key((first + r) / rows_per_sample);
-      elements_[r] = (first + r) % rows_per_sample * width;
-    }
-  }
-
-  // `value` times the mask of row r of the tile, from column c.
-  MVIT3_INLINE Vec operator()(Vec value, int64_t r, int64_t c) const {
-    return dropout_.active() ? value * dropout_(keys_[r], elements_[r] + c) : value;
-  }
-
- private:
-  const Dropout& dropout_;
-  uint32_t keys_[kTileRows];
-  int64_t elements_[kTileRows];
-};
-
 // How a call is cut over threads: rows, each part of which goes through both products in tiles. Where that leaves a
 // thread less than a block of rows, for which it would read both weights, each product is cut on its own, and the
 // hidden tensor goes from one to the other.

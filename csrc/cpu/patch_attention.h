@@ -4,9 +4,10 @@
 // Unfold and fold are index arithmetic: a head of a group of pixels is copied to dense rows in a thread's cache (and
 // converted to float32 there), and the result is written where the pixels lie. The vector lanes are queries: scores are
 // S^T[key][query], so that neither a head width nor a number of keys is padded, the softmax runs along rows, and keys
-// and values are read by the micro-kernel as they are. Scores are in units of log 2. Many keys are taken in blocks,
-// with the running maximum and sum of the online softmax. Products of bfloat16 read copies of the keys and of the
-// transposed values, which are made once for all blocks of queries, and the exponentials in pairs of keys.
+// and values are read by the micro-kernel as they are. Scores are scaled, to units of log 2, where their exponentials
+// are taken, as queries and keys that are bfloat16 lose nothing in a product then. Many keys are taken in blocks, with
+// the running maximum and sum of the online softmax. Products of bfloat16 read copies of the keys and of the transposed
+// values, which are made once for all blocks of queries, and the exponentials in pairs of keys.
 #pragma once
 
 #include <cmath>
@@ -34,6 +35,7 @@ struct PatchGroups {
     return batch * height * width * parts * channels() * int64_t(sizeof(T));
   }
   float scale() const { return float(1 / std::sqrt(double(dim))); }
+  float binary_scale() const { return scale() * kLog2e; }
 
   // f(i, pixel) for tokens first..first+count-1 of a group: the i'th of them is that pixel of the whole map.
   template <typename F>
@@ -228,7 +230,7 @@ class AttentionForward {
       }
   }
 
-  // Scaled queries as the second operand of a product, in their place or in `steps`.
+  // Transposed queries as the second operand of a product, in their place or in `steps`.
   template <int Vecs>
   const E* in_steps(const float* queries, float* steps) const {
     if constexpr (!kCopies) return queries;
@@ -262,11 +264,12 @@ class AttentionForward {
       float* memory) const {
     constexpr int64_t kQueries = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens();
-    float *scores = memory, *scaled = scores + std::min(kKeys, tokens) * kPanel, *sums = scaled + depth() * kPanel;
+    float *scores = memory, *turned = scores + std::min(kKeys, tokens) * kPanel, *sums = turned + depth() * kPanel;
     float *results = sums + depth() * kPanel, *greatest = results + kPanel * lanes_of(dim), *totals = greatest + kPanel;
-    E* weights = tile_of<E>(scores);  // in the place of the scores, which are read before
-    transpose(rows + first * dim, dim, count, dim, g_.scale() * kLog2e, scaled, kQueries);
-    const E* queries = in_steps<Vecs>(scaled, results);
+    const E* weights = tile_of<E>(scores);  // what `exponentiate` leaves
+    transpose(rows + first * dim, dim, count, dim, 1.0f, turned, kQueries);
+    const E* queries = in_steps<Vecs>(turned, results);
+    const Vec scale = g_.binary_scale();
 
     Vec top[Vecs], total[Vecs];
     for (int v = 0; v < Vecs; ++v) {
@@ -277,10 +280,14 @@ class AttentionForward {
       const int64_t n = std::min(kKeys, tokens - key);
       fetch(ahead);
       multiply_panel_into(n, Vecs, of_scores(rows, copies, key, queries, kQueries), scores, kQueries, false);
-      Vec before[Vecs];
-      for (int v = 0; v < Vecs; ++v) before[v] = top[v];
+      Vec before[Vecs], block[Vecs];
+      for (int v = 0; v < Vecs; ++v) {
+        before[v] = top[v];
+        block[v] = -std::numeric_limits<float>::infinity();
+      }
       for (int64_t k = 0; k < n; ++k)
-        for (int v = 0; v < Vecs; ++v) top[v] = max(load(scores + k * kQueries + v * kLanes), top[v]);
+        for (int v = 0; v < Vecs; ++v) block[v] = max(load(scores + k * kQueries + v * kLanes), block[v]);
+      for (int v = 0; v < Vecs; ++v) top[v] = max(block[v] * scale, top[v]);
       if (key > 0)
         for (int v = 0; v < Vecs; ++v) {
           const Vec shrink = exp2(before[v] - top[v]);
@@ -290,20 +297,10 @@ class AttentionForward {
             store(p, load(p) * shrink);
           }
         }
-      for (int64_t begin = 0; begin < n;
-           begin += 16) {  // short runs: what a sum of many terms rounds off, every output would share
-        Vec run[Vecs] = {};
-        for (int64_t k = begin; k < std::min(begin + 16, n); k += kDepth)
-          for (int v = 0; v < Vecs; ++v)
-            store_step(weights + k * kQueries + v * kLanes * kDepth, [&](int64_t i) {
-              if (k + i >= n) return Vec(0.0f);
-              const Vec weight = exp2(load(scores + (k + i) * kQueries + v * kLanes) - top[v]);
-              run[v] += weight;
-              return weight;
-            });
-        for (int v = 0; v < Vecs; ++v) total[v] += run[v];
-      }
-      if (dropout_.active()) drop<Vecs>(group, first, key, n, scores);
+      if (dropout_.active())
+        exponentiate<Vecs, true>(group, first, key, n, scores, top, total);
+      else
+        exponentiate<Vecs, false>(group, first, key, n, scores, top, total);
       fetch(ahead);
       multiply_panel_into(dim, Vecs, of_sums(rows, copies, key, weights, kQueries, n), sums, kQueries, key > 0);
     }
@@ -320,15 +317,29 @@ class AttentionForward {
       for (int64_t i = 0; i < count; ++i) lse_[group * tokens + first + i] = greatest[i] + std::log2(totals[i]);
   }
 
-  template <int Vecs>
-  void drop(int64_t group, int64_t first, int64_t key, int64_t n, float* weights) const {
+  // The exponentials of the scores of `n` keys from `key` on, in the place of the scores, which are read before, and
+  // their sums; those of dropout are multiplied by its mask behind that.
+  template <int Vecs, bool Drop>
+  void exponentiate(
+      int64_t group, int64_t first, int64_t key, int64_t n, float* scores, const Vec* top, Vec* total) const {
+    constexpr int64_t kQueries = Vecs * kLanes, kRun = 16;  // what a sum of many rounds off, every output would share
     const int64_t tokens = g_.tokens(), in_image = group % g_.per_image();
-    const uint32_t seed = dropout_.key(group / g_.per_image());
-    for (int64_t k = 0; k < n; ++k)
-      for (int v = 0; v < Vecs; ++v) {
-        float* p = weights + k * Vecs * kLanes + v * kLanes;
-        store(p, load(p) * dropout_(seed, (in_image * tokens + first + v * kLanes) * tokens + key + k, tokens));
-      }
+    const uint32_t seed = Drop ? dropout_.key(group / g_.per_image()) : 0;
+    const Vec scale = g_.binary_scale();
+    E* weights = tile_of<E>(scores);
+    for (int64_t begin = 0; begin < n; begin += kRun) {
+      Vec run[Vecs] = {};
+      for (int64_t k = begin; k < std::min(begin + kRun, n); k += kDepth)
+        for (int v = 0; v < Vecs; ++v)
+          store_step(weights + k * kQueries + v * kLanes * kDepth, [&](int64_t i) {
+            if (k + i >= n) return Vec(0.0f);
+            const Vec weight = exp2(fma(load(scores + (k + i) * kQueries + v * kLanes), scale, Vec(0.0f) - top[v]));
+            run[v] += weight;
+            if constexpr (!Drop) return weight;
+            return weight * dropout_(seed, (in_image * tokens + first + v * kLanes) * tokens + key + k + i, tokens);
+          });
+      for (int v = 0; v < Vecs; ++v) total[v] += run[v];
+    }
   }
 
   const PatchGroups& g_;
@@ -340,7 +351,7 @@ class AttentionForward {
   bool far_;
 };
 
-// qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads. Dropout has products of float alone.
+// qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads.
 template <typename T, typename E = float>
 void patch_attention(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse) {
   const AttentionForward<T, E> forward(groups, dropout, qkv, out, lse);

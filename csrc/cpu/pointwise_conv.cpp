@@ -84,6 +84,9 @@ struct Layer {
   Tensor new_map(int64_t channels) const {
     return new_output(torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), channels}));
   }
+  MapDropout dropout(double p, const OptionalTensor& seed) const {
+    return {Dropout("dropout", p, seed, 0), a.size(1) * a.size(2)};
+  }
   Tensor nothing() const { return torch::stable::new_empty(a, {0}); }
 };
 
@@ -96,7 +99,7 @@ auto dispatch(const Tensor& a, int64_t act, const F& f) {
 
 // p and y; the statistics where they are of the batch. Where they are known, y follows p tile by tile.
 template <int Act, typename T>
-void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
+void forward(Layer<T>& layer, const T* residual, const MapDropout& dropout, T* p, T* y) {
   const int64_t outputs = layer.outputs, lanes = lanes_of(outputs);
   using E = Multiplied<T>;
   const PackedWeightOf<E> weight = layer.packed();
@@ -104,7 +107,9 @@ void forward(Layer<T>& layer, const T* residual, T* p, T* y) {
   const bool of_batch = layer.statistics == Statistics::kBatch;
   const auto finish = [&](const ScaleShift& affine, int64_t first, int64_t count) {
     const int64_t at = first * outputs;
-    finish_rows<Act>(p + at, outputs, count, {0, outputs}, outputs, affine, residual ? residual + at : nullptr, y + at);
+    finish_rows<Act>(
+        p + at, outputs, count, {0, outputs}, outputs, affine, residual ? residual + at : nullptr, y + at,
+        dropout.of_tile(first, count, outputs));
   };
   auto sums = channel_sums(parts, outputs);
   const ScaleShift known = layer.norm.affine();
@@ -135,8 +140,8 @@ class Backward {
   using E = Multiplied<T>;
 
  public:
-  Backward(const Layer<T>& layer, const T* dy, const T* p)
-      : layer_(layer), dy_(dy), p_(p), affine_(layer.norm.affine()), mean_(layer.norm.means()),
+  Backward(const Layer<T>& layer, const MapDropout& dropout, const T* dy, const T* p)
+      : layer_(layer), dropout_(dropout), dy_(dy), p_(p), affine_(layer.norm.affine()), mean_(layer.norm.means()),
         lanes_(lanes_of(layer.outputs)),
         parts_(count_parts(layer.rows * layer.outputs * layer.inputs.channels(), 1 << 18)),
         sums_(accumulators<double>(parts_, 2 * lanes_)) {}
@@ -174,11 +179,12 @@ class Backward {
   template <typename Emit>
   void norm_gradient(int64_t first, int64_t count, const Emit& emit) const {
     const int64_t outputs = layer_.outputs;
+    const TileMask mask = dropout_.of_tile(first, count, outputs);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < outputs; c += kLanes) {
         const int64_t at = (first + r) * outputs + c, left = outputs - c;
-        const Vec value = load_some(p_ + at, left);
-        emit(r * lanes_ + c, c, value, activate_backward<Act>(affine_(value, c), load_some(dy_ + at, left)));
+        const Vec value = load_some(p_ + at, left), grad = mask(load_some(dy_ + at, left), r, c);
+        emit(r * lanes_ + c, c, value, activate_backward<Act>(affine_(value, c), grad));
       }
   }
 
@@ -206,7 +212,8 @@ class Backward {
     const int64_t outputs = layer_.outputs;
     E* rounded = tile_of<E>(tile);  // in the place of the floats, which are read before their place is needed
     if (!p_) {                      // neither norm nor activation
-      const RowsOf<E> dp = as_rows(dy_ + first * outputs, outputs, count, outputs, rounded);
+      const TileMask mask = dropout_.of_tile(first, count, outputs);
+      const RowsOf<E> dp = masked_rows(dy_ + first * outputs, count, outputs, mask, rounded);
       add_columns(dp.data, dp.stride, count, outputs, sums_[part].data());
       return dp;
     }
@@ -225,6 +232,7 @@ class Backward {
   }
 
   const Layer<T>& layer_;
+  const MapDropout& dropout_;
   const T *dy_, *p_;
   const ScaleShift affine_;
   const Scratch<float> mean_;
@@ -261,7 +269,8 @@ struct ForwardArguments {
   bool training;
   double eps;
   int64_t act;
-  OptionalTensor residual;
+  double dropout;
+  OptionalTensor seed, residual;
 };
 
 // y, the batch's mean and variance where the norm is in training, and p where backward needs it; empty tensors where
@@ -272,15 +281,16 @@ std::array<Tensor, 4> pointwise_conv_forward(const ForwardArguments& a) {
     using T = decltype(type);
     Layer<T> layer(a.layer, a.training, a.eps);
     if (layer.statistics == Statistics::kFixed) layer.set_statistics("running_", a.running_mean, a.running_var);
+    const MapDropout dropout = layer.dropout(a.dropout, a.seed);
     const Tensor y = layer.new_map(layer.outputs), added = a.residual ? contiguous_like("residual", *a.residual, y) : y;
     const T* add = a.residual ? data_of<T>(added) : nullptr;
     Tensor p = layer.nothing();
     if (layer.statistics == Statistics::kNone && code == kIdentity) {
       const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
-      pointwise_conv<code>(weights, layer.inputs, add, mutable_data_of<T>(y), layer.rows);
+      pointwise_conv<code>(weights, layer.inputs, add, mutable_data_of<T>(y), layer.rows, dropout);
     } else {
       p = layer.new_map(layer.outputs);
-      forward<code>(layer, add, mutable_data_of<T>(p), mutable_data_of<T>(y));
+      forward<code>(layer, add, dropout, mutable_data_of<T>(p), mutable_data_of<T>(y));
     }
     Values mean, var;
     if (layer.statistics == Statistics::kBatch) {
@@ -302,6 +312,8 @@ struct BackwardArguments {
   bool training;
   double eps;
   int64_t act;
+  double dropout;
+  OptionalTensor seed;
 };
 
 // Gradients of a, b, weight, bias, norm_weight and norm_bias; empty tensors for what is not there.
@@ -318,7 +330,8 @@ std::array<Tensor, 6> pointwise_conv_backward(const BackwardArguments& args) {
     const Tensor dy = contiguous_map("dy", args.dy, a, shape),
                  p = kept ? contiguous_map("p", args.p, a, shape) : args.p;
     const Tensor da = layer.new_map(a.size(3)), db = b ? layer.new_map(b->size(3)) : layer.nothing();
-    Backward<code, T> backward(layer, data_of<T>(dy), kept ? data_of<T>(p) : nullptr);
+    const MapDropout dropout = layer.dropout(args.dropout, args.seed);
+    Backward<code, T> backward(layer, dropout, data_of<T>(dy), kept ? data_of<T>(p) : nullptr);
     Gradients<Multiplied<T>> grads = backward.run(mutable_data_of<T>(da), b ? mutable_data_of<T>(db) : nullptr);
     const Tensor dweight =
         write_weight("weight", grads.weight.parts(), layer.outputs, layer.inputs.channels(), args.layer.conv.weight);

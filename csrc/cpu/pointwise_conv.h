@@ -1,10 +1,11 @@
-// 1x1 convolution of one input or of two, forward: y = act(norm(W_a a + W_b b + bias)) + residual.
+// 1x1 convolution of one input or of two, forward: y = dropout(act(norm(W_a a + W_b b + bias))) + residual.
 //
 // The two inputs are the halves of a concatenation that is built for a tile of rows at a time, in cache: that costs a
 // copy of the tile, one part in hundreds of its product, and lets one packed weight and one loop serve both ops.
 #pragma once
 
 #include "norm.h"
+#include "random.h"
 
 namespace mvit3 {
 
@@ -44,17 +45,17 @@ void multiply_to(RowsOf<E> x, int64_t rows, const PackedWeightOf<E>& weight, T* 
       store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
 }
 
-// y = act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and
+// y = mask * act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and
 // residual are dense. What follows a product is a walk of its own over a tile in second-level cache: it costs a few
 // cycles beside the hundreds of a sum over 128 and more inputs, and reads the residual in order.
-template <int Act, typename U, typename T>
+template <int Act, typename U, typename T, typename Mask = NoMask>
 void finish_rows(
     const U* product, int64_t stride, int64_t rows, Range columns, int64_t channels, const ScaleShift& affine,
-    const T* residual, T* y) {
+    const T* residual, T* y, const Mask& mask = {}) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = columns.begin; c < columns.end; c += kLanes) {
       const int64_t left = channels - c, at = r * channels + c;
-      Vec value = activate<Act>(affine(load_some(product + r * stride + c, left), c));
+      Vec value = mask(activate<Act>(affine(load_some(product + r * stride + c, left), c)), r, c);
       if (residual) value += load_some(residual + at, left);
       store_some(y + at, value, left);
     }
@@ -67,10 +68,21 @@ struct PointwiseWeightsOf {
   ScaleShift affine;         // bias and norm
 };
 
-// Evaluation, in one pass.
+// What follows the activation: a dropout that counts the elements of samples of so many rows.
+struct MapDropout {
+  Dropout dropout;
+  int64_t rows_per_sample = 1;
+
+  TileMask of_tile(int64_t first, int64_t count, int64_t channels) const {
+    return {dropout, first, count, rows_per_sample, channels};
+  }
+};
+
+// Where the product needs no pass of its own.
 template <int Act, typename E, typename T>
 void pointwise_conv(
-    const PointwiseWeightsOf<E>& weights, const PointwiseInputs<T, E>& x, const T* residual, T* y, int64_t rows) {
+    const PointwiseWeightsOf<E>& weights, const PointwiseInputs<T, E>& x, const T* residual, T* y, int64_t rows,
+    const MapDropout& dropout = {}) {
   const int64_t outputs = weights.weight.outputs(), stride = lanes_of(outputs);
   for_each_block(rows, weights.weight, [&](Range mine, Range panels) {
     float* product = workspace(kTileRows * stride + x.tile_floats(kTileRows));
@@ -80,7 +92,8 @@ void pointwise_conv(
       const auto in = x.rows(first, count, tile_of<E>(product + kTileRows * stride));
       multiply_into(in.data, in.stride, count, weights.weight, panels, product, stride);
       finish_rows<Act>(
-          product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at);
+          product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at,
+          dropout.of_tile(first, count, outputs));
     }
   });
 }

@@ -4,7 +4,7 @@
 // mask, and no mask is ever stored.
 #pragma once
 
-#include "tensor.h"
+#include "tile.h"
 
 namespace mvit3 {
 
@@ -65,5 +65,46 @@ class Dropout {
   float scale_ = 1;
   bool active_;
 };
+
+// A mask that keeps all.
+struct NoMask {
+  MVIT3_INLINE Vec operator()(Vec value, int64_t, int64_t) const { return value; }
+};
+
+// The part of a mask that belongs to the rows of a tile.
+class TileMask {
+ public:
+  TileMask(const Dropout& dropout, int64_t first, int64_t count, int64_t rows_per_sample, int64_t width)
+      : dropout_(dropout) {
+    if (!dropout.active()) return;
+    for (int64_t r = 0; r < count; ++r) {
+      keys_[r] = dropout.key((first + r) / rows_per_sample);
+      elements_[r] = (first + r) % rows_per_sample * width;
+    }
+  }
+
+  bool active() const { return dropout_.active(); }
+
+  // `value` times the mask of row r of the tile, from column c.
+  MVIT3_INLINE Vec operator()(Vec value, int64_t r, int64_t c) const {
+    return active() ? value * dropout_(keys_[r], elements_[r] + c) : value;
+  }
+
+ private:
+  const Dropout& dropout_;
+  uint32_t keys_[kTileRows];
+  int64_t elements_[kTileRows];
+};
+
+// `as_rows` of dense rows times a mask.
+template <typename E, typename T>
+RowsOf<E> masked_rows(const T* x, int64_t rows, int64_t channels, const TileMask& mask, E* tile) {
+  if (!mask.active()) return as_rows(x, channels, rows, channels, tile);
+  const int64_t lanes = lanes_of(channels);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; c += kLanes)
+      store(tile + r * lanes + c, mask(load_some(x + r * channels + c, channels - c), r, c));
+  return {tile, lanes};
+}
 
 }  // namespace mvit3

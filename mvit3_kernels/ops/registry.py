@@ -177,8 +177,8 @@ def backward(
     _forbid_derivatives(
         op, f'{public} has second derivatives on the reference only: use mvit3_kernels.backend("reference")'
     )
-    gradient, setup_context = _autograd(getattr(torch.ops.mvit3, op), FORMS[name], form, choices or {}, residual)
-    torch.library.register_autograd(f"mvit3::{name}", gradient, setup_context=setup_context, lib=_LIBRARY)
+    functions = _autograd(getattr(torch.ops.mvit3, op), FORMS[name], form, choices or {}, residual)
+    _LIBRARY.impl(name, _differentiable(name, *functions), "Autograd", with_keyset=True)
 
 
 def _gradient_like(t: Tensor | None, like: Tensor) -> Tensor:
@@ -188,8 +188,8 @@ def _gradient_like(t: Tensor | None, like: Tensor) -> Tensor:
 def _autograd(
     op: Callable, ahead: Form, back: Form, choices: Mapping[str, Choice], residual: str | None
 ) -> tuple[Callable, Callable]:
-    """The gradient and the setup of the context for torch.library.register_autograd. Names are looked up here, once: a
-    call only picks by position."""
+    """The setup of the context and the gradient of a form. Names are looked up here, once: a call only picks by
+    position."""
     arguments, outputs = ahead.call._fields, ahead.outputs._fields
     first = f"d{outputs[0]}"  # the outputs behind the first have no gradient
     # what setup_context picks from: inputs and outputs, then choices, under whose names the chosen tensors are asked
@@ -225,7 +225,10 @@ def _autograd(
         if dy is None:
             return tuple(found)
         everything = [*ctx.saved_tensors, *ctx.values, dy]
-        results = op(*[everything[i] for i in order])
+        picked = [everything[i] for i in order]
+        # what refuses a second derivative is passed by where none is asked for
+        refuses = torch.is_grad_enabled() or dispatch.transform() is not None
+        results = op(*picked) if refuses else run_without_gradient(op, *picked)
         results = (results,) if isinstance(results, Tensor) else results
         for position, i in ctx.given:
             found[position] = results[i]
@@ -233,7 +236,36 @@ def _autograd(
             found[added] = dy
         return tuple(found)
 
-    return gradient, setup_context
+    return setup_context, gradient
+
+
+def _differentiable(name: str, setup_context: Callable, gradient: Callable) -> Callable:
+    """What torch.library.register_autograd makes of the two, but for its look-up of default arguments: the forms have
+    none, and it takes as long as a kernel on a small map (35 us of 120)."""
+    op = getattr(torch.ops.mvit3, name).default
+
+    def run_below(keyset: torch.DispatchKeySet, args: tuple[object, ...]) -> object:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, keyset: torch.DispatchKeySet, *args: object) -> object:
+        output = run_below(keyset, args)
+        setup_context(ctx, args, output)
+        return output
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *gradient(ctx, *gradients)
+
+    function = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
+
+    def run(keyset: torch.DispatchKeySet, *args: object) -> object:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return function.apply(keyset, *args)
+        return run_below(keyset, args)
+
+    return run
 
 
 class _Guarded(torch.library.Library):

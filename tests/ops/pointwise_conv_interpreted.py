@@ -20,6 +20,7 @@ class TestPointwiseConv(TritonResults):
         name: Cpu.options[name] for name in ("training-silu", "training-bias-residual", "training-large-mean", "plain")
     }
     options |= {name: Cpu.options[name] for name in ("frozen-silu-residual", "plain-silu")}
+    options |= {name: Cpu.options[name] for name in ("plain-dropout", "training-silu-dropout")}
     arguments = staticmethod(Cpu.arguments)
     registered = staticmethod(Cpu.registered)
     test_with_and_without_gradients_agree = Cpu.test_with_and_without_gradients_agree

@@ -6,6 +6,7 @@ import torch
 
 import mvit3_kernels
 from mvit3_kernels.ops import pointwise_conv
+from mvit3_kernels.ops.random import random_words
 from mvit3_kernels.ops.types import ACTIVATIONS
 
 from ..bounds import assert_bound, half_a_rounding
@@ -14,17 +15,18 @@ from .inputs import Draw, mapped
 from .test_pointwise_conv import TestPointwiseConv as Reference
 
 
-def registered(a, b, conv, norm, act, residual):
+def registered(a, b, conv, norm, act, residual, dropout=0.0, seed=None):
     """The registered ops of the kernels, each with its arguments."""
     weight, bias, mean, var, training, eps = norm or (None, None, None, None, False, 0.0)
     inputs, code = (a, b, *conv, weight, bias), ACTIVATIONS.index(act)
-    if not training:
+    if not (training or dropout):
         yield torch.ops.mvit3.pointwise_conv_inference.default, (*inputs, mean, var, eps, code, residual)
-    training_inputs = (*inputs, mean, var, training, eps, code, residual)
+    training_inputs = (*inputs, mean, var, training, eps, code, dropout, seed, residual)
     yield torch.ops.mvit3.pointwise_conv_forward.default, training_inputs
     y, *moments, p = torch.ops.mvit3.pointwise_conv_forward(*training_inputs)
     used = moments if training else (mean, var)
-    yield torch.ops.mvit3.pointwise_conv_backward.default, (torch.ones_like(y), *inputs, *used, p, training, eps, code)
+    rest = (p, training, eps, code, dropout, seed)
+    yield torch.ops.mvit3.pointwise_conv_backward.default, (torch.ones_like(y), *inputs, *used, *rest)
 
 
 @needs_the_kernels
@@ -51,6 +53,8 @@ class TestPointwiseConvCpu(CpuKernel):
         "plain-bias-residual": {"norm": False, "bias": True, "residual": True},
         "plain-silu": {"norm": False, "bias": True, "act": "silu"},
         "plain-relu": {"norm": False, "act": "relu"},
+        "plain-dropout": {"norm": False, "bias": True, "residual": True, "dropout": 0.3},
+        "training-silu-dropout": {"act": "silu", "dropout": 0.25},
     }
     threaded = ((2, 8, 8, 64, 192), (1, 30, 20, 48, 80), (5, 16, 16, 33, 70))
 
@@ -62,8 +66,8 @@ class TestPointwiseConvCpu(CpuKernel):
 
     @staticmethod
     def registered(arguments):
-        x, conv, norm, act, residual = arguments.values()
-        return registered(x, None, conv, norm, act, residual)
+        x, *rest = arguments.values()
+        return registered(x, None, *rest)
 
     def test_evaluation_without_gradients(self, shape, option, dtype):
         arguments = self.make(shape, option)
@@ -104,6 +108,18 @@ class TestPointwiseConvCpu(CpuKernel):
             y, torch.nn.functional.silu(arguments["norm"].bias).expand_as(y), rtol=1e-3, atol=1e-3
         )
 
+    def test_mask_is_that_of_the_hash(self, shape):
+        """And backward has the same one: the gradient of a dropped element is zero, of another dy / (1 - p)."""
+        arguments = in_float32(self.make(shape, "plain-dropout")) | {"residual": None}
+        arguments["conv"].bias.requires_grad_()
+        y, _ = pointwise_conv(**arguments)
+        batch = len(y)
+        words = random_words(arguments["seed"], 0, batch, y[0].numel()).view(y.shape)
+        kept = words >= int(0.3 * 2**32)
+        assert torch.equal(y != 0, kept)
+        ones = torch.autograd.grad(y.sum(), arguments["conv"].bias)[0]
+        torch.testing.assert_close(ones, kept.sum((0, 1, 2)) / 0.7)
+
     def test_the_kernel_checks_what_it_is_given(self):
         x, conv, norm, *_ = in_float32(self.make((2, 4, 6, 5, 7), "frozen")).values()
         fixed = (norm.weight, norm.bias, norm.running_mean, norm.running_var, 1e-5, 0)
@@ -113,6 +129,8 @@ class TestPointwiseConvCpu(CpuKernel):
             torch.ops.mvit3.pointwise_conv_inference(x, None, *conv, *fixed, x)
         with pytest.raises(RuntimeError, match=r"b must have shape \(2, 4, 6, 2\), got \(1, 4, 6, 2\)"):
             torch.ops.mvit3.pointwise_conv_inference(x[..., :3], x[:1, ..., :2], *conv, *fixed, None)
+        with pytest.raises(RuntimeError, match="seed must be one int64 on the CPU where dropout is positive"):
+            torch.ops.mvit3.pointwise_conv_forward(x, None, *conv, *fixed[:4], False, *fixed[4:], 0.5, None, None)
 
 
 def test_a_bias_before_a_batch_norm():

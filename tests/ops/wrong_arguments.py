@@ -78,10 +78,10 @@ def calls() -> Iterator[tuple[str, list]]:
     both, residual = torch.randn(7, 10), torch.randn(2, 4, 6, 7)
     wide = [torch.ones(7), torch.zeros(7)]
     statistics = [torch.zeros(7), torch.ones(7)]
-    y, mean, var, p = OPS.pointwise_conv_forward(x, x, both, bias, *wide, None, None, True, eps, 1, residual)
+    y, mean, var, p = OPS.pointwise_conv_forward(x, x, both, bias, *wide, None, None, True, eps, 1, 0.1, seed, residual)
     yield "pointwise_conv_inference", [x, x, both, bias, *wide, *statistics, eps, 1, residual]
-    yield "pointwise_conv_forward", [x, x, both, bias, *wide, *statistics, False, eps, 1, residual]
-    yield "pointwise_conv_backward", [y, x, x, both, bias, *wide, mean, var, p, True, eps, 1]
+    yield "pointwise_conv_forward", [x, x, both, bias, *wide, *statistics, False, eps, 1, 0.1, seed, residual]
+    yield "pointwise_conv_backward", [y, x, x, both, bias, *wide, mean, var, p, True, eps, 1, 0.1, seed]
 
     labels = torch.randint(0, 4, (2, 7, 9))
     loss, total, gradient = OPS.upsample_cross_entropy_forward(x, labels, True, 255, one, 0.1, True)

@@ -20,7 +20,8 @@ def bytes_moved(x: Tensor, residual: bool) -> tuple[int, int]:
     return size * (3 if residual else 2), size * 2
 
 
-def _drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None) -> Tensor:
+def drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None) -> Tensor:
+    """dropout(x) + residual, for contiguous x and residual."""
     if p == 0:
         return x.clone() if residual is None else x + residual
     y = torch.empty_like(x)
@@ -37,8 +38,8 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None) -> 
 
 def dropout_forward(call: Call) -> Tensor:
     x, residual = contiguous(call.x, call.residual)
-    return _drop(x, call.p, call.seed, residual)
+    return drop(x, call.p, call.seed, residual)
 
 
 def dropout_backward(call: Call) -> Tensor:
-    return _drop(call.dy.contiguous(), call.p, call.seed, None)
+    return drop(call.dy.contiguous(), call.p, call.seed, None)

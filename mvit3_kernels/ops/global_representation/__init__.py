@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_group, check_layer_norm, check_linear, check_map, check_patches
-from ..dropout import dropout
 from ..feed_forward import feed_forward
 from ..norm_linear import norm_linear
 from ..patch_attention import patch_attention
@@ -106,7 +105,7 @@ KERNELS = (
 )
 
 
-OPS = reference.Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward, dropout)
+OPS = reference.Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward)
 
 
 def global_representation(

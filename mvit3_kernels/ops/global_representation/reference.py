@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dropout.reference import dropout
 from ..feed_forward.reference import feed_forward
 from ..norm_linear.reference import norm_linear
 from ..patch_attention.reference import patch_attention
@@ -25,7 +24,6 @@ class Ops(NamedTuple):
     pointwise_conv: Callable
     separable_attention: Callable
     feed_forward: Callable
-    dropout: Callable
 
 
 class Dropouts(NamedTuple):
@@ -37,7 +35,7 @@ class Dropouts(NamedTuple):
     ffn_output: float
 
 
-REFERENCES = Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward, dropout)
+REFERENCES = Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward)
 
 
 def _final_norm(x: Tensor, norm: LayerNorm) -> Tensor:
@@ -67,10 +65,6 @@ def global_representation(
             tokens = ops.patch_attention(
                 ops.norm_linear(x, layer.norm1, layer.qkv), num_heads, patch_size, p.attention, seeds[0]
             )
-            if p.output == 0:
-                x, _ = ops.pointwise_conv(tokens, layer.out_proj, None, "identity", x)
-            else:
-                branch, _ = ops.pointwise_conv(tokens, layer.out_proj, None, "identity", None)
-                x = ops.dropout(branch, p.output, seeds[1], x)
+            x, _ = ops.pointwise_conv(tokens, layer.out_proj, None, "identity", x, p.output, seeds[1])
         x = ops.feed_forward(x, layer.norm2, layer.fc1, layer.fc2, p.hidden, p.ffn_output, seeds[2])
     return x if norm is None else _final_norm(x, norm)

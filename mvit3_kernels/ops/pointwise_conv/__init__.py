@@ -1,4 +1,4 @@
-"""1x1 convolution, batch normalisation, activation and residual."""
+"""1x1 convolution, batch normalisation, activation, dropout and residual."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
-from ..checks import check_activation, check_batch_norm, check_linear, check_map, check_same
+from ..checks import check_activation, check_batch_norm, check_dropout, check_linear, check_map, check_same
 from ..registry import Call, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
@@ -19,10 +19,16 @@ KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton
 
 
 def pointwise_conv(
-    x: Tensor, conv: Linear, norm: BatchNorm | None = None, act: str = "identity", residual: Tensor | None = None
+    x: Tensor,
+    conv: Linear,
+    norm: BatchNorm | None = None,
+    act: str = "identity",
+    residual: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Moments | None]:
-    """1x1 convolution, optional batch normalisation, activation, addition of a residual: y = act(norm(conv(x))) +
-    residual.
+    """1x1 convolution, optional batch normalisation, activation, dropout, addition of a residual: y =
+    dropout(act(norm(conv(x)))) + residual.
 
     Args:
         x: feature map (B, H, W, C), float32, bfloat16, float16 or float64, any strides; cast to autocast's dtype under
@@ -31,6 +37,9 @@ def pointwise_conv(
         norm: batch normalisation over O channels, or None.
         act: "identity", "silu" or "relu".
         residual: (B, H, W, O) of the dtype of y, or None.
+        dropout: probability of dropping an element of what the activation returns; the mask is that of `dropout`.
+        seed: int64 tensor of shape (), needed where that is positive; the same seed gives the same mask on every
+            backend.
 
     Returns:
         y, (B, H, W, O); and the moments of conv(x), each (O,), where `norm` is in training, else None.
@@ -52,23 +61,32 @@ def pointwise_conv(
         check_map("residual", residual)
         residual = dispatch.autocast(residual)
         check_same("residual", residual, shape, x)
+    check_dropout(seed, x, dropout=dropout)
     if dispatch.select("pointwise_conv", KERNELS, x) is None:
-        return reference.pointwise_conv(x, conv, norm, act, residual, batch_norm_act=batch_norm_act)
-    return run(x, None, conv, norm, act, residual)
+        return reference.pointwise_conv(x, conv, norm, act, residual, dropout, seed, batch_norm_act=batch_norm_act)
+    return run(x, None, conv, norm, act, residual, dropout, seed)
 
 
 def run(
-    a: Tensor, b: Tensor | None, conv: Linear, norm: BatchNorm | None, act: str, residual: Tensor | None
+    a: Tensor,
+    b: Tensor | None,
+    conv: Linear,
+    norm: BatchNorm | None,
+    act: str,
+    residual: Tensor | None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Moments | None]:
     """The kernels of this op and, with a second input b, of pointwise_fusion: one computation."""
     weight, bias, mean, var, training, eps = norm or _NO_NORM
     code = ACTIVATIONS.index(act)
     inputs = (a, b, *conv, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, residual))
-    if not (training or needs_grad):
+    if not (training or needs_grad or dropout > 0):
         op = torch.ops.mvit3.pointwise_conv_inference
         return registry.run_without_gradient(op, *inputs, mean, var, eps, code, residual), None
-    y, *moments, _ = torch.ops.mvit3.pointwise_conv_forward(*inputs, mean, var, training, eps, code, residual)
+    rest = (mean, var, training, eps, code, dropout, seed, residual)
+    y, *moments, _ = torch.ops.mvit3.pointwise_conv_forward(*inputs, *rest)
     return y, Moments(*moments) if training else None
 
 
@@ -80,12 +98,13 @@ _RUNNING = "Tensor? running_mean, Tensor? running_var"
 
 @register(
     "pointwise_conv",
-    f"(Tensor x, Tensor weight, Tensor? bias, {batch_norm_schema('norm_', optional=True)}, int act, Tensor? residual) "
-    "-> (Tensor y, Tensor mean, Tensor var)",
+    f"(Tensor x, Tensor weight, Tensor? bias, {batch_norm_schema('norm_', optional=True)}, int act, Tensor? residual, "
+    "float dropout=0.0, Tensor? seed=None) -> (Tensor y, Tensor mean, Tensor var)",
 )
 def _op(call: Call) -> tuple[Tensor, ...]:
     norm = None if call.norm_weight is None else registry.batch_norm(call, "norm_")
-    return flat(*pointwise_conv(call.x, Linear(call.weight, call.bias), norm, ACTIVATIONS[call.act], call.residual))
+    rest = (ACTIVATIONS[call.act], call.residual, call.dropout, call.seed)
+    return flat(*pointwise_conv(call.x, Linear(call.weight, call.bias), norm, *rest))
 
 
 # The kernels. What backward needs beside its inputs is p, the product without bias, unless neither norm nor activation
@@ -105,7 +124,7 @@ def _inference_fake(call: Call) -> Tensor:
 
 @registry.forward(
     "pointwise_conv_forward",
-    f"({_INPUTS}, {_RUNNING}, bool training, float eps, int act, Tensor? residual) "
+    f"({_INPUTS}, {_RUNNING}, bool training, float eps, int act, float dropout, Tensor? seed, Tensor? residual) "
     "-> (Tensor y, Tensor mean, Tensor var, Tensor p)",
     triton=__name__,
 )
@@ -117,7 +136,8 @@ def _forward_fake(call: Call) -> tuple[Tensor, ...]:
 
 registry.backward(
     "pointwise_conv_backward",
-    f"(Tensor dy, {_INPUTS}, Tensor? mean, Tensor? var, Tensor p, bool training, float eps, int act) "
+    f"(Tensor dy, {_INPUTS}, Tensor? mean, Tensor? var, Tensor p, bool training, float eps, int act, "
+    "float dropout, Tensor? seed) "
     "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
     triton=__name__,
     choices=registry.BATCH_STATISTICS,

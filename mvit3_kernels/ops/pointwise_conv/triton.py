@@ -7,6 +7,8 @@ kernel does the rest, so that p is read once more, not twice. (The moments of th
 identity A of the design, without p. But backward needs p, or the product again; and these layers have as many inputs as
 outputs or more, so that another read of the inputs and their product with themselves cost more than p does.)
 
+Dropout is that op's kernel, on what the product's returned forward and on dy backward.
+
 Backward is batch_norm_act's on p, and two plain products for each input. There is nothing to fuse in these but the read
 of one tensor, so they are torch.mm's, whose kernels are good at the shapes of this op.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..batch_norm_act.triton import normalize, normalize_backward
+from ..dropout.triton import drop
 from ..registry import Call
 from ..triton_common import (
     IDENTITY,
@@ -209,6 +212,9 @@ def convolve(conv: Convolution) -> Tensor:
 def pointwise_conv_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the forward pass: y, the batch's mean and variance where the norm is in training, and p where backward
     needs it; empty tensors where not."""
+    if call.dropout > 0:
+        y, *kept = pointwise_conv_forward(call._replace(dropout=0.0, residual=None))
+        return drop(y, call.dropout, call.seed, *contiguous(call.residual)), *kept
     a, conv, training = call.a, Convolution.of(call), call.training
     outputs = call.weight.shape[0]
     y = a.new_empty(*a.shape[:-1], outputs)
@@ -226,6 +232,9 @@ def pointwise_conv_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
     """The gradients of a, b, weight, bias, norm weight and norm bias; empty tensors for what is not there."""
+    if call.dropout > 0:
+        dy = drop(call.dy.contiguous(), call.dropout, call.seed, None)
+        return pointwise_conv_backward(call._replace(dropout=0.0, dy=dy))
     weight = call.weight
     dp, dbias, dnorm_weight, dnorm_bias = _product_backward(call)
     dp, matrix = dp.view(-1, weight.shape[0]), weight.flatten(1)

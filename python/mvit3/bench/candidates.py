@@ -3,7 +3,8 @@
 The peers of a network of ours are the same network in plain PyTorch (plain.py), those of a host (timm, transformers)
 the host itself: eager in both layouts, torch.compile (frozen for inference; minutes to compile), ONNX Runtime and
 OpenVINO. Those two are for inference only and optional (`pip install .[bench]`). What a candidate computes, outputs in
-inference and gradients in training, is compared with eager before it is timed.
+inference and gradients in training, is compared with eager before it is timed. A network is trained with the dropouts
+of its recipe; they are off where gradients are compared, as peers have other masks.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ class Subject(NamedTuple):
     name: str
     host: str = ""  # "timm", "transformers"
 
-    def network(self) -> nn.Module:
+    def network(self, dropout: bool = False) -> nn.Module:
+        """With `dropout`, a network of ours has the rates of its recipe."""
         if self.host:
             return HOSTS[self.host].make(self.name)
-        return mvit3_kernels.create_model(self.name, drop_rate=0.0, proj_drop_rate=0.0)
+        rates = {} if dropout else {"drop_rate": 0.0, "proj_drop_rate": 0.0}
+        return mvit3_kernels.create_model(self.name, **rates)
 
 
 # What a candidate makes of a network in plain PyTorch and an example of its input, or of our network (the names that
@@ -149,9 +152,11 @@ HALF = {
     "eager_bfloat16": autocast,
     "compile_bfloat16": compiled_autocast,
     "openvino_bfloat16": openvino_bfloat16,
+    "ours_bfloat16": autocast,
     "ours_fused_bfloat16": fused_bfloat16,
 }
-INFERENCE_ONLY = ("onnxruntime", "openvino", *HALF)
+INFERENCE_ONLY = ("onnxruntime", "openvino", "openvino_bfloat16", "ours_fused_bfloat16")
+TRAINING_ONLY = ("ours_bfloat16",)
 # The layout of these candidates' input; the others take channels_last.
 NCHW = ("eager_nchw", "onnxruntime", "openvino", "openvino_bfloat16")
 
@@ -172,7 +177,7 @@ class Candidate:
 
     def __init__(self, candidate: str, subject: Subject, work: Work) -> None:
         torch.manual_seed(0)
-        network = subject.network().train(work.training)
+        network = subject.network(dropout=work.training).train(work.training)
         layout = torch.contiguous_format if candidate in NCHW else torch.channels_last
         x = torch.randn(work.batch, 3, work.side, work.side).contiguous(memory_format=layout)
         network = (network if candidate.startswith("ours") or subject.host else plain(network)).to(memory_format=layout)
@@ -196,9 +201,14 @@ class Candidate:
         if not self.training:
             with torch.inference_mode():
                 return self.run(self.x).flatten().clone()
+        rates = {module: module.p for module in self.network.modules() if isinstance(module, nn.Dropout)}
+        for module in rates:
+            module.p = 0.0
         F.cross_entropy(self.run(self.x), self.target).backward()
         gradients = torch.cat([p.grad.flatten() for p in self.network.parameters()])
         self.optimizer.zero_grad()
+        for module, rate in rates.items():
+            module.p = rate
         return gradients
 
 
@@ -207,7 +217,9 @@ def runs(candidate: str, subject: Subject, work: Work) -> bool:
     no `fuse`."""
     if candidate == "ours_fused":
         return bool(subject.host) or not work.training
-    return not (candidate == "ours" and subject.host) and not (work.training and candidate in INFERENCE_ONLY)
+    if candidate in ("ours", "ours_bfloat16") and subject.host:
+        return False
+    return candidate not in (INFERENCE_ONLY if work.training else TRAINING_ONLY)
 
 
 class Prepared(NamedTuple):
