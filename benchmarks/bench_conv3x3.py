@@ -2,8 +2,8 @@
 
     python benchmarks/bench_conv3x3.py [--json] [--quick] [--threads 2] [--bfloat16]
 
-"composed" is the same op as PyTorch's convolution and batch_norm_act: what runs where the kernel does not. "ours" is
-the kernel, also where the op leaves a call to the library, which the column "runs" tells. Results are held to twice
+"ours" is the op as it runs; the column "runs" tells whether that is the kernel, or PyTorch's convolution and
+batch_norm_act. "kernel" and "composed" are these two, forced: what the choice rests on. Results are held to twice
 eager's error, both against float64, before they are timed; SiLU, for a value on the other side of ReLU's kink by its
 last bit would have another gradient. The floor is the products of the taps inside of the map, at
 the rate of `torch.mm`; "inside" is their share of those that zero padding makes.
@@ -91,7 +91,12 @@ def case(dtype: torch.dtype, place: str, shape: tuple[int, ...], training: bool)
             "mode": mode(training),
             "runs": "library" if chosen is None else "ours",
         },
-        {"eager": lambda: step(eager, leaves, dy), "composed": lambda: forced(()), "ours": lambda: forced(always)},
+        {
+            "eager": lambda: step(eager, leaves, dy),
+            "composed": lambda: forced(()),
+            "kernel": lambda: forced(always),
+            "ours": lambda: step(op, leaves, dy),
+        },
         lambda: step(eager, {name: t.double() for name, t in leaves.items()}, dy),
         rounds=9,
         flops=(3 if training else 1) * 2 * 9 * share * batch * side * side * inputs * outputs,
