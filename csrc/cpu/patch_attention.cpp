@@ -63,7 +63,8 @@ class AttentionBackward {
   };
 
   // What the blocks of keys of a group share: operands of its queries and of the gradient of its outputs, its keys (its
-  // values behind them), what softmax's backward subtracts, the gradient of its queries, and memory for a block's copies.
+  // values behind them), what softmax's backward subtracts, the gradient of its queries, and memory for a block's
+  // copies.
   struct Group {
     int64_t group;
     Operand queries, grads;
@@ -127,7 +128,7 @@ class AttentionBackward {
           *rest = copies + copies_floats();
     E* const copy = tile_of<E>(copies);
     const Group of_group{
-        group, operand(queries, copy), operand(grads, copy + operand_size()), queries + g_.rows_floats(), deltas,
+        group,    operand(queries, copy),   operand(grads, copy + operand_size()), queries + g_.rows_floats(), deltas,
         dqueries, copy + 2 * operand_size()};
     for (int64_t i = 0; i < tokens; ++i) {  // the gradient of out times out: what softmax's backward subtracts
       Vec sum = 0.0f;
@@ -189,11 +190,9 @@ class AttentionBackward {
       else
         weigh<Vecs, false>(of, first, query, n, scores, dscores);
       fetch(ahead);
-      multiply_panel_into<E>(
-          dim, Vecs, across(of.grads.across, query, n, weights, kKeys), dvalues_t, kKeys, query > 0);
+      multiply_panel_into<E>(dim, Vecs, across(of.grads.across, query, n, weights, kKeys), dvalues_t, kKeys, query > 0);
       fetch(ahead);
-      multiply_panel_into<E>(
-          dim, Vecs, across(of.queries.across, query, n, dsteps, kKeys), dkeys_t, kKeys, query > 0);
+      multiply_panel_into<E>(dim, Vecs, across(of.queries.across, query, n, dsteps, kKeys), dkeys_t, kKeys, query > 0);
       fetch(ahead);
       for (int64_t c = 0; c < dim; c += kPanel)
         multiply_panel_into<E>(

@@ -41,10 +41,11 @@ Tensor separable_attention_inference(const InferenceArguments& a) {
   check_eps("eps", a.eps);
   const Tensor dense = torch::stable::contiguous(a.x), y = new_output(dense);
   const FloatMatrix out = a.linears.read_out(map);
-  const SeparableAttentionWeights weights(a.linears.read_qkv(map, a.norm), out, a.linears.out.bias);
+  const NormLinearParameters qkv = a.linears.read_qkv(map, a.norm);
   if (y.numel() == 0) return y;
   dispatch_dtype("x", dense, [&](auto type) {
     using T = decltype(type);
+    const SeparableAttentionWeights<T> weights(qkv, out, a.linears.out.bias);
     separable_attention(map, a.eps, a.per_sample, weights, data_of<T>(dense), mutable_data_of<T>(y));
   });
   return y;
@@ -94,12 +95,13 @@ std::array<Tensor, 6> separable_attention_forward(const ForwardArguments& a) {
   check_eps("eps", a.eps);
   const Tensor dense = torch::stable::contiguous(a.x), y = new_output(dense);
   const FloatMatrix out = a.linears.read_out(map);
-  const SeparableAttentionWeights weights(a.linears.read_qkv(map, a.norm), out, a.linears.out.bias);
+  const NormLinearParameters qkv = a.linears.read_qkv(map, a.norm);
   const SeparableAttentionDropout dropout(a.dropout);
   const KeptArguments kept = KeptArguments::empty(dense, map, a.per_sample);
   if (y.numel() > 0)
     dispatch_dtype("x", dense, [&](auto type) {
       using T = decltype(type);
+      const SeparableAttentionWeights<T> weights(qkv, out, a.linears.out.bias);
       separable_attention(
           map, a.eps, a.per_sample, weights, dropout, data_of<T>(dense), mutable_data_of<T>(y), kept.data());
     });
@@ -130,17 +132,18 @@ std::array<Tensor, 7> separable_attention_backward(const BackwardArguments& a) {
     return separable::backward(
         map, a.per_sample, qkv, out, dropout, data_of<T>(dy), data_of<T>(dense), mutable_data_of<T>(dx), kept.data());
   });
+  sums.finish();
   const Values dqkv_bias = add_up(sums.qkv_bias, 1 + 2 * map.channels), dout_bias = add_up(sums.out_bias, map.channels);
   const auto& [qkv_weight, qkv_bias] = a.linears.qkv;
   const auto& [out_weight, out_bias] = a.linears.out;
-  const NormLinearGradients gradients(qkv, sums.products(), dqkv_bias, qkv_weight);
+  const NormLinearGradients gradients(qkv, sums.qkv, dqkv_bias, qkv_weight);
   return {
       dx,
       write_channels(gradients.dnorm_weight, a.norm.weight),
       write_channels(gradients.dnorm_bias, a.norm.bias),
       gradients.dweight,
       write_bias(dqkv_bias, qkv_bias, qkv_weight),
-      write_weight("out_weight", sums.out.parts(), map.channels, map.channels, out_weight),
+      write_weight("out_weight", sums.out, map.channels, map.channels, out_weight),
       write_bias(dout_bias, out_bias, out_weight)};
 }
 

@@ -19,13 +19,15 @@ struct PatchedMap {
 };
 
 // The parameters, packed once for a version of them; the norm is part of score, key and value (identity C of the
-// design). The products of all tokens are made of E; keys meet a few means alone.
-template <typename E>
+// design). The products of all tokens are made of E, those of the values of V: a value that is rounded before ReLU may
+// change its sign, which costs its whole gradient. Keys meet a few means alone.
+template <typename E, typename V = E>
 struct SeparableAttentionWeightsOf {
   Scratch<float> score, key_bias, value_bias, out_bias;
   float score_bias;
   PackedWeight key;
-  PackedWeightOf<E> value, out;
+  PackedWeightOf<V> value;
+  PackedWeightOf<E> out;
 
   // `qkv` holds the score, the keys and the values, (1 + 2D, D); `out` is (D, D).
   SeparableAttentionWeightsOf(
@@ -37,9 +39,9 @@ struct SeparableAttentionWeightsOf {
       const std::optional<Tensor>& out_bias, int64_t channels);
 };
 
-// Of an op, whatever the type of its maps: a value that is rounded before ReLU may change its sign, which costs its
-// whole gradient.
-using SeparableAttentionWeights = SeparableAttentionWeightsOf<float>;
+// Of an op whose maps are T.
+template <typename T>
+using SeparableAttentionWeights = SeparableAttentionWeightsOf<Multiplied<T>, float>;
 
 // What the forward pass leaves for the backward pass, with L = lanes: mean and 1 / deviation of each sample or token;
 // the softmax of the scores (samples, positions, patches), null where nobody wants it; and for each position the
@@ -56,21 +58,22 @@ struct SeparableAttentionDropout {
       : score("attention_dropout", a.first, a.seed, 0), output("output_dropout", a.output, a.seed, 1) {}
 };
 
-// For float, BFloat16 and Float16; for float also of products of BFloat16. Allocates nothing after the first call of a
-// size.
-template <typename T, typename E>
+// For float, BFloat16 and Float16 as an op has them; for float also of products of BFloat16. Allocates nothing after
+// the first call of a size.
+template <typename T, typename E, typename V>
 void separable_attention(
-    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights,
+    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E, V>& weights,
     const SeparableAttentionDropout& dropout, const T* x, T* y, const SeparableAttentionKept& kept);
 
 // The same where no backward pass follows.
-template <typename T, typename E>
+template <typename T, typename E, typename V>
 void separable_attention(
-    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights, const T* x,
+    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E, V>& weights, const T* x,
     T* y);
 
 // The parallel loops of such a call.
-template <typename E>
-std::vector<Region> separable_attention_regions(const PatchedMap& map, const SeparableAttentionWeightsOf<E>& weights);
+template <typename E, typename V>
+std::vector<Region> separable_attention_regions(
+    const PatchedMap& map, const SeparableAttentionWeightsOf<E, V>& weights);
 
 }  // namespace mvit3

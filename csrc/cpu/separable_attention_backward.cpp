@@ -6,10 +6,13 @@
 namespace mvit3::separable {
 namespace {
 
-// The weights as the backward pass reads them; the norm is folded into those of qkv.
+// The weights as the backward pass reads them; the norm is folded into those of qkv. As in the forward pass the values
+// are products of float, and the other products of all tokens are made of E.
+template <typename E>
 struct BackwardWeights {
   Scratch<float> score, key_bias, value_bias;
-  PackedWeight value, value_back, key_back, out_back;
+  PackedWeight value, key_back;
+  PackedWeightOf<E> value_back, out_back;
 
   BackwardWeights(const NormLinearParameters& qkv, const FloatMatrix& out)
       : BackwardWeights(qkv, qkv.scale().data(), qkv.folded_bias().data(), out.data(), qkv.inputs) {}
@@ -18,16 +21,19 @@ struct BackwardWeights {
   BackwardWeights(const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out, int64_t d)
       : score(folded_score(qkv)), key_bias(segment(bias + 1, d)), value_bias(segment(bias + 1 + d, d)),
         value(PackedWeight::rows(value_rows(qkv), d, d, d, scale)),
-        value_back(PackedWeight::columns(value_rows(qkv), d, d, d, scale)),
-        key_back(PackedWeight::columns(key_rows(qkv), d, d, d, scale)), out_back(PackedWeight::columns(out, d, d, d)) {}
+        key_back(PackedWeight::columns(key_rows(qkv), d, d, d, scale)),
+        value_back(PackedWeightOf<E>::columns(value_rows(qkv), d, d, d, scale)),
+        out_back(PackedWeightOf<E>::columns(out, d, d, d)) {}
 };
 
 template <typename T>
 class Backward {
+  using E = Multiplied<T>;
+
  public:
   Backward(
-      const PatchedMap& map, bool per_sample, const BackwardWeights& weights, const SeparableAttentionDropout& dropout,
-      const T* dy, const T* x, T* dx, const SeparableAttentionKept& kept)
+      const PatchedMap& map, bool per_sample, const BackwardWeights<E>& weights,
+      const SeparableAttentionDropout& dropout, const T* dy, const T* x, T* dx, const SeparableAttentionKept& kept)
       : map_(map), normed_(x, Tokens(map.samples, map.tokens(), map.channels), per_sample, kept.mean, kept.rstd),
         weights_(weights), dropout_(dropout), dy_(dy), dx_(dx), kept_(kept), places_(places_of(map)),
         plan_(map, count_parts(Plan::products(map), Plan::kLeastProducts)),
@@ -62,10 +68,12 @@ class Backward {
   // The five products: the values again, and the gradients through W_o and W_v with those of the two weights.
   void multiply_back(const Task& task) {
     const int64_t lanes = map_.lanes(), channels = map_.channels, positions = map_.positions();
-    const int64_t tile_rows = std::clamp<int64_t>(kTileFloats / (4 * lanes), 1, kTileRows);
-    float *normal = workspace((4 * tile_rows + positions) * lanes), *value = normal + tile_rows * lanes,
-          *grad = value + tile_rows * lanes;
-    float *dvalue = grad + tile_rows * lanes, *sums = dvalue + tile_rows * lanes;
+    const int64_t tile_rows = std::clamp<int64_t>(kTileFloats / (4 * lanes), 1, kTileRows), tile = tile_rows * lanes;
+    float *normal = workspace(4 * tile + positions * lanes), *value = normal + tile, *dvalue = value + tile,
+          *sums = dvalue + 2 * tile;
+    // operands of products: in the place of the floats that they are made of, which are read before
+    E *grad = tile_of<E>(dvalue + tile), *normals = tile_of<E>(normal), *attended = tile_of<E>(value),
+      *dvalues = tile_of<E>(dvalue);
     const float *contexts = kept_.context + task.sample * positions * lanes, *bias = weights_.value_bias.data();
     const uint32_t key = dropout_.output.key(task.sample);
     std::fill_n(dcontext(task.index), positions * lanes, 0.0f);
@@ -73,33 +81,33 @@ class Backward {
       const int64_t count = std::min(tile_rows, task.rows.end - first);
       normed_.normalise_again(row(task, first), count, normal, lanes);
       multiply_into(normal, lanes, count, weights_.value, value, lanes);
-      load_rows(dy_ + row(task, first) * channels, channels, count, channels, grad, lanes);
-      if (dropout_.output.active())
-        for (int64_t r = 0; r < count; ++r)
-          for (int64_t c = 0; c < lanes; c += kLanes) {
-            float* p = grad + r * lanes + c;
-            store(p, load(p) * dropout_.output(key, (first + r) * channels + c));
-          }
+      if constexpr (!std::is_same_v<E, float>) load_rows(normal, lanes, count, lanes, normals, lanes);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < channels; c += kLanes) {
+          Vec dy = load_some(dy_ + (row(task, first) + r) * channels + c, channels - c);
+          if (dropout_.output.active()) dy = dy * dropout_.output(key, (first + r) * channels + c);
+          store(grad + r * lanes + c, dy);
+        }
       multiply_into(grad, lanes, count, weights_.out_back, dvalue, lanes);
       std::fill_n(sums, positions * lanes, 0.0f);
       for (int64_t r = 0; r < count; ++r) {
         const float* context = contexts + places_[first + r].position * lanes;
         float* sum = sums + places_[first + r].position * lanes;
         for (int64_t c = 0; c < lanes; c += kLanes) {
-          float *v = value + r * lanes + c, *dv = dvalue + r * lanes + c;
-          const Vec active = activate<kRelu>(load(v) + load(bias + c)), dattended = load(dv), scale = load(context + c);
+          const int64_t at = r * lanes + c;
+          const Vec active = activate<kRelu>(load(value + at) + load(bias + c)), dattended = load(dvalue + at),
+                    scale = load(context + c);
           store(sum + c, fma(dattended, active, load(sum + c)));
-          store(v, active * scale);
-          store(dv, activate_backward<kRelu>(active, dattended * scale));
+          store(attended + at, active * scale);
+          store(dvalues + at, activate_backward<kRelu>(active, dattended * scale));
         }
       }
       for (int64_t p = 0; p < positions; ++p)
         add_scaled(dcontext(task.index) + p * lanes, 1.0f, sums + p * lanes, 1.0f, lanes);
-      sums_.out.add(task.part, {grad, lanes}, {value, lanes}, count);
-      sums_.add_value(task.part, dvalue, normal, count);
+      sums_.add(task.part, grad, attended, dvalues, normals, count);
       add_columns(grad, lanes, count, channels, sums_.out_bias[task.part].data());
-      add_columns(dvalue, lanes, count, channels, sums_.qkv_bias[task.part].data() + 1 + channels);
-      multiply_into(dvalue, lanes, count, weights_.value_back, dnormal(task, first), lanes);
+      add_columns(dvalues, lanes, count, channels, sums_.qkv_bias[task.part].data() + 1 + channels);
+      multiply_into(dvalues, lanes, count, weights_.value_back, dnormal(task, first), lanes);
     }
   }
 
@@ -239,7 +247,7 @@ class Backward {
 
   const PatchedMap& map_;
   const NormedMap<T> normed_;
-  const BackwardWeights& weights_;
+  const BackwardWeights<E>& weights_;
   const SeparableAttentionDropout& dropout_;
   const T* dy_;
   T* dx_;
@@ -259,7 +267,7 @@ Sums backward(
     const PatchedMap& map, bool per_sample, const NormLinearParameters& qkv, const FloatMatrix& out,
     const SeparableAttentionDropout& dropout, const T* dy, const T* x, T* dx, const SeparableAttentionKept& kept) {
   if (map.samples * map.tokens() == 0) return Sums(1, map.channels, map.lanes());
-  const BackwardWeights weights(qkv, out);
+  const BackwardWeights<Multiplied<T>> weights(qkv, out);
   return Backward<T>(map, per_sample, weights, dropout, dy, x, dx, kept).run();
 }
 

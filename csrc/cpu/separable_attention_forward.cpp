@@ -20,11 +20,11 @@ bool attends_by_products(const PatchedMap& map, const Plan& plan) {
   return !plan.whole() && map.samples * map.tokens() < kBlockRows * torch::stable::get_num_threads();
 }
 
-template <typename T, typename E>
+template <typename T, typename E, typename V>
 class Forward {
  public:
   Forward(
-      const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights,
+      const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E, V>& weights,
       const SeparableAttentionDropout& dropout, const T* x, T* y, const SeparableAttentionKept& kept)
       : map_(map), normed_(x, Tokens(map.samples, map.tokens(), map.channels), per_sample, kept.mean, kept.rstd),
         eps_(eps), weights_(weights), dropout_(dropout), y_(y), kept_(kept), places_(places_of(map)),
@@ -183,7 +183,8 @@ class Forward {
   void attend(const Task& task) const {
     const int64_t lanes = map_.lanes();
     float* product = workspace(2 * kTileRows * lanes);  // in the place of the normalised rows, when they were read
-    E *tile = tile_of<E>(product), *attended = tile_of<E>(product + kTileRows * lanes);
+    V* tile = tile_of<V>(product);
+    E* attended = tile_of<E>(product + kTileRows * lanes);
     for (int64_t first = task.rows.begin; first < task.rows.end; first += kTileRows) {
       const int64_t count = std::min(kTileRows, task.rows.end - first);
       multiply_values(row(task, first), count, weights_.value.panels(), tile, attended);
@@ -195,7 +196,7 @@ class Forward {
   void attend_by_products() const {
     const int64_t lanes = map_.lanes(), rows = map_.samples * map_.tokens();
     for_each_block_tile(rows, weights_.value, [&](int64_t first, int64_t count, Range panels) {
-      multiply_values(first, count, panels, tile_of<E>(workspace(kTileRows * lanes)), attended_ + first * lanes);
+      multiply_values(first, count, panels, tile_of<V>(workspace(kTileRows * lanes)), attended_ + first * lanes);
     });
     for_each_block_tile(rows, weights_.out, [&](int64_t first, int64_t count, Range panels) {
       multiply_out(first, count, panels, attended_ + first * lanes, workspace(kTileRows * lanes));
@@ -203,7 +204,7 @@ class Forward {
   }
 
   // ReLU(W_v n + b_v) * context of rows of all samples, from `first` on; `tile` takes the normalised rows.
-  void multiply_values(int64_t first, int64_t count, Range panels, E* tile, E* attended) const {
+  void multiply_values(int64_t first, int64_t count, Range panels, V* tile, E* attended) const {
     const int64_t lanes = map_.lanes(), tokens = map_.tokens();
     const float* contexts[kTileRows];
     for (int64_t r = 0; r < count; ++r) {
@@ -237,7 +238,7 @@ class Forward {
   const PatchedMap& map_;
   const NormedMap<T> normed_;
   double eps_;
-  const SeparableAttentionWeightsOf<E>& weights_;
+  const SeparableAttentionWeightsOf<E, V>& weights_;
   const SeparableAttentionDropout& dropout_;
   T* y_;
   const SeparableAttentionKept& kept_;
@@ -252,32 +253,32 @@ class Forward {
 }  // namespace
 }  // namespace separable
 
-template <typename E>
-SeparableAttentionWeightsOf<E>::SeparableAttentionWeightsOf(
+template <typename E, typename V>
+SeparableAttentionWeightsOf<E, V>::SeparableAttentionWeightsOf(
     const NormLinearParameters& qkv, const FloatMatrix& out, const std::optional<Tensor>& out_bias)
     : SeparableAttentionWeightsOf(qkv, qkv.scale().data(), qkv.folded_bias().data(), out.data(), out_bias, qkv.inputs) {
 }
 
-template <typename E>
-SeparableAttentionWeightsOf<E>::SeparableAttentionWeightsOf(
+template <typename E, typename V>
+SeparableAttentionWeightsOf<E, V>::SeparableAttentionWeightsOf(
     const NormLinearParameters& qkv, const float* scale, const float* bias, const float* out_weight,
     const std::optional<Tensor>& out_bias, int64_t d)
     : score(separable::folded_score(qkv)), key_bias(separable::segment(bias + 1, d)),
       value_bias(separable::segment(bias + 1 + d, d)), out_bias(read_vector("out_bias", out_bias, d)),
       score_bias(bias[0]), key(PackedWeight::rows(separable::key_rows(qkv), d, d, d, scale)),
-      value(PackedWeightOf<E>::rows(separable::value_rows(qkv), d, d, d, scale)),
+      value(PackedWeightOf<V>::rows(separable::value_rows(qkv), d, d, d, scale)),
       out(PackedWeightOf<E>::rows(out_weight, d, d, d)) {}
 
-template <typename T, typename E>
+template <typename T, typename E, typename V>
 void separable_attention(
-    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights,
+    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E, V>& weights,
     const SeparableAttentionDropout& dropout, const T* x, T* y, const SeparableAttentionKept& kept) {
-  separable::Forward<T, E>(map, eps, per_sample, weights, dropout, x, y, kept).run();
+  separable::Forward<T, E, V>(map, eps, per_sample, weights, dropout, x, y, kept).run();
 }
 
-template <typename T, typename E>
+template <typename T, typename E, typename V>
 void separable_attention(
-    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E>& weights, const T* x,
+    const PatchedMap& map, double eps, bool per_sample, const SeparableAttentionWeightsOf<E, V>& weights, const T* x,
     T* y) {
   const int64_t statistics = map.samples * (per_sample ? 1 : map.tokens()),
                 context = map.samples * map.positions() * map.lanes();
@@ -288,8 +289,9 @@ void separable_attention(
   separable_attention(map, eps, per_sample, weights, none, x, y, {mean, rstd, nullptr, pooled, pooled + context});
 }
 
-template <typename E>
-std::vector<Region> separable_attention_regions(const PatchedMap& map, const SeparableAttentionWeightsOf<E>& weights) {
+template <typename E, typename V>
+std::vector<Region> separable_attention_regions(
+    const PatchedMap& map, const SeparableAttentionWeightsOf<E, V>& weights) {
   using namespace separable;
   const Plan plan = plan_of(map);
   const int64_t walk = map.channels * kPoolOperations, products = 2 * map.channels * map.lanes();
@@ -309,23 +311,25 @@ std::vector<Region> separable_attention_regions(const PatchedMap& map, const Sep
   return regions;
 }
 
-#define MVIT3_SEPARABLE_ATTENTION(T, E)                                                                         \
-  template void separable_attention(                                                                            \
-      const PatchedMap&, double, bool, const SeparableAttentionWeightsOf<E>&, const SeparableAttentionDropout&, \
-      const T*, T*, const SeparableAttentionKept&);                                                             \
-  template void separable_attention(                                                                            \
-      const PatchedMap&, double, bool, const SeparableAttentionWeightsOf<E>&, const T*, T*);
-template struct SeparableAttentionWeightsOf<float>;
-template std::vector<Region> separable_attention_regions(const PatchedMap&, const SeparableAttentionWeights&);
-MVIT3_SEPARABLE_ATTENTION(float, float)
-MVIT3_SEPARABLE_ATTENTION(BFloat16, float)
-MVIT3_SEPARABLE_ATTENTION(Float16, float)
+#define MVIT3_WEIGHTS(E, V)                          \
+  template struct SeparableAttentionWeightsOf<E, V>; \
+  template std::vector<Region> separable_attention_regions(const PatchedMap&, const SeparableAttentionWeightsOf<E, V>&);
+#define MVIT3_SEPARABLE_ATTENTION(T, E, V)                                                                         \
+  template void separable_attention(                                                                               \
+      const PatchedMap&, double, bool, const SeparableAttentionWeightsOf<E, V>&, const SeparableAttentionDropout&, \
+      const T*, T*, const SeparableAttentionKept&);                                                                \
+  template void separable_attention(                                                                               \
+      const PatchedMap&, double, bool, const SeparableAttentionWeightsOf<E, V>&, const T*, T*);
+MVIT3_WEIGHTS(float, float)
+MVIT3_SEPARABLE_ATTENTION(float, float, float)
+MVIT3_SEPARABLE_ATTENTION(Float16, float, float)
+MVIT3_SEPARABLE_ATTENTION(BFloat16, Multiplied<BFloat16>, float)
 #if defined(__AVX512BF16__)
-template struct SeparableAttentionWeightsOf<BFloat16>;
-template std::vector<Region> separable_attention_regions(
-    const PatchedMap&, const SeparableAttentionWeightsOf<BFloat16>&);
-MVIT3_SEPARABLE_ATTENTION(float, BFloat16)
+MVIT3_WEIGHTS(BFloat16, float)
+MVIT3_WEIGHTS(BFloat16, BFloat16)
+MVIT3_SEPARABLE_ATTENTION(float, BFloat16, BFloat16)
 #endif
 #undef MVIT3_SEPARABLE_ATTENTION
+#undef MVIT3_WEIGHTS
 
 }  // namespace mvit3

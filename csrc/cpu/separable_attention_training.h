@@ -131,39 +131,47 @@ inline const float* value_rows(const NormLinearParameters& qkv) {
 // The parameters' gradients, one accumulator a part.
 struct Sums {
   int64_t channels, lanes;
-  std::vector<Scratch<float>> qkv;  // (1 + 2D, L) of the folded weight: score, keys, values
-  OuterSums out;
+  std::vector<Scratch<float>> qkv, out;  // (1 + 2D, L) of the folded weight, score, keys, values; (D, L)
   std::vector<Scratch<double>> score, qkv_bias, out_bias;
   std::vector<char> begun;  // whether a part has values yet: the first product is written, not added
 
   Sums(int64_t parts, int64_t channels, int64_t lanes)
-      : channels(channels), lanes(lanes), out(parts, channels, lanes), score(accumulators<double>(parts, lanes)),
+      : channels(channels), lanes(lanes), score(accumulators<double>(parts, lanes)),
         qkv_bias(accumulators<double>(parts, 1 + 2 * channels + kLanes)), out_bias(accumulators<double>(parts, lanes)),
         begun(parts, false) {
     for (int64_t i = 0; i < parts; ++i) {
       qkv.emplace_back((1 + 2 * channels) * lanes);
       std::fill_n(qkv[i].data(), (1 + channels) * lanes, 0.0f);
+      out.emplace_back(channels * lanes);
     }
   }
+
+  float* values(int64_t part) { return qkv[part].data() + (1 + channels) * lanes; }
 
   void add_key(int64_t part, const float* grads, const float* pooled, int64_t rows) {
     add_outer(grads, lanes, channels, pooled, lanes, lanes, rows, qkv[part].data() + lanes, lanes);
   }
 
-  void add_value(int64_t part, const float* grads, const float* normal, int64_t rows) {
-    add_outer(
-        grads, lanes, channels, normal, lanes, lanes, rows, qkv[part].data() + (1 + channels) * lanes, lanes,
-        begun[part]);
+  // Of W_o, from the gradient of its outputs and its inputs, and of W_v from the same.
+  template <typename E>
+  void add(int64_t part, const E* grads, const E* attended, const E* dvalue, const E* normal, int64_t rows) {
+    const auto outer = [&](const E* a, const E* b, float* sums) {
+      add_outer_rows<E>({a, lanes}, channels, {b, lanes}, lanes, rows, sums, lanes, begun[part]);
+    };
+    outer(grads, attended, out[part].data());
+    outer(dvalue, normal, values(part));
     begun[part] = true;
   }
 
-  // The folded weight's gradient of all parts.
-  const std::vector<Scratch<float>>& products() {
+  // Completes the gradients of all parts.
+  void finish() {
     const Values all = add_up(score, channels);
     std::transform(all.begin(), all.end(), qkv[0].data(), [](double v) { return float(v); });
-    for (size_t i = 0; i < qkv.size(); ++i)
-      if (!begun[i]) std::fill_n(qkv[i].data() + (1 + channels) * lanes, channels * lanes, 0.0f);
-    return qkv;
+    for (size_t i = 0; i < qkv.size(); ++i) {
+      if (begun[i]) continue;
+      std::fill_n(values(i), channels * lanes, 0.0f);
+      std::fill_n(out[i].data(), channels * lanes, 0.0f);
+    }
   }
 };
 

@@ -181,6 +181,24 @@ void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E*
   rows_in_steps(x, stride, rows, columns, out, lanes_of(columns));
 }
 
+// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `count` rows. `b_columns` are whole vectors.
+template <typename E>
+void add_outer_rows(
+    const RowsOf<E>& a, int64_t a_columns, const RowsOf<E>& b, int64_t b_columns, int64_t count, float* out,
+    int64_t out_stride, bool add) {
+  if constexpr (std::is_same_v<E, float>) {
+    add_outer(a.data, a.stride, a_columns, b.data, b.stride, b_columns, count, out, out_stride, add);
+  } else {
+    constexpr int64_t kDepth = Dot<E>::kDepth;
+    const int64_t lanes = lanes_of(a_columns), steps = (count + kDepth - 1) / kDepth;
+    E* a_steps = tile_of<E>(workspace<2>(steps * (lanes + b_columns)));
+    E* b_steps = a_steps + steps * kDepth * lanes;
+    rows_in_steps(a.data, a.stride, count, a_columns, a_steps);
+    rows_in_steps(b.data, b.stride, count, b_columns, b_steps);
+    add_outer(a_steps, lanes * kDepth, a_columns, b_steps, b_columns * kDepth, b_columns, steps, out, out_stride, add);
+  }
+}
+
 // Sums of products a^T b over the rows of tiles, one a part: the gradient of a weight. The first product of a part is
 // written, not added, so that nothing is cleared.
 template <typename E>
@@ -193,19 +211,7 @@ class OuterSumsOf {
   }
 
   void add(int64_t part, const RowsOf<E>& a, const RowsOf<E>& b, int64_t count) {
-    float* sums = sums_[part].data();
-    if constexpr (std::is_same_v<E, float>) {
-      add_outer(a.data, a.stride, columns_, b.data, b.stride, stride_, count, sums, stride_, begun_[part]);
-    } else {
-      constexpr int64_t kDepth = Dot<E>::kDepth;
-      const int64_t lanes = lanes_of(columns_), steps = (count + kDepth - 1) / kDepth;
-      E* a_steps = tile_of<E>(workspace<2>(steps * (lanes + stride_)));
-      E* b_steps = a_steps + steps * kDepth * lanes;
-      rows_in_steps(a.data, a.stride, count, columns_, a_steps);
-      rows_in_steps(b.data, b.stride, count, stride_, b_steps);
-      add_outer(
-          a_steps, lanes * kDepth, columns_, b_steps, stride_ * kDepth, stride_, steps, sums, stride_, begun_[part]);
-    }
+    add_outer_rows(a, columns_, b, stride_, count, sums_[part].data(), stride_, begun_[part]);
     begun_[part] = true;
   }
 
