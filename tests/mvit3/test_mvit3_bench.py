@@ -132,3 +132,14 @@ def test_memory_of_a_step():
     """More than gradients and optimiser state, which are three times the parameters."""
     weights = 4 * sum(p.numel() for p in Subject("mobilevitv3_xxs").network().parameters()) / 2**20
     assert 3 * weights < candidates.step_memory("ours", Subject("mobilevitv3_xxs"), Work("training", 8, 128, 1)) < 400
+
+
+def test_training_under_autocast():
+    """Our gradients are compared, and err less than eager's; dropouts are off for that and on for the steps."""
+    names = ("ours", "ours_fused", "eager_bfloat16", "ours_bfloat16", "ours_fused_bfloat16")
+    found = candidates.prepare(Subject("mobilevitv3_xxs"), Work("training", 4, 64, 1), names)
+    assert list(found.right) == ["ours", "eager_bfloat16", "ours_bfloat16"]
+    assert 1e-3 < found.errors["ours_bfloat16"] < found.errors["eager_bfloat16"]
+    rates = [m.p for m in found.right["ours_bfloat16"].network.modules() if isinstance(m, torch.nn.Dropout)]
+    assert sum(rates) > 0
+    found.right["ours_bfloat16"].step()

@@ -28,6 +28,7 @@ from .plain import plain
 
 BOUND = 2e-3  # of the norm of the output or of the gradients: float32 through 50 layers, in another order
 HALF_BOUND = 7e-2  # the same for candidates that round to bfloat16: twice what eager autocast errs with fresh weights
+HALF_GRADIENTS = 0.19  # the same for gradients
 TRUTH = "eager_nchw"  # what all are compared with
 Run = Callable[[Tensor], Tensor]
 
@@ -261,7 +262,8 @@ def prepare(
             failed[c] = error
     truth = results[TRUTH]
     errors = {c: float((result.float() - truth).norm() / truth.norm()) for c, result in results.items()}
-    wrong = {c: error for c, error in errors.items() if not error < (HALF_BOUND if c in HALF else BOUND)}
+    half = HALF_GRADIENTS if work.training else HALF_BOUND
+    wrong = {c: error for c, error in errors.items() if not error < (half if c in HALF else BOUND)}
     right = {c: candidate for c, candidate in found.items() if c in names and c in errors and c not in wrong}
     return Prepared(right, errors, wrong, failed, built, first)
 
