@@ -30,24 +30,27 @@ void drop(const Tensor& x, const T* in, const T* residual, T* y, const Dropout& 
   });
 }
 
+// The same of tensors; `name` is that of the argument x.
+Tensor drop(
+    const char* name, const Tensor& x, double p, const OptionalTensor& seed, const std::optional<Tensor>& residual) {
+  check_map(name, x);
+  const Dropout dropout("p", p, seed, 0);
+  const Tensor dense = torch::stable::contiguous(x),
+               added = residual ? contiguous_like("residual", *residual, x) : dense, y = new_output(dense);
+  dispatch_dtype(name, dense, [&](auto type) {
+    using T = decltype(type);
+    drop(dense, data_of<T>(dense), residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), dropout);
+  });
+  return y;
+}
+
 struct ForwardArguments {
   Tensor x;
   double p;
   OptionalTensor seed, residual;
 };
 
-Tensor dropout_forward(const ForwardArguments& a) {
-  check_map("x", a.x);
-  return dispatch_dtype("x", a.x, [&](auto type) {
-    using T = decltype(type);
-    const Dropout dropout("p", a.p, a.seed, 0);
-    const Tensor x = torch::stable::contiguous(a.x);
-    const Tensor residual = a.residual ? contiguous_like("residual", *a.residual, a.x) : x;
-    Tensor y = new_output(x);
-    drop(x, data_of<T>(x), a.residual ? data_of<T>(residual) : nullptr, mutable_data_of<T>(y), dropout);
-    return y;
-  });
-}
+Tensor dropout_forward(const ForwardArguments& a) { return drop("x", a.x, a.p, a.seed, a.residual); }
 
 struct BackwardArguments {
   Tensor dy;
@@ -55,17 +58,7 @@ struct BackwardArguments {
   OptionalTensor seed;
 };
 
-Tensor dropout_backward(const BackwardArguments& a) {
-  check_map("dy", a.dy);
-  return dispatch_dtype("dy", a.dy, [&](auto type) {
-    using T = decltype(type);
-    const Dropout dropout("p", a.p, a.seed, 0);
-    const Tensor dy = torch::stable::contiguous(a.dy);
-    Tensor dx = new_output(dy);
-    drop<T>(dy, data_of<T>(dy), nullptr, mutable_data_of<T>(dx), dropout);
-    return dx;
-  });
-}
+Tensor dropout_backward(const BackwardArguments& a) { return drop("dy", a.dy, a.p, a.seed, std::nullopt); }
 
 }  // namespace
 }  // namespace mvit3
