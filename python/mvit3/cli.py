@@ -1,4 +1,5 @@
-"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `export`, `models`, `bench` and `demo`."""
+"""The command line: `mvit3 train`, `finetune`, `evaluate`, `predict`, `export`, `models`, `bench`, `report`
+and `demo`."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from .errors import Failure
 from .names import task_of
 from .options import UsageError, form, nearest, nearest_options
 from .parser import COMMANDS, EVERYTHING, Parser
+from .results.command import report
 from .screen import plain
 from .signals import INTERRUPTED
 from .streams import BROKEN_PIPE, guarded
@@ -382,6 +384,8 @@ def _main(argv: Sequence[str]) -> int:
             print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
             return 0
         _check_folders(config, COMMANDS[name].parts)
+        if not COMMANDS[name].torch:
+            return report(args)
         _loading(args)
         from . import commands  # loads PyTorch and all that stands on it
 

@@ -23,6 +23,7 @@ class Command:
     parts: tuple[str, ...] = ()  # of the data that it reads
     recipe: str = ""  # where it begins
     checkpoint: bool = False
+    torch: bool = True  # whether it needs PyTorch, which takes seconds to load
     extra: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
@@ -88,6 +89,11 @@ BENCH = {
     "--no_memory": {"action": "store_true", "help": "no peak memory, which takes a process for each candidate"},
     "--output": {"default": None, "help": "a JSON file of the results, written after each network"},
 }
+REPORT = {
+    "files": {"nargs": "+", "help": "JSON files of mvit3 bench, of benchmarks/results, or of pytest benchmarks/"},
+    "--output": {"default": None, "help": "the page (default: report.html)"},
+    "--png": {"default": None, "help": "a folder for pictures of the page, which need Chromium"},
+}
 EVERYTHING = (
     "model",
     "data",
@@ -139,6 +145,7 @@ COMMANDS = {
         "networks with their parameters, multiplications and input", (), extra={"--size": SIZE, "names": NAMES}
     ),
     "bench": Command("time whole networks on this machine's CPU beside what could be run instead", (), extra=BENCH),
+    "report": Command("a page of charts and tables from files of benchmark results", (), extra=REPORT, torch=False),
     "demo": Command(
         "train on handwritten digits with reference and with fused ops, and compare",
         EVERYTHING,
@@ -167,7 +174,7 @@ class Parser(ArgumentParser):
         words = ["--checkpoint FILE"] * own.checkpoint + ["[--config RECIPE] [--section.key VALUE ...]"] * bool(
             own.sections
         )
-        words += [f"{word} ..." for word in ("images", "[names]") if word.strip("[]") in own.extra]
+        words += [f"{word} ..." for word in ("images", "[names]", "files") if word.strip("[]") in own.extra]
         super().__init__(
             prog=f"mvit3 {name}",
             description=own.help + (short if own.sections else "."),

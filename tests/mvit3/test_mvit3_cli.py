@@ -120,7 +120,7 @@ def test_output_that_cannot_be_a_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "a command is needed: train, finetune, evaluate, predict, export, models, bench, demo"),
+    ([], "a command is needed: train, finetune, evaluate, predict, export, models, bench, report, demo"),
     (["trian"], "the nearest is train"),
     (["evaluate"], "checkpoint"),
     (["predict", "--checkpoint", "x"], "images"),

@@ -1,0 +1,85 @@
+"""`mvit3 report`: one HTML page from files of benchmark results, and pictures of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import Failure
+from ..options import UsageError
+from .browser import browser, chromium
+from .page import page
+from .reading import read_all
+from .sections import agreement
+
+PAGE = "report.html"
+
+
+class Shot(NamedTuple):
+    """A picture of the top of the page."""
+
+    name: str
+    width: int
+    height: int
+    dark: bool
+
+
+SHOTS = (Shot("report.png", 1440, 1180, False), Shot("report-phone.png", 390, 1180, True))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Writes the page, and the pictures where `args.png` names a folder; all files are read, and all is made, before
+    anything is written.
+
+    Raises:
+        UsageError: an output that cannot be. Failure: a file that is no result, or no Chromium for the pictures.
+    """
+    output, folder = Path(args.output or PAGE), args.png and Path(args.png)
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder")
+    if folder and folder.exists() and not folder.is_dir():
+        raise UsageError(f"--png {folder} is a file; it must be a folder")
+    sources = read_all([Path(name) for name in args.files])
+    text = page(sources)
+    taken = pictures(text) if folder else {}
+    replace(output, text.encode())
+    for name, picture in taken.items():
+        replace(folder / name, picture)
+    twice = agreement(sources)
+    told = {
+        "page": str(output),
+        "pictures": [str(folder / name) for name in taken],
+        "figures": {source.file: len(source.figures) for source in sources},
+        "twice": list(twice.notes) if twice else [],
+    }
+    if args.json:
+        print(json.dumps(told, indent=1))
+    else:
+        print("\n".join([*told["twice"], told["page"], *told["pictures"]]))
+    return 0
+
+
+def pictures(text: str) -> dict[str, bytes]:
+    """PNGs of a page, by name."""
+    if chromium() is None:
+        raise Failure("--png needs Chromium, which is not there (Debian: apt-get install chromium)")
+    with tempfile.TemporaryDirectory() as folder, browser() as running:
+        file = Path(folder) / PAGE
+        file.write_text(text, encoding="utf-8")
+        found = {}
+        for shot in SHOTS:
+            running.show(file, shot.width, shot.height, shot.dark)
+            found[shot.name] = running.picture()
+        return found
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Whoever reads finds the old file or the new one, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -1,0 +1,351 @@
+"""Files of benchmark results, as figures of one form.
+
+A figure is one candidate on one piece of work: a network, an op, or a step that a model of a GPU predicts. Every reader
+takes a whole file or none of it: what is not understood is an error that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import Failure
+
+ALLOWED = (
+    "allowed are results of `mvit3 bench --output`, those in benchmarks/results, and those of "
+    "`pytest benchmarks/ --benchmark-json`"
+)
+SCHEMA = 1  # of bench/measure.py
+NETWORKS = ("models", "dense", "hosts")  # documents with a row for each network and a column for each candidate
+# Candidates that have two names.
+SAME = {
+    "eager": "eager_nchw",
+    "channels_last": "eager_channels_last",
+    "fused": "ours_fused",
+}
+NO_CANDIDATE = ("floor", "mm")  # columns of milliseconds that are limits
+# Columns of an op's row that say what was found, not what was done.
+FOUND = ("mode", "dtype", "op", "ratio", "best_ratio", "of_floor", "of_copy", "gflop_s", "gb_s", "error", "runs")
+ORDER = ("mvit3 bench", "bench_models.py", "bench_hosts.py", "bench_dense.py", "bench_training.py")
+# What the model of a GPU calls a candidate, and how it is measured.
+PREDICTED = {"eager": "eager_channels_last", "compile": "compile", "ours": "ours", "ours_graph": "ours_graph"}
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One candidate on one piece of work: milliseconds of a call, and what else is known of it.
+
+    Attributes:
+        kind: "network", "op", or "gpu".
+        work: "training", "inference" or "evaluation"; of an op, training is forward and backward.
+        case: batch and size, or the shape.
+        low, high: 20th and 80th percentile, of pytest-benchmark the quartiles.
+        of_floor: the least that any method takes, as a share of the time.
+        result: "right", "WRONG", "failed: " with the reason, or "predicted".
+    """
+
+    file: str
+    kind: str
+    name: str
+    work: str
+    case: str
+    candidate: str
+    ms: float | None
+    dtype: str = "float32"
+    batch: int | None = None
+    side: int | None = None
+    low: float | None = None
+    high: float | None = None
+    memory_mib: float | None = None
+    gflop_s: float | None = None
+    gb_s: float | None = None
+    of_floor: float | None = None
+    error: float | None = None
+    result: str = "right"
+
+    @property
+    def ours(self) -> bool:
+        return self.candidate.startswith(("ours", "own"))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What candidates that can be compared have in common."""
+        return self.kind, self.name, self.work, self.case
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file: what wrote it, facts about the machine, its figures, and a remark where it has no more to show."""
+
+    file: str
+    what: str
+    machine: Row = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+    remark: str = ""
+
+
+def number(row: Row, name: str) -> float | None:
+    """A finite number; None where there is none. ValueError for anything else."""
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, str):  # errors are written with two digits
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return value
+
+
+def time(row: Row, name: str) -> float | None:
+    value = number(row, name)
+    if value is not None and value <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return value
+
+
+def at(row: Row) -> str:
+    classes = f", {row['classes']} classes" if "classes" in row else ""
+    return f"batch {row['batch']} at {row['side']}{classes}"
+
+
+def of_bench(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
+    """A row for each network and candidate."""
+    for row in rows:
+        host = f"{row['host']}/" if row["host"] else ""
+        ms = time(row, "median_ms")
+        if (row["result"] == "right") != (ms is not None):
+            raise ValueError(f"{row['candidate']} on {row['network']} is {row['result']} with median_ms {ms}")
+        yield Figure(
+            file,
+            "network",
+            host + row["network"],
+            row["work"],
+            at(row),
+            SAME.get(row["candidate"], row["candidate"]),
+            ms,
+            row["dtype"],
+            row["batch"],
+            row["side"],
+            time(row, "p20_ms"),
+            time(row, "p80_ms"),
+            memory_mib=number(row, "memory_mib"),
+            error=number(row, "error"),
+            result=row["result"],
+        )
+
+
+def of_networks(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
+    for row in rows:
+        for candidate in candidates(row):
+            yield Figure(
+                file,
+                "network",
+                row.get("model") or row["network"],
+                row["work"],
+                at(row),
+                SAME.get(candidate, candidate),
+                time(row, f"{candidate}_ms"),
+                "bfloat16" if candidate.endswith("_bfloat16") else "float32",
+                row["batch"],
+                row["side"],
+                memory_mib=number(row, f"{candidate}_mib"),
+            )
+
+
+def of_training(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
+    """Steps of `mvit3 train`, images and all."""
+    names = {"reference": "reference ops", "fused": "ours"}
+    for row in rows:
+        candidate = names.get(row["candidate"], row["candidate"])
+        case = f"{at(row)}, precision {row['precision']}, mvit3 train"
+        yield Figure(
+            file,
+            "network",
+            row["model"],
+            "training",
+            case,
+            candidate,
+            time(row, "step_ms"),
+            batch=row["batch"],
+            side=row["side"],
+            memory_mib=number(row, "peak_mib"),
+        )
+
+
+def of_op(file: str, rows: list[Row], machine: Row, op: str) -> Iterator[Figure]:
+    for row in rows:
+        words = [
+            f"{name} {value}" if isinstance(value, int | float) else value
+            for name, value in row.items()
+            if name not in FOUND and not name.endswith(("_ms", "_mib")) and not name.startswith("against_")
+        ]
+        for candidate in candidates(row):
+            ours = candidate == "ours"
+            yield Figure(
+                file,
+                "op",
+                row.get("op", op),
+                row.get("mode", "training"),
+                ", ".join(words),
+                candidate,
+                time(row, f"{candidate}_ms"),
+                row.get("dtype", machine.get("dtype", "float32")),
+                memory_mib=number(row, f"{candidate}_mib"),
+                **{name: number(row, name) if ours else None for name in ("gflop_s", "gb_s", "of_floor", "error")},
+            )
+
+
+def candidates(row: Row) -> list[str]:
+    """The names of what has a time in this row."""
+    names = [key.removesuffix("_ms") for key in row if key.endswith("_ms") and row[key] is not None]
+    found = [name for name in names if not name.endswith(("_built", "_first")) and name not in NO_CANDIDATE]
+    if not found:
+        raise ValueError("a row without a time")
+    return found
+
+
+def of_pytest(file: str, document: Row) -> Source:
+    figures, machine = [], {}
+    for one in document["benchmarks"]:
+        info, stats = one["extra_info"], one["stats"]
+        machine = machine or {name: info.get(name) for name in MACHINE}
+        words = one["group"].removeprefix(f"{info['op']}-").removesuffix(f"-{info['mode']}").replace("-", ", ")
+        figures.append(
+            Figure(
+                file,
+                "op",
+                info["op"],
+                info["mode"],
+                words,
+                info["candidate"],
+                1e3 * time(stats, "median"),
+                info.get("dtype", "float32"),
+                low=1e3 * time(stats, "q1"),
+                high=1e3 * time(stats, "q3"),
+                memory_mib=number(info, "memory_mib"),
+                error=number(info, "error") if info["candidate"] == "ours" else None,
+                **{name: number(info, name) for name in ("gflop_s", "gb_s")},
+            )
+        )
+    return Source(file, "pytest benchmarks/", machine, tuple(figures))
+
+
+MACHINE = (
+    "cpu",
+    "threads",
+    "instruction_set",
+    "torch",
+    "python",
+    "revision",
+    "load_average",
+    "copy_gb_s",
+    "mm_gflop_s",
+)
+
+
+def of_results(file: str, document: Row) -> Source:
+    """What `bench/measure.py` writes."""
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"schema {document['schema']}, known is {SCHEMA}")
+    op, rows, machine = document["op"], document["rows"], document["machine"]
+    whole = {"networks": of_bench, "training": of_training, **dict.fromkeys(NETWORKS, of_networks)}
+    figures = whole[op](file, rows, machine) if op in whole else of_op(file, rows, machine, op)
+    what = {"networks": "mvit3 bench", "training": "bench_training.py", **{n: f"bench_{n}.py" for n in NETWORKS}}
+    return Source(file, what.get(op, f"bench_{op}.py"), machine, tuple(figures))
+
+
+def of_model(file: str, document: Row) -> Source:
+    """Predictions of benchmarks/gpu_model. A CUDA graph of ours is a candidate of its own."""
+    figures = []
+    for row in document["rows"]:
+        work = {"train": "training", "infer": "inference"}[row["mode"]]
+        case, named = f"batch {row['batch']} at 256", (file, "gpu", row["network"], work)
+        more = {"batch": row["batch"], "side": 256, "dtype": "bfloat16", "result": "predicted"}
+        figures.append(Figure(*named, case, PREDICTED[row["candidate"]], time(row, "predicted_ms"), **more))
+        if row["candidate"] == "ours":
+            figures.append(Figure(*named, case, "ours_graph", time(row, "graph_ms"), **more))
+    machine = {"device": document["device"], "torch": document["torch"]}
+    return Source(file, "benchmarks/gpu_model", machine, tuple(figures), document["what"])
+
+
+def of_kernels(file: str, document: Row) -> Source:
+    machine = {"device": document["device"], "torch": document["torch"]}
+    return Source(
+        file,
+        "benchmarks/gpu_model",
+        machine,
+        remark=f"{len(document['kernels'])} compiled kernels, for its predictions",
+    )
+
+
+def of_gpu(file: str, document: Row) -> Source:
+    """What benchmarks/gpu_all.sh measures: networks and ops; other pieces are named only."""
+    piece, figures = document["piece"], []
+    for row in document["rows"]:
+        if piece in ("train", "infer") and row.get("interleaved"):
+            work, case = {"train": "training", "infer": "inference"}[piece], f"batch {row['batch']} at 256"
+            figures.append(
+                Figure(
+                    file,
+                    "gpu",
+                    row["model"],
+                    work,
+                    case,
+                    row["candidate"],
+                    1e3 * time(row, "seconds"),
+                    "bfloat16",
+                    row["batch"],
+                    256,
+                    memory_mib=row["peak_bytes"] / 2**20 if row.get("peak_bytes") is not None else None,
+                    error=number(row, "error"),
+                    result="right" if row["correct"] else "WRONG",
+                )
+            )
+    facts = document["facts"]
+    remark = "" if figures else f"{len(document['rows'])} rows of the piece {piece}, which the page does not show"
+    return Source(file, "benchmarks/gpu_all.sh", facts, tuple(figures), remark)
+
+
+# What a document has, and who reads it.
+KINDS: tuple[tuple[set[str], Callable[[str, Row], Source]], ...] = (
+    ({"schema", "op", "machine", "rows"}, of_results),
+    ({"machine_info", "benchmarks"}, of_pytest),
+    ({"what", "device", "torch", "rows"}, of_model),
+    ({"what", "device", "torch", "kernels"}, of_kernels),
+    ({"piece", "facts", "rows"}, of_gpu),
+)
+
+
+def read(path: Path, name: str) -> Source:
+    """The figures of a file, under a short name. Failure where it is none of those kinds or not whole."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN: not measured
+    except OSError as error:
+        raise Failure(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise Failure(f"{path} is not JSON; {ALLOWED}") from None
+    reader = next((read for has, read in KINDS if isinstance(document, dict) and has <= document.keys()), None)
+    if reader is None:
+        raise Failure(f"{path} is no file of benchmark results; {ALLOWED}")
+    try:
+        source = reader(name, document)
+    except KeyError as error:
+        raise Failure(f"{path} is not whole: {error} is missing in a row; {ALLOWED}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Failure(f"{path} is not whole: {error}; {ALLOWED}") from None
+    if not source.figures and not source.remark:
+        raise Failure(f"{path} has no results")
+    return source
+
+
+def read_all(paths: list[Path]) -> list[Source]:
+    """Files by their names, or by their paths where two have the same; whole networks first."""
+    paths = list(dict.fromkeys(paths))
+    names = [path.name for path in paths]
+    found = [read(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths]
+    return sorted(found, key=lambda source: ORDER.index(source.what) if source.what in ORDER else len(ORDER))
