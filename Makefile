@@ -90,7 +90,7 @@ bench: $(INSTALLED) $(PEERS)
 	$(BIN)/python benchmarks/bench_separable_attention.py --json
 	$(BIN)/python benchmarks/bench_depthwise_conv.py --json
 	$(BIN)/python benchmarks/bench_conv3x3.py --json
-	$(BIN)/python benchmarks/bench_upsample.py --json
+	$(BIN)/python benchmarks/bench_upsample.py --json --compile
 	$(BIN)/python benchmarks/bench_models.py --json
 	$(BIN)/python benchmarks/bench_dense.py --json
 	$(BIN)/python benchmarks/bench_dense.py --json --memory

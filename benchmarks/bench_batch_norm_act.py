@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import mvit3_kernels
-from benchmarks.common import Case, Make, Row, run_cases
+from benchmarks.common import Case, Make, Row, compiled, run_cases
 from mvit3.bench.measure import peak_memory
 from mvit3_kernels.ops import BatchNorm, batch_norm_act
 
@@ -83,12 +83,9 @@ class Step:
         return exact.eager()
 
 
-def case(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> Case:
+def case(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     step = Step(shape, dtype)
     candidates = {"eager": step.eager, "ours": step.ours}
-    if compiled:
-        net = torch.compile(step.net)
-        candidates["compile"] = lambda: step.eager(net)
     setup = SETUP.format(threads=torch.get_num_threads(), dtype=dtype, shape=shape, channels=shape[1])
     size = PASSES * step.x.numel() * step.x.element_size()
 
@@ -102,16 +99,19 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> Case:
         }
 
     columns = {"shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch."), "mode": "training"}
-    return Case(columns, candidates, step.truth, bytes=size, more=more)
+    return Case(
+        columns,
+        candidates,
+        step.truth,
+        bytes=size,
+        more=more,
+        compiled=lambda: partial(step.eager, compiled(step.net)),
+    )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Make]:
-    return (partial(case, shape, dtype, options.compile) for dtype in DTYPES for shape in SHAPES)
-
-
-def more_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--compile", action="store_true", help="time torch.compile of the eager network too")
+    return (partial(case, shape, dtype) for dtype in DTYPES for shape in SHAPES)
 
 
 if __name__ == "__main__":
-    run_cases(__doc__.splitlines()[0], "batch_norm_act", cases, more_options)
+    run_cases(__doc__.splitlines()[0], "batch_norm_act", cases)

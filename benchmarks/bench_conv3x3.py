@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, Make, mode, run_cases, step
+from benchmarks.common import Case, Make, compiled, mode, run_cases, step
 from mvit3_kernels.ops import BatchNorm, conv3x3, dispatch
 
 OP = sys.modules["mvit3_kernels.ops.conv3x3"]
@@ -100,6 +100,7 @@ def case(dtype: torch.dtype, place: str, shape: tuple[int, ...], training: bool)
         lambda: step(eager, {name: t.double() for name, t in leaves.items()}, dy),
         rounds=9,
         flops=(3 if training else 1) * 2 * 9 * share * batch * side * side * inputs * outputs,
+        compiled=lambda: partial(step, compiled(eager), leaves, dy),
     )
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, Make, mode, run_cases, step
+from benchmarks.common import Case, Make, compiled, mode, run_cases, step
 from mvit3_kernels.ops import BatchNorm, depthwise_conv
 
 OP = sys.modules["mvit3_kernels.ops.depthwise_conv"]
@@ -79,6 +79,7 @@ def case(dtype: torch.dtype, batch: int, channels: int, side: int, stride: int, 
         lambda: step(eager, {name: t.double() for name, t in leaves.items()}, dy),
         rounds=7 if batch > 1 else 25,
         bytes=((5 if training else 1) * x.numel() + (3 if training else 1) * y.numel()) * x.element_size(),
+        compiled=lambda: partial(step, compiled(eager), leaves, dy),
     )
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvit3_kernels
-from benchmarks.common import Case, Make, mode, run_cases, step
+from benchmarks.common import Case, Make, compiled, mode, run_cases, step
 from mvit3_kernels.ops import dropout
 
 # (network, width, side of the map)
@@ -49,9 +49,9 @@ def case(place: tuple, batch: int, training: bool, dtype: torch.dtype) -> Case:
     def library(x: Tensor, residual: Tensor) -> Tensor:
         return residual + F.dropout(x, P)
 
-    def eager() -> dict[str, Tensor]:
+    def eager(call: Callable = ours) -> dict[str, Tensor]:
         with mvit3_kernels.backend("reference"):
-            return step(ours, leaves, dy)
+            return step(call, leaves, dy)
 
     def run(call: Callable, kind: torch.dtype | None = None) -> dict[str, Tensor]:
         return step(call, {name: t.to(kind or dtype) for name, t in leaves.items()}, dy)
@@ -68,6 +68,7 @@ def case(place: tuple, batch: int, training: bool, dtype: torch.dtype) -> Case:
         rounds=31,
         warmup=3,
         bytes=batch * side * side * width * (5 if training else 3) * dtype.itemsize,
+        compiled=lambda: partial(eager, compiled(ours)),
     )
 
 

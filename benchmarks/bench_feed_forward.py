@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import mvit3_kernels
-from benchmarks.common import Case, Make, Row, mode, run_cases, saved_bytes, step
+from benchmarks.common import Case, Make, Row, compiled, mode, run_cases, saved_bytes, step
 from mvit3_kernels.ops import LayerNorm, Linear, feed_forward, norm_linear
 
 # (op, network, width, outputs or hidden width, side of the map, per sample)
@@ -74,7 +74,7 @@ def case(layer: tuple, batch: int, training: bool, dtype: torch.dtype) -> Case:
             return feed_forward(x, norm, Linear(*linears[:2]), Linear(*linears[2:]))
         return norm_linear(x, norm, Linear(*linears))
 
-    def eager() -> dict[str, Tensor]:
+    def eager(call: Callable[..., Tensor] = call) -> dict[str, Tensor]:
         with mvit3_kernels.backend("reference"):
             return step(call, leaves, dy)
 
@@ -113,6 +113,7 @@ def case(layer: tuple, batch: int, training: bool, dtype: torch.dtype) -> Case:
         warmup=3,
         bytes=rows * maps * dtype.itemsize,
         more=more,
+        compiled=lambda: partial(eager, compiled(call)),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, Make, batches, mode, run_cases
+from benchmarks.common import Case, Make, batches, compiled, mode, run_cases
 from mvit3.bench.plain import inverted_residual as plain
 from mvit3_kernels.nn import InvertedResidual
 from mvit3_kernels.ops import inverted_residual as public  # noqa: F401 -- loads the op's module
@@ -63,12 +63,12 @@ class Block:
             for m, k, n in ((rows, inputs, wide), (out_rows, wide, outputs))
         ]
 
-    def step(self, module: nn.Module) -> dict[str, Tensor]:
-        """The output, and in training the gradients of x and of every parameter."""
+    def step(self, module: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """The output, and in training the gradients of x and of every parameter; `call` runs in place of the module."""
         learned = {name: p for name, p in module.named_parameters() if self.block.training}
         x = self.x.to(next(module.parameters()).dtype).requires_grad_(self.block.training)
         with torch.set_grad_enabled(self.block.training):
-            y = module(x)
+            y = (call or module)(x)
         found = {"y": y.detach()}
         if self.block.training:
             grads = torch.autograd.grad(y, (x, *learned.values()), self.dy.to(y))
@@ -77,6 +77,9 @@ class Block:
 
     def eager(self) -> dict[str, Tensor]:
         return self.step(self.peer)
+
+    def compiled(self, peer: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        return self.step(self.peer, peer)
 
     def ours(self) -> dict[str, Tensor]:
         return self.step(self.block)
@@ -115,6 +118,7 @@ def case(place: str, batch: int, shape: tuple[int, ...], training: bool) -> Case
         lambda: block.step(copy.deepcopy(block.peer).double()),
         rounds=7 if batch > 1 else 25,
         bytes=4 * block.floats(),
+        compiled=lambda: partial(block.compiled, compiled(block.peer)),
     )
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mvit3_kernels
-from benchmarks.common import Case, Make, Row, mode, run_cases, step
+from benchmarks.common import Case, Make, Row, compiled, mode, run_cases, step
 from mvit3_kernels.ops import patch_attention
 
 HEADS, PATCH = 4, (2, 2)
@@ -40,12 +40,12 @@ def case(batch: int, width: int, side: int, dtype: torch.dtype, training: bool) 
     tokens = side * side // 4
     unfolded = {name: torch.randn(batch * 4, HEADS, tokens, width // HEADS).to(dtype) for name in "qkv"}
 
-    def on(backend: str, qkv: Tensor = qkv) -> dict[str, Tensor]:
-        def call(qkv: Tensor) -> Tensor:
-            with mvit3_kernels.backend(backend):
-                return patch_attention(qkv, HEADS, PATCH)
+    def call(qkv: Tensor) -> Tensor:
+        return patch_attention(qkv, HEADS, PATCH)
 
-        return step(call, {"qkv": qkv}, dy)
+    def on(backend: str, qkv: Tensor = qkv, call: Callable[[Tensor], Tensor] = call) -> dict[str, Tensor]:
+        with mvit3_kernels.backend(backend):
+            return step(call, {"qkv": qkv}, dy)
 
     sdpa: Callable[[], object] = partial(
         step, F.scaled_dot_product_attention, unfolded, torch.randn_like(unfolded["q"]) if training else None
@@ -71,6 +71,7 @@ def case(batch: int, width: int, side: int, dtype: torch.dtype, training: bool) 
         flops=flops,
         bytes=tensors * qkv.numel() / 3 * qkv.element_size(),
         more=more,
+        compiled=lambda: partial(on, "reference", call=compiled(call)),
     )
 
 

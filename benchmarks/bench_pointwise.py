@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, Make, batches, mode, run_cases
+from benchmarks.common import Case, Make, batches, compiled, mode, run_cases
 from mvit3_kernels.ops import BatchNorm, Linear, batch_norm_act, pointwise_conv, pointwise_fusion
 from mvit3_kernels.ops.pointwise_conv import reference
 
@@ -156,6 +156,7 @@ def case(place: str, batch: int, shape: tuple, training: bool) -> Case:
         layer.truth,
         rounds=11 if batch > 1 else 31,
         bytes=4 * layer.floats(),
+        compiled=lambda: partial(layer.step, compiled(layer.eager)),
     )
 
 

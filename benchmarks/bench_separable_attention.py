@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Case, Make, mode, run_cases, step
+from benchmarks.common import Case, Make, compiled, mode, run_cases, step
 from mvit3_kernels.ops import LayerNorm, Linear, separable_attention
 
 # (channels at width 1.0, side of the map, layers)
@@ -86,6 +86,7 @@ def case(batch: int, channels: int, side: int, layers: int, training: bool) -> C
         # Tensors within the cache cost no pass; forward reads x and writes y, backward reads x and dy and writes dx.
         bytes=(5 if training else 2) * size if size > 2**23 else 0.0,
         overlap=False,
+        compiled=lambda: partial(run, compiled(eager)),
     )
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mvit3.bench.measure import Row, Run, document, in_turns, interleaved, machine, output_of, replace_file, timed
+from mvit3_kernels import release_memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -134,6 +137,27 @@ def check(ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mappin
 # Memory
 
 
+def peak_cpu_memory(run: Run) -> float | None:
+    """MiB that a call adds at its peak to the resident memory once what is free has gone back to the system; None where
+    that tells neither."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+
+    def resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    gc.collect()
+    release_memory()
+    with contextlib.suppress(AttributeError, OSError):  # of the GNU C library
+        ctypes.CDLL(None).malloc_trim(0)
+    clear.write_text("5")  # the peak starts again from here
+    before = resident("VmRSS:")
+    run()
+    return (resident("VmHWM:") - before) / 2**10
+
+
 def peak_gpu_memory(run: Run, device: str) -> int | None:
     """Bytes that a call takes on top of what is there before it. A CUDA graph's own pool (max-autotune) is not in
     it."""
@@ -230,6 +254,7 @@ class Case:
         bytes: that no method can leave unread or unwritten, at the rate of a copy.
         overlap: whether the floor is the longer of these two times, or their sum.
         more: further columns, from the times of `interleaved`.
+        compiled: makes "eager" under torch.compile, which takes seconds to minutes: a candidate where asked for.
     """
 
     columns: Row
@@ -241,12 +266,24 @@ class Case:
     bytes: float = 0.0
     overlap: bool = True
     more: Callable[[Mapping[str, Mapping[str, float]]], Row] = nothing
+    compiled: Callable[[], Run] | None = None
 
     def checked(self) -> dict[str, float]:
         """Errors of our results, none where the truth is too large; AssertionError where they are too large."""
         if self.truth is None:
             return {}
         return check(self.candidates["ours"](), self.candidates["eager"](), self.truth())
+
+    def with_compiled(self) -> Case:
+        """With torch.compile of eager as the candidate "compile", after its first call; AssertionError where that is
+        wrong."""
+        if self.compiled is None:
+            raise ValueError("this case has nothing to compile")
+        run = self.compiled()
+        found = run()
+        if self.truth is not None:
+            check(found, self.candidates["eager"](), self.truth())
+        return replace(self, candidates={**self.candidates, "compile": run})
 
     def measure(self, facts: Mapping[str, Any], quick: bool = False) -> Row:
         """The row: columns, the median `<candidate>_ms`, how many times as fast ours is, the floor and its share."""
@@ -259,7 +296,7 @@ class Case:
         return {
             **self.columns,
             **{f"{name}_ms": time for name, time in ms.items()},
-            **{f"against_{name}": ms[name] / ms["ours"] for name in ("eager", "composed") if name in ms},
+            **{f"against_{name}": ms[name] / ms["ours"] for name in ("eager", "compile", "composed") if name in ms},
             "floor_ms": floor,
             "of_floor": floor / ms["ours"],
             **self.more(times),
@@ -285,6 +322,13 @@ def step(run: Callable[..., Tensor], leaves: Mapping[str, Tensor], dy: Tensor | 
     return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under torch.compile, which forgets earlier cases: beyond a number of shapes of one function it would run eager
+    without a word."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def run_cases(
     description: str,
     op: str,
@@ -296,12 +340,14 @@ def run_cases(
     parser.add_argument("--json", action="store_true", help=f"write results/{op}_cpu.json")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a third of the rounds")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile of eager too, which takes minutes")
     more_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     facts = machine()
     print(line(facts))
-    rows = [make().measure(facts, options.quick) for make in cases(options)]
+    made = (make() for make in cases(options))
+    rows = [(case.with_compiled() if options.compile else case).measure(facts, options.quick) for case in made]
     print(table(rows))
     if options.json:
         print(write(op, rows, facts, f"{op}_cpu"))

@@ -7,6 +7,33 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=2, help="CPU threads of the benchmarks (default: 2)")
+    parser.addoption("--few", type=int, default=0, help="so many shapes of each op and mode (default: all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps a few shapes of each op and mode, from the first to the last of their list."""
+    few = config.getoption("--few")
+    if few < 1:
+        return
+    shapes: dict[tuple[str, bool], list[str]] = {}
+    for item in items:
+        shape = item.callspec.id.rpartition("-")[0]
+        same = shapes.setdefault((shape.partition("-")[0], "evaluation" in shape), [])
+        same += [shape] if shape not in same else []
+    kept = {same[i * (len(same) - 1) // max(few - 1, 1)] for same in shapes.values() for i in range(few)}
+    out = [item for item in items if item.callspec.id.rpartition("-")[0] not in kept]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
+
+
+# What is recorded is for everyone: no name of a machine, no address of an object.
+def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
+    machine_info.pop("node", None)
+
+
+def pytest_benchmark_update_json(output_json: dict) -> None:
+    for one in output_json["benchmarks"]:
+        one["params"] = {"candidate": one["extra_info"].get("candidate")}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,10 +1,12 @@
 """The single ops under pytest-benchmark: the cases of bench_*.py, float32 and what else they list.
 
-    pytest benchmarks/ [-k "conv3x3 and ours"] [--threads 2] [--benchmark-json FILE] [--benchmark-compare ...]
+    pytest benchmarks/ [-k "conv3x3 and not compile"] [--few 2] [--threads 2] [--benchmark-json FILE]
+        [--benchmark-compare=benchmarks/results/pytest_cpu.json]
 
 Evaluation is forward, training forward and backward. Every case checks its result before it is timed; `ours` stands
-beside `eager` and, where the case has it, the library's own op or what PyTorch's parts make of it. Here each is timed
-by itself; for candidates in turns, which a change of the machine's speed meets alike, run bench_*.py.
+beside `eager`, `compile` (eager under torch.compile, seconds to a minute for each case) and, where the case has it, the
+library's own op or what PyTorch's parts make of it. Here each is timed by itself; for candidates in turns, which a
+change of the machine's speed meets alike, run bench_*.py.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Case, Make, mode
-from mvit3.bench.measure import Row, machine
+from benchmarks.common import Case, Make, mode, peak_cpu_memory
+from mvit3.bench.measure import Row, machine, matmul_rate
 
-# The files with lists of cases, and what they time beside ours and eager.
+# The files with lists of cases, and what they time beside ours, eager and compile.
 OPS = {
     "batch_norm_act": (),
     "conv3x3": ("composed",),
@@ -35,7 +37,7 @@ OPS = {
     "separable_attention": ("composed",),
     "upsample": (),
 }
-OPTIONS = argparse.Namespace(batch=[8, 1], dtype="float32", bfloat16=False, compile=False, width=1.0)
+OPTIONS = argparse.Namespace(batch=[8, 1], dtype="float32", bfloat16=False, width=1.0)
 
 
 def name(make: Make) -> str:
@@ -47,14 +49,14 @@ def name(make: Make) -> str:
         return str(value).removeprefix("torch.").replace(" ", "_")
 
     given = inspect.signature(make.func).bind(*make.args).arguments
-    words = [mode(value) if key == "training" else word(value) for key, value in given.items() if key != "compiled"]
+    words = [mode(value) if key == "training" else word(value) for key, value in given.items()]
     return "-".join([make.func.__name__.removesuffix("case").removesuffix("_"), *words]).removeprefix("-")
 
 
 def parameters() -> Iterator[object]:
     for op, more in OPS.items():
         for make in importlib.import_module(f"benchmarks.bench_{op}").cases(OPTIONS):
-            for candidate in ("ours", "eager", *more):
+            for candidate in ("ours", "eager", "compile", *more):
                 yield pytest.param(make, candidate, id=f"{op}-{name(make)}-{candidate}")
 
 
@@ -71,6 +73,25 @@ def facts(threads: int) -> Row:
     return machine()
 
 
+@cache
+def product_rate(threads: int, dtype: str) -> float:
+    """GFLOP/s of torch.mm in this dtype."""
+    return facts(threads)["mm_gflop_s"] if dtype == "float32" else matmul_rate(dtype=getattr(torch, dtype))
+
+
+def rates(case: Case, seconds: float, here: Row) -> Row:
+    """GB/s and GFLOP/s, and their shares of what a copy and torch.mm reach; nothing for what the case does not count.
+    The products are the least that any method has to do, so a share says how much of the machine that least uses."""
+    found: Row = {}
+    if case.bytes:
+        found["gb_s"] = case.bytes / seconds / 1e9
+        found["of_copy"] = found["gb_s"] / here["copy_gb_s"]
+    if flops := products(case):
+        found["gflop_s"] = flops / seconds / 1e9
+        found["of_product"] = found["gflop_s"] / product_rate(here["threads"], case.columns.get("dtype", "float32"))
+    return found
+
+
 def products(case: Case) -> float:
     """Operations that no method can leave out; 0 where the case counts none."""
     if "mm" not in case.candidates:
@@ -84,11 +105,14 @@ def products(case: Case) -> float:
 def test_op(benchmark, request, make, candidate):
     here = facts(request.config.getoption("threads"))
     case, error = prepared(make)
+    if candidate == "compile":
+        case = case.with_compiled()
     benchmark.group = request.node.callspec.id.removesuffix(f"-{candidate}")
-    benchmark.pedantic(case.candidates[candidate], rounds=case.rounds, warmup_rounds=case.warmup)
-    info = {**here, "device": "cpu", **case.columns, "candidate": candidate, "error": error}
+    run = case.candidates[candidate]
+    benchmark.pedantic(run, rounds=case.rounds, warmup_rounds=case.warmup)
+    file = make.func.__module__.rpartition("bench_")[2]
+    info = {**here, "device": "cpu", "op": file, **case.columns, "candidate": candidate, "case": name(make)}
+    info |= {"error": error if candidate == "ours" else None, "memory_mib": peak_cpu_memory(run)}
     if benchmark.stats is not None:  # --benchmark-disable times nothing
-        seconds = benchmark.stats.stats.median
-        info["gb_s"] = case.bytes / seconds / 1e9 if case.bytes else None
-        info["gflop_s"] = flops / seconds / 1e9 if (flops := products(case)) else None
+        info |= rates(case, benchmark.stats.stats.median, here)
     benchmark.extra_info.update(info)

@@ -91,9 +91,9 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.numel() * 4 / best / 1e6
 
 
-def matmul_rate(size: int = 1024) -> float:
-    """GFLOP/s of torch.mm in float32, all threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_rate(size: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of torch.mm, all threads."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     best = interleaved({"mm": lambda: torch.mm(a, b)}, rounds=7)["mm"]["min_ms"]
     return 2 * size**3 / best / 1e6
 

@@ -214,7 +214,7 @@ def of_pytest(file: str, document: Row) -> Source:
     for one in document["benchmarks"]:
         info, stats = one["extra_info"], one["stats"]
         machine = machine or {name: info.get(name) for name in MACHINE}
-        words = one["group"].removeprefix(f"{info['op']}-").removesuffix(f"-{info['mode']}").replace("-", ", ")
+        words = info["case"].removesuffix(info["mode"]).strip("-").replace("-", ", ")
         figures.append(
             Figure(
                 file,
