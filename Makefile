@@ -17,7 +17,7 @@ help:
 	@echo "make test    lint and the whole test suite"
 	@echo "make sanitize  the tests of the CPU kernels with GCC's checks of memory and of undefined behaviour; ISA=avx512 for another variant"
 	@echo "make triton36  the tests of the Triton kernels with the oldest Triton that is supported"
-	@echo "make bench   the CPU benchmarks; make report puts their results into the README"
+	@echo "make bench   the CPU benchmarks; make report puts their results into the README and docs/report.html"
 	@echo "make docs    the documentation as a site, in build/site;  make wheel, make wheels-test  a wheel in dist/, tried beside several torch"
 	@echo "make setup   only the virtual environment in $(VENV);  make clean removes it"
 
@@ -98,6 +98,7 @@ bench: $(INSTALLED) $(PEERS)
 
 report: $(INSTALLED)
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/mvit3 report benchmarks/results/*.json --output docs/report.html $(if $(shell command -v chromium),--png docs)
 
 # Reads docstrings without importing, so it needs neither torch nor a compiler. Warnings, and links to nothing, are errors.
 SITE := build/docs-venv

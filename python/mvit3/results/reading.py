@@ -344,8 +344,12 @@ def read(path: Path, name: str) -> Source:
 
 
 def read_all(paths: list[Path]) -> list[Source]:
-    """Files by their names, or by their paths where two have the same; whole networks first."""
+    """Files by their names, or by their paths where two have the same; whole networks first, then by name."""
     paths = list(dict.fromkeys(paths))
     names = [path.name for path in paths]
     found = [read(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths]
-    return sorted(found, key=lambda source: ORDER.index(source.what) if source.what in ORDER else len(ORDER))
+
+    def place(source: Source) -> tuple[int, str]:
+        return ORDER.index(source.what) if source.what in ORDER else len(ORDER), source.file
+
+    return sorted(found, key=place)

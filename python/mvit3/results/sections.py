@@ -29,6 +29,7 @@ NAMES = {
     "library": "PyTorch's own op",
 }
 AGREES = 0.10  # how far two medians of one candidate may lie apart
+ALIKE = ("cpu", "threads", "instruction_set", "torch")  # of machines whose figures should agree
 KEYS = (("ours", "ours"), ("peer", "eager PyTorch"), ("second", "another peer"))
 
 
@@ -364,7 +365,7 @@ def agreement(sources: Sequence[Source]) -> Section | None:
     rows, notes = [], []
     for i, first in enumerate(sources):
         for second in sources[i + 1 :]:
-            if any(first.machine.get(n) != second.machine.get(n) for n in ("cpu", "threads", "instruction_set")):
+            if any(first.machine.get(n) != second.machine.get(n) for n in ALIKE):
                 continue
             there = {(f.key, f.candidate): f for f in second.figures if f.kind == "network" and f.ms}
             pairs = [
