@@ -7,12 +7,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from mvit3.cli import main
+from mvit3.errors import Failure
 from mvit3.results import browser
 from mvit3.results.charts import Bar, bars, spread
 from mvit3.results.page import page
@@ -262,6 +264,40 @@ def test_other_files_are_refused(kind, tmp_path, capsys):
     assert output.read_text() == "kept" and sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["good.json", Path(bad).name, "page.html"]
     )
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    """Where a JSON document has values; of lists the first and the last."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*path, key))
+    if isinstance(value, list):
+        for i in sorted({0, len(value) - 1}) if value else ():
+            yield from places(value[i], (*path, i))
+
+
+@pytest.mark.parametrize("kind", ["bench", "models", "pytest_file", "predicted", "measured"])
+def test_a_page_or_one_line(kind, tmp_path):
+    """Whatever one value of a file is, there is a whole page or an error of ours."""
+    make = {"bench": lambda: files.bench(files.bench_rows())}.get(kind) or getattr(files, kind)
+    refused = pages = 0
+    for path in places(make()):
+        for value in (None, "x", -1, True, [], {}, 1e308):
+            document = make()
+            inside = document
+            for step in path[:-1]:
+                inside = inside[step]
+            inside[path[-1]] = value
+            (file,) = files.write(tmp_path, changed=document)
+            try:
+                Page(page(read_all([Path(file)])))
+                pages += 1
+            except Failure as error:
+                assert str(error).startswith(file)
+                refused += 1
+    assert refused > 20 and pages > 20
 
 
 def test_outputs_that_cannot_be(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -45,6 +44,8 @@ class Browser:
     read by it from file 3 and answered on file 4."""
 
     def __init__(self, path: str, folder: str) -> None:
+        import fcntl  # which not every system has; the page itself needs none of this
+
         there, self._write = os.pipe()
         self._read, back = os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (there, back)]  # clear of 3 and 4

@@ -7,7 +7,6 @@ takes a whole file or none of it: what is not understood is an error that names 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ ALLOWED = (
     "allowed are results of `mvit3 bench --output`, those in benchmarks/results, and those of "
     "`pytest benchmarks/ --benchmark-json`"
 )
+LARGEST = 1e15
 SCHEMA = 1  # of bench/measure.py
 NETWORKS = ("models", "dense", "hosts")  # documents with a row for each network and a column for each candidate
 # Candidates that have two names.
@@ -68,6 +68,15 @@ class Figure:
     error: float | None = None
     result: str = "right"
 
+    def __post_init__(self) -> None:
+        for name in ("name", "work", "case", "candidate", "dtype", "result"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
+        for name in ("batch", "side"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise TypeError(f"{name} must be a number of at least 1, got {value!r}")
+
     @property
     def ours(self) -> bool:
         return self.candidate.startswith(("ours", "own"))
@@ -88,20 +97,34 @@ class Source:
     figures: tuple[Figure, ...] = ()
     remark: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.machine, Mapping):
+            raise TypeError(f"the machine must be facts by name, got {self.machine!r}")
+        for name in ("cpu", "device", "instruction_set", "torch", "revision", "load_average"):
+            if not isinstance(self.machine.get(name), str | int | float | None):
+                raise TypeError(f"{name} of the machine must be a word or a number, got {self.machine[name]!r}")
+        if type(self.machine.get("threads", 1)) not in (int, type(None)):
+            raise TypeError(f"threads of the machine must be a number, got {self.machine['threads']!r}")
+        for name in ("copy_gb_s", "mm_gflop_s"):
+            positive(self.machine, name)
+        for name, value in (("device", self.machine.get("device", "")), ("what", self.remark)):
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be text, got {value!r}")
+
 
 def number(row: Row, name: str) -> float | None:
-    """A finite number; None where there is none. ValueError for anything else."""
+    """A number; None where there is none. ValueError for anything else."""
     value = row.get(name)
     if value is None:
         return None
     if isinstance(value, str):  # errors are written with two digits
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:  # nor NaN
+        raise ValueError(f"{name} must be a number below {LARGEST:g}, got {value!r}")
     return value
 
 
-def time(row: Row, name: str) -> float | None:
+def positive(row: Row, name: str) -> float | None:
     value = number(row, name)
     if value is not None and value <= 0:
         raise ValueError(f"{name} must be above 0, got {value}")
@@ -117,7 +140,7 @@ def of_bench(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
     """A row for each network and candidate."""
     for row in rows:
         host = f"{row['host']}/" if row["host"] else ""
-        ms = time(row, "median_ms")
+        ms = positive(row, "median_ms")
         if (row["result"] == "right") != (ms is not None):
             raise ValueError(f"{row['candidate']} on {row['network']} is {row['result']} with median_ms {ms}")
         yield Figure(
@@ -131,8 +154,8 @@ def of_bench(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
             row["dtype"],
             row["batch"],
             row["side"],
-            time(row, "p20_ms"),
-            time(row, "p80_ms"),
+            positive(row, "p20_ms"),
+            positive(row, "p80_ms"),
             memory_mib=number(row, "memory_mib"),
             error=number(row, "error"),
             result=row["result"],
@@ -149,7 +172,7 @@ def of_networks(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
                 row["work"],
                 at(row),
                 SAME.get(candidate, candidate),
-                time(row, f"{candidate}_ms"),
+                positive(row, f"{candidate}_ms"),
                 "bfloat16" if candidate.endswith("_bfloat16") else "float32",
                 row["batch"],
                 row["side"],
@@ -170,7 +193,7 @@ def of_training(file: str, rows: list[Row], machine: Row) -> Iterator[Figure]:
             "training",
             case,
             candidate,
-            time(row, "step_ms"),
+            positive(row, "step_ms"),
             batch=row["batch"],
             side=row["side"],
             memory_mib=number(row, "peak_mib"),
@@ -193,10 +216,11 @@ def of_op(file: str, rows: list[Row], machine: Row, op: str) -> Iterator[Figure]
                 row.get("mode", "training"),
                 ", ".join(words),
                 candidate,
-                time(row, f"{candidate}_ms"),
+                positive(row, f"{candidate}_ms"),
                 row.get("dtype", machine.get("dtype", "float32")),
                 memory_mib=number(row, f"{candidate}_mib"),
-                **{name: number(row, name) if ours else None for name in ("gflop_s", "gb_s", "of_floor", "error")},
+                error=number(row, "error") if ours else None,
+                **{name: positive(row, name) if ours else None for name in ("gflop_s", "gb_s", "of_floor")},
             )
 
 
@@ -223,13 +247,13 @@ def of_pytest(file: str, document: Row) -> Source:
                 info["mode"],
                 words,
                 info["candidate"],
-                1e3 * time(stats, "median"),
+                1e3 * positive(stats, "median"),
                 info.get("dtype", "float32"),
-                low=1e3 * time(stats, "q1"),
-                high=1e3 * time(stats, "q3"),
+                low=1e3 * positive(stats, "q1"),
+                high=1e3 * positive(stats, "q3"),
                 memory_mib=number(info, "memory_mib"),
                 error=number(info, "error") if info["candidate"] == "ours" else None,
-                **{name: number(info, name) for name in ("gflop_s", "gb_s")},
+                **{name: positive(info, name) for name in ("gflop_s", "gb_s")},
             )
         )
     return Source(file, "pytest benchmarks/", machine, tuple(figures))
@@ -266,9 +290,9 @@ def of_model(file: str, document: Row) -> Source:
         work = {"train": "training", "infer": "inference"}[row["mode"]]
         case, named = f"batch {row['batch']} at 256", (file, "gpu", row["network"], work)
         more = {"batch": row["batch"], "side": 256, "dtype": "bfloat16", "result": "predicted"}
-        figures.append(Figure(*named, case, PREDICTED[row["candidate"]], time(row, "predicted_ms"), **more))
+        figures.append(Figure(*named, case, PREDICTED[row["candidate"]], positive(row, "predicted_ms"), **more))
         if row["candidate"] == "ours":
-            figures.append(Figure(*named, case, "ours_graph", time(row, "graph_ms"), **more))
+            figures.append(Figure(*named, case, "ours_graph", positive(row, "graph_ms"), **more))
     machine = {"device": document["device"], "torch": document["torch"]}
     return Source(file, "benchmarks/gpu_model", machine, tuple(figures), document["what"])
 
@@ -297,7 +321,7 @@ def of_gpu(file: str, document: Row) -> Source:
                     work,
                     case,
                     row["candidate"],
-                    1e3 * time(row, "seconds"),
+                    1e3 * positive(row, "seconds"),
                     "bfloat16",
                     row["batch"],
                     256,

@@ -345,7 +345,7 @@ def gpu(sources: Sequence[Source]) -> Section | None:
             head = ("network", "batch", "candidate", "predicted ms", "measured ms", "predicted / measured")
             cards.append(Card(f"{work.capitalize()}, at 256", state, chart, head, table, keys=keys))
     both = predicted.keys() & measured.keys()
-    devices = dict.fromkeys(s.machine["device"] for s in sources if s.figures and s.figures[0].kind == "gpu")
+    devices = dict.fromkeys(s.machine.get("device", "") for s in sources if s.figures and s.figures[0].kind == "gpu")
     if both:
         off = statistics.median(max(r := predicted[at].ms / measured[at].ms, 1 / r) for at in both)
         note = f"{len(both)} predictions have been measured; half of them are within a factor of {off:.2f}."
