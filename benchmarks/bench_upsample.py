@@ -47,7 +47,7 @@ def inputs(shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, small, small, classes), target
 
 
-def loss_case(shape: tuple[int, int, int, int]) -> Case:
+def loss_case(shape: tuple[int, int, int, int], training: bool) -> Case:
     logits, target = inputs(shape)
     x = logits.requires_grad_()
 
@@ -66,7 +66,7 @@ def loss_case(shape: tuple[int, int, int, int]) -> Case:
         return {"loss": total, "dlogits": torch.stack(gradients)}
 
     return Case(
-        columns(shape, "upsample_cross_entropy", training=True),
+        columns(shape, "upsample_cross_entropy", training),
         {
             "eager": lambda: run(plain_loss),
             "ours": lambda: run(lambda x, t: upsample_cross_entropy(x, t, True, IGNORE)),
@@ -78,7 +78,7 @@ def loss_case(shape: tuple[int, int, int, int]) -> Case:
     )
 
 
-def labels_case(shape: tuple[int, int, int, int]) -> Case:
+def labels_case(shape: tuple[int, int, int, int], training: bool) -> Case:
     logits, target = inputs(shape)
 
     # labels are right or wrong: but for ties, of which random logits have none but by rounding, all are eager's
@@ -91,7 +91,7 @@ def labels_case(shape: tuple[int, int, int, int]) -> Case:
         return lambda: {"labels": call(logits, target)}
 
     return Case(
-        columns(shape, "upsample_argmax", training=False),
+        columns(shape, "upsample_argmax", training),
         {
             "eager": lambda: {"labels": plain_labels(logits, target)},
             "ours": lambda: {"labels": upsample_argmax(logits, target.shape[1:], True)[0]},
@@ -110,7 +110,8 @@ def columns(shape: tuple[int, int, int, int], op: str, training: bool) -> dict[s
 
 
 def cases(options: argparse.Namespace) -> Iterator[Make]:
-    yield from (partial(make, shape) for make in (loss_case, labels_case) for shape in SHAPES)
+    for make, training in ((loss_case, True), (labels_case, False)):
+        yield from (partial(make, shape, training) for shape in SHAPES)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -320,6 +321,34 @@ def step(run: Callable[..., Tensor], leaves: Mapping[str, Tensor], dy: Tensor | 
     y = run(*given)
     gradients = torch.autograd.grad(y, given, dy.to(y))
     return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+class _Reached(Exception):
+    """A step has come to its backward pass."""
+
+    def __init__(self, backward: Run) -> None:
+        self.backward = backward
+
+
+def backward_of(step: Run) -> Run:
+    """Runs a training step as far as its backward pass, and returns that: what it does with the gradients of its
+    results is left out."""
+
+    def stop(function: Callable[..., Any]) -> Callable[..., Any]:
+        def reached(*arguments: Any, **more: Any) -> None:
+            raise _Reached(lambda: function(*arguments, **more))
+
+        return reached
+
+    with (
+        mock.patch.object(torch.autograd, "grad", stop(torch.autograd.grad)),
+        mock.patch.object(Tensor, "backward", stop(Tensor.backward)),
+    ):
+        try:
+            step()
+        except _Reached as reached:
+            return reached.backward
+    raise ValueError("this step has no backward pass")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

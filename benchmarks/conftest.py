@@ -15,10 +15,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     few = config.getoption("--few")
     if few < 1:
         return
-    shapes: dict[tuple[str, bool], list[str]] = {}
+    shapes: dict[tuple[str, str], list[str]] = {}
     for item in items:
         shape = item.callspec.id.rpartition("-")[0]
-        same = shapes.setdefault((shape.partition("-")[0], "evaluation" in shape), [])
+        same = shapes.setdefault((shape.partition("-")[0], shape.rpartition("-")[2]), [])
         same += [shape] if shape not in same else []
     kept = {same[i * (len(same) - 1) // max(few - 1, 1)] for same in shapes.values() for i in range(few)}
     out = [item for item in items if item.callspec.id.rpartition("-")[0] not in kept]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import conftest, test_ops
-from benchmarks.common import Case, peak_cpu_memory
+from benchmarks.common import Case, backward_of, peak_cpu_memory, step
 from mvit3.results import reading
 
 ROOT = Path(__file__).parents[1]
@@ -69,8 +69,9 @@ def test_a_few_shapes_are_chosen():
     conftest.pytest_collection_modifyitems(config, left)
     names = Counter(item.callspec.id.rpartition("-")[0] for item in left)
     assert set(names.values()) <= {3, 4} and len(left) + len(out) == len(items)
-    by_op = Counter((name.partition("-")[0], "evaluation" in name) for name in names)
-    assert len(by_op) >= 18 and set(by_op.values()) == {2}
+    by_op = Counter((name.partition("-")[0], name.rpartition("-")[2]) for name in names)
+    assert {mode for _, mode in by_op} == {"evaluation", "training", "backward"}
+    assert len(by_op) >= 28 and set(by_op.values()) == {2}
     config.getoption = {"--few": 0}.get
     conftest.pytest_collection_modifyitems(config, items)
     assert len(items) == len(left) + len(out)
@@ -95,6 +96,38 @@ def test_a_wrong_compilation_is_refused():
     assert list(right.candidates) == ["eager", "ours", "compile"] and right.measure(
         {"mm_gflop_s": 1.0, "copy_gb_s": 1.0}, quick=True
     ).keys() >= {"compile_ms", "against_compile"}
+
+
+def test_backward_alone():
+    """Gradients of a forward pass that is over, and of one that is its own."""
+    passes = []
+    leaves = {"x": torch.rand(3), "w": torch.rand(3)}
+
+    def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        passes.append(1)
+        return x * w
+
+    def whole() -> dict[str, torch.Tensor]:
+        return step(product, leaves, torch.ones(3))
+
+    expected = whole()
+    rest = backward_of(whole)
+    assert len(passes) == 2
+    dx, dw = rest()
+    assert len(passes) == 2 and torch.equal(dx, expected["dx"]) and torch.equal(dw, expected["dw"])
+    with pytest.raises(ValueError, match="no backward pass"):
+        backward_of(lambda: step(product, leaves, None))
+
+
+@pytest.mark.parametrize("op", test_ops.OPS)
+def test_every_op_has_a_backward_pass(op):
+    """The smallest training case of each: what is held is its last call of autograd, which gives gradients."""
+    ids = {one.id: one.values for one in test_ops.parameters() if one.id.startswith(f"{op}-")}
+    makes = [make for make, candidate, backward in ids.values() if backward and candidate == "ours"]
+    assert makes
+    rest = backward_of(makes[-1]().candidates["ours"])
+    gradients = rest()
+    assert gradients is None or all(g is not None for g in gradients)  # Tensor.backward returns None
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")

@@ -52,8 +52,8 @@ def timed_op(candidate: str, seconds: float, gflop: float | None = 0.5, gb: floa
     info |= {"candidate": candidate, "error": 1e-7, "memory_mib": 3.5}
     info |= {"gflop_s": gflop and gflop / seconds, "gb_s": gb and gb / seconds}
     stats = {"median": seconds, "q1": 0.9 * seconds, "q3": 1.1 * seconds}
-    info["case"] = "8-144-32-float32-training"
-    return {"group": f"patch_attention-{info['case']}", "stats": stats, "extra_info": info}
+    info["case"] = "8-144-32-float32-"
+    return {"group": f"patch_attention-{info['case']}training", "stats": stats, "extra_info": info}
 
 
 def pytest_file() -> dict[str, Any]:

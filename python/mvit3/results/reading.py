@@ -238,7 +238,7 @@ def of_pytest(file: str, document: Row) -> Source:
     for one in document["benchmarks"]:
         info, stats = one["extra_info"], one["stats"]
         machine = machine or {name: info.get(name) for name in MACHINE}
-        words = info["case"].removesuffix(info["mode"]).strip("-").replace("-", ", ")
+        words = info["case"].removesuffix("evaluation").strip("-").replace("-", ", ")
         figures.append(
             Figure(
                 file,

@@ -242,7 +242,7 @@ def ops(sources: Sequence[Source]) -> Section | None:
     for title, timed_alone in (("In turns with its peers", False), ("Each by itself", True)):
         chosen = [s for s in sources if (s.what == "pytest benchmarks/") == timed_alone]
         figures = [f for s in chosen for f in s.figures if f.kind == "op"]
-        cards = [card for work in ("evaluation", "training") for card in op_cards(figures, work)]
+        cards = [card for work in ("evaluation", "training", "backward") for card in op_cards(figures, work)]
         cards += [card for source in chosen for card in rooflines(source)]
         if cards:
             machines = dict.fromkeys(conditions(s.machine) for s in chosen if any(f.kind == "op" for f in s.figures))
