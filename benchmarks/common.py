@@ -30,6 +30,7 @@ from mvit3.bench.measure import Row, Run, document, in_turns, interleaved, machi
 from mvit3_kernels import release_memory
 
 RESULTS = Path(__file__).parent / "results"
+PEER_TIMES = 10  # a compiled peer errs at most so many times as eager does: it sums in other orders, here up to 3 times
 
 
 # Time
@@ -126,11 +127,14 @@ def errors(got: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, 
     }
 
 
-def check(ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, float]:
-    """Errors of `ours`; raises where one passes twice that of `eager` plus half a rounding of the result's dtype."""
+def check(
+    ours: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor], times: float = 2.0
+) -> dict[str, float]:
+    """Errors of `ours`; raises where one passes so many times that of `eager` plus half a rounding of the result's
+    dtype."""
     found, allowed = errors(ours, truth), errors(eager, truth)
     for name, error in found.items():
-        if not error <= 2 * allowed[name] + torch.finfo(ours[name].dtype).eps / 2:
+        if not error <= times * allowed[name] + torch.finfo(ours[name].dtype).eps / 2:
             raise AssertionError(f"{name}: relative error {error:.2e}, eager {allowed[name]:.2e}")
     return found
 
@@ -283,7 +287,7 @@ class Case:
         run = self.compiled()
         found = run()
         if self.truth is not None:
-            check(found, self.candidates["eager"](), self.truth())
+            check(found, self.candidates["eager"](), self.truth(), PEER_TIMES)
         return replace(self, candidates={**self.candidates, "compile": run})
 
     def measure(self, facts: Mapping[str, Any], quick: bool = False) -> Row:

@@ -26,9 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in out]
 
 
-# What is recorded is for everyone: no name of a machine, no address of an object.
+# What is recorded is for everyone: kinds of things, no name of a machine, no address of an object.
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
-    machine_info.pop("node", None)
+    cpu = machine_info.get("cpu", {})
+    kept = {name: machine_info.get(name) for name in ("machine", "system", "python_implementation", "python_version")}
+    machine_info.clear()
+    machine_info.update(kept, cpu={name: cpu.get(name) for name in ("brand_raw", "count")})
 
 
 def pytest_benchmark_update_json(output_json: dict) -> None:
