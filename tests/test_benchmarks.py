@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections import Counter
@@ -37,7 +36,7 @@ def test_a_case_is_checked_timed_and_compared(tmp_path):
     run("-k", wanted, "--threads", "1", f"--benchmark-json={file}")
     recorded = json.loads(file.read_text())
     assert set(recorded["machine_info"]) == {"machine", "system", "python_implementation", "python_version", "cpu"}
-    assert " at 0x" not in file.read_text() and platform.node() not in file.read_text()
+    assert " at 0x" not in file.read_text()
     found = {one["extra_info"]["candidate"]: one for one in recorded["benchmarks"]}
     assert list(found) == ["ours", "eager", "compile", "sdpa"] and {one["group"] for one in found.values()} == {
         f"patch_attention-{wanted.partition('-')[2]}"

@@ -158,12 +158,12 @@ def networks(sources: Sequence[Source]) -> Section | None:
 
 
 def memory(sources: Sequence[Source]) -> Section | None:
+    """Of networks; that of ops is in the table of all figures."""
     blocks = []
     for source in sources:
         cards = []
-        for same in grouped(
-            (f for f in source.figures if f.memory_mib is not None), lambda f: (*f.key, f.dtype)
-        ).values():
+        known = [f for f in source.figures if f.kind == "network" and f.memory_mib is not None]
+        for same in grouped(known, lambda f: (*f.key, f.dtype)).values():
             if len(same) < 2:
                 continue
             rows = [
