@@ -25,6 +25,7 @@ NAMES = {
     "ours_compile": "ours, compiled",
     "own": "our own network",
     "composed": "ours, in parts",
+    "kernel": "our kernel, forced",
     "sdpa": "PyTorch's SDPA",
     "library": "PyTorch's own op",
 }
