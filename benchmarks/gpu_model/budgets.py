@@ -127,7 +127,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "cuda.Inference"): (
         "its loop over tiles adds the residual, which the tile's first product read: it lies in the second-level cache"
     ),
-    ("pipeline", "cuda.Backward"): "adds 320 sums of a step to those of the block, which lie in the second-level cache",
+    ("pipeline", "cuda.Backward"): (
+        "loads element by element from maps that are not aligned, or of channels that are no multiple of 8, in loops"
+        " that other maps skip"
+    ),
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
     ),

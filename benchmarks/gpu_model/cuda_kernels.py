@@ -22,6 +22,11 @@ RUN, SMALL_LOOPS = 0.75, 1.0
 # Of the depth-wise kernels, by kernel and stride: columns of a thread, and rows of the filtered map in a pass of its
 # loop down the map, as the compiler unrolled it.
 WALKS = {("filter", 1): (2, 2), ("filter", 2): (2, 1), ("filter_backward", 1): (2, 6), ("filter_backward", 2): (1, 1)}
+# Of the gradient of the fused inverted residual, by stride and by 16 inputs: the share of its loop's own instructions
+# that run in each step, and of those that run once a tile. Counted on code without the others (other activations, odd
+# and unaligned maps, wide weights, the first tile).
+BACKWARD_STEP = {(1, 1): 0.55, (1, 2): 0.53, (1, 4): 0.49, (2, 1): 0.49, (2, 2): 0.47, (2, 4): 0.44}
+BACKWARD_TILE = 0.27
 
 
 @dataclass
@@ -36,6 +41,7 @@ class CudaLaunch:
     bytes: float = 0.0
     cached: float = 0.0
     products: float = 0.0
+    executed: float | None = None  # instructions of a warp in a step, where they are counted more closely
 
 
 @dataclass
@@ -178,28 +184,49 @@ def _inference(call: Any) -> list[CudaLaunch]:
     ]  # fmt: skip
 
 
+def _backward_step(code: str, stride: int, blocks16: int, width: int, again: int, chunks: int) -> float:
+    """Instructions of a warp for 32 expanded channels of a tile, with its part of what runs once a tile; `again`: parts
+    of wide weights that each step loads anew."""
+    loop = max(find(code, stride).loop.inner, key=lambda loop: loop.counts["all"])
+    dp_pixels, of_two = (180, 28) if stride == 1 else (45, 14)
+    lanes = 1 << max((width // 8 - 1).bit_length(), 1)
+    own = loop.counts["all"] * (BACKWARD_STEP[stride, blocks16] + BACKWARD_TILE / chunks)
+    inner = of_two * width / 32 + 12 * _ceil(5 * width, 256) + 21 * _ceil(dp_pixels * lanes, 256) / chunks
+    wide = sum(sorted(each.counts["all"] for each in loop.inner)[-2:]) / 2
+    return own + inner + again * wide
+
+
 def _filter_backward(call: Any) -> list[CudaLaunch]:
     x, expanded, outputs, stride = call.x, call.expand.shape[0], call.project.shape[0], call.stride
     inputs, slices, chunks = x.shape[-1], _ceil(x.shape[-1], 64), _ceil(expanded, CHUNK)
-    most, out_pixels = (64, 180) if stride == 1 else (128, 45)
+    most, out_pixels, computed, pairs, sums = (64, 180, 192, 10, 20) if stride == 1 else (128, 45, 48, 2.5, 10)
     parts = _ceil(outputs, most)
     width = _ceil(_ceil(outputs, parts), 16) * 16
-    shared = 2 * 128 * 72 + 2 * 2 * CHUNK * 72 + 2 * out_pixels * (width + 8) + 80 * width + 80 * out_pixels
-    shared += 80 * 128 + 32 * CHUNK + 36 * CHUNK + 80 * CHUNK
+    blocks16 = 1 if inputs <= 16 else 2 if inputs <= 32 else 4
+    code = f"kernelINS_8BackwardINS_8BFloat16ELi{stride}ELi{blocks16}E"
+    weight = 2 * CHUNK * (16 * blocks16 + 8)
+    parameters = 2 * weight + 4 * 432 + 28 * CHUNK + 80 * width
+    shared = 2 * 128 * (16 * blocks16 + 8) + 80 * (out_pixels + 1) + 2 * 80 * 128 + 4 * out_pixels + 96 + parameters
+    shared += 2 * out_pixels * (width + 8)
     tiles = _tiles(x, 1, (8, 16))
-    blocks = _blocks("8BackwardI", stride, shared, tiles)
+    blocks = _blocks(code, stride, shared, tiles)
     z, dp = call.z.numel() * 2.0, call.dp.numel() * 2.0
     moved = 4.0 * x.numel() + z + dp
-    kept = expanded * (inputs + 10)
+    kept = expanded * (72 + sums)
+    again = (parts if parts > 1 else 0) + (slices if slices > 1 else 0)
+    packed = chunks * (parameters + (slices - 1) * 2 * weight + (parts - 1) * 80 * width)
     return [
-        _small("inverted_residual.pack", expanded * (inputs + outputs + 19)),
+        _small("inverted_residual.pack", packed / 4),
         CudaLaunch(
-            "inverted_residual.filter_backward", "8BackwardI", blocks * slices, tiles * chunks / blocks, shared,
+            "inverted_residual.filter_backward", code, blocks * slices, tiles * chunks / blocks, shared,
             bytes=moved,
-            cached=slices * (1.5 * moved + tiles * chunks * 64.0 * (inputs + outputs)) + 8.0 * tiles * kept,
-            products=2.0 * tiles * chunks * CHUNK * (slices * out_pixels * outputs + 128 * inputs * (slices + 2)),
+            cached=slices * (1.5 * moved + tiles * chunks * float(parameters)) + 8.0 * tiles * kept * slices,
+            products=tiles * chunks * slices * (
+                2.0 * CHUNK * (computed * width * parts + 128 * (16 * blocks16) * (slices + 2)) + 32 * 4096.0 * pairs
+            ),
+            executed=_backward_step(code, stride, blocks16, width, again, chunks),
         ),
-        _small("inverted_residual.finish_backward", blocks * kept),
+        _small("inverted_residual.finish_backward", blocks * slices * kept),
     ]  # fmt: skip
 
 

@@ -34,6 +34,8 @@ CASES = {
     "dilated": ((1, 11, 21, 8, 16, 8), 1, 2, "relu", torch.bfloat16, torch.bfloat16),
     "many channels": ((1, 4, 5, 150, 40, 70), 1, 1, "silu", torch.bfloat16, torch.bfloat16),
     "many channels, stride 2": ((1, 9, 7, 136, 40, 264), 2, 1, "silu", torch.bfloat16, torch.float32),
+    "48 channels": ((1, 9, 17, 48, 40, 72), 1, 1, "silu", torch.float16, torch.float32),
+    "48 channels, stride 2": ((1, 10, 17, 48, 40, 72), 2, 1, "silu", torch.bfloat16, torch.float32),
     "one pixel": ((1, 1, 1, 3, 2, 1), 2, 1, "silu", torch.float16, torch.float32),
 }
 INPUTS = (

@@ -1,0 +1,234 @@
+// What the backward kernel of inverted_residual has for itself: instructions of the device, and its parameters as a
+// step of 32 expanded channels copies them into shared memory.
+#pragma once
+
+#include "inverted_residual.h"
+
+#if defined(__CUDACC__)
+
+namespace mvit3 {
+
+// Relative error at most 2^-11.
+MVIT3_DEVICE
+float approximate_tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// copy_16, or 16 bytes of zeros.
+MVIT3_DEVICE
+void copy_16_or_zeros(void* shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+
+// Adds to two neighbouring numbers in global memory, 8 bytes aligned, without waiting for what they were.
+MVIT3_DEVICE
+void add_in_memory(float* to, float first, float second) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
+#else
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(first) : "memory");
+  asm volatile("red.global.add.f32 [%0 + 4], %1;" ::"l"(to), "f"(second) : "memory");
+#endif
+}
+
+// The opposite of load_matrices.
+MVIT3_DEVICE
+void store_matrices(SharedAddress row, const uint32_t (&in)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(in[0]), "r"(in[1]),
+               "r"(in[2]), "r"(in[3])
+               : "memory");
+#else
+  const int at = thread() % kWarp / 4, part = thread() % 4;
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const SharedAddress to = __shfl_sync(0xffffffffu, row, 8 * m + at) + 4 * part;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(in[m]) : "memory");
+  }
+#endif
+}
+
+}  // namespace mvit3
+
+#else
+
+#include "emulation_backward.h"
+
+#endif
+
+namespace mvit3 {
+
+// ---- The depth-wise convolution on tensor cores. A product of 16 pixels x 16 with 16 x 8 channels is two taps of 8
+// channels: the second operand is two diagonals of 8, under each other.
+
+// Pairs of taps, four bits each, 15 for none: its diagonal is zero. Stride 2: of pixels of x in an even row and column,
+// in an odd column, in an odd row, in both (two pairs).
+constexpr int kPairs = 5;
+template <int Stride>
+MVIT3_BOTH
+constexpr int tap_of(int pair, int i) {
+  return int((Stride == 1 ? 0xf852764310 : 0x02681735f4) >> 4 * (2 * pair + i) & 15);
+}
+constexpr int kNoTap = 15;
+
+// The diagonals of 8 channels: 4 registers of a lane in a unit, of which 8 lanes have one channel each and the others
+// read the zeros behind.
+constexpr int kUnits = (2 * kPairs + 3) / 4, kUnit = 9 * 16, kDiagonals = kUnits * kUnit;
+
+// ---- The parameters of a step
+
+// What a filtered channel is scaled and shifted by: tanh's argument is `scale` z + `shift`, and c1 + c2 z is part of
+// dz.
+struct alignas(16) MiddleNorm {
+  float scale, shift, c1, c2;
+};
+
+// Numbers that a launch brings along: of outputs in shared memory at a time and of such parts, of slices of inputs;
+// 2^shift threads have 8 outputs each of a pixel; bytes of the parameters of a step; floats that a block keeps of its
+// tiles.
+struct StepSizes {
+  int width, parts, slices, shift;
+  unsigned bytes, kept;
+};
+
+// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs, as it is and
+// times the scale of its norm; diagonals; norms; the projection, `width` outputs x 32 channels. In global memory there
+// is an expansion for each slice of 16 Steps inputs, then for each of them what follows, then a projection for each
+// part of the outputs.
+template <typename T, int Steps>
+struct StepParameters {
+  static constexpr int kInputs = 16 * Steps, kPitch = kInputs + 8;
+  // Whether the projection is multiplied by the middle norm's c0. In float16 the product might be too small a number.
+  static constexpr bool kFolds = std::is_same_v<T, BFloat16>;
+  static constexpr int kExpand = kChunk * kPitch * int(sizeof(T)), kAllDiagonals = kChunk / 8 * kDiagonals;
+  static constexpr int kDiagonal = 2 * kExpand, kMiddle = kDiagonal + kAllDiagonals,
+                       kC0 = kMiddle + kChunk * int(sizeof(MiddleNorm)), kNorm = kC0 + kChunk * int(sizeof(float)),
+                       kProject = kNorm + kChunk * int(sizeof(Affine)), kRest = kProject - kExpand;
+
+  static MVIT3_BOTH
+  int project(int width) { return width * kChunkPitch * int(sizeof(T)); }
+  static StepSizes sizes(const Maps& m, int most_outputs, int row) {
+    const int parts = (m.outputs + most_outputs - 1) / most_outputs, slices = (m.inputs + kInputs - 1) / kInputs;
+    const int width = round_up((m.outputs + parts - 1) / parts, 16);
+    int shift = 1;
+    while (8 << shift < width) ++shift;
+    return {
+        width,
+        parts,
+        slices,
+        shift,
+        unsigned(slices * kProject + parts * project(width)),
+        unsigned(round_up(m.expanded, kChunk) * row)};
+  }
+};
+
+struct BackwardPlan : BackwardArguments {
+  StepSizes sizes;
+  int rows, columns;   // of the map of every dilation-th pixel
+  const char* packed;  // the parameters of all steps
+};
+
+// Writes the parameters of all steps, four bytes to a thread.
+template <typename T, int Stride, int Steps>
+struct PackBackward {
+  using Arguments = BackwardPlan;
+  using Parameters = StepParameters<T, Steps>;
+  static constexpr int kBlocksAtOnce = 1;
+
+  static MVIT3_BOTH
+  int64_t count(const Arguments& a) { return ceil_div(a.front.maps.expanded, kChunk) * (a.sizes.bytes / 4); }
+
+  const Arguments& a;
+  const Maps& m;
+  int chunk;
+
+  MVIT3_DEVICE
+  Affine first_norm(int channel) const { return affine_at<T>(a.front.norm, channel); }
+
+  MVIT3_DEVICE
+  float projection(int output, int c) const {
+    if (output >= m.outputs || c >= kChunk || chunk + c >= m.expanded) return 0.0f;
+    const float weight = value_at<T>(a.project, int64_t(output) * m.expanded + chunk + c);
+    return Parameters::kFolds ? weight * (0.5f * a.c0[chunk + c]) : weight;
+  }
+  MVIT3_DEVICE
+  float expansion(int c, int input, int pad, bool scaled) const {
+    if (pad >= Parameters::kInputs || input >= m.inputs || chunk + c >= m.expanded) return 0.0f;
+    const float weight = value_at<T>(a.front.expand, int64_t(chunk + c) * m.inputs + input);
+    return scaled ? to_float(from_float<T>(weight)) * first_norm(chunk + c).scale : weight;
+  }
+  // Register `word` of the diagonals of 8 channels: half a tap, in the half of the register that is on the diagonal.
+  MVIT3_DEVICE
+  uint32_t diagonal(int word) const {
+    const int group = word / (kDiagonals / 4), in_group = word % (kDiagonals / 4);
+    const int unit = in_group / (kUnit / 4), lane = in_group % (kUnit / 4) / 4, number = 4 * unit + in_group % 4;
+    const int channel = chunk + 8 * group + lane;
+    if (lane == 8 || number >= 2 * kPairs || channel >= m.expanded) return 0;
+    const int tap = tap_of<Stride>(number / 2, number % 2);
+    const float value = tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
+    return lane % 2 ? pack<T>(0.0f, value) : pack<T>(value, 0.0f);
+  }
+  // Number i of the norms of a step. The slope of the activation is (1 + r) / 2, and tanh takes half of what the
+  // exponential would.
+  MVIT3_DEVICE
+  float norms(int i) const {
+    const int of_middle = 4 * kChunk, c = i < of_middle ? i / 4 : i < 5 * kChunk ? i - of_middle : (i - 5 * kChunk) / 2;
+    const int channel = chunk + c;
+    if (channel >= m.expanded) return 0.0f;
+    if (i < of_middle) {
+      const int which = i % 4;
+      return which == 0   ? 0.5f * a.z_scale[channel]
+             : which == 1 ? 0.5f * a.z_shift[channel]
+             : which == 2 ? a.c1[channel]
+                          : a.c2[channel];
+    }
+    if (i < 5 * kChunk) return 0.5f * a.c0[channel];
+    const Affine norm = first_norm(channel);
+    return 0.5f * (i % 2 ? norm.shift : norm.scale);
+  }
+
+  MVIT3_DEVICE
+  uint32_t word_at(int at) const {
+    const auto matrix = [](int word, int pitch, const auto& value) {
+      const int row = word / (pitch / 2), column = word % (pitch / 2) * 2;
+      return pack<T>(value(row, column), value(row, column + 1));
+    };
+    const int first_rest = a.sizes.slices * Parameters::kExpand / 4,
+              first_project = a.sizes.slices * Parameters::kProject / 4;
+    if (at >= first_project)
+      return matrix(at - first_project, kChunkPitch, [&](int row, int c) { return projection(row, c); });
+    const bool scaled = at >= first_rest;
+    if (scaled) at -= first_rest;
+    const int size = (scaled ? Parameters::kRest : Parameters::kExpand) / 4, slice = at / size, word = at % size;
+    if (word < Parameters::kExpand / 4)
+      return matrix(word, Parameters::kPitch, [&](int c, int input) {
+        return expansion(c, slice * Parameters::kInputs + input, input, scaled);
+      });
+    const int behind = word - Parameters::kExpand / 4;
+    if (behind < Parameters::kAllDiagonals / 4) return diagonal(behind);
+    return float_bits(norms(behind - Parameters::kAllDiagonals / 4));
+  }
+
+  static MVIT3_DEVICE
+  uint32_t float_bits(float value) {
+    union {
+      float number;
+      uint32_t bits;
+    } both{value};
+    return both.bits;
+  }
+
+  static MVIT3_DEVICE
+  void run(const Arguments& a) {
+    const int64_t i = int64_t(block()) * kThreads + thread(), words = a.sizes.bytes / 4;
+    if (i >= count(a)) return;
+    const PackBackward self{a, a.front.maps, int(i / words) * kChunk};
+    reinterpret_cast<uint32_t*>(const_cast<char*>(a.packed))[i] = self.word_at(int(i % words));
+  }
+};
+
+}  // namespace mvit3

@@ -1,0 +1,197 @@
+// The sums over pixels of the backward kernel of inverted_residual: per block, and over all blocks.
+#pragma once
+
+#include "inverted_residual_backward_tile.h"
+#include "sums.h"
+
+namespace mvit3 {
+
+template <typename T, int Stride, int Steps>
+struct BackwardSums : BackwardTile<T, Stride, Steps> {
+  using Base = BackwardTile<T, Stride, Steps>;
+  using Base::a, Base::lane, Base::warp, Base::rows_of, Base::columns_of, Base::corner_of;
+  using Base::kPixels, Base::kOutWidth, Base::kInputs, Base::kPitch, Base::kShares, Base::kFirstTap, Base::kHalf,
+      Base::kRow;
+  using Base::x, Base::z, Base::value, Base::gradient;
+
+  // What the block keeps of a step's channels.
+  MVIT3_DEVICE
+  float* kept_of(int chunk) const {
+    return a.workspace + unsigned(block() * a.sizes.slices + slice()) * uint64_t(a.sizes.kept) + unsigned(chunk) * kRow;
+  }
+
+  // Adds to what the block kept of its tiles before.
+  template <bool First>
+  static MVIT3_DEVICE
+  void keep(float* to, float first, float second) {
+    if (First)
+      *reinterpret_cast<Pair*>(to) = {first, second};
+    else
+      add_in_memory(to, first, second);
+  }
+
+  // G^T x of the tile, and the sum of G.
+  MVIT3_DEVICE
+  void multiply_by_x(float* kept, bool first_tile) const {
+    const unsigned first_row = warp() % 2 * 16, part = warp() / 2, columns = part % Steps * 16, share = part / Steps;
+    const unsigned first_pixel = share * (kPixels / kShares);
+    float sum[2][4] = {}, total[4] = {};
+    const SharedAddress of_gradient = columns_of(gradient(), first_pixel, first_row);
+    const SharedAddress of_x = rows_of(x(), first_pixel, columns);
+    uint32_t pixels[4], inputs[4];
+#pragma unroll
+    for (int k = 0; k < 2 * Steps; ++k) {
+      load_transposed(pixels, of_gradient + 32 * k * kChunkPitch);
+      load_transposed(inputs, of_x + 32 * k * kPitch);
+      multiply_add(sum[0], pixels, inputs[0], inputs[1], T{});
+      multiply_add(sum[1], pixels, inputs[2], inputs[3], T{});
+    }
+    // The warps of a share divide its pixels for the sum of G, which is a product with ones.
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      load_transposed(pixels, of_gradient + 32 * (2 * (part % Steps) + k) * kChunkPitch);
+      const uint32_t ones = lane() / 4 == unsigned(k) ? pack<T>(1.0f, 1.0f) : 0u;
+      multiply_add(total, pixels, ones, ones, T{});
+    }
+    const unsigned g = lane() / 4, t = lane() % 4;
+    float* const row = kept + (first_row + g) * kRow;
+    const auto write = [&](auto first) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const to = row + 8 * half * kRow;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          keep<first>(to + share * kInputs + columns + 8 * j + 2 * t, sum[j][2 * half], sum[j][2 * half + 1]);
+        if (t == 0) keep<first>(to + kShares * kInputs + 2 * part, total[2 * half], total[2 * half + 1]);
+      }
+    };
+    first_tile ? write(std::true_type{}) : write(std::false_type{});
+  }
+
+  // The gradients of the taps: of 8 channels, over half of the tile, products of dz (two taps of 8 channels x pixels)
+  // with act(e), whose diagonals count.
+  MVIT3_DEVICE
+  void multiply_by_values(float* kept, bool first_tile) const {
+    const unsigned l = lane(), group = warp() % 4, half = warp() / 4, second = l / 8 % 2, pixel = l / 16 * 8 + l % 8;
+    const SharedAddress of_value = shared_address(value().row(64 * half + l) + 8 * group);
+    constexpr int kSums = Stride == 1 ? kPairs : 3;
+    float sum[kSums][4] = {};
+    uint32_t values[2][4], part[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) load_transposed(values[i], of_value + 64 * i * kChunkPitch);
+    const auto add = [&](int r, float (&to)[4]) {
+      multiply_add(to, part, values[r / 2][r % 2 * 2], values[r / 2][r % 2 * 2 + 1], T{});
+    };
+    if constexpr (Stride == 1) {
+      add_rows(group, half, second, pixel, part, sum, add);
+    } else {
+      const auto bytes = [](unsigned pixels) { return pixels * unsigned(kChunkPitch * sizeof(T)); };
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const SharedAddress from = shared_address(z().row(corner_of(64 * half + 16 * r + pixel)) + 8 * group);
+        const unsigned parities = 2 * half + r / 2;
+        load_transposed(part, from + bytes(second * (parities % 2 ? 1 : parities / 2 * kOutWidth)));
+        add(r, sum[r / 2]);
+        if (r >= 2 && half == 1) {
+          load_transposed(part, from + bytes(second + kOutWidth));
+          add(r, sum[2]);
+        }
+      }
+    }
+    if (l % 4 != l / 8) return;  // not on the diagonal
+    const bool odd = l / 4 % 2;
+    float* const to = kept + (8 * group + l / 4) * kRow + kFirstTap + half * kHalf;
+    const auto write = [&](auto first) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        const int pair = Stride == 1 ? i : i < 2 ? 2 * half + i : 4;
+        if (i < 2 || Stride == 1 || half == 1)
+          keep<first>(to + 2 * pair, odd ? sum[i][1] : sum[i][0], odd ? sum[i][3] : sum[i][2]);
+      }
+    };
+    first_tile ? write(std::true_type{}) : write(std::false_type{});
+  }
+
+  // Stride 1: a row of dz meets three rows of values, so it is loaded once for all of them: its pixels that meet by
+  // taps 0 and 1 of a row of taps, and those of two rows that meet by the last taps.
+  template <typename F>
+  MVIT3_DEVICE
+  void add_rows(
+      unsigned group, unsigned half, unsigned second, unsigned pixel, uint32_t (&part)[4], float (&sum)[kPairs][4],
+      const F& add) const {
+    const auto pixels = [&](int row, int column) {
+      return shared_address(z().row(row * kOutWidth + column) + 8 * group);
+    };
+    const SharedAddress left = pixels(4 * half, pixel + 2 - second), right = pixels(4 * half, pixel);
+    constexpr int kDown = 2 * kOutWidth * kChunkPitch;  // bytes
+#pragma unroll
+    for (int j = 0; j < 6; ++j) {
+      load_transposed(part, left + j * kDown);
+#pragma unroll
+      for (int ty = 0; ty < 3; ++ty)
+        if (const int r = j + ty - 2; r >= 0 && r < 4) add(r, sum[ty]);
+      // Rows j and j - 1; there is none above the first one.
+      const int above = j == 0 && half == 0 ? 0 : kDown;
+      load_transposed(part, right + j * kDown - (second ? above : 0));
+      if (j >= 2) add(j - 2, sum[3]);
+      if (j < 4) add(j, sum[4]);
+    }
+  }
+};
+
+// Adds up what the blocks kept, 32 sums to a block of threads: n1 (expanded, inputs), then of each channel the nine
+// gradients of its taps (expanded, 9) and g1 (expanded). Reads the workspace and writes the sums once.
+template <typename K>
+struct FinishBackward {
+  struct Arguments {
+    BackwardPlan plan;
+    int parts;
+  };
+  static constexpr int kBlocksAtOnce = 1;
+
+  static MVIT3_BOTH
+  int64_t count(const BackwardPlan& a) { return int64_t(a.front.maps.expanded) * (a.front.maps.inputs + 10); }
+
+  // The parts of a sum in a row of the workspace.
+  struct Parts {
+    int first, count, apart;
+  };
+  static MVIT3_DEVICE
+  Parts parts_of_tap(int tap) {
+    int slot = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kPairs; ++i)
+      if (tap_of<K::kStride>(i / 2, i % 2) == tap) slot = i;
+    return {K::kFirstTap + slot, K::kHalf ? 2 : 1, K::kHalf};
+  }
+
+  static MVIT3_DEVICE
+  void run(const Arguments& arguments) {
+    const BackwardPlan& a = arguments.plan;
+    const Maps& m = a.front.maps;
+    const int64_t i = int64_t(block()) * kWarp + lane(), products = int64_t(m.expanded) * m.inputs;
+    const bool product = i < products;
+    const int width = product ? m.inputs : 10;
+    const int64_t of_kind = product ? i : i - products;
+    const int channel = int(of_kind / width), k = int(of_kind % width);
+    const Parts row = product ? Parts{k % K::kInputs, K::kShares, K::kInputs}
+                      : k < 9 ? parts_of_tap(k)
+                              : Parts{K::kShares * K::kInputs, 8, 1};
+    const int64_t slices = a.sizes.slices;
+    const float* const from =
+        a.workspace + (product ? k / K::kInputs : 0) * a.sizes.kept + int64_t(channel) * K::kRow + row.first;
+    float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
+    float sum = 0.0f;
+    if (i < count(a))
+#pragma unroll 4
+      for (int p = warp(); p < arguments.parts; p += kWarps)
+        for (int j = 0; j < row.count; ++j) sum += from[p * slices * a.sizes.kept + j * row.apart];
+    sums[thread()] = sum;
+    synchronize();
+    if (warp() || i >= count(a)) return;
+    for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane()];
+    (product ? a.n1[i] : k < 9 ? a.dtaps[channel * 9 + k] : a.g1[channel]) = sum;
+  }
+};
+
+}  // namespace mvit3

@@ -1,0 +1,33 @@
+// The device as csrc/cuda/inverted_residual_backward.h wants it.
+#pragma once
+
+#include "emulation.h"
+
+namespace mvit3 {
+
+// The largest error that the instruction may have: 11 bits of the result are right.
+inline float approximate_tanh(float x) {
+  const float exact = std::tanh(x), unit = 8193.0f * exact;  // 2^13 + 1: the splitting of a product leaves 24 - 13
+  return unit - (unit - exact);
+}
+
+inline void copy_16_or_zeros(void* shared, const void* global, bool there) {
+  static const char zeros alignas(16)[16] = {};
+  copy_16(shared, there ? global : zeros);
+}
+
+inline void add_in_memory(float* to, float first, float second) {
+  if (reinterpret_cast<uintptr_t>(to) % 8) emulation::fail("a pair in memory is not aligned");
+  to[0] += first;
+  to[1] += second;
+}
+
+inline void store_matrices(SharedAddress row, const uint32_t (&in)[4]) {
+  check_row(row);
+  const int g = thread() % 32 / 4, t = thread() % 4;
+  const auto& shown = emulation::meet([&](auto& s, int l) { s.address[l] = row; });
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(const_cast<char*>(static_cast<const char*>(shown.address[8 * m + g])) + 4 * t, &in[m], 4);
+}
+
+}  // namespace mvit3
