@@ -6,20 +6,23 @@ column take no part in attention, and are zero behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
 from transformers.models.mobilevit import modeling_mobilevit as v1
 from transformers.models.mobilevitv2 import modeling_mobilevitv2 as v2
 
 from ..inference import FusedNetwork, stands_for_network
 from ..inference.dense import pooled_sum
-from ..inference.program import IMAGE, Program, Refused, assemble, check, emit
-from ..nn.guard import dropout_rate, is_dropout
+from ..inference.program import IMAGE, Program, Refused, assemble, check, emit, pool
+from ..nn.guard import dropout_rate, is_dropout, known
 from ..nn.layout import to_nchw
 from ..nn.plans import (
     ACTIVATION_NAMES,
@@ -261,9 +264,17 @@ class MobileViTV2Layer(Swapped, v2.MobileViTV2Layer):
         return _downsampled(self, SeparablePlan(local, _separable(self), _conv(self.conv_projection), crops=True))
 
 
-# Networks: the model below every head is a program, and so is the head of segmentation; other heads are a product.
+# Networks: a classifier is a program, and so are the model below every head and the head of segmentation.
 
-LAST, HIDDEN = 0, 1  # the endings of a model's program
+LAST, HIDDEN = 0, 1  # the endings of a program: without and with the hidden states behind what it returns
+
+
+def _wants_states(network: nn.Module, output_hidden_states: bool | None) -> bool:
+    return network.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+
+def _wants_dict(network: nn.Module, return_dict: bool | None) -> bool:
+    return network.config.return_dict if return_dict is None else return_dict
 
 
 class _Model(FusedNetwork):
@@ -276,45 +287,101 @@ class _Model(FusedNetwork):
     ) -> tuple | BaseModelOutputWithPoolingAndNoAttention:
         if not self._runs_program(pixel_values):
             return super().forward(pixel_values, output_hidden_states, return_dict, **kwargs)
-        hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        last, pooled, states = self._fused.run(pixel_values, HIDDEN if hidden else LAST)
-        if as_dict:
+        ending = HIDDEN if _wants_states(self, output_hidden_states) else LAST
+        (last, pooled), states = self._fused.run(pixel_values, ending)
+        if _wants_dict(self, return_dict):
             return BaseModelOutputWithPoolingAndNoAttention(last, pooled, states)
         return tuple(output for output in (last, pooled, states) if output is not None)
 
 
+# A classifier's program may stand in for the model below its head, fused or not.
+known_of_host(v1.MobileViTModel, v2.MobileViTV2Model)
+
+
+@known
 @stands_for_network(v1.MobileViTModel)
 class MobileViTModel(_Model, v1.MobileViTModel):
     pass
 
 
+@known
 @stands_for_network(v2.MobileViTV2Model)
 class MobileViTV2Model(_Model, v2.MobileViTV2Model):
+    pass
+
+
+class _Classifier(FusedNetwork):
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> tuple | ImageClassifierOutputWithNoAttention:
+        if not self._runs_program(pixel_values):
+            return super().forward(pixel_values, output_hidden_states, labels, return_dict, **kwargs)
+        ending = HIDDEN if _wants_states(self.base_model, output_hidden_states) else LAST
+        (logits,), states = self._fused.run(pixel_values, ending)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        if _wants_dict(self, return_dict):
+            return ImageClassifierOutputWithNoAttention(loss, logits, states)
+        return tuple(output for output in (loss, logits, states) if output is not None)
+
+
+@stands_for_network(v1.MobileViTForImageClassification)
+class MobileViTForImageClassification(_Classifier, v1.MobileViTForImageClassification):
+    pass
+
+
+@stands_for_network(v2.MobileViTV2ForImageClassification)
+class MobileViTV2ForImageClassification(_Classifier, v2.MobileViTV2ForImageClassification):
     pass
 
 
 @assemble.register(v1.MobileViTModel)
 @assemble.register(v2.MobileViTV2Model)
 def _(network, program: Program) -> None:
-    x, hidden = emit(network.conv_stem, program, IMAGE), []
+    x, states = _emit_model(network, program)
+    if not network.expand_output:
+        _finish(program, [x], states, lambda results: (to_nchw(results[0]), None))
+        return
+    outputs = [x, program.add("global_pool", [x])]
+    _finish(program, outputs, states, lambda results: (to_nchw(results[0]), results[1].flatten(1)))
+
+
+@assemble.register(v1.MobileViTForImageClassification)
+@assemble.register(v2.MobileViTV2ForImageClassification)
+def _(network, program: Program) -> None:
+    model = network.base_model
+    if not model.expand_output:
+        raise Refused("its model does not pool")
+    x, states = _emit_model(model, program)
+    x = pool(program, x)
+    if isinstance(network, v1.MobileViTForImageClassification):
+        x = emit(network.dropout, program, x)
+    _finish(program, [emit(network.classifier, program, x)], states, lambda results: (results[0].flatten(1),))
+
+
+def _emit_model(network: nn.Module, program: Program) -> tuple[int, list[int]]:
+    """The last map of a model and its hidden states."""
+    x, states = emit(network.conv_stem, program, IMAGE), []
     for layer in network.encoder.layer:
         x = emit(layer, program, x)
-        hidden.append(x)
-    outputs = [x]
-    if network.expand_output:
-        if isinstance(network, v1.MobileViTModel):
-            x = emit(network.conv_1x1_exp, program, x)
-        outputs = [x, program.add("global_pool", [x])]
+        states.append(x)
+    if network.expand_output and isinstance(network, v1.MobileViTModel):
+        x = emit(network.conv_1x1_exp, program, x)
+    return x, states
+
+
+def _finish(program: Program, outputs: list[int], states: list[int], convert: Callable[[list[Tensor]], tuple]) -> None:
+    """Both endings: what `convert` makes of the maps `outputs`, and None or the hidden states."""
     first = len(outputs)
-
-    def convert(results: list[Tensor]) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-        last, *pooled = results[:first]
-        states = tuple(to_nchw(state) for state in results[first:])
-        return to_nchw(last), pooled[0].flatten(1) if pooled else None, states or None
-
-    program.finish(outputs, convert)
-    program.finish([*outputs, *hidden], convert)
+    program.finish(outputs, lambda results: (convert(results), None))
+    program.finish(
+        [*outputs, *states],
+        lambda results: (convert(results[:first]), tuple(to_nchw(state) for state in results[first:])),
+    )
 
 
 @emit.register(v1.MobileViTMobileNetLayer)

@@ -27,7 +27,7 @@ def test_outputs_are_the_hosts(name):
     """At 97 pixels MobileViTV2's maps have pixels that are in no patch."""
     host = network(name, **({"output_stride": 16} if name.endswith("masks") else {}))
     fused, exact = fuse(copy.deepcopy(host)), copy.deepcopy(host).double()
-    networks = {"v1": "mobilevit", "v2": "mobilevitv2"}[name[:2]] if " " in name else KINDS[name].__name__
+    networks = KINDS[name].__name__ if "masks" not in name else {"v1": "mobilevit", "v2": "mobilevitv2"}[name[:2]]
     for shape in ((1, 3, 64, 96), (5, 3, 97, 97)):
         x = images(*shape)
         assert ran(fused, x) == {networks: "fused", **({"segmentation_head": "fused"} if "masks" in name else {})}
@@ -60,7 +60,8 @@ def test_a_trainable_head_learns_on_a_frozen_model(name):
     for p in host.base_model.parameters():
         p.requires_grad_(False)
     fused, x = fuse(copy.deepcopy(host)), images(2, 3, 64, 64)
-    assert list(ran(fused, x).values()) == ["fused"]
+    classifier, model = ran(fused, x).values()
+    assert "require grad" in classifier and model == "fused"
     losses = [model(x, labels=torch.tensor([1, 2])).loss for model in (host, fused)]
     for loss in losses:
         loss.backward()
@@ -68,9 +69,29 @@ def test_a_trainable_head_learns_on_a_frozen_model(name):
     for model in (host, fused):
         model.zero_grad()
         next(model.base_model.parameters()).requires_grad_(True)
-    assert "require grad" in next(iter(ran(fused, x).values()))
+    assert all("require grad" in how for how in ran(fused, x).values())
     want, found = results(host, x), results(fused, x)
     assert distance(found, want) <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_classifier_follows_its_parts(name):
+    """Other heads run behind the program of the model below; a hook on that is called."""
+    host = network(name)
+    fused, x = fuse(copy.deepcopy(host)), images(2, 3, 64, 64)
+    model, classifier = host.base_model_prefix, type(host).__name__
+    for head in (nn.Linear(host.classifier.in_features, 3), nn.Identity(), nn.Sequential(nn.Tanh())):
+        for each in (host, fused):
+            each.classifier = head
+        assert distance(outputs(fused, x), outputs(host, x)) <= 1e-5
+        assert ran(fused, x)[classifier] == "fused" or ran(fused, x)[model] == "fused"
+    assert "Tanh" in ran(fused, x)[classifier]
+    for each in (host, fused):
+        each.classifier = nn.Identity()
+        each.base_model.register_forward_hook(lambda module, inputs, found: type(found)(found[0], 2 * found[1]))
+    assert distance(outputs(fused, x, False), outputs(host, x, False)) <= 1e-5
+    assert "has a hook" in ran(fused, x)[classifier] and ran(fused, x)[model] == "fused"
 
 
 @torch.no_grad()
