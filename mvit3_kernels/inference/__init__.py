@@ -125,6 +125,11 @@ class FusedNetwork:
     # networks that ran, and why not as a program, while `explain` listens
     observed: list[tuple[nn.Module, str | None]] | None = None
 
+    def __new__(cls, *args: object, **keywords: object) -> nn.Module:
+        """A network made anew by a fused one's class, as `type(model).from_pretrained` of transformers does, is plain:
+        it is `fuse` that fuses. Copies and pickles make theirs without arguments."""
+        return PLAIN[cls](*args, **keywords) if args or keywords else super().__new__(cls)
+
     def restore(self) -> None:
         """Makes this the plain network again."""
         self.__class__ = PLAIN[type(self)]

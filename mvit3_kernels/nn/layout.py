@@ -8,8 +8,10 @@ once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +25,31 @@ def to_nhwc(x: Tensor) -> Tensor:
 
 def to_nchw(x: Tensor) -> Tensor:
     """(B, H, W, C) to (B, C, H, W) in channels_last memory."""
-    return x.permute(0, 3, 1, 2)
+    return _Handed.apply(x) if _may_be_sharded(x) else x.permute(0, 3, 1, 2)
+
+
+def _may_be_sharded(x: Tensor) -> bool:
+    """Whether a module may be one of FSDP2's, which hangs a hook on each result that it returns: a write to it, were it
+    a view, would lose that hook, and with it the weights in backward."""
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and x.requires_grad
+        and not torch.compiler.is_compiling()
+        and dispatch.transform() is None
+    )
+
+
+class _Handed(torch.autograd.Function):
+    """The same bytes and the same count of writes, but for autograd a tensor of its own, not a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2).detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy.permute(0, 2, 3, 1)
 
 
 def resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
