@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..inference.program import Program, check, emit
 from ..nn import guard
@@ -72,6 +72,8 @@ class Swapped(Block):
             return str(reason)
 
     def forward(self, x: Tensor | None = None, *args: object, **keywords: object) -> Tensor:
+        if isinstance(args, fx.Proxy):  # torch.fx traces this very block, with something in the place of each name
+            return super().forward(x)
         # A tracer of torch.fx hands over something that is no tensor; a host may call its map `input` or `features`.
         if args or keywords or not isinstance(x, Tensor) or x.ndim != 4:
             if guard.observed is not None:

@@ -155,13 +155,14 @@ def test_the_layer_norm_of_the_first_versions_normalises_channels(cvnets):
     assert not reasons(model, x)
 
 
-def test_optimizers_go_on_and_unfuse_restores(cvnets):
-    model, x = network(cvnets, "MobileViTBlockv3"), images(2, 3, 33, 33)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_optimizers_go_on_and_unfuse_restores(cvnets, block):
+    model, x = network(cvnets, block), images(2, 3, 33, 33)
     host = copy.deepcopy(model)
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (host, model)]
     ids, keys = [id(p) for p in model.parameters()], list(model.state_dict())
     fuse(model, "training")
-    for _ in range(5):
+    for _ in range(20):
         for optimizer, m in zip(optimizers, (host, model), strict=True):
             results(m, x, training=True)
             optimizer.step()

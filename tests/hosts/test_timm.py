@@ -94,16 +94,18 @@ def test_dropout_is_that_of_the_ops():
     assert not model(images(2, 3, 64, 64)).equal(model(images(2, 3, 64, 64)))
 
 
-def test_training_goes_on():
+@pytest.mark.parametrize("name", NAMES)
+def test_training_goes_on(name):
     """An optimizer made before `fuse` goes on, as one on timm's model, and the weights stay the same for 20 steps."""
-    model, x = create("mobilevit_xxs"), images(2, 3, 33, 33)
+    model, x, classes = create(name).train(), images(4, 3, 64, 64), torch.arange(4)
     host = copy.deepcopy(model)
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (host, model)]
     ids, keys = [id(p) for p in model.parameters()], list(model.state_dict())
     fuse(model, "training")
-    for _ in range(20):
+    for step in range(20):
         for optimizer, m in zip(optimizers, (host, model), strict=True):
-            results(m, x, training=True)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(m(x.roll(step, 3)), classes).backward()
             optimizer.step()
     state, want = model.state_dict(), host.state_dict()
     error = flat(state.values()) - flat(want.values())
@@ -312,6 +314,16 @@ def test_torchscript_gets_the_host(caplog):
     scripted = torch.jit.script(fuse(model, "training"))
     assert torch.allclose(scripted(x), want) and "takes back what fuse did" in caplog.text
     assert not [row for row in fuse_report(model) if row.became]
+
+
+def test_torch_fx_gets_the_host():
+    """A block that is traced by itself gives its modules, as one that is traced inside of another module does."""
+    model = fuse(create("mobilevit_xxs").eval(), "training")
+    for block, x in ((model.stem, images(2, 3, 32, 32)), (model.stages[0][0], images(2, 16, 8, 8))):
+        for traced in (block, nn.Sequential(block)):
+            graph = torch.fx.symbolic_trace(traced)
+            assert torch.allclose(graph(x), block(x), rtol=EXACT)
+            assert any("conv" in str(node.target) for node in graph.graph.nodes if node.op == "call_module")
 
 
 def test_an_unknown_version_of_a_host_is_left_alone(monkeypatch, caplog):
