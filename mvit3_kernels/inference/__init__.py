@@ -300,12 +300,14 @@ class Weights:
 
     def __init__(self, network: nn.Module) -> None:
         self._tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
-        self._memory = [t.untyped_storage() for t in self._tensors]  # stays where it is for as long as it is watched
+        # A quantised tensor, or another that is not plain, is in no program, but may be in a head that stands apart.
+        plain = [t for t in self._tensors if type(t) in (nn.Parameter, Tensor)]
+        self._memory = [t.untyped_storage() for t in plain]  # stays where it is for as long as it is watched
         # Tensors made in inference mode count no versions.
-        self._counted = [(t, t._version, t.data_ptr()) for t in self._tensors if not t.is_inference()]
-        self._others = [(t, t.data_ptr()) for t in self._tensors if t.is_inference()]
+        self._counted = [(t, t._version, t.data_ptr()) for t in plain if not t.is_inference()]
+        self._others = [(t, t.data_ptr()) for t in plain if t.is_inference()]
         self._steps = _optimizer_steps
-        self._number = torch.ops.mvit3.weights_new(self._tensors)
+        self._number = torch.ops.mvit3.weights_new(plain)
 
     def __del__(self) -> None:
         if torch is not None and hasattr(self, "_number"):  # at exit of the interpreter
