@@ -273,7 +273,16 @@ def test_a_forward_that_was_replaced_before_is_not_known(monkeypatch):
 
 @built
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"num_classes": 0}, {"global_pool": "max"}, {"features_only": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_classes": 0},
+        {"global_pool": "max"},
+        {"features_only": True},
+        {"output_stride": 8, "drop_path_rate": 0.2},
+    ],
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_is_one_program(name, options):
     if "features_only" in options:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_large
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.ssd import SSD
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.mobilenetv3 import InvertedResidual as InvertedResidualV3
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.ops import Conv2dNormActivation, Conv3dNormActivation, FrozenBatchNorm2d
+from torchvision.ops import Conv2dNormActivation, Conv3dNormActivation, FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from mvit3_kernels import _native, explain, fuse, fuse_report, unfuse
 
@@ -197,7 +199,8 @@ class Detection(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         box = torch.tensor([[4.0, 6.0, 40.0, 50.0]], dtype=x.dtype)
-        targets = [{"boxes": box + i, "labels": torch.tensor([1])} for i in range(len(x))] if self.training else None
+        target = {"labels": torch.tensor([1]), "masks": torch.ones(1, *x.shape[2:], dtype=torch.uint8)}
+        targets = [{**target, "boxes": box + i} for i in range(len(x))] if self.training else None
         found = self.detector(list(x), targets)
         found = [found] if self.training else found
         return [t for one in found for t in one.values() if t.is_floating_point()]
@@ -233,10 +236,29 @@ class Pyramid(nn.Module):
         return list(self.backbone(x).values())
 
 
+def mask_rcnn() -> nn.Module:
+    backbone = Maps(encoder(out_indices=(3,)))
+    (width,) = backbone.out_channels
+    backbone.out_channels = width
+    parts = {
+        "rpn_anchor_generator": AnchorGenerator(((16, 32),), ((0.5, 1.0),)),
+        "box_roi_pool": MultiScaleRoIAlign(["0"], 5, 1),
+        "box_head": TwoMLPHead(width * 25, 16),
+        "box_predictor": FastRCNNPredictor(16, 3),
+        "mask_roi_pool": MultiScaleRoIAlign(["0"], 4, 1),
+        "mask_head": MaskRCNNHeads(width, (8,), 1),
+        "mask_predictor": MaskRCNNPredictor(8, 8, 3),
+    }
+    # the weights of the test move boxes far: without the last option none stays on the images
+    options = {"min_size": 64, "max_size": 96, "box_score_thresh": -1.0, "bbox_reg_weights": (1e3, 1e3, 1e3, 1e3)}
+    return MaskRCNN(backbone, **options, **parts)
+
+
 # What is in their reports, and how often.
 DETECTORS = {
     "ssd": (lambda: Detection(ssd()), {"FusedMobileVitBlock": 3, "FusedBottleneckBlock": 7}),
     "fpn": (Pyramid, {"FusedMobileVitBlock": 3, "a convolution alone is as fast as it is": 6}),
+    "mask": (lambda: Detection(mask_rcnn()), {"FusedMobileVitBlock": 2, "FusedBottleneckBlock": 6}),
     "ssdlite": (lambda: Detection(ssdlite()), {"FusedInvertedResidualV3": 2, "act 'Hardswish' has no kernel": 1}),
 }
 

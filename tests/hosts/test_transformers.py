@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoModelForImageClassification
+from torch.utils.data import Dataset
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from mvit3_kernels import explain, fuse, fuse_report, unfuse
 from mvit3_kernels.hosts import Swapped
@@ -127,6 +128,32 @@ def test_a_fused_network_is_saved_as_the_hosts(tmp_path):
     assert base.config.architectures == ["MobileViTV2Model"]
 
 
+class Pictures(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": images(1, 3, 64, 64 + i)[0, ..., :64].double(), "labels": torch.tensor(i % 5)}
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    """It trains, evaluates, writes and loads a fused network as the host."""
+    found = []
+    for model in pair("v1 classes"):
+        options = {"max_steps": 3, "per_device_train_batch_size": 4, "load_best_model_at_end": True, "seed": 0}
+        every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        arguments = TrainingArguments(
+            tmp_path / "runs", use_cpu=True, report_to=[], disable_tqdm=True, **options, **every
+        )
+        trainer = Trainer(model, arguments, train_dataset=Pictures(), eval_dataset=Pictures())
+        trainer.train()
+        trainer.save_model(tmp_path / "mine")
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "mine", dtype=torch.float64)
+        losses = {"loss": torch.tensor([trainer.evaluate()["eval_loss"]])}
+        found.append({**losses, **{f"d {name}": t for name, t in loaded.state_dict().items()}})
+    assert distance(*found) <= 1e-9
+
+
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -228,6 +255,8 @@ def test_a_method_replaced_in_the_class_is_called(name, method, monkeypatch):
         ("v1 classes", {"patch_size": 3, "qkv_bias": False}),
         ("v2 classes", {"patch_size": 3}),
         ("v2 classes", {"conv_kernel_size": 5, "hidden_act": "swish"}),
+        ("v1 classes", {"output_stride": 8, "hidden_act": "relu"}),
+        ("v2 classes", {"output_stride": 8}),
     ],
 )
 def test_configurations(name, options):
