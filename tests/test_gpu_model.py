@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_model import budgets, configs, device, model, page, peers, predict, record, sass, trace, ttir
+from benchmarks.gpu_model import budgets, configs, device, model, page, paths, peers, predict, record, sass, trace, ttir
 from benchmarks.gpu_model.model import Demand, duration
 from mvit3_kernels.ops import tuning
 
@@ -88,6 +88,37 @@ def test_loops_of_machine_code():
     assert inner.counts == Counter({"all": 3, "loads": 1, "mma": 1}) and not inner.inner
     assert outer.counts == Counter({"all": 3, "copies": 1, "special": 1}) and outer.inner == [inner]
     assert root.counts == Counter({"all": 5, "stores": 1})
+
+
+BRANCHES = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/               @P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0030*/               @P1 BRA `(.L_x_2) ;
+        /*0040*/                   MUFU.TANH R3, R4 ;
+        /*0050*/                   BRA `(.L_x_4) ;
+.L_x_3:
+        /*0060*/                   MUFU.RCP R3, R4 ;
+        /*0070*/                   MOV R5, R6 ;
+        /*0080*/                   MOV R5, R6 ;
+.L_x_4:
+        /*0090*/               @P2 BRA `(.L_x_5) ;
+        /*00a0*/                   MOV R5, R6 ;
+.L_x_5:
+        /*00b0*/               @P3 BRA `(.L_x_1) ;
+        /*00c0*/                   EXIT ;
+"""
+
+
+def test_the_way_through_a_loop_is_the_shortest_of_those_that_compute_most():
+    """Three products and the hyperbolic tangent, not the shorter way around them; nothing that may be left out."""
+    lines = sass.sections(BRANCHES)["kernel"]
+    [outer] = sass.kernels(BRANCHES)["kernel"].inner
+    way = paths.one_pass(paths.read(lines), outer, lambda inner: 3)
+    assert way.work == 4 and way.counts == Counter({"all": 1 + 3 * 2 + 2 + 1 + 1, "mma": 3, "special": 1})
 
 
 def loop(*inner: sass.Loop, **counts: int) -> sass.Loop:

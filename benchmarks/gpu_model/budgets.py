@@ -124,6 +124,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "feed_forward.*"): _ONE_STAGE,
     ("pipeline", "cuda.Depthwise*"): "loads rows of the map into registers two rows ahead of their use",
     ("pipeline", "cuda.Finish*"): _PARTS,
+    ("pipeline", "cuda.Filter"): (
+        "loads the numbers of a map whose pixels are not whole, aligned 16 bytes one by one; others are copied ahead"
+    ),
     ("pipeline", "cuda.Inference"): (
         "its loop over tiles adds the residual, which the tile's first product read: it lies in the second-level cache"
     ),

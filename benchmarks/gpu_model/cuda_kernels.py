@@ -6,16 +6,18 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_model import paths
 from benchmarks.gpu_model.device import MULTIPROCESSORS, occupancy
-from benchmarks.gpu_model.sass import Loop, kernels, tool
+from benchmarks.gpu_model.sass import Loop, kernels, sections, tool
 from mvit3_kernels import _native
 
-WARPS, CHUNK = 8, 32  # of a block; expanded channels at a time
+WARPS, THREADS, CHUNK = 8, 256, 32  # of a block; expanded channels of a group
 # Of a step of the main loop: the share of its instructions that run (the others belong to other activations, to borders
 # of maps, to odd numbers of channels), and passes through each small loop in it (copies of a tile, sums of warps).
 RUN, SMALL_LOOPS = 0.75, 1.0
@@ -31,7 +33,8 @@ BACKWARD_TILE = 0.27
 
 @dataclass
 class CudaLaunch:
-    """A launch: `steps` of the main loop in each of `blocks`, bytes in memory and in the second-level cache."""
+    """A launch: `steps` of the main loop in each of `blocks`, bytes in memory and in the second-level cache.
+    way: what a step runs, where that is known."""
 
     name: str
     code: str | None  # part of the mangled name, None for the small kernels around
@@ -42,6 +45,7 @@ class CudaLaunch:
     cached: float = 0.0
     products: float = 0.0
     executed: float | None = None  # instructions of a warp in a step, where they are counted more closely
+    way: paths.Way | None = None
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Code:
     registers: int
     stack: int
     loop: Loop
+    lines: list[str]
 
 
 def available() -> bool:
@@ -64,8 +69,9 @@ def codes() -> dict[str, Code]:
     usage = subprocess.run([tool("cuobjdump"), "-res-usage", "-arch", "sm_90", file], capture_output=True, text=True)
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", usage.stdout)
     text = subprocess.run([tool("cuobjdump"), "-sass", "-arch", "sm_90", file], capture_output=True, text=True).stdout
-    loops = kernels(_as_nvdisasm(text))
-    return {name: Code(int(r), int(s), loops[name]) for name, r, s in found if name in loops}
+    text = _as_nvdisasm(text)
+    loops, lines = kernels(text), sections(text)
+    return {name: Code(int(r), int(s), loops[name], lines[name]) for name, r, s in found if name in loops}
 
 
 def _as_nvdisasm(text: str) -> str:
@@ -106,8 +112,20 @@ def main_loop(code: Code) -> Loop:
 def short_name(mangled: str) -> str:
     """Such as cuda.Filter[BFloat16 1] of a kernel's mangled name."""
     name = re.search(r"kernelINS_\d+([A-Za-z]+?)(?:I|E)", mangled)
-    parts = re.findall(r"BFloat16|Float16|(?<=I)f(?=[LE])|(?<=L[ib])\d", mangled)
+    parts = re.findall(r"BFloat16|Float16|(?<=I)f(?=[LE])|(?<=L[ib])\d+", mangled)
     return f"cuda.{name[1]}[{' '.join('Float32' if part == 'f' else part for part in parts)}]"
+
+
+def of_steps(launch: CudaLaunch, code: Code) -> tuple[float, float]:
+    """Instructions of a warp in all steps of a block, and those of them for exponentials and the like."""
+    if launch.way:
+        return launch.steps * launch.way.counts["all"], launch.steps * launch.way.counts["special"]
+    if launch.executed is not None:
+        special = max(loop.counts["special"] for loop in code.loop.inner)
+        return launch.steps * launch.executed, launch.steps * special
+    main = main_loop(code)
+    small = sum(SMALL_LOOPS * loop.counts["all"] for loop in main.walk()[1:])
+    return launch.steps * (RUN * main.counts["all"] + small), launch.steps * main.counts["special"]
 
 
 def launches(op: str, call: Any) -> list[CudaLaunch]:
@@ -115,8 +133,17 @@ def launches(op: str, call: Any) -> list[CudaLaunch]:
     return _LAUNCHES[op](call)
 
 
+def _resident(code: Code, shared: int) -> int:
+    return MULTIPROCESSORS * occupancy(code.registers, WARPS, shared).blocks
+
+
 def _blocks(code: str, stride: int, shared: int, most: int) -> int:
-    return min(MULTIPROCESSORS * occupancy(find(code, stride).registers, WARPS, shared).blocks, most)
+    return min(_resident(find(code, stride), shared), most)
+
+
+def _over_tiles(code: Code) -> Loop:
+    """The loop of a kernel that has most of its code."""
+    return max(code.loop.inner, key=lambda loop: sum(inner.counts["all"] for inner in loop.walk()))
 
 
 def _small(name: str, count: float) -> CudaLaunch:
@@ -138,48 +165,93 @@ def _slice(inputs: int) -> int:
     return _ceil(_ceil(inputs, parts), 16) * 16
 
 
-def _front_shared(inputs: int, pixels: int) -> int:
-    width = _slice(inputs) + 8
-    return 2 * pixels * width + 2 * CHUNK * width + 2 * pixels * (CHUNK + 8) + 8 * CHUNK + 36 * CHUNK
+TILE = {1: (8, 16), 2: (4, 8)}  # outputs of a tile, by stride; pixels of x that it is made of, and the same rounded up
+PIXELS = {1: (180, 192), 2: (153, 160)}
+TAPS = 2 * 9 * 8  # operations of an output's taps, which are products with diagonal matrices
+
+
+def _front_shared(inputs: int, stride: int, channels: int) -> int:
+    width, (pixels, rounded) = _slice(inputs) + 8, PIXELS[stride]
+    diagonals = (channels // 4 + 1) * 144
+    return (
+        2 * (pixels + channels) * width + 80 * channels // CHUNK * pixels + 8 * (rounded + channels) + 240 + diagonals
+    )
+
+
+def _step(code: Code, loop: Loop, inputs: int, chunks: int, copied: float) -> paths.Way:
+    """What a pass of `loop` runs: with one of `chunks` passes of the loop over channels in it, if it has one, the steps
+    of the expansion's product, and `copied` copies of 16 bytes."""
+    slices, products = _ceil(inputs, _slice(inputs)), _slice(inputs) // 16
+    over_channels = {id(inner) for inner in loop.inner if any(deep.counts["barriers"] for deep in inner.inner)}
+    over_slices = [i for i in loop.walk()[1:] if i.counts["barriers"] and id(i) not in over_channels]
+    over_products = {id(deep) for inner in over_slices for deep in inner.inner if deep.counts["mma"]}
+
+    def trips(inner: Loop) -> float:
+        if id(inner) in over_channels:
+            return chunks
+        if inner.counts["barriers"]:
+            return slices
+        return products if id(inner) in over_products else 1
+
+    way = paths.one_pass(paths.read(code.lines), loop, trips)
+    copying = [inner for inner in loop.walk() if inner.counts["copies"] and not inner.inner]
+    each = min(inner.counts["all"] / inner.counts["copies"] for inner in copying)
+    return way.then(paths.Way(0, Counter(all=each * copied)))
 
 
 def _filter(call: Any) -> list[CudaLaunch]:
     x, expanded, stride = call.x, call.expand.shape[0], call.stride
-    inputs = x.shape[-1]
-    pixels, halo = (180, 192) if stride == 1 else (153, 160)
-    shared = _front_shared(inputs, pixels) + WARPS * CHUNK * 8 + 32
-    tiles = _tiles(x, stride, (8, 16) if stride == 1 else (4, 8))
-    chunks = _ceil(expanded, CHUNK)
-    blocks = _blocks("6FilterI", stride, shared, tiles)
-    made = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * expanded * 2
+    inputs, channels = x.shape[-1], 2 * CHUNK
+    shared = _front_shared(inputs, stride, channels)
+    tiles, slices, (pixels, rounded) = _tiles(x, stride, TILE[stride]), _ceil(expanded, channels), PIXELS[stride]
+    code = find("6FilterI", stride)
+    parts = min(max(_resident(code, shared) // slices, 1), tiles)
+    out = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride)
+    read = 2.0 * tiles * slices * pixels * inputs
+    if inputs > _slice(inputs):
+        read += 2.0 * tiles * slices * channels * inputs
+    way = _step(code, _over_tiles(code), inputs, 1, read / tiles / slices / 16 / THREADS)
     return [
-        _small("inverted_residual.pack", expanded * (inputs + 11)),
+        _small("inverted_residual.pack", expanded * (inputs + 20)),
         CudaLaunch(
-            "inverted_residual.filter", "6FilterI", blocks, tiles * chunks / blocks, shared,
-            bytes=2.0 * x.numel() + made, cached=2.8 * x.numel() + made + tiles * chunks * 32.0 * 2 * inputs,
-            products=2.0 * tiles * halo * inputs * CHUNK * chunks,
+            "inverted_residual.filter", "6FilterI", parts * slices, tiles / parts, shared,
+            bytes=2.0 * x.numel() + 2.0 * out * expanded, cached=read + 2.0 * out * expanded,
+            products=tiles * slices * channels * (2.0 * rounded * inputs + math.prod(TILE[stride]) * TAPS), way=way,
         ),
-        _small("inverted_residual.finish_moments", blocks * expanded * 2),
+        _small("inverted_residual.finish_moments", parts * expanded * 2),
     ]  # fmt: skip
 
 
 def _inference(call: Any) -> list[CudaLaunch]:
     x, expanded, outputs, stride = call.x, call.expand.shape[0], call.project.shape[0], call.stride
-    inputs = x.shape[-1]
-    pixels, halo, made_pixels, most = (180, 192, 128, 64) if stride == 1 else (153, 160, 32, 256)
-    slices, chunks = _ceil(outputs, most), _ceil(expanded, CHUNK)
-    columns = min(_ceil(outputs, 16) * 16, most)
-    shared = _front_shared(inputs, pixels) + 80 * made_pixels + 80 * columns + 128
-    tiles = _tiles(x, stride, (8, 16) if stride == 1 else (4, 8))
-    blocks = _blocks("9InferenceI", stride, shared, tiles)
-    made = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * outputs * 2
-    weights = tiles * chunks * 64.0 * (inputs + outputs)
+    inputs, (pixels, rounded), made = x.shape[-1], PIXELS[stride], math.prod(TILE[stride])
+
+    def shared_of(channels: int, most: int) -> int:
+        columns = min(_ceil(outputs, 16) * 16, most)
+        return (
+            _front_shared(inputs, stride, channels) + 2 * (made + columns) * (channels + 8) + 8 * (channels + columns)
+        )
+
+    channels, most = 2 * CHUNK, 64 * stride
+    if expanded <= CHUNK or outputs > most or shared_of(channels, most) > 99 * 1024:
+        channels, most = CHUNK, 128 if stride == 1 else 384
+    shared, name = shared_of(channels, most), f"9InferenceINS_8BFloat16ELi{stride}ELi{channels}E"
+    tiles, slices, chunks = _tiles(x, stride, TILE[stride]), _ceil(outputs, most), _ceil(expanded, channels)
+    code = find(name, stride)
+    blocks = min(_resident(code, shared), tiles)
+    columns = min(outputs, most)
+    weights, tile = chunks * channels * 2.0 * (inputs + columns), 2.0 * pixels * inputs
+    if inputs > _slice(inputs):
+        tile *= chunks
+    way = _step(code, _over_tiles(code), inputs, chunks, (weights + tile) / 16 / THREADS)
+    out = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * outputs
     return [
-        _small("inverted_residual.pack", expanded * (inputs + outputs + 11)),
+        _small("inverted_residual.pack", expanded * (inputs + outputs + 20)),
         CudaLaunch(
-            "inverted_residual.inference", "9InferenceI", blocks * slices, tiles * chunks / blocks, shared,
-            bytes=2.0 * x.numel() + made, cached=slices * (2.8 * x.numel() + weights) + made,
-            products=2.0 * tiles * chunks * CHUNK * (halo * inputs * slices + made_pixels * outputs),
+            "inverted_residual.inference", name, blocks * slices, tiles / blocks, shared,
+            bytes=2.0 * x.numel() + 2.0 * out, cached=slices * tiles * (tile + weights) + 2.0 * out,
+            products=tiles * chunks * channels
+            * (slices * (2.0 * rounded * inputs + made * TAPS) + 2.0 * made * outputs), way=way,
         ),
     ]  # fmt: skip
 

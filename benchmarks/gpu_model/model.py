@@ -249,15 +249,8 @@ def cuda(launch: cuda_kernels.CudaLaunch, stride: int) -> Prediction:
         name = launch.name
         return Prediction(name, "cuda", seconds + device.START, "start", launch.blocks, 1, 0.0, launch.bytes)
     code = cuda_kernels.find(launch.code, stride)
-    main = cuda_kernels.main_loop(code)
-    special = launch.steps * main.counts["special"]
-    if launch.executed is not None:
-        instructions = code.loop.counts["all"] + launch.steps * launch.executed
-        special = launch.steps * max(loop.counts["special"] for loop in code.loop.inner)
-    else:
-        instructions = code.loop.counts["all"] + launch.steps * cuda_kernels.RUN * main.counts["all"]
-        for loop in main.walk()[1:]:
-            instructions += launch.steps * cuda_kernels.SMALL_LOOPS * loop.counts["all"]
+    instructions, special = cuda_kernels.of_steps(launch, code)
+    instructions += code.loop.counts["all"]
     warps = cuda_kernels.WARPS
     resident = device.occupancy(code.registers, warps, launch.shared).blocks
     issued = device.SCHEDULERS * min(device.ISSUED_AT_MOST, warps / device.SCHEDULERS * device.ISSUED_BY_A_WARP)

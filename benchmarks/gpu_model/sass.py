@@ -49,18 +49,23 @@ def tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
-def kernels(text: str) -> dict[str, Loop]:
-    """The loops of each kernel of a disassembly, by its name."""
-    sections: dict[str, list[str]] = {}
+def sections(text: str) -> dict[str, list[str]]:
+    """The lines of each kernel of a disassembly, by its name."""
+    found: dict[str, list[str]] = {}
     current: list[str] = []
     for line in text.splitlines():
-        if found := re.match(r"\.text\.(\S+):", line):
-            current = sections.setdefault(found[1], [])
+        if name := re.match(r"\.text\.(\S+):", line):
+            current = found.setdefault(name[1], [])
         elif line.startswith("$"):  # a subroutine for rare cases
             current = []
         else:
             current.append(line)
-    return {name: _loops(lines) for name, lines in sections.items()}
+    return found
+
+
+def kernels(text: str) -> dict[str, Loop]:
+    """The loops of each kernel of a disassembly, by its name."""
+    return {name: _loops(lines) for name, lines in sections(text).items()}
 
 
 def _loops(lines: list[str]) -> Loop:

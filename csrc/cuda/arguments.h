@@ -33,9 +33,10 @@ struct Maps {
 struct Packed {
   const void* expand;     // (channels, inputs padded to a multiple of 16), type of the map
   const void* project;    // (outputs, channels), type of the map
-  const float* affine;    // (channels, 2): scale and shift of the first norm
-  const float* taps;      // (channels / 32, 9, 32), times the scale of the middle norm
-  const float* shift;     // (channels): of the middle norm
+  const float* affine;    // (channels, 2): scale and shift of the first norm, halved in front of SiLU
+  const float* taps;      // (channels / 32, 9, 32)
+  const void* diagonals;  // (channels / 32, 8, 9, 4, 2), type of the map: the taps as taps.h multiplies by them
+  const float* middle;    // (channels, 2): scale and shift of the middle norm, halved in front of SiLU
   const float* backward;  // (channels, 8): see Backward::Channel
   const float* last;      // (outputs, 2): scale and shift of the last norm
   int channels, inputs;

@@ -45,6 +45,9 @@ MVIT3_DEVICE
 void synchronize() { __syncthreads(); }
 MVIT3_DEVICE
 float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+// Whether a lane of the warp says so.
+MVIT3_DEVICE
+bool any(bool value) { return __any_sync(0xffffffffu, value); }
 
 MVIT3_DEVICE
 char* shared_memory() {
@@ -62,6 +65,13 @@ SharedAddress shared_address(const void* p) { return uint32_t(__cvta_generic_to_
 MVIT3_DEVICE
 void copy_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+// The same where `wanted`, else zeros, without a branch.
+MVIT3_DEVICE
+void copy_16_or_zeros(bool wanted, void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(wanted ? 16 : 0)
+               : "memory");
 }
 MVIT3_DEVICE
 void copies_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -109,6 +119,25 @@ float fast_divide(float a, float b) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
   return a * inverse;
+}
+// One instruction, with a relative error of at most 2^-11.
+MVIT3_DEVICE
+float fast_tanh(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Adds 0 times the two numbers of `bits` to the two of `sum`: NaN once one of them was not finite.
+MVIT3_DEVICE
+uint32_t add_nothing(uint32_t bits, uint32_t sum, BFloat16) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(bits), "r"(0));
+  return sum;
+}
+MVIT3_DEVICE
+uint32_t add_nothing(uint32_t bits, uint32_t sum, Float16) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(bits), "r"(0));
+  return sum;
 }
 
 }  // namespace mvit3

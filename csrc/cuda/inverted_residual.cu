@@ -11,217 +11,124 @@ namespace mvit3 {
 // a = act(scale * (x expand^T) + shift), z = depthwise * a, and the moments of the z that is stored:
 // mean = sum(z) / n, squares = sum((z - mean)^2), for each channel, over the pixels of a block.
 //
-// Reads x (B, H, W, inputs) once for each tile of z, with a border of one pixel (more than 128 inputs once for each 32
-// expanded channels of a tile); the packed parameters once for each tile. Writes z (B, H', W', expanded) once, and to
-// the workspace the moments (blocks, expanded) and the number of pixels (blocks). Those of a block are read and written
-// again for each of its tiles.
+// A slice of blocks has 64 expanded channels, whose weights stay in shared memory and whose sums stay in registers
+// while a block walks over its tiles. Reads x (B, H, W, inputs) once for each slice and tile of z, with a border of one
+// pixel; the packed parameters once for each block (with more than 128 inputs the weights once for each tile). Writes z
+// (B, H', W', expanded) once, and to the workspace the moments (blocks, expanded) and the number of pixels (blocks).
 template <typename T, int Stride>
 struct Filter {
   using Arguments = FilterArguments;
   using Type = T;
-  using Front = Expansion<T, Stride>;
-  using Tile = OutputTile<Stride>;
-  static constexpr int kBlocksAtOnce = 3;
-
-  struct Layout {
-    Carver carver;
-    typename Front::Layout front;
-    int moments, counts;
-    MVIT3_BOTH
-    explicit Layout(const Arguments& a)
-        : front(carver, a.front.slice), moments(carver.take(kWarps * kChunk, sizeof(Moments))),
-          counts(carver.take(kWarps, sizeof(float))) {}
-  };
-
-  static MVIT3_BOTH
-  int64_t tiles(const Arguments& a) { return Front::tiles(a.front.maps); }
-
-  // Two neighbouring channels of a strip of z: their moments, of `count` pixels each.
-  struct StripMoments {
-    Moments first, second;
-    float count;
-  };
-
-  // Stores the thread's strip, whose first `length` outputs are in the map, `down` pixels from one to the next.
-  static MVIT3_DEVICE
-  StripMoments store(
-      T* z, const Pair (&out)[Tile::kRows], int length, int64_t pixel, int64_t down, int channel, int channels) {
-    Pair shift{0.0f, 0.0f}, sum{0.0f, 0.0f}, squares{0.0f, 0.0f};
-#pragma unroll
-    for (int r = 0; r < Tile::kRows; ++r) {
-      const uint32_t bits = pack<T>(out[r].first, out[r].second);
-      if (r >= length) continue;
-      store_pair(z + (pixel + r * down) * channels, channel, channels, bits);
-      const Pair value = unpack<T>(bits);
-      if (r == 0) shift = value;  // one of the values: differences from it are small, and 0 where all are equal
-      const float one = value.first - shift.first, two = value.second - shift.second;
-      sum.first += one;
-      sum.second += two;
-      squares.first += one * one;
-      squares.second += two * two;
-    }
-    const float n = float(length), inverse = length ? fast_divide(1.0f, n) : 0.0f;
-    return {
-        {shift.first + sum.first * inverse, squares.first - sum.first * sum.first * inverse},
-        {shift.second + sum.second * inverse, squares.second - sum.second * sum.second * inverse},
-        n};
-  }
-
-  // The moments of the two strips of a warp, whose halves have the same channels, to shared memory.
-  static MVIT3_DEVICE
-  void keep(const StripMoments& own, Moments* moments, float* counts) {
-    const auto& [one, two, n] = own;
-    const float other = shuffle_xor(n, 16);
-    const Moments other_one{shuffle_xor(one.mean, 16), shuffle_xor(one.squares, 16)};
-    const Moments other_two{shuffle_xor(two.mean, 16), shuffle_xor(two.squares, 16)};
-    if (lane() >= 16) return;
-    moments[warp() * kChunk + 2 * lane()] = n == 0.0f ? other_one : merge(one, n, other_one, other);
-    moments[warp() * kChunk + 2 * lane() + 1] = n == 0.0f ? other_two : merge(two, n, other_two, other);
-    if (lane() == 0) counts[warp()] = n + other;
-  }
-
-  static MVIT3_DEVICE
-  void run(const Arguments& a) {
-    const Layout layout(a);
-    const Front front(a.front, layout.front);
-    const Maps& m = a.front.maps;
-    Moments* const moments = Front::template at<Moments>(layout.moments);
-    float* const counts = Front::template at<float>(layout.counts);
-    Moments* const kept = reinterpret_cast<Moments*>(a.workspace) + int64_t(block()) * m.expanded;  // of this block
-    const int64_t count = tiles(a), last = count * (block() + 1) / blocks();
-    int64_t tile = count * block() / blocks();
-    T* const z = static_cast<T*>(a.z);
-
-    // The moments of a step are merged in the next one, behind its barrier.
-    Moments before{0.0f, 0.0f};
-    float seen = 0.0f;  // outputs of this block in the tiles before
-    int pending = -1;
-    const auto merge_pending = [&] {
-      const int channel = pending + thread();
-      if (pending < 0 || thread() >= kChunk || channel >= m.expanded) return;
-      Moments sum = before;
-      float total = seen;
-#pragma unroll 1
-      for (int w = 0; w < kWarps; ++w) {
-        sum = merge(sum, total, moments[w * kChunk + thread()], counts[w]);
-        total += counts[w];
-      }
-      kept[channel] = sum;
-    };
-
-    Place at = Front::place_of(m, tile);
-    front.prefetch(at, 0);
-    for (int chunk = 0; tile < last;) {
-      copies_arrive();
-      synchronize();
-      merge_pending();
-      if (chunk == 0 && pending >= 0)
-        for (int w = 0; w < kWarps; ++w) seen += counts[w];
-      front.expand(at, chunk);
-      synchronize();
-
-      const Place here = at;
-      const int first = chunk;
-      chunk += kChunk;
-      if (chunk >= m.expanded) {
-        chunk = 0;
-        ++tile;
-        at = Front::place_of(m, tile);
-      }
-      if (tile < last) front.prefetch(at, chunk);
-      before = Moments{0.0f, 0.0f};
-      if (thread() < kChunk && first + thread() < m.expanded && seen > 0.0f) before = kept[first + thread()];
-      pending = first;
-
-      Pair out[Tile::kRows];
-      front.filter(out);
-      const int length = front.strip_length(here), channel = first + 2 * Front::pair();
-      const int64_t pixel =
-          (here.image * m.out_height + here.y(Front::strip_row())) * m.out_width + here.x(Front::strip_column());
-      const int64_t down = int64_t(here.step) * m.out_width;
-      keep(store(z, out, length, pixel, down, channel, m.expanded), moments, counts);
-    }
-    synchronize();
-    merge_pending();
-    if (thread() == 0) {
-      for (int w = 0; w < kWarps; ++w) seen += counts[w];
-      a.workspace[int64_t(blocks()) * m.expanded * 2 + block()] = seen;
-    }
-  }
-};
-
-// ---- Inference: the whole block
-
-// y = last(act(middle(depthwise * act(norm(x expand^T)))) project^T), + x where `residual`; the norms folded.
-//
-// Reads x (B, H, W, inputs) as Filter does and, where it is added, once more; the packed parameters once for each tile.
-// Writes y (B, H', W', outputs) once. With more outputs than kSlice each slice of blocks
-// does all but the projection again.
-template <typename T, int Stride>
-struct Inference {
-  using Arguments = InferenceArguments;
-  using Type = T;
-  using Front = Expansion<T, Stride>;
   using Tile = OutputTile<Stride>;
   static constexpr int kBlocksAtOnce = 2;
-  static constexpr int kPixels = Tile::kHeight * Tile::kWidth;
-  // The sums of a tile, 32 registers of each thread, are this many output channels; a launch has a slice of blocks for
-  // each of them.
-  static constexpr int kRowWarps = Stride == 1 ? 4 : 2, kColumnWarps = kWarps / kRowWarps;
-  static constexpr int kRowBlocks = kPixels / (16 * kRowWarps), kColumnBlocks = 8 / kRowBlocks;
-  static constexpr int kSlice = 8 * kColumnBlocks * kColumnWarps;
-
-  static MVIT3_BOTH
-  int columns(const Arguments& a) {
-    const int outputs = round_up(a.front.maps.outputs, 16);
-    return outputs < kSlice ? outputs : kSlice;
-  }
+  static constexpr int kSlice = 2 * kChunk;
+  using Front = Expansion<T, Stride, kSlice>;
+  using Own = TapWarps<Stride, 2>;
+  static constexpr int kStrips = Own::kStrips, kBlocks = Own::kBlocks, kChannels = 2 * kBlocks;
 
   struct Layout {
     Carver carver;
     typename Front::Layout front;
-    int filtered, project, shift;
+    int diagonals;
     MVIT3_BOTH
     explicit Layout(const Arguments& a)
-        : front(carver, a.front.slice), filtered(carver.take(kPixels * kChunkPitch, sizeof(T))),
-          project(carver.take(columns(a) * kChunkPitch, sizeof(T))), shift(carver.take(kChunk, sizeof(float))) {}
+        : front(carver, a.front.slice), diagonals(carver.take((2 * 8 + 1) * kTapWords, sizeof(uint32_t))) {}
   };
+  static_assert(kWarps * (kChunk * sizeof(Moments) + sizeof(float)) <= 2 * Tile::kPixels * kChunkPitch * sizeof(T), "");
 
   static MVIT3_BOTH
-  int64_t tiles(const Arguments& a) { return Front::tiles(a.front.maps); }
+  int slices(const Maps& m) { return (m.expanded + kSlice - 1) / kSlice; }
 
-  // The sums of a warp's block of the tile through the last norm, and the residual, to y.
+  // Blocks of a slice.
+  static int parts(const Arguments& a, int shared) {
+    const int64_t most = resident_blocks<Filter>(shared) / slices(a.front.maps),
+                  tiles = TileWalk<Stride>::tiles(a.front.maps);
+    return int(most < 1 ? 1 : most < tiles ? most : tiles);
+  }
+
+  // What a lane has seen of its channels: differences from one of the values, which are small, and 0 where all are
+  // equal.
+  struct Sums {
+    uint32_t shift[kBlocks];
+    float sum[kChannels], squares[kChannels];
+    int count;
+  };
+
+  // The outputs of a lane, packed: half 0 and 1 of each strip.
+  using Outputs = uint32_t[kStrips][2][kBlocks];
+
   static MVIT3_DEVICE
-  void store(
-      const Arguments& a, const Place& here, const float (&sum)[kRowBlocks][kColumnBlocks][4], int first_row,
-      int first_channel) {
-    const Maps& m = a.front.maps;
-    const int g = lane() / 4, t = lane() % 4;
+  void outputs(Outputs& bits, const TapsFrom& from) {
 #pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i)
+    for (int first = 0; first < kBlocks; first += 2)  // two blocks at a time: four would take too many registers
+      mvit3::filter<T, Stride, kStrips, 2>(from, first, [&](const float (&out)[kStrips][2][4]) {
+        uint32_t nothing = 0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + 16 * i + 8 * half + g;
-        const int y = here.y(row / Tile::kWidth), x = here.x(row % Tile::kWidth);
-        if (!inside(y, x, m.out_height, m.out_width)) continue;
-        const int64_t pixel = (here.image * m.out_height + y) * m.out_width + x;  // of x too, where it is added
-        T* const to = static_cast<T*>(a.y) + pixel * m.outputs;
-        const T* const from = static_cast<const T*>(a.front.x) + pixel * m.inputs;
-#pragma unroll
-        for (int j = 0; j < kColumnBlocks; ++j) {
-          const int channel = first_channel + 8 * j + 2 * t;
-          if (channel >= m.outputs) continue;
-          const Affine* const norms = reinterpret_cast<const Affine*>(a.front.packed.last);
-          const Affine one = norms[channel], two = norms[channel + 1 < m.outputs ? channel + 1 : channel];
-          Pair value{one.scale * sum[i][j][2 * half] + one.shift, two.scale * sum[i][j][2 * half + 1] + two.shift};
-          if (a.residual) {
-            const Pair add = load_pair(from, channel, m.inputs);
-            value.first += add.first;
-            value.second += add.second;
-          }
-          store_pair(to, channel, m.outputs, pack<T>(value.first, value.second));
+        for (int i = 0; i < 4 * kStrips; ++i) {
+          const int s = i / 4, half = i / 2 % 2, b = i % 2;
+          uint32_t& to = bits[s][half][first + b];
+          to = pack<T>(out[s][b][2 * half], out[s][b][2 * half + 1]);
+          nothing = add_nothing(to, nothing, T{});
         }
+        return nothing;
+      });
+  }
+
+  // Of half a strip: where it lies, from the lane's first output on.
+  static MVIT3_DEVICE
+  int y_of(int strip, int half) { return Stride == 1 ? strip : half; }
+  static MVIT3_DEVICE
+  int x_of(int half) { return Stride == 1 ? 8 * half : 0; }
+
+  template <typename F>
+  static MVIT3_DEVICE
+  void keep(Sums& sums, const Outputs& bits, const F& inside) {
+    if (sums.count == 0)
+#pragma unroll
+      for (int i = 2 * kStrips - 1; i >= 0; --i)
+        if (inside(y_of(i / 2, i % 2), x_of(i % 2)))
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) sums.shift[b] = bits[i / 2][i % 2][b];
+    Pair from[kBlocks];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) from[b] = unpack<T>(sums.shift[b]);
+#pragma unroll
+    for (int i = 0; i < 2 * kStrips; ++i) {
+      if (!inside(y_of(i / 2, i % 2), x_of(i % 2))) continue;
+      ++sums.count;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const Pair value = unpack<T>(bits[i / 2][i % 2][b]);
+        const float one = value.first - from[b].first, two = value.second - from[b].second;
+        sums.sum[2 * b] += one;
+        sums.sum[2 * b + 1] += two;
+        sums.squares[2 * b] += one * one;
+        sums.squares[2 * b + 1] += two * two;
       }
+    }
+  }
+
+  template <typename F>
+  static MVIT3_DEVICE
+  void store(T* first, const Outputs& bits, int channel, const Maps& m, const F& inside) {
+    const int64_t pixel = int64_t(m.dilation) * m.expanded;
+#pragma unroll
+    for (int i = 0; i < 2 * kStrips; ++i) {
+      const int y = y_of(i / 2, i % 2), x = x_of(i % 2);
+      if (!inside(y, x)) continue;
+      T* const to = first + (y * m.out_width + x) * pixel;
+      const uint32_t (&words)[kBlocks] = bits[i / 2][i % 2];
+      if (m.expanded % kChannels == 0) {  // z is aligned
+        if (channel >= m.expanded) continue;
+        Run<kBlocks> run;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) run.word[b] = words[b];
+        *reinterpret_cast<Run<kBlocks>*>(to + channel) = run;
+      } else {
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) store_pair(to, channel + 2 * b, m.expanded, words[b]);
+      }
+    }
   }
 
   static MVIT3_DEVICE
@@ -229,59 +136,104 @@ struct Inference {
     const Layout layout(a);
     const Front front(a.front, layout.front);
     const Maps& m = a.front.maps;
-    const Matrix<T> filtered{Front::template at<T>(layout.filtered), kChunkPitch};
-    const Matrix<T> project{Front::template at<T>(layout.project), kChunkPitch};
-    float* const shift = Front::template at<float>(layout.shift);
-    const int first_output = slice() * kSlice, most = columns(a);
-    const int first_row = warp() % kRowWarps * 16 * kRowBlocks, first_column = warp() / kRowWarps * 8 * kColumnBlocks;
-    const int64_t count = tiles(a), last = count * (block() + 1) / blocks();
-    int64_t tile = count * block() / blocks();
+    const int first = slice() * kSlice, channels = a.front.packed.channels;
+    const int64_t count = TileWalk<Stride>::tiles(m), last = count * (block() + 1) / blocks();
+    const int64_t tile = count * block() / blocks();
+    const int start = int(tile - last);  // stops are counted up to 0, in one register
 
-    Place at = Front::place_of(m, tile);
-    front.prefetch(at, 0);
-    copies_arrive();
-    synchronize();
-    while (tile < last) {
-      const Place here = at;
-      float sum[kRowBlocks][kColumnBlocks][4];
-      clear(sum);
+    uint32_t* const table = Front::template at<uint32_t>(layout.diagonals);
+    uint32_t* const zeros = table + 2 * 8 * kTapWords;
+    const float* const packed = static_cast<const float*>(a.front.packed.diagonals);
 #pragma unroll 1
-      for (int chunk = 0; chunk < m.expanded; chunk += kChunk) {
-        load_floats(shift, a.front.packed.shift + chunk, kChunk, 5 * kWarp);
-        front.expand(here, chunk);
-        synchronize();
+    for (int g = 0; g < 2 && first + g * kChunk < channels; ++g)
+      for (int i = 4 * thread(); i < 8 * kTapWords; i += 4 * kThreads)
+        copy_16(table + 8 * kTapWords * g + i, packed + int64_t(first / kChunk + g) * 8 * kTapWords + i);
+    for (int i = thread(); i < kTapWords; i += kThreads) zeros[i] = 0;
+    if (front.whole()) front.load_weight(first, 0);
+    load_floats(
+        &front.affine[0].scale, a.front.packed.affine + 2 * first, 2 * (channels - first < kSlice ? kChunk : kSlice),
+        0);
+    front.begin(tile, start);
+    synchronize();
 
-        int next = chunk + kChunk;
-        if (next >= m.expanded) {
-          next = 0;
-          ++tile;
-          at = Front::place_of(m, tile);
-        }
-        load_matrix(
-            project, a.front.packed.project, m.outputs, a.front.packed.channels, first_output, most, chunk, kChunk);
-        if (tile < last) front.prefetch(at, next);
-        Pair out[Tile::kRows];
-        front.filter(out);
-        const Pair added = *reinterpret_cast<const Pair*>(shift + 2 * Front::pair());
-#pragma unroll
-        for (int r = 0; r < Tile::kRows; ++r) {
-          out[r].first += added.first;
-          out[r].second += added.second;
-        }
-        activate<2 * Tile::kRows>(&out[0].first, a.front.act);
-#pragma unroll
-        for (int r = 0; r < Tile::kRows; ++r)
-          *reinterpret_cast<uint32_t*>(
-              filtered.row((Front::strip_row() + r) * Tile::kWidth + Front::strip_column()) + 2 * Front::pair()) =
-              pack<T>(out[r].first, out[r].second);
-        copies_arrive();
-        synchronize();
-        multiply<T, Rows::kOwn, Rows::kOwn>(
-            sum, filtered, first_row, kPixels, project, first_column, most, kChunk / 16);
+    const bool idle = first + Own::group() * kChunk >= channels;  // the same for all lanes
+    const TapsFrom taps = taps_from<Stride, 2>(front.expanded, table, zeros);
+    // The first output of the lane in a tile, and how far it is from the tile's first one (a sample of z has less than
+    // 2^31 numbers).
+    const int top = 16 * Own::strip() / Tile::kWidth, left = lane() / 4;
+    const uint32_t offset = uint32_t(top * m.out_width + left) * uint32_t(m.dilation * m.expanded);
+    Sums sums{};
+    if (front.whole()) front.load_x(front.stop(start), 0);
+#pragma unroll 1
+    for (int at = start; at < 0; ++at) {
+      copies_arrive();
+      synchronize();
+      const Stop& stop = front.stop(at);
+      front.advance(at + 1);
+      front.expand(stop, first);
+      synchronize();
+      if (front.whole() && at + 1 < 0) front.load_x(front.stop(at + 1), 0);
+      if (idle) continue;
+      Outputs bits;
+      outputs(bits, taps);
+      T* const to = static_cast<T*>(a.z) + (stop.output * m.expanded + offset);
+      const int rows = stop.rows - top, columns = stop.columns - left;
+      if (stop.rows >= Tile::kHeight && stop.columns >= Tile::kWidth) {  // no lane has a branch then
+        keep(sums, bits, [](int, int) { return true; });
+        store(to, bits, first + Own::channel(), m, [](int, int) { return true; });
+      } else {
+        const auto inside = [&](int y, int x) { return y < rows && x < columns; };
+        keep(sums, bits, inside);
+        store(to, bits, first + Own::channel(), m, inside);
       }
-
-      store(a, here, sum, first_row, first_output + first_column);
     }
+    finish(a, sums, front.expanded);
+  }
+
+  // The moments of the block: those of a warp's lanes, then those of its warps, which have the same channels in fours
+  // (or every second one of them).
+  static MVIT3_DEVICE
+  void finish(const Arguments& a, const Sums& sums, T* memory) {
+    const Maps& m = a.front.maps;
+    Moments* const moments = reinterpret_cast<Moments*>(memory);  // (kWarps, 32)
+    float* const counts = reinterpret_cast<float*>(moments + kWarps * kChunk);
+    synchronize();
+    float count = float(sums.count);
+    Moments own[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const float mean = sums.count ? fast_divide(sums.sum[c], count) : 0.0f;
+      const Pair shift = unpack<T>(sums.shift[c / 2]);
+      own[c] = {(c % 2 ? shift.second : shift.first) + mean, sums.squares[c] - sums.sum[c] * mean};
+    }
+#pragma unroll
+    for (int apart = 4; apart < kWarp; apart *= 2) {
+      const float other = shuffle_xor(count, apart);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const Moments one{shuffle_xor(own[c].mean, apart), shuffle_xor(own[c].squares, apart)};
+        own[c] = count == 0.0f ? one : merge(own[c], count, one, other);
+      }
+      count += other;
+    }
+    if (lane() < 4) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) moments[warp() * kChunk + Own::channel() % kChunk + c] = own[c];
+      if (lane() == 0) counts[warp()] = count;
+    }
+    synchronize();
+    const int c = thread(), to = slice() * kSlice + c;
+    if (c >= kSlice || to >= m.expanded) return;
+    constexpr int kApart = 4 / kBlocks;
+    Moments sum{0.0f, 0.0f};
+    float total = 0.0f;
+#pragma unroll 1
+    for (int w = c / kChunk * 4 + c % 8 / kChannels; w < c / kChunk * 4 + 4; w += kApart) {
+      sum = merge(sum, total, moments[w * kChunk + c % kChunk], counts[w]);
+      total += counts[w];
+    }
+    reinterpret_cast<Moments*>(a.workspace)[int64_t(block()) * m.expanded + to] = sum;
+    if (to == 0) a.workspace[int64_t(blocks()) * m.expanded * 2 + block()] = total;
   }
 };
 
@@ -289,37 +241,20 @@ int64_t filter_workspace(const FilterArguments& a) {
   return choose<Filter>(a.bfloat16, a.stride, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
     return packed_floats(a.front.maps) +
-           int64_t(blocks_for<K>(a, typename K::Layout(a).carver.bytes)) * (2 * a.front.maps.expanded + 1);
+           int64_t(K::parts(a, typename K::Layout(a).carver.bytes)) * (2 * a.front.maps.expanded + 1);
   });
 }
 
 void filter(const FilterArguments& a, void* stream) {
   choose<Filter>(a.bfloat16, a.stride, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
-    const int shared = typename K::Layout(a).carver.bytes, parts = blocks_for<K>(a, shared),
+    const int shared = typename K::Layout(a).carver.bytes, parts = K::parts(a, shared),
               channels = a.front.maps.expanded;
     FilterArguments ready = a;
     ready.workspace = pack_into<typename K::Type>(ready.front, {}, a.workspace, stream);
-    launch<K>(ready, parts, 1, shared, stream);
+    launch<K>(ready, parts, K::slices(a.front.maps), shared, stream);
     launch<FinishMoments>(
         {ready.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);
-  });
-}
-
-int64_t inference_workspace(const InferenceArguments& a) { return packed_floats(a.front.maps); }
-
-void inference(const InferenceArguments& a, void* stream) {
-  choose<Inference>(a.bfloat16, a.stride, [&](auto kernel) {
-    using K = typename decltype(kernel)::type;
-    const int shared = typename K::Layout(a).carver.bytes, slices = (a.front.maps.outputs + K::kSlice - 1) / K::kSlice;
-    InferenceArguments ready = a;
-    PackArguments parameters{};
-    parameters.project = a.project;
-    parameters.middle = a.middle;
-    parameters.last = a.last;
-    parameters.folds = true;
-    pack_into<typename K::Type>(ready.front, parameters, a.workspace, stream);
-    launch<K>(ready, blocks_for<K>(a, shared), slices, shared, stream);
   });
 }
 

@@ -1,28 +1,30 @@
 // What the kernels of inverted_residual share: the packed parameters, and the choice of a kernel.
 //
 // A call is a small kernel that packs the parameters (they are copied many times), then one whose blocks walk each over
-// a run of tiles, and on each tile over the expanded channels, 32 at a time. Sums over the whole map are kept per block
-// in a workspace and added up by a last, small kernel, so that results repeat from run to run.
+// a run of tiles. Sums over the whole map are kept per block in a workspace and added up by a last, small kernel, so
+// that results repeat from run to run.
 #pragma once
 
 #include <utility>
 
 #include "expansion.h"
 #include "launch.h"
+#include "taps.h"
 
 namespace mvit3 {
 
 struct PackArguments {
   Values expand, depthwise, project;
   Norm norm, middle, last;
-  bool folds;                                     // the middle and the last norm too
+  bool folds;  // the middle and the last norm too
+  int act;
   const float *z_scale, *z_shift, *c0, *c1, *c2;  // or null
   int inputs, expanded, outputs;
   Packed to;
 };
 
-// The parameters as `Packed` says: rounded to T, padded with zeros; with `folds` the scale of the middle norm is part
-// of the taps, and its shift and the last norm's scale and shift are written. Reads each parameter once and writes each
+// The parameters as `Packed` says: rounded to T, padded with zeros; with `folds` the
+// middle and the last norm's scale and shift are written too. Reads each parameter once and writes each
 // packed number once, a number or a channel to a thread.
 template <typename T>
 struct Pack {
@@ -40,13 +42,15 @@ struct Pack {
     const Affine none{0.0f, 0.0f};
     const Affine norm = there ? affine_at<T>(a.norm, c) : none,
                  middle = there && a.folds ? affine_at<T>(a.middle, c) : none;
-    float* const affine = const_cast<float*>(a.to.affine) + 2 * c;
-    affine[0] = norm.scale;
-    affine[1] = norm.shift;
+    reinterpret_cast<Affine*>(const_cast<float*>(a.to.affine))[c] = halved(norm, a.act);
+    reinterpret_cast<Affine*>(const_cast<float*>(a.to.middle))[c] = halved(middle, a.act);
     float* const taps = const_cast<float*>(a.to.taps) + c / kChunk * 9 * kChunk + c % kChunk;
-    for (int i = 0; i < 9; ++i)
-      taps[i * kChunk] = there ? value_at<T>(a.depthwise, int64_t(c) * 9 + i) * (a.folds ? middle.scale : 1.0f) : 0.0f;
-    const_cast<float*>(a.to.shift)[c] = middle.shift;
+    uint32_t* const diagonals = static_cast<uint32_t*>(const_cast<void*>(a.to.diagonals)) + diagonal_of(c);
+    for (int i = 0; i < 9; ++i) {
+      const float tap = there ? value_at<T>(a.depthwise, int64_t(c) * 9 + i) : 0.0f;
+      taps[i * kChunk] = tap;
+      diagonals[i * 4] = c % 2 ? pack<T>(0.0f, tap) : pack<T>(tap, 0.0f);
+    }
     if (!a.z_scale) return;
     float* const backward = const_cast<float*>(a.to.backward) + 8 * c;
     const float* const values[5] = {a.z_scale, a.z_shift, a.c0, a.c1, a.c2};
@@ -88,7 +92,8 @@ inline Packed packed_in(const Maps& m, float* workspace, int64_t* floats) {
       take(int64_t(channels) * m.outputs / 2),
       take(2 * channels),
       take(9 * channels),
-      take(channels),
+      take(9 * channels),
+      take(2 * channels),
       take(8 * channels),
       take(round_up(2 * m.outputs, 4)),
       channels,
@@ -115,6 +120,7 @@ float* pack_into(ExpansionArguments& front, PackArguments arguments, float* work
   arguments.inputs = m.inputs;
   arguments.expanded = m.expanded;
   arguments.outputs = m.outputs;
+  arguments.act = front.act;
   arguments.to = front.packed;
   launch<Pack<T>>(arguments, int(ceil_div(Pack<T>::count(arguments), kThreads)), 1, 0, stream);
   return workspace + floats;

@@ -48,6 +48,30 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two matrices, their rows given by lanes 0 to 15.
+MVIT3_DEVICE
+void load_matrices(uint32_t (&out)[2], SharedAddress row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(out[0]), "=r"(out[1])
+               : "r"(row)
+               : "memory");
+}
+
+// The half of multiply_add that has 8 summed entries: m16n8k8.
+MVIT3_DEVICE
+void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, BFloat16) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
+MVIT3_DEVICE
+void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, Float16) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
 #endif
 
 MVIT3_DEVICE

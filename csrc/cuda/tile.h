@@ -15,6 +15,12 @@ struct alignas(16) Vector {
   uint32_t part[4];
 };
 
+// So many neighbouring words, read or written at once.
+template <int Words>
+struct alignas(4 * Words) Run {
+  uint32_t word[Words];
+};
+
 // Number i of a parameter.
 template <typename T>
 MVIT3_DEVICE
@@ -168,6 +174,23 @@ void activate(float* values, int act) {
 #pragma unroll
     for (int i = 0; i < Count; ++i) values[i] = values[i] < 0.0f ? 0.0f : values[i];  // NaN stays
   }
+}
+
+// Of values that are halved where the activation is SiLU (`halved`): x sigmoid(x) = h + h tanh(h) with h = x / 2.
+template <int Count>
+MVIT3_DEVICE
+void activate_halved(float* values, int act) {
+  if (act == kSilu) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) values[i] += values[i] * fast_tanh(values[i]);
+  } else {
+    activate<Count>(values, act);
+  }
+}
+MVIT3_DEVICE
+Affine halved(Affine norm, int act) {
+  const float factor = act == kSilu ? 0.5f : 1.0f;
+  return {norm.scale * factor, norm.shift * factor};
 }
 
 // The values and the slopes there.

@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/depthwise_conv_backward.cu"
 #include "../../csrc/cuda/inverted_residual.cu"
 #include "../../csrc/cuda/inverted_residual_backward.cu"
+#include "../../csrc/cuda/inverted_residual_inference.cu"
 
 using namespace mvit3;
 

@@ -231,6 +231,13 @@ inline float shuffle_xor(float value, int mask) {
   return emulation::meet([&](auto& shown, int l) { shown.numbers[l][0] = value; }).numbers[lane ^ mask][0];
 }
 
+inline bool any(bool value) {
+  const auto& shown = emulation::meet([&](auto& s, int l) { s.numbers[l][0] = value; });
+  for (int l = 0; l < 32; ++l)
+    if (shown.numbers[l][0] != 0.0f) return true;
+  return false;
+}
+
 using SharedAddress = const char*;
 inline SharedAddress shared_address(const void* p) { return static_cast<const char*>(p); }
 
@@ -238,6 +245,10 @@ inline void copy_16(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulation::fail("a copy is not aligned");
   emulation::current->fibers[thread()].copies.emplace_back(shared, global);
+}
+inline void copy_16_or_zeros(bool wanted, void* shared, const void* global) {
+  alignas(16) static const uint32_t zeros[4] = {};
+  copy_16(shared, wanted ? global : zeros);
 }
 inline void copies_arrive() {
   auto& copies = emulation::current->fibers[thread()].copies;
@@ -286,6 +297,21 @@ uint32_t pack(float first, float second) {
 inline float fast_exp(float x) { return std::exp(x); }
 inline float fast_divide(float a, float b) { return a / b; }
 
+// With eleven bits: the relative error that the device's has at most.
+inline float fast_tanh(float x) {
+  const float y = std::tanh(x);
+  if (std::isnan(y)) return y;
+  int exponent;
+  const float mantissa = std::frexp(y, &exponent);
+  return std::ldexp(std::nearbyint(mantissa * 2048.0f) / 2048.0f, exponent);
+}
+
+template <typename T>
+uint32_t add_nothing(uint32_t bits, uint32_t sum, T) {
+  const auto add = [](uint32_t a, uint32_t b) { return to_float(T{uint16_t(a)}) * 0.0f + to_float(T{uint16_t(b)}); };
+  return pack<T>(add(bits & 0xffff, sum & 0xffff), add(bits >> 16, sum >> 16));
+}
+
 // ---- mma.h: what lane 4 g + t gives and gets
 
 inline void check_row(SharedAddress row) {
@@ -297,6 +323,13 @@ inline void load_matrices(uint32_t (&out)[4], SharedAddress row) {
   const int g = thread() % 32 / 4, t = thread() % 4;
   const auto& shown = emulation::meet([&](auto& s, int l) { s.address[l] = row; });
   for (int m = 0; m < 4; ++m) std::memcpy(&out[m], static_cast<const char*>(shown.address[8 * m + g]) + 4 * t, 4);
+}
+
+inline void load_matrices(uint32_t (&out)[2], SharedAddress row) {
+  if (thread() % 32 < 16) check_row(row);
+  const int g = thread() % 32 / 4, t = thread() % 4;
+  const auto& shown = emulation::meet([&](auto& s, int l) { s.address[l] = row; });
+  for (int m = 0; m < 2; ++m) std::memcpy(&out[m], static_cast<const char*>(shown.address[8 * m + g]) + 4 * t, 4);
 }
 
 inline void load_transposed(uint32_t (&out)[4], SharedAddress row) {
@@ -329,6 +362,23 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
       sum[2 + i] += lower * b;
     }
   }
+}
+
+template <typename T>
+void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, T) {
+  const int g = thread() % 32 / 4, t = thread() % 4;
+  const auto& shown = emulation::meet([&](auto& s, int l) {
+    const uint32_t registers[3] = {a0, a1, b};
+    for (int r = 0; r < 3; ++r)
+      for (int i = 0; i < 2; ++i) s.numbers[l][2 * r + i] = to_float(T{uint16_t(registers[r] >> 16 * i & 0xffff)});
+  });
+  for (int k = 0; k < 8; ++k)
+    for (int i = 0; i < 2; ++i) {
+      const float* const of_a = &shown.numbers[4 * g + k / 2][k % 2];
+      const float b_number = shown.numbers[4 * (2 * t + i) + k / 2][4 + k % 2];
+      sum[i] += of_a[0] * b_number;
+      sum[2 + i] += of_a[2] * b_number;
+    }
 }
 
 // ---- launch.h

@@ -23,11 +23,13 @@ from .inputs import Draw
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler for the launch emulation")
 
-# (B, H, W, C, E, O), stride, dilation, act, dtype of x, dtype of weights. Tiles are 8 x 16 or 4 x 8 outputs, 32
+# (B, H, W, C, E, O), stride, dilation, act, dtype of x, dtype of weights. Tiles are 8 x 16 or 4 x 8 outputs, 32 or 64
 # expanded channels; 150 channels come in two slices.
 CASES = {
     "odd": ((2, 9, 19, 5, 35, 7), 1, 1, "silu", torch.bfloat16, torch.float32),
     "odd, stride 2": ((2, 9, 19, 5, 35, 7), 2, 1, "silu", torch.bfloat16, torch.float32),
+    "three groups": ((1, 10, 17, 16, 96, 24), 1, 1, "silu", torch.float16, torch.float32),
+    "three groups, stride 2": ((1, 10, 17, 16, 96, 24), 2, 1, "silu", torch.bfloat16, torch.float32),
     "residual": ((1, 8, 17, 16, 64, 16), 1, 1, "silu", torch.float16, torch.float16),
     "even, stride 2": ((1, 16, 18, 24, 48, 40), 2, 1, "relu", torch.float16, torch.float32),
     "identity": ((3, 3, 2, 8, 16, 24), 1, 1, "identity", torch.bfloat16, torch.bfloat16),
@@ -235,6 +237,27 @@ def test_not_finite(value):
         found, truth = run(name, a)[key], meaning(name, a, torch.bfloat16)[key]
         assert not truth.isfinite().all()
         assert torch.equal(found.isfinite(), truth.isfinite()), name
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_channel_overflows(stride):
+    """The taps come as products with diagonal matrices, in which 0 times infinity would reach the other channels."""
+    a = arguments((1, 9, 19, 8, 64, 64), stride, 1, "relu", torch.float16, torch.float32)
+    a["x"][0, 4, 7] = 8.0
+    a["expand"][5], a["scale"][5], a["shift"][5] = 60000.0, 1.0, 0.0
+    found, truth = run("filter", a)["z"], meaning("filter", a, torch.float16)["z"]
+    assert not truth[..., 5].isfinite().all()
+    assert torch.equal(found.isfinite(), truth.isfinite())
+
+
+def test_one_channel_overflows_in_front_of_relu():
+    """What was minus infinity is 0 behind ReLU, and so is all that it could have reached."""
+    a = arguments((1, 9, 19, 8, 64, 64), 1, 1, "relu", torch.float16, torch.float32)
+    a["x"][0, 4, 7] = 8.0
+    a["expand"][5], a["depthwise"][5] = 60000.0, -1.0
+    a["norms"][: 4 * 64].view(4, 64)[:, 5] = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    found, truth = run("inference", a)["y"], meaning("inference", a, torch.float16)["y"]
+    assert truth.isfinite().all() and found.isfinite().all()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sanitizers are loaded with LD_PRELOAD")

@@ -83,6 +83,22 @@ def test_the_way_through_training_follows_the_count(widths, monkeypatch):
     assert (reason is None) == (widths in RECOMPUTED), reason
 
 
+@pytest.mark.parametrize(
+    "batch, side, inputs, stride, said",
+    [(4, 32, 128, 1, None), (4, 32, 129, 1, "129 input channels"), (3, 32, 64, 1, "24 tiles"), (1, 64, 32, 2, None)],
+)
+def test_the_way_through_evaluation_follows_the_count(batch, side, inputs, stride, said, monkeypatch):
+    op = importlib.import_module("mvit3_kernels.ops.inverted_residual")
+    monkeypatch.setattr(op._native, "cuda_why_not", lambda x: None)
+    given = mapped(arguments(Draw(), batch, side, side, inputs, 32, 32), lambda _, t: t.bfloat16())
+    parts = [given[k]._replace(norm=given[k].norm._replace(training=False)) for k in ("expand", "depthwise", "project")]
+    with torch.no_grad():
+        reason = op._cuda_why_not(given["x"], *parts, stride, 1)
+        assert reason is None if said is None else said in reason
+        with mvit3_kernels.backend("cuda"):  # who asks for it gets it
+            assert op._cuda_why_not(given["x"], *parts, stride, 1) is None
+
+
 @needs_triton
 def test_bytes_moved():
     """By hand, for 16 -> 64 -> 32 at 2x8x8, stride 1: 128 pixels of 2 bytes."""

@@ -14,7 +14,7 @@ from ..registry import Call, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, ConvNorm, Moments
 from . import reference
-from .cost import storing_is_cheaper
+from .cost import evaluation_why_not, storing_is_cheaper
 
 __all__ = ["inverted_residual"]
 
@@ -65,8 +65,10 @@ def _cuda_why_not(
             f"{stride}"
         )
     reason = _native.cuda_why_not(x) or _norms_why_not("CUDA", x, expand, depthwise, project)
-    if reason is not None or not expand.norm.training:
+    if reason is not None:
         return reason
+    if not expand.norm.training:
+        return None if dispatch.forced_backend() == "cuda" else evaluation_why_not(x, stride)
     if _positions(x, stride) < LEAST_POSITIONS:
         return f"training on fewer than {LEAST_POSITIONS} positions is left to separate convolutions"
     (expanded, inputs), outputs = expand.weight.shape[:2], project.weight.shape[0]

@@ -15,6 +15,11 @@ OPERATIONS_PER_BYTE = 115
 # The fused way computes a tile together with a border that its 3x3 taps reach, for 1.5 times the pixels: forward those
 # of the expanded map, backward those of z, the result of the depth-wise convolution.
 HALO = 1.5
+# In evaluation, by the model of benchmarks/gpu_model: with more inputs the fused kernel copies its tile of x anew for
+# each 32 expanded channels, and is as slow as three launches or slower; with fewer tiles it leaves most of a GPU idle,
+# where three launches take about 25 us.
+MOST_INPUTS = 128
+LEAST_TILES = 32
 
 
 def fits_a_program(x: Tensor, expanded: int) -> bool:
@@ -64,3 +69,15 @@ def _cost(inputs: int, expanded: int, outputs: int, stride: int, store: bool) ->
 def storing_is_cheaper(inputs: int, expanded: int, outputs: int, stride: int) -> bool:
     """Whether the expanded map had better be stored than made again on chip."""
     return _cost(inputs, expanded, outputs, stride, True) < _cost(inputs, expanded, outputs, stride, False)
+
+
+def evaluation_why_not(x: Tensor, stride: int) -> str | None:
+    """Why three launches had better evaluate the block than the fused CUDA kernel."""
+    batch, height, width, inputs = x.shape
+    if inputs > MOST_INPUTS:
+        return f"at {inputs} input channels three launches are cheaper than its CUDA kernel of evaluation"
+    rows, columns = (8, 16) if stride == 1 else (4, 8)
+    tiles = batch * -(-height // (stride * rows)) * -(-width // (stride * columns))
+    if tiles < LEAST_TILES:
+        return f"its CUDA kernel of evaluation has {tiles} tiles of this map, three launches fill more of a GPU"
+    return None

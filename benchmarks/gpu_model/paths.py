@@ -1,0 +1,107 @@
+"""What one pass of a loop of machine code (SASS) runs: of all ways through it the one that computes most, since what
+computes less belongs to other activations, to borders of maps and to what is not finite; among these the shortest."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from benchmarks.gpu_model.sass import INSTRUCTION, KINDS, LABEL, TARGET, Loop
+
+WORK = {"HMMA", "HGMMA", "FFMA", "FADD", "FMUL", "HFMA2", "MUFU.TANH", "MUFU.EX2"}
+PREDICATED = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+@")
+Trips = Callable[[Loop], float]
+
+
+class Instruction(NamedTuple):
+    name: str  # with its first modifier where that is in WORK
+    target: int | None  # of a branch
+    conditional: bool
+
+
+@dataclass
+class Way:
+    """work: instructions in WORK; counts: of all that runs, by kind, `all` among them."""
+
+    work: float
+    counts: Counter
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        return self.work, -self.counts["all"]
+
+    def times(self, n: float) -> Way:
+        return Way(self.work * n, Counter({kind: count * n for kind, count in self.counts.items()}))
+
+    def then(self, other: Way) -> Way:
+        return Way(self.work + other.work, self.counts + other.counts)
+
+
+def read(lines: list[str]) -> list[Instruction]:
+    """The instructions of a kernel in a disassembly."""
+    labels: dict[str, int] = {}
+    found: list[tuple[str, str, bool]] = []
+    for line in lines:
+        if label := LABEL.match(line):
+            labels[label[1]] = len(found)
+        elif match := INSTRUCTION.match(line):
+            modified = match[1] + ".".join(match[2].split(".")[:2])
+            name = modified if modified in WORK else match[1]
+            found.append((name, match[3], PREDICATED.match(line) is not None))
+    made = []
+    for name, operands, conditional in found:
+        target = TARGET.search(operands) if name == "BRA" else None
+        made.append(Instruction(name, labels.get(target[1]) if target else None, conditional))
+    return made
+
+
+def one_pass(code: list[Instruction], loop: Loop, trips: Trips) -> Way:
+    """A pass of `loop`, with all passes of the loops in it: `trips` says how many one of these has."""
+    # From the last instruction on: the best way from each to the end of the pass, or None.
+    last = min(loop.end, len(code) - 1)
+    best: list[Way | None] = [None] * (last - loop.start + 2)
+    inner = {child.start: child for child in loop.inner}
+    root = loop.start == 0 and loop.end >= len(code)
+
+    def end(at: int | None) -> Way | None:
+        """The best way from what lies at `at` on, where it is in the pass."""
+        if at is None:
+            return None
+        if at == loop.start and not root:
+            return Way(0, Counter())
+        return best[at - loop.start] if loop.start < at <= last else None
+
+    for i in range(last, loop.start - 1, -1):
+        if i in inner:
+            best[i - loop.start] = _around(code, inner[i], end, trips)
+            continue
+        own = code[i]
+        ways = [end(own.target)] if own.name == "BRA" else []
+        if own.name == "EXIT" and root:
+            ways.append(Way(0, Counter()))
+        if own.name not in ("BRA", "EXIT") or own.conditional:
+            ways.append(end(i + 1))
+        ways = [way for way in ways if way is not None]
+        if not ways:
+            continue
+        here = Counter() if own.name == "NOP" else Counter({"all": 1})
+        if kind := KINDS.get(own.name.partition(".")[0]):
+            here[kind] += 1
+        best[i - loop.start] = Way(own.name in WORK, here).then(max(ways, key=lambda way: way.rank))
+    return best[0] or Way(0, Counter())
+
+
+def _around(code: list[Instruction], loop: Loop, end: Callable[[int | None], Way | None], trips: Trips) -> Way | None:
+    """All passes of an inner loop and the best way from where it is left."""
+    leaves = [loop.end + 1]
+    for own in code[loop.start : loop.end + 1]:
+        if own.name == "BRA" and own.target is not None and not loop.start <= own.target <= loop.end:
+            leaves.append(own.target)
+    ways = [way for way in map(end, leaves) if way is not None]
+    if not ways:
+        return None
+    passes = one_pass(code, loop, trips).times(trips(loop))
+    return passes.then(max(ways, key=lambda way: way.rank))
