@@ -68,6 +68,7 @@ def run(python: str | Path, todo: list[dict[str, object]], folder: Path) -> int:
     """Runs steps with a Python and the commands beside it, without what the caller's environment adds; returns the
     status that it ends with."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MVIT3_", "VIRTUAL_ENV"))}
+    kept |= {"PIP_QUIET": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     kept["PATH"] = os.pathsep.join([str(Path(python).parent), kept["PATH"]])
     return subprocess.run([str(python), "-c", DRIVER, json.dumps(todo)], cwd=folder, env=kept).returncode
 
