@@ -110,6 +110,15 @@ def test_page_runs(page, trained, tmp_path):
                     run_command(words, shlex.split(block.notes.get("shortened by", "")))
 
 
+def test_serving_page_shows_what_it_says(capsys):
+    """`explain` says fused, as the page has it, and nothing is logged that a reader would wonder about."""
+    block = next(block for block in PAGES["docs/start/serving.md"] if block.language == "python")
+    exec(compile(block.code, "docs/start/serving.md", "exec"), {})
+    assert "`explain` should say `fused`" in (ROOT / "docs/start/serving.md").read_text()
+    told = capsys.readouterr()
+    assert re.search(r"^network +FusedMobileViT +fused", told.out, re.MULTILINE) and not told.err
+
+
 def test_a_wrong_block_is_found(tmp_path):
     """The checks above can fail."""
     text = "<!-- given: x = 1 -->\n<!-- not run: none -->\n```sh\nmvit3 train --optimizer.lrr 3\n```\n```\nx\n```\n"
