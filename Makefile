@@ -97,7 +97,8 @@ demo: $(NATIVE)
 
 # The inference runtimes that the networks are compared with.
 $(PEERS): pyproject.toml | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[bench]"
+	@$(BIN)/python .ci/requirements.py bench > $(VENV)/bench.txt
+	@$(STAGE) "inference runtimes" $(PIP) --requirement $(VENV)/bench.txt
 	@touch $@
 
 bench: $(INSTALLED) $(PEERS)
