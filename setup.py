@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -42,6 +43,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"]
     ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+# MVIT3_VARIANTS: those of them that are built. A wheel has all; "native" is the one for this machine, in a quarter of
+# the time.
+VARIANTS = os.environ.get("MVIT3_VARIANTS", "all")
 # MVIT3_SANITIZE=<ISA>: that variant alone, which checks its use of memory and for undefined behaviour while it runs
 # (`make sanitize`).
 LINK_FLAGS: list[str] = []
@@ -70,6 +74,25 @@ def hide_paths() -> list[str]:
     return [f"-ffile-prefix-map={place}={name}" for place, name in places.items()]
 
 
+def variants() -> list[str]:
+    """The variants to build: all, those that MVIT3_VARIANTS names, or the best one for the CPU of this machine, whose
+    features the compiler knows by the names of its flags."""
+    if VARIANTS == "all":
+        return list(ISA_FLAGS)
+    if VARIANTS == "native":
+        command = [*os.environ.get("CXX", "c++").split(), "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+        try:
+            found = subprocess.run(command, capture_output=True, text=True).stdout
+        except OSError:
+            found = ""  # the build will say so
+        has = set(re.findall(r"#define __(\w+?)__ 1$", found, re.MULTILINE))
+        return [isa for isa, flags in ISA_FLAGS.items() if has >= {flag[2:].upper() for flag in flags}][-1:]
+    names = VARIANTS.split(",")
+    if unknown := [name for name in names if name not in ISA_FLAGS]:
+        raise SystemExit(f"MVIT3_VARIANTS must be all, native or some of {','.join(ISA_FLAGS)}, got {unknown[0]!r}")
+    return names
+
+
 def compiler_version(command: list[str]) -> str:
     done = subprocess.run([*command, "--version"], capture_output=True, text=True)
     first_line = (done.stdout or done.stderr or "no output").splitlines()[0]
@@ -83,6 +106,8 @@ def find_nvcc() -> str:
         raise RuntimeError("MVIT3_CUDA=0 was set for the build")
     if sanitized:
         raise RuntimeError("MVIT3_SANITIZE builds the CPU kernels alone")
+    if VARIANTS == "native" and not torch.cuda.is_available():
+        raise RuntimeError("MVIT3_VARIANTS=native was set for the build, and this machine has no GPU")
     folders = [Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
     nvcc = next(filter(None, (shutil.which("nvcc", path=path) for path in (None, *folders))), None)
     if nvcc is None:
@@ -96,8 +121,11 @@ class BuildOrExplain(BuildExtension):
     def run(self) -> None:
         self.failures: list[str] = []
         self.cuda_failure: str | None = None
-        if self.inplace or getattr(self, "editable_mode", False):
-            for old in Path(PACKAGE).glob("_host.c*"):  # of one Python alone, which that would load before ours
+        editable = getattr(self, "editable_mode", False)
+        if editable:
+            self.build_temp = str(Path("build", "editable"))  # kept, so that a change compiles what it changes
+        if self.inplace or editable:
+            for old in Path(PACKAGE).glob("_*.so"):  # what is not built now would be loaded beside what is
                 old.unlink()
         super().run()
         self.record(FAILURE_FILE, "CPU", "\n".join(self.failures))
@@ -136,6 +164,8 @@ class BuildOrExplain(BuildExtension):
 
     def build_extension(self, extension: Extension) -> None:
         cuda = extension.name == f"{PACKAGE}._cuda"
+        # A folder each: variants are made of the same sources, and what is there already is not compiled again.
+        folder, self.build_temp = self.build_temp, str(Path(self.build_temp, extension.name.rpartition(".")[2]))
         try:
             if cuda:
                 self.build_cuda(extension)
@@ -147,27 +177,29 @@ class BuildOrExplain(BuildExtension):
             else:
                 self.failures.append(f"{extension.name}: {error}")
             extension.optional = True
+        finally:
+            self.build_temp = folder
 
     def build_cuda(self, extension: Extension) -> None:
         """By nvcc itself, bindings and linking too: BuildExtension wants torch to be a CUDA build of nvcc's version,
         the kernels do not."""
         target = Path(self.get_ext_fullpath(extension.name))
-        inputs = [Path(file) for file in (__file__, *extension.sources, *extension.depends)]
-        if not self.force and target.exists() and all(file.stat().st_mtime < target.stat().st_mtime for file in inputs):
-            return
         target.unlink(missing_ok=True)  # what cannot be built must not leave an old one
-        nvcc, folder = find_nvcc(), Path(self.build_temp) / "cuda"
+        units = [*extension.sources, *(file for file in extension.depends if file.endswith(".cu"))]
+        nvcc, folder = find_nvcc(), Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CXX", "").split()
         common = [nvcc, *CUDA_FLAGS, *(["-ccbin", compiler[0]] if len(compiler) == 1 else [])]
         code = [part for number, name in CUDA_CODE for part in ("-gencode", f"arch=compute_{number},code={name}")]
-        objects = []
-        for source in [*extension.sources, *(file for file in extension.depends if file.endswith(".cu"))]:
-            objects.append(str(folder / f"{Path(source).name}.o"))
+        headers = [file for file in extension.depends if file.endswith(".h")]
+        objects = [str(folder / f"{Path(source).name}.o") for source in units]
+        for source, made in zip(units, objects, strict=True):
+            if is_newer(Path(made), [source, *headers]):
+                continue
             options = code if source.endswith(".cu") else [*STABLE_ABI, *(f"-I{path}" for path in include_paths())]
             options = [*options, *(f"-Xcompiler={flag}" for flag in hide_paths())]
-            run_nvcc([*common, *options, "-c", source, "-o", objects[-1]])
+            run_nvcc([*common, *options, "-c", source, "-o", made])
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
         run_nvcc([*common, "-shared", "--no-device-link", *objects, *libraries, "-o", str(target)])
 
@@ -185,6 +217,11 @@ class BuildOrExplain(BuildExtension):
             )
 
 
+def is_newer(target: Path, inputs: list[str]) -> bool:
+    """Whether a file is there, made after its inputs and this file changed."""
+    return target.exists() and all(Path(i).stat().st_mtime < target.stat().st_mtime for i in (__file__, *inputs))
+
+
 def run_nvcc(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -195,16 +232,16 @@ def extensions() -> list[Extension]:
     sources = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
     shared = sorted(str(path) for path in Path("csrc").glob("*.h"))
     headers = [*shared, *sorted(str(path) for path in Path("csrc/cpu").glob("*.h"))]
-    variants = [
+    cpu = [
         CppExtension(
             f"{PACKAGE}._cpu_{isa}",
             sources,
             depends=headers,
-            extra_compile_args=FLAGS + STABLE_ABI + flags + hide_paths(),
+            extra_compile_args=FLAGS + STABLE_ABI + ISA_FLAGS[isa] + hide_paths(),
             extra_link_args=LINK_FLAGS,
             py_limited_api=True,
         )
-        for isa, flags in ISA_FLAGS.items()
+        for isa in variants()
     ]
     host = Extension(
         f"{PACKAGE}._host",
@@ -223,7 +260,7 @@ def extensions() -> list[Extension]:
         depends=[*shared, *sorted(str(p) for pattern in ("*.cu", "*.h") for p in Path("csrc/cuda").glob(pattern))],
         py_limited_api=True,
     )
-    return [host, *variants, cuda]
+    return [host, *cpu, cuda]
 
 
 setup(

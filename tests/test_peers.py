@@ -25,6 +25,17 @@ def test_plain_network_is_the_network(name, training):
         assert torch.allclose(b.double(), c.double(), rtol=1e-9)
 
 
+def test_plain_network_on_the_modules_of_the_network():
+    model = create_model("mobilevitv3_xxs", num_classes=5)
+    peer = plain(model.eval(), copies=False)
+    assert [id(p) for p in peer.parameters()] == [id(p) for p in model.parameters()]
+    assert [id(b) for b in peer.buffers()] == [id(b) for b in model.buffers()]
+    model.train()
+    before = model.conv_1.block.norm.running_mean.clone()
+    peer(torch.randn(2, 3, 64, 64))
+    assert not torch.equal(model.conv_1.block.norm.running_mean, before)
+
+
 @pytest.mark.parametrize("name", ["deeplabv3_mobilevitv3_xxs", "pspnet_mobilevitv3_050", "ssdlite_mobilevitv3_xxs"])
 def test_plain_network_of_dense_prediction_is_the_network(name):
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""`mvit3 demo`: the same training with reference ops and with fused ops, side by side."""
+"""`mvit3 demo`: the same training with reference ops, with PyTorch's stock modules and with fused ops, side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import mvit3_kernels
+
 from .backends import served
+from .bench.plain import plain
 from .checkpoint import LAST
 from .config import TrainConfig
 from .data import loaders
@@ -26,21 +29,58 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # imported for a plot only, it takes a second
 
-COLORS = {"reference": "#E69F00", "fused": "#0072B2"}  # Okabe and Ito: told apart by everyone, and in print
+# Okabe and Ito: told apart by everyone, and in print. Curves often coincide: each is drawn thinner over the one before.
+LOOKS = {
+    "reference": {"color": "#E69F00", "lw": 5, "alpha": 0.55},
+    "stock": {"color": "#009E73", "lw": 2.6, "alpha": 0.75},
+    "fused": {"color": "#0072B2", "lw": 1.6, "ls": (0, (4, 2))},
+}
+
+
+class StockTrainer(Trainer):
+    """Trains the same parameters in PyTorch's own modules, put together as a user would without this library, so that
+    checkpoints are those of the network; they are evaluated with reference ops."""
+
+    def _wrap(self) -> None:
+        super()._wrap()
+        self.network = plain(self.model, copies=False)
+
+
+def stock_config(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Of the stock run: in the memory layout in which a training step of it is faster here, the best of three in turns
+    after one that does not count."""
+    model, seconds = mvit3_kernels.create_model(config.model.name).to(device), {}
+    images = torch.zeros(config.data.batch_size, 3, config.sampler.size, config.sampler.size, device=device)
+    for turn in range(4):
+        for layout in (torch.channels_last, torch.contiguous_format):
+            network, x = plain(model).to(memory_format=layout), images.contiguous(memory_format=layout)
+            started = time.perf_counter()
+            network(x).sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                seconds[layout] = min(seconds.get(layout, float("inf")), time.perf_counter() - started)
+    faster = seconds[torch.channels_last] <= seconds[torch.contiguous_format]
+    return replace(config, run=replace(config.run, ops="reference", channels_last=faster))
 
 
 class Run(Listener):
-    """One of the trainings: loss and seconds of each step, without waiting for data. Both see the same weights, batches
-    and dropout."""
+    """One of the trainings: loss and seconds of each step, without waiting for data. All see the same weights and
+    batches, and the same dropout but for the stock run, which has PyTorch's."""
 
     def __init__(self, ops: str, config: TrainConfig, world: World, bar: Bar) -> None:
         self.ops, self.bar, self.losses, self.seconds, self._waited = ops, bar, [], [], 0.0
-        run = replace(config.run, ops=ops, output=str(Path(config.run.output) / ops), resume="never", log_steps=1)
+        run = replace(config.run, output=str(Path(config.run.output) / ops), resume="never", log_steps=1)
         config = replace(config, run=run)
+        stock, side = ops == "stock", config.sampler.size
+        config = stock_config(config, world.device) if stock else replace(config, run=replace(run, ops=ops))
         images = loaders(config, seed=run.seed, device=world.device)
-        self.trainer = Trainer(config, images, world, self)
-        side = config.sampler.size
-        self.backend = served(self.trainer.model, torch.zeros(2, 3, side, side, device=world.device), config)
+        self.trainer = (StockTrainer if stock else Trainer)(config, images, world, self)
+        if stock:
+            layout = "channels_last" if config.run.channels_last else "the default layout"
+            self.backend = f"PyTorch's own modules in {layout}, which is faster here"
+        else:
+            self.backend = served(self.trainer.model, torch.zeros(2, 3, side, side, device=world.device), config)
 
     @property
     def history(self) -> list[dict[str, object]]:
@@ -74,15 +114,16 @@ class Run(Listener):
 
 
 def demo(config: TrainConfig, quiet: bool, as_json: bool) -> None:
-    """Trains, and leaves checkpoints of both, curves.png and report.json in the output folder."""
+    """Trains, and leaves checkpoints of all, curves.png and report.json in the output folder."""
     started, output = time.perf_counter(), Path(config.run.output)
     world, bar = World(prepare(config.run)), Bar(quiet)
-    runs = [Run(ops, config, world, bar) for ops in ("reference", "fused")]
+    runs = [Run(ops, config, world, bar) for ops in LOOKS]
     bar.begin(sum(run.trainer.total_steps for run in runs))
     try:
         for epoch in range(config.schedule.epochs):
-            # They take turns by the epoch, and in going first, so that the machine's noise hits both alike.
-            for run in runs if epoch % 2 == 0 else reversed(runs):
+            # They take turns by the epoch, and in going first, so that the machine's noise hits all alike.
+            first = epoch % len(runs)
+            for run in runs[first:] + runs[:first]:
                 run.trainer.train_epoch()
                 run.trainer.evaluate_epoch()
             parts = [
@@ -131,8 +172,8 @@ def summary(runs: list[Run], seconds: float, output: Path) -> dict[str, object]:
             "losses": run.losses,
             "accuracies": run.accuracies,
         }
-    if len(runs) == 2:
-        result["speed_ratio"] = runs[1].images_per_second / runs[0].images_per_second
+    *others, fused = runs
+    result["speed_ratio"] = {run.ops: fused.images_per_second / run.images_per_second for run in others}
     return result
 
 
@@ -154,11 +195,8 @@ def summary_text(result: dict[str, object]) -> str:
         "",
         *(f"{ops} ops served by {run['backend']}" for ops, run in result["runs"].items()),
     ]
-    if "speed_ratio" in result:
-        lines.append(
-            f"fused / reference = {result['speed_ratio']:.2f} in images per second (median step; the runs took turns "
-            "by the epoch)"
-        )
+    ratios = ", ".join(f"fused / {ops} = {ratio:.2f}" for ops, ratio in result["speed_ratio"].items())
+    lines.append(f"{ratios} in images per second (median step; the runs took turns by the epoch)")
     lines += ["", f"curves      {result['curves']}"]
     lines += [f"checkpoint  {run['checkpoint']}" for run in result["runs"].values()]
     return "\n".join(lines)
@@ -198,15 +236,8 @@ def plot(runs: list[Run], path: Path) -> None:
         )
         zoom = _zoom(accuracy, runs)
         for run in runs:
-            # The runs often coincide: the fused one is drawn thin and dashed over a broad reference, so that both
-            # remain visible.
-            color = COLORS[run.ops]
-            look = (
-                {"color": color, "lw": 4, "alpha": 0.55}
-                if run.ops == "reference"
-                else {"color": color, "lw": 1.6, "ls": (0, (4, 2))}
-            )
-            look["marker"] = "o" if len(run.history) < 3 else ""  # a line needs two points
+            color, marker = LOOKS[run.ops]["color"], "o" if len(run.history) < 3 else ""  # a line needs two points
+            look = {**LOOKS[run.ops], "marker": marker}
             per_epoch, epochs = run.trainer.steps_per_epoch, range(1, len(run.history) + 1)
             loss.plot(
                 [(i + 1) / per_epoch for i in range(len(run.losses))], run.losses, color=color, alpha=0.25, lw=0.8
@@ -232,7 +263,7 @@ def plot(runs: list[Run], path: Path) -> None:
             [run.ops for run in runs],
             [run.images_per_second for run in runs],
             0.6,
-            color=[COLORS[run.ops] for run in runs],
+            color=[LOOKS[run.ops]["color"] for run in runs],
         )
         speed.bar_label(bars, fmt="%.0f", padding=2)
         speed.set(title="training speed", ylabel="images per second, median step")

@@ -147,7 +147,7 @@ COMMANDS = {
     "bench": Command("time whole networks on this machine's CPU beside what could be run instead", (), extra=BENCH),
     "report": Command("a page of charts and tables from files of benchmark results", (), extra=REPORT, torch=False),
     "demo": Command(
-        "train on handwritten digits with reference and with fused ops, and compare",
+        "train on handwritten digits with reference ops, PyTorch's modules and fused ops, and compare",
         EVERYTHING,
         ("train", "val"),
         "digits",

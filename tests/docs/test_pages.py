@@ -19,21 +19,18 @@ from mvit3.cli import _arrange, main
 from mvit3.parser import Parser
 from mvit3.timm_options import TimmOptions
 
-from .blocks import ROOT, RUNNABLE, TEXT, Block, blocks, pages
+from .blocks import ROOT, RUNNABLE, TEXT, TRAINED, Block, blocks, pages
 
 MAKEFILE = (ROOT / "Makefile").read_text()
+PROJECT = (ROOT / "pyproject.toml").read_text()
 PAGES = {page.relative_to(ROOT).as_posix(): list(blocks(page.read_text())) for page in pages()}
-
-
-TINY = """train --config digits --data.limit_train 32 --data.limit_val 16 --data.batch_size 16 --data.resize 32
-    --data.crop 32 --sampler.size 32 --schedule.epochs 1 --schedule.warmup_epochs 0 --quiet"""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder of `mvit3 train`, as pages have it in runs/s."""
     folder = tmp_path_factory.mktemp("trained")
-    assert main([*TINY.split(), f"--run.output={folder}", f"--run.threads={torch.get_num_threads()}"]) == 0
+    assert main([*TRAINED.split(), f"--run.output={folder}", f"--run.threads={torch.get_num_threads()}"]) == 0
     return folder
 
 
@@ -76,6 +73,9 @@ def check_command(words: list[str]) -> None:
     elif "make" in words:
         targets = [word for word in words[words.index("make") + 1 :] if "=" not in word]
         assert all(re.search(rf"^{re.escape(target)}:", MAKEFILE, re.MULTILINE) for target in targets), targets
+    elif words[:2] == ["pip", "install"]:
+        named = [extra for word in words for extra in re.findall(r"(?:mvit3_kernels|^\.)\[([\w,]+)\]", word)]
+        assert all(f"\n{extra} = [" in PROJECT for extras in named for extra in extras.split(",")), named
     elif files := [word for word in words if word.endswith((".py", ".sh"))]:
         assert all((ROOT / file).exists() for file in files), files
 
@@ -110,6 +110,15 @@ def test_page_runs(page, trained, tmp_path):
                     run_command(words, shlex.split(block.notes.get("shortened by", "")))
 
 
+def test_serving_page_shows_what_it_says(capsys):
+    """`explain` says fused, as the page has it, and nothing is logged that a reader would wonder about."""
+    block = next(block for block in PAGES["docs/start/serving.md"] if block.language == "python")
+    exec(compile(block.code, "docs/start/serving.md", "exec"), {})
+    assert "`explain` should say `fused`" in (ROOT / "docs/start/serving.md").read_text()
+    told = capsys.readouterr()
+    assert re.search(r"^network +FusedMobileViT +fused", told.out, re.MULTILINE) and not told.err
+
+
 def test_a_wrong_block_is_found(tmp_path):
     """The checks above can fail."""
     text = "<!-- given: x = 1 -->\n<!-- not run: none -->\n```sh\nmvit3 train --optimizer.lrr 3\n```\n```\nx\n```\n"
@@ -119,6 +128,8 @@ def test_a_wrong_block_is_found(tmp_path):
         check_command(*commands(first))
     with pytest.raises(AssertionError):
         check_command(["make", "nothing"])
+    with pytest.raises(AssertionError):
+        check_command(["pip", "install", "mvit3_kernels[appp]", "timm"])
     with pytest.raises(AssertionError, match="say why"):
         run_command(["curl", "x"], [])
     assert list(Path().iterdir()) == []

@@ -150,10 +150,10 @@ def _rebuild(module: nn.Module) -> nn.Module:
     return nn.Sequential(*(_rebuild(child) for child in module)) if isinstance(module, nn.Sequential) else module
 
 
-def plain(model: MobileViT) -> nn.Sequential:
+def plain(model: MobileViT, copies: bool = True) -> nn.Sequential:
     """`model` (a classifier) in plain PyTorch, with its own copies of parameters and buffers in the same order, in the
-    same mode."""
-    model = copy.deepcopy(model)
+    same mode; without `copies` on those of `model`, which is then trained and put in a mode with it."""
+    model = copy.deepcopy(model) if copies else model
     stages = (
         model.conv_1,
         model.layer_1,
