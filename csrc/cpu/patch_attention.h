@@ -333,7 +333,7 @@ class AttentionForward {
         for (int v = 0; v < Vecs; ++v)
           store_step(weights + k * kQueries + v * kLanes * kDepth, [&](int64_t i) {
             if (k + i >= n) return Vec(0.0f);
-            const Vec weight = exp2(fma(load(scores + (k + i) * kQueries + v * kLanes), scale, Vec(0.0f) - top[v]));
+            const Vec weight = exp2<kRoughly<E>>(fma(load(scores + (k + i) * kQueries + v * kLanes), scale, Vec(0.0f) - top[v]));
             run[v] += weight;
             if constexpr (!Drop) return weight;
             return weight * dropout_(seed, (in_image * tokens + first + v * kLanes) * tokens + key + k + i, tokens);
