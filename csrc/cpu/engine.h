@@ -41,6 +41,8 @@ class Step {
   virtual bool is_identity(const std::vector<MapShape>&) const { return false; }
   // Whether its input may be the image as (batch, channels, height, width).
   virtual bool takes_nchw() const { return false; }
+  // Operations of a row, where a row of the output is a function of that row of the inputs alone; else 0.
+  virtual int64_t row_operations() const { return 0; }
   virtual void run(const std::vector<Map>& inputs, const Map& output) const = 0;
   // The parallel loops of `run` on `batch` maps of these shapes, cut for the number of threads of the caller; none
   // where a step does not say.
