@@ -252,6 +252,16 @@ def test_kernels_of_another_cpu_refuse():
     assert "RuntimeError: bfloat16 must be false for kernels of a CPU that does not multiply it" in done.stderr
 
 
+@torch.no_grad()
+def test_weights_of_float16_run_as_modules():
+    """Their results are of float16, which the engine does not write."""
+    model, x = network("mobilevitv3_xxs").half(), images(1, 3, 64, 64).half()
+    want = model(x)
+    reasons = explain(fuse(model), x).reasons()
+    assert any("is torch.float16 on cpu, not float32 on the CPU" in reason for reason in reasons)
+    assert torch.equal(model(x), want)
+
+
 PRODUCTS = """
 import torch
 from mvit3_kernels import fuse
