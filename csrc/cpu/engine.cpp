@@ -221,8 +221,7 @@ class Engine {
       float* memory = workspace<3>(kTileRows * chain.floats);
       const auto rows = [&](size_t map) {
         const int64_t channels = at.shapes[map].channels, source = at.source[map];
-        float* data =
-            at.in_tiles[source] ? memory + kTileRows * at.begin[source] : maps[source].data + first * channels;
+        float* data = at.in_tiles[source] ? memory + kTileRows * at.begin[source] : maps[source].row(first);
         return Map{data, {count, 1, channels}, 1};
       };
       std::vector<Map> inputs;
@@ -270,12 +269,15 @@ class Engine {
       std::vector<MapShape> shapes;
       for (const int64_t input : steps_[i].inputs) {
         shapes.push_back(out->shapes[input]);
+        MVIT3_CHECK(!shapes.back().rounded || steps_[i].step->takes_rounded(), "step ", i + 1, " takes no bfloat16");
         if (out->needed[i + 1]) last[out->source[input]] = i;
       }
       out->shapes[i + 1] = steps_[i].step->shape(shapes);
       out->source[i + 1] =
           steps_[i].step->is_identity(shapes) && !is_output(ending, i + 1) ? out->source[steps_[i].inputs[0]] : i + 1;
     }
+    for (const int64_t output : endings_[ending])
+      MVIT3_CHECK(!out->shapes[output].rounded, "outputs must be maps of float32, got ", output, ", of bfloat16");
     find_chains(*out, last);
     place_maps(*out, last);
     return out;

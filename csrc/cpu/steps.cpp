@@ -136,18 +136,19 @@ struct Statistics {
                                  per_sample ? memory.data() + x.batch : nullptr) {}
 };
 
-template <typename E>
+// With an output of type Y.
+template <typename E, typename Y>
 class NormLinear : public Step {
  public:
   explicit NormLinear(Source& from) : NormLinear{from, from.vector(), from.vector(), from.matrix(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("norm_linear", in[0].channels, weights_.weight.inputs());
-    return {in[0].height, in[0].width, weights_.weight.outputs()};
+    return {in[0].height, in[0].width, weights_.weight.outputs(), !std::is_same_v<Y, float>};
   }
   void run(const Maps& in, const Map& out) const override {
     const Statistics statistics(in[0], per_sample_);
-    norm_linear(statistics.map, eps_, weights_, out.data);
+    norm_linear(statistics.map, eps_, weights_, reinterpret_cast<Y*>(out.data));
   }
   int64_t row_operations() const override { return per_sample_ ? 0 : operations_of_row(weights_.weight); }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
@@ -261,6 +262,7 @@ class PatchAttention : public Step {
       : heads_(from.integer("num_heads", 1, 1 << 20)), patch_height_(from.patch()), patch_width_(from.patch()) {}
 
   MapShape shape(const Shapes& in) const override {
+    MVIT3_CHECK((in[0].rounded == !std::is_same_v<E, float>), "patch_attention takes a map of norm_qkv");
     MVIT3_CHECK(
         in[0].channels % (3 * heads_) == 0, "patch_attention takes three times ", heads_, " heads, got ",
         in[0].channels, " channels");
@@ -269,8 +271,10 @@ class PatchAttention : public Step {
     return {in[0].height, in[0].width, in[0].channels / 3};
   }
   void run(const Maps& in, const Map& out) const override {
-    patch_attention<float, E>(groups(in[0].shape, in[0].batch), Dropout(), in[0].data, out.data, nullptr);
+    const PatchGroups all = groups(in[0].shape, in[0].batch);
+    patch_attention<E, E>(all, Dropout(), reinterpret_cast<const E*>(in[0].data), out.data, nullptr);
   }
+  bool takes_rounded() const override { return true; }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
     const PatchGroups all = groups(in[0], batch);
     return {AttentionCut(all).operations(all)};
@@ -434,7 +438,8 @@ std::vector<StepKind> step_kinds() {
       {"conv3x3", make_conv3x3<E>},
       {"depthwise_conv", make<DepthwiseConv>},
       {"pointwise_conv", make<PointwiseConv<E>>},
-      {"norm_linear", make<NormLinear<E>>},
+      {"norm_linear", make<NormLinear<E, float>>},
+      {"norm_qkv", make<NormLinear<E, E>>},  // of which products alone are made next: written as they read it
       {"feed_forward", make<FeedForward<E>>},
       {"separable_attention", make<SeparableAttention<E>>},
       {"patch_attention", make<PatchAttention<E>>},
