@@ -9,9 +9,10 @@
 
 namespace mvit3 {
 
-template <int Act>
+// `Roughly` (kRoughly<E>): within 8e-5 of it, a fifth of the time less.
+template <int Act, bool Roughly = false>
 MVIT3_INLINE Vec activate(Vec x) {
-  if constexpr (Act == kSilu) return x / sigmoid_divisor(x);
+  if constexpr (Act == kSilu) return x / sigmoid_divisor<Roughly>(x);
   if constexpr (Act == kRelu) return select_greater(Vec(0.0f), x, 0.0f, x);  // NaN stays NaN
   return x;
 }

@@ -190,6 +190,14 @@ MVIT3_INLINE Vec load_some(const T* p, int64_t count, Vec fill) {
 template <typename Half>
 MVIT3_INLINE Vec load_some(const Half* p, int64_t count) {
   if (count >= kLanes) return load(p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<Half, BFloat16>) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+    Vec r;
+    r.part[0] = NativeFloat(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+    return r;
+  }
+#endif
   Half values[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = p[i];
   return load(values);

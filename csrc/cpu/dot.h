@@ -55,6 +55,10 @@ struct Dot<BFloat16> {
 constexpr bool kMultipliesBFloat16 = false;
 #endif
 
+// Whether what stands between products of E may be rough: rounding their operands errs 25 times as much.
+template <typename E>
+constexpr bool kRoughly = !std::is_same_v<E, float>;
+
 // What products of rows stored as T are made of.
 template <typename T>
 using Multiplied = std::conditional_t<kMultipliesBFloat16 && std::is_same_v<T, BFloat16>, BFloat16, float>;

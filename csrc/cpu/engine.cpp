@@ -6,16 +6,28 @@
 namespace mvit3 {
 namespace {
 
-// Where each map of a program begins in an arena, in floats, for one ending, one size of the image and one number of
-// images.
+// Steps begin..end - 1, each of which works on every row alone: one parallel loop over the rows, in tiles that go
+// through all of these steps. `floats` of a row are in maps that only they read, which exist in tiles alone.
+struct Chain {
+  size_t begin, end;
+  int64_t rows, parts, floats = 0;
+};
+
+// Where each map of a program begins in an arena, in floats, for one ending, one size of the image, one number of
+// images and one of threads.
 struct Layout {
   size_t ending;
-  int64_t batch, height, width;
+  int64_t batch, height, width, threads;
   std::vector<MapShape> shapes;
   std::vector<int64_t> begin;
   std::vector<size_t> source;  // of a map that is another one: that one; else the map itself
   std::vector<bool> needed;    // whether an output of the ending depends on the map
+  std::vector<bool> in_tiles;  // whether it is inside of a chain; it begins in a tile's row then
+  std::vector<Chain> chains;   // in order
   int64_t floats = 0;
+
+  // Whether nothing runs to make a map.
+  bool idle(size_t map) const { return !needed[map] || source[map] != map; }
 };
 
 class Engine {
@@ -92,7 +104,11 @@ class Engine {
       const int64_t images = part_range(batch, group, groups_of(batch)).size();
       const auto at = layout(size_t(ending), images, height, width);
       for (size_t i = 0; i < steps_.size(); ++i) {
-        if (!at->needed[i + 1] || at->source[i + 1] != i + 1) continue;
+        if (at->idle(i + 1)) continue;
+        if (const Chain* chain = chain_of(*at, i)) {
+          all.push_back({int64_t(i) + 1, even_region(chain->rows, chain->parts, steps_[i].step->row_operations())});
+          continue;
+        }
         std::vector<MapShape> shapes;
         for (const int64_t input : steps_[i].inputs) shapes.push_back(at->shapes[input]);
         for (Region& region : steps_[i].step->regions(shapes, images))
@@ -181,38 +197,70 @@ class Engine {
       maps[outputs[k]].data = results[k] + images.begin * at.shapes[outputs[k]].floats();
     std::vector<Map> inputs;
     for (size_t i = 0; i < steps_.size(); ++i) {
-      if (!at.needed[i + 1]) continue;
-      if (at.source[i + 1] != i + 1) {
-        maps[i + 1].data = maps[at.source[i + 1]].data;
+      if (const Chain* chain = chain_of(at, i)) {
+        run_chain(at, *chain, maps);
+        i = chain->end - 1;
         continue;
       }
+      if (at.idle(i + 1)) continue;
       inputs.clear();
-      for (const int64_t input : steps_[i].inputs) inputs.push_back(maps[input]);
+      for (const int64_t input : steps_[i].inputs) inputs.push_back(maps[at.source[input]]);
       steps_[i].step->run(inputs, maps[i + 1]);
     }
   }
 
+  static const Chain* chain_of(const Layout& at, size_t step) {
+    for (const Chain& chain : at.chains)
+      if (chain.begin <= step && step < chain.end) return &chain;
+    return nullptr;
+  }
+
+  void run_chain(const Layout& at, const Chain& chain, const std::vector<Map>& maps) const {
+    for_each_tile(chain.rows, chain.parts, [&](int64_t, int64_t first, int64_t count) {
+      const OneThread alone;
+      float* memory = workspace<3>(kTileRows * chain.floats);
+      const auto rows = [&](size_t map) {
+        const int64_t channels = at.shapes[map].channels, source = at.source[map];
+        float* data = at.in_tiles[source] ? memory + kTileRows * at.begin[source] : maps[source].row(first);
+        return Map{data, {count, 1, channels}, 1};
+      };
+      std::vector<Map> inputs;
+      for (size_t i = chain.begin; i < chain.end; ++i) {
+        if (at.idle(i + 1)) continue;
+        inputs.clear();
+        for (const int64_t input : steps_[i].inputs) inputs.push_back(rows(input));
+        steps_[i].step->run(inputs, rows(i + 1));
+      }
+    });
+  }
+
   std::shared_ptr<const Layout> layout(size_t ending, int64_t batch, int64_t height, int64_t width) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t threads = torch::stable::get_num_threads();
     for (const auto& known : layouts_)
-      if (known->ending == ending && known->batch == batch && known->height == height && known->width == width)
+      if (known->ending == ending && known->batch == batch && known->height == height && known->width == width &&
+          known->threads == threads)
         return known;
     if (layouts_.size() >= 16) layouts_.erase(layouts_.begin());  // images of ever other sizes
     layouts_.push_back(plan(ending, batch, height, width));
     return layouts_.back();
   }
 
-  // First fit: a map goes to the lowest place that no map has that is still needed.
   std::shared_ptr<const Layout> plan(size_t ending, int64_t batch, int64_t height, int64_t width) const {
     const size_t count = steps_.size() + 1;
-    const std::vector<int64_t>& outputs = endings_[ending];
-    auto out = std::make_shared<Layout>(Layout{
-        ending, batch, height, width, std::vector<MapShape>(count), std::vector<int64_t>(count, 0),
-        std::vector<size_t>(count, 0), std::vector<bool>(count, false)});
-    const auto is_output = [&](size_t map) {
-      return std::find(outputs.begin(), outputs.end(), int64_t(map)) != outputs.end();
-    };
-    for (const int64_t output : outputs) out->needed[output] = true;
+    auto out = std::make_shared<Layout>();
+    *out = {
+        ending,
+        batch,
+        height,
+        width,
+        torch::stable::get_num_threads(),
+        std::vector<MapShape>(count),
+        std::vector<int64_t>(count, 0),
+        std::vector<size_t>(count, 0),
+        std::vector<bool>(count, false),
+        std::vector<bool>(count, false)};
+    for (const int64_t output : endings_[ending]) out->needed[output] = true;
     for (size_t i = steps_.size(); i-- > 0;)
       for (const int64_t input : steps_[i].inputs) out->needed[input] = out->needed[input] || out->needed[i + 1];
     out->shapes[0] = {height, width, channels_};
@@ -221,28 +269,69 @@ class Engine {
       std::vector<MapShape> shapes;
       for (const int64_t input : steps_[i].inputs) {
         shapes.push_back(out->shapes[input]);
+        MVIT3_CHECK(!shapes.back().rounded || steps_[i].step->takes_rounded(), "step ", i + 1, " takes no bfloat16");
         if (out->needed[i + 1]) last[out->source[input]] = i;
       }
       out->shapes[i + 1] = steps_[i].step->shape(shapes);
       out->source[i + 1] =
-          steps_[i].step->is_identity(shapes) && !is_output(i + 1) ? out->source[steps_[i].inputs[0]] : i + 1;
+          steps_[i].step->is_identity(shapes) && !is_output(ending, i + 1) ? out->source[steps_[i].inputs[0]] : i + 1;
     }
-    const auto size = [&](size_t map) { return round_up(batch * out->shapes[map].floats(), 64); };
-    const auto in_arena = [&](size_t map) { return out->needed[map] && out->source[map] == map && !is_output(map); };
-    for (size_t map = 1; map < count; ++map) {
+    for (const int64_t output : endings_[ending])
+      MVIT3_CHECK(!out->shapes[output].rounded, "outputs must be maps of float32, got ", output, ", of bfloat16");
+    find_chains(*out, last);
+    place_maps(*out, last);
+    return out;
+  }
+
+  bool is_output(size_t ending, size_t map) const {
+    const std::vector<int64_t>& outputs = endings_[ending];
+    return std::find(outputs.begin(), outputs.end(), int64_t(map)) != outputs.end();
+  }
+
+  // Chains are as long as they can be. Where a thread would get less than two blocks of rows, each step cuts its work
+  // in its own way. What a chain reads lives until its end: some rows are through while others have not begun.
+  void find_chains(Layout& at, std::vector<size_t>& last) const {
+    for (size_t begin = 0, end; begin < steps_.size(); begin = std::max(begin + 1, end)) {
+      const int64_t pixels = at.shapes[begin + 1].pixels();
+      int64_t running = 0, operations = 0;
+      for (end = begin; end < steps_.size(); ++end) {
+        if (at.idle(end + 1)) continue;
+        if (steps_[end].step->row_operations() == 0 || at.shapes[end + 1].pixels() != pixels) break;
+        operations += steps_[end].step->row_operations();
+        ++running;
+      }
+      const int64_t rows = at.batch * pixels;
+      if (at.idle(begin + 1) || running < 2 || rows < 2 * kBlockRows * at.threads) continue;
+      at.chains.push_back({begin, end, rows, spread_parts(rows * operations, 1 << 16)});
+      for (size_t i = begin; i < end; ++i) {
+        if (at.idle(i + 1)) continue;
+        if (last[i + 1] < end && !is_output(at.ending, i + 1)) {
+          at.in_tiles[i + 1] = true;
+          at.begin[i + 1] = at.chains.back().floats;
+          at.chains.back().floats += lanes_of(at.shapes[i + 1].channels);
+        }
+        for (const int64_t input : steps_[i].inputs) last[at.source[input]] = std::max(last[at.source[input]], end - 1);
+      }
+    }
+  }
+
+  // First fit: a map goes to the lowest place that no map has that is still needed.
+  void place_maps(Layout& at, const std::vector<size_t>& last) const {
+    const auto size = [&](size_t map) { return round_up(at.batch * at.shapes[map].floats(), 64); };
+    const auto in_arena = [&](size_t map) { return !at.idle(map) && !at.in_tiles[map] && !is_output(at.ending, map); };
+    for (size_t map = 1; map < last.size(); ++map) {
       if (!in_arena(map)) continue;
       std::map<int64_t, int64_t> taken;  // begin and size
       for (size_t other = 1; other < map; ++other)
-        if (in_arena(other) && last[other] + 1 >= map) taken[out->begin[other]] = size(other);
+        if (in_arena(other) && last[other] + 1 >= map) taken[at.begin[other]] = size(other);
       int64_t begin = 0;
       for (const auto& [start, length] : taken) {
         if (start >= begin + size(map)) break;
         begin = std::max(begin, start + length);
       }
-      out->begin[map] = begin;
-      out->floats = std::max(out->floats, begin + size(map));
+      at.begin[map] = begin;
+      at.floats = std::max(at.floats, begin + size(map));
     }
-    return out;
   }
 
   int64_t channels_;

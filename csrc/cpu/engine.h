@@ -15,12 +15,13 @@ namespace mvit3 {
 
 struct MapShape {
   int64_t height = 0, width = 0, channels = 0;
+  bool rounded = false;  // to bfloat16, between a step and the only one that reads it
 
   int64_t pixels() const { return height * width; }
   int64_t floats() const { return pixels() * channels; }
 };
 
-// A contiguous float32 feature map (batch, height, width, channels).
+// A contiguous feature map (batch, height, width, channels) of float32, or of bfloat16 where its shape says so.
 struct Map {
   float* data = nullptr;
   MapShape shape;
@@ -28,6 +29,10 @@ struct Map {
   bool nchw = false;  // only the image: (batch, channels, height, width)
 
   int64_t rows() const { return batch * shape.pixels(); }
+  float* row(int64_t r) const {
+    const int64_t bytes = shape.rounded ? sizeof(BFloat16) : sizeof(float);
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(data) + r * shape.channels * bytes);
+  }
 };
 
 class Step {
@@ -41,6 +46,10 @@ class Step {
   virtual bool is_identity(const std::vector<MapShape>&) const { return false; }
   // Whether its input may be the image as (batch, channels, height, width).
   virtual bool takes_nchw() const { return false; }
+  // Whether its input may be of bfloat16.
+  virtual bool takes_rounded() const { return false; }
+  // Operations of a row, where a row of the output is a function of that row of the inputs alone; else 0.
+  virtual int64_t row_operations() const { return 0; }
   virtual void run(const std::vector<Map>& inputs, const Map& output) const = 0;
   // The parallel loops of `run` on `batch` maps of these shapes, cut for the number of threads of the caller; none
   // where a step does not say.

@@ -70,7 +70,7 @@ void feed_forward(
         prefetch_to_write(out + kPanel);
         store_some(out, value, width - c);
       }
-      store(hidden + r * hidden_lanes + c, mask(activate<kSilu>(value), r, c));
+      store(hidden + r * hidden_lanes + c, mask(activate<kSilu, kRoughly<E>>(value), r, c));
     });
   };
   const auto add = [&](int64_t first, int64_t count, Range panels, const E* hidden) {

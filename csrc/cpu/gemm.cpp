@@ -9,27 +9,45 @@ namespace {
 
 // Hides where a pointer came from: GCC would otherwise keep one register for each row's distance, and spill them.
 template <typename E>
-MVIT3_INLINE void forget(const E*& p) {
+MVIT3_INLINE void forget(E*& p) {
   asm("" : "+r"(p));
+}
+
+// One step of all sums. Loops over them are unrolled and no lambda captures them: GCC would keep them on the stack.
+template <typename E, int Rows, int Vecs, typename At>
+MVIT3_INLINE void add_step(Vec (&sums)[Rows][Vecs], const E* b, const At& a) {
+  using D = Dot<E>;
+  typename D::Operand w[Vecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < Vecs; ++v) w[v] = D::load(b + v * kLanes * D::kDepth);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    const auto value = D::broadcast(a(r));
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) sums[r][v] = D::add(sums[r][v], value, w[v]);
+  }
+}
+
+// A sum of sums: a running one over all rows of a map errs 3 times as much.
+template <int Rows, int Vecs, bool Add>
+MVIT3_INLINE void write(const Vec (&sums)[Rows][Vecs], float* p, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r, p += stride) {
+    forget(p);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vecs; ++v) store(p + v * kLanes, Add ? load(p + v * kLanes) + sums[r][v] : sums[r][v]);
+  }
 }
 
 template <typename E, int Rows, int Vecs, bool AlongRows>
 void block(const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
-  using D = Dot<E>;
-  constexpr int64_t kDepth = D::kDepth;
+  constexpr int64_t kDepth = Dot<E>::kDepth;
   Vec sums[Rows][Vecs];
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < Vecs; ++v) sums[r][v] = 0.0f;
   const E* b = in.b;
-  const auto step = [&](const auto& a) {
-    typename D::Operand w[Vecs];
-    for (int v = 0; v < Vecs; ++v) w[v] = D::load(b + v * kLanes * kDepth);
-    for (int r = 0; r < Rows; ++r) {
-      const auto value = D::broadcast(a(r));
-      for (int v = 0; v < Vecs; ++v) sums[r][v] = D::add(sums[r][v], value, w[v]);
-    }
-    b += in.b_step;
-  };
   if constexpr (AlongRows) {  // step is kDepth: three rows share a pointer, the others are one or two strides from it
     constexpr int kPointers = (Rows + 2) / 3;
     const E* p[kPointers];
@@ -39,20 +57,19 @@ void block(const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
     }
     const int64_t stride = in.row_step;
     for (int64_t k = 0; k < in.depth; ++k) {
-      step([&](int r) { return p[r / 3] + r % 3 * stride; });
+      add_step(sums, b, [&](int r) { return p[r / 3] + r % 3 * stride; });
+      b += in.b_step;
       for (int i = 0; i < kPointers; ++i) p[i] += kDepth;
     }
   } else {  // row_step is kDepth
     const E* a = in.a;
-    for (int64_t k = 0; k < in.depth; ++k, a += in.step) step([&](int r) { return a + r * kDepth; });
+    for (int64_t k = 0; k < in.depth; ++k, a += in.step, b += in.b_step)
+      add_step(sums, b, [&](int r) { return a + r * kDepth; });
   }
-  for (int r = 0; r < Rows; ++r)
-    for (int v = 0; v < Vecs; ++v) {
-      float* p = out + r * out_stride + v * kLanes;
-      store(
-          p, add ? load(p) + sums[r][v]
-                 : sums[r][v]);  // a sum of sums: a running one over all rows of a map errs 3 times as much
-    }
+  if (add)
+    write<Rows, Vecs, true>(sums, out, out_stride);
+  else
+    write<Rows, Vecs, false>(sums, out, out_stride);
 }
 
 template <typename E>

@@ -156,7 +156,8 @@ void multiply_block(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* 
 template <typename E>
 void multiply_long(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
   constexpr int64_t kLongest = 512;
-  const int64_t pieces = std::max<int64_t>((in.depth + kLongest - 1) / kLongest, 1);
+  if (in.depth <= kLongest) return multiply_block(rows, vecs, in, out, out_stride, add);  // no division a block
+  const int64_t pieces = (in.depth + kLongest - 1) / kLongest;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const Range range = part_range(in.depth, piece, pieces);
     const OperandsOf<E> part{

@@ -299,7 +299,7 @@ class InvertedResidualForward {
   void expand(RowsOf<E> in, int64_t rows, Range panels, const At& at) const {
     const float* shift = w_.expand_shift.data();
     multiply(in.data, in.stride, rows, w_.expand, panels, [&](int64_t r, int64_t c, Vec sums) {
-      store(at(r, c), activate<Act>(sums + load(shift + c)));
+      store(at(r, c), activate<Act, kRoughly<E>>(sums + load(shift + c)));
     });
   }
 
@@ -312,7 +312,7 @@ class InvertedResidualForward {
     filter_row(
         rows, pixel, channels.size(), s_.out_width(), s_.stride, s_.dilation, taps,
         [=](int64_t column, int64_t c, Vec sum) {
-          store(out + column * out_pixel + c, activate<Act>(sum + load(shift + c)));
+          store(out + column * out_pixel + c, activate<Act, kRoughly<E>>(sum + load(shift + c)));
         });
   }
 

@@ -77,15 +77,15 @@ struct NormLinearWeightsOf {
 };
 
 // y, (rows of the map, outputs). Statistics that the map has no memory for are not kept.
-template <typename E, typename T>
-void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeightsOf<E>& w, T* y) {
+template <typename E, typename T, typename Y>
+void norm_linear(const NormedMap<T>& x, double eps, const NormLinearWeightsOf<E>& w, Y* y) {
   const int64_t lanes = lanes_of(x.tokens().channels), outputs = w.weight.outputs();
   x.measure(eps);
   for_each_block_tile(x.tokens().total(), w.weight, [&](int64_t first, int64_t count, Range panels) {
     E* tile = tile_of<E>(workspace(kTileRows * lanes));
     x.normalise(first, count, eps, tile, lanes);
     multiply(tile, lanes, count, w.weight, panels, [&](int64_t r, int64_t o, Vec sums) {
-      T* out = y + (first + r) * outputs + o;
+      Y* out = y + (first + r) * outputs + o;
       prefetch_to_write(
           out + kPanel);  // of the panel that comes next: waiting for its lines would cost a tenth of the product
       store_some(out, sums + load(w.bias.data() + o), outputs - o);

@@ -16,10 +16,27 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+// While it lives, loops of the calling thread have one part: they are inside of a part of a loop that has all threads.
+class OneThread {
+ public:
+  OneThread() : outer_(alone()) { alone() = true; }
+  ~OneThread() { alone() = outer_; }
+  OneThread(const OneThread&) = delete;
+  static bool& alone() {
+    thread_local bool value = false;
+    return value;
+  }
+
+ private:
+  bool outer_;
+};
+
+inline int64_t thread_count() { return OneThread::alone() ? 1 : torch::stable::get_num_threads(); }
+
 // How many parts `elements` of work are worth: one per thread of torch's pool, fewer where a part would be too small to
 // pay.
 inline int64_t count_parts(int64_t elements, int64_t least_per_part = 32768) {
-  return std::clamp<int64_t>(elements / least_per_part, 1, torch::stable::get_num_threads());
+  return std::clamp<int64_t>(elements / least_per_part, 1, thread_count());
 }
 
 // The same where more parts cost nothing more, because nothing is added up over them: a loop that is handed over wakes

@@ -152,14 +152,14 @@ struct GroupsAhead {
   static bool pays(int64_t bytes) { return bytes > int64_t(8) << 20; }
 };
 
-// Attention of blocks of queries. Products are made of E.
-template <typename T, typename E>
+// Attention of blocks of queries. Products are made of E, results are written as Y.
+template <typename T, typename E, typename Y = T>
 class AttentionForward {
  public:
   static constexpr int64_t kKeys = 128;  // of a block of scores: 16 KiB
 
   // `lse`, if not null, receives the binary logarithm of each query's sum of 2^score: (groups, tokens).
-  AttentionForward(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse)
+  AttentionForward(const PatchGroups& groups, const Dropout& dropout, const T* qkv, Y* out, float* lse)
       : g_(groups), cut_(groups), dropout_(dropout), qkv_(qkv), out_(out), lse_(lse),
         far_(GroupsAhead::pays(groups.bytes<T>(4))) {}
 
@@ -333,7 +333,8 @@ class AttentionForward {
         for (int v = 0; v < Vecs; ++v)
           store_step(weights + k * kQueries + v * kLanes * kDepth, [&](int64_t i) {
             if (k + i >= n) return Vec(0.0f);
-            const Vec weight = exp2(fma(load(scores + (k + i) * kQueries + v * kLanes), scale, Vec(0.0f) - top[v]));
+            const Vec weight =
+                exp2<kRoughly<E>>(fma(load(scores + (k + i) * kQueries + v * kLanes), scale, Vec(0.0f) - top[v]));
             run[v] += weight;
             if constexpr (!Drop) return weight;
             return weight * dropout_(seed, (in_image * tokens + first + v * kLanes) * tokens + key + k + i, tokens);
@@ -346,15 +347,15 @@ class AttentionForward {
   const AttentionCut cut_;
   const Dropout& dropout_;
   const T* qkv_;
-  T* out_;
+  Y* out_;
   float* lse_;
   bool far_;
 };
 
 // qkv (B, H, W, 3D) to out (B, H, W, D), both contiguous, on all threads.
-template <typename T, typename E = float>
-void patch_attention(const PatchGroups& groups, const Dropout& dropout, const T* qkv, T* out, float* lse) {
-  const AttentionForward<T, E> forward(groups, dropout, qkv, out, lse);
+template <typename T, typename E = float, typename Y = T>
+void patch_attention(const PatchGroups& groups, const Dropout& dropout, const T* qkv, Y* out, float* lse) {
+  const AttentionForward<T, E, Y> forward(groups, dropout, qkv, out, lse);
   const AttentionCut& cut = forward.cut();
   for_each_part(cut.parts, [&](int64_t part) {
     forward.run(part_range(cut.blocks, part, cut.parts), workspace(forward.floats()));

@@ -84,6 +84,11 @@ class DepthwiseConv : public Step {
   DepthwiseWeights weights_;
 };
 
+template <typename E>
+int64_t operations_of_row(const PackedWeightOf<E>& weight) {
+  return weight.inputs() * weight.lanes(weight.panels());
+}
+
 // Inputs a, (b), (residual).
 template <typename E>
 class PointwiseConv : public Step {
@@ -104,6 +109,7 @@ class PointwiseConv : public Step {
     const float* residual = residual_ ? in.back().data : nullptr;
     dispatch_activation(act_, [&](auto act) { pointwise_conv<act>(weights_, x, residual, out.data, out.rows()); });
   }
+  int64_t row_operations() const override { return operations_of_row(weights_.weight); }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
     return {BlockCut(batch * in[0].pixels(), weights_.weight).operations(weights_.weight)};
   }
@@ -130,19 +136,21 @@ struct Statistics {
                                  per_sample ? memory.data() + x.batch : nullptr) {}
 };
 
-template <typename E>
+// With an output of type Y.
+template <typename E, typename Y>
 class NormLinear : public Step {
  public:
   explicit NormLinear(Source& from) : NormLinear{from, from.vector(), from.vector(), from.matrix(), from.vector()} {}
 
   MapShape shape(const Shapes& in) const override {
     check_channels("norm_linear", in[0].channels, weights_.weight.inputs());
-    return {in[0].height, in[0].width, weights_.weight.outputs()};
+    return {in[0].height, in[0].width, weights_.weight.outputs(), !std::is_same_v<Y, float>};
   }
   void run(const Maps& in, const Map& out) const override {
     const Statistics statistics(in[0], per_sample_);
-    norm_linear(statistics.map, eps_, weights_, out.data);
+    norm_linear(statistics.map, eps_, weights_, reinterpret_cast<Y*>(out.data));
   }
+  int64_t row_operations() const override { return per_sample_ ? 0 : operations_of_row(weights_.weight); }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
     std::vector<Region> all;
     tokens_of(in[0], batch).add_measure_to(all, per_sample_);
@@ -174,6 +182,9 @@ class FeedForward : public Step {
   void run(const Maps& in, const Map& out) const override {
     const Statistics statistics(in[0], per_sample_);
     feed_forward(statistics.map, eps_, weights_, FeedForwardDropout(), out.data);
+  }
+  int64_t row_operations() const override {
+    return per_sample_ ? 0 : operations_of_row(weights_.first.weight) + operations_of_row(weights_.second);
   }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
     std::vector<Region> all;
@@ -251,6 +262,7 @@ class PatchAttention : public Step {
       : heads_(from.integer("num_heads", 1, 1 << 20)), patch_height_(from.patch()), patch_width_(from.patch()) {}
 
   MapShape shape(const Shapes& in) const override {
+    MVIT3_CHECK((in[0].rounded == !std::is_same_v<E, float>), "patch_attention takes a map of norm_qkv");
     MVIT3_CHECK(
         in[0].channels % (3 * heads_) == 0, "patch_attention takes three times ", heads_, " heads, got ",
         in[0].channels, " channels");
@@ -259,8 +271,10 @@ class PatchAttention : public Step {
     return {in[0].height, in[0].width, in[0].channels / 3};
   }
   void run(const Maps& in, const Map& out) const override {
-    patch_attention<float, E>(groups(in[0].shape, in[0].batch), Dropout(), in[0].data, out.data, nullptr);
+    const PatchGroups all = groups(in[0].shape, in[0].batch);
+    patch_attention<E, E>(all, Dropout(), reinterpret_cast<const E*>(in[0].data), out.data, nullptr);
   }
+  bool takes_rounded() const override { return true; }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
     const PatchGroups all = groups(in[0], batch);
     return {AttentionCut(all).operations(all)};
@@ -327,9 +341,28 @@ std::unique_ptr<Step> make_conv3x3(Source& from) {
   return std::make_unique<Conv3x3<E>>(from, weight, scale, shift);
 }
 
-class LayerNorm : public Step {
+// What the two steps of a norm alone share.
+class NormStep : public Step {
  public:
-  explicit LayerNorm(Source& from) : LayerNorm{from, from.vector(), from.vector()} {}
+  explicit NormStep(Source& from) : NormStep{from, from.vector(), from.vector()} {}
+
+ protected:
+  Vec affine(Vec value, int64_t c) const { return fma(value, load(weight_.data() + c), load(bias_.data() + c)); }
+
+  const int64_t channels_;
+  const Scratch<float> weight_, bias_;
+  const bool per_sample_;
+  const double eps_;
+
+ private:
+  NormStep(Source& from, const Tensor& norm_weight, const Tensor& norm_bias)
+      : channels_(norm_weight.size(0)), weight_(read_vector("weight", norm_weight, channels_)),
+        bias_(read_vector("bias", norm_bias, channels_)), per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
+};
+
+class LayerNorm : public NormStep {
+ public:
+  using NormStep::NormStep;
 
   MapShape shape(const Shapes& in) const override {
     check_channels("layer_norm", in[0].channels, channels_);
@@ -344,11 +377,10 @@ class LayerNorm : public Step {
       statistics.map.normalise(first, count, eps_, tile, lanes);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t c = 0; c < channels_; c += kLanes)
-          store_some(
-              out.data + (first + r) * channels_ + c,
-              fma(load(tile + r * lanes + c), load(weight_.data() + c), load(bias_.data() + c)), channels_ - c);
+          store_some(out.data + (first + r) * channels_ + c, affine(load(tile + r * lanes + c), c), channels_ - c);
     });
   }
+  int64_t row_operations() const override { return per_sample_ ? 0 : 3 * channels_; }
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
     const int64_t rows = batch * in[0].pixels();
     std::vector<Region> all;
@@ -356,22 +388,12 @@ class LayerNorm : public Step {
     all.push_back(even_region(rows, count_parts(rows * channels_), 3 * channels_));
     return all;
   }
-
- private:
-  LayerNorm(Source& from, const Tensor& norm_weight, const Tensor& norm_bias)
-      : channels_(norm_weight.size(0)), weight_(read_vector("weight", norm_weight, channels_)),
-        bias_(read_vector("bias", norm_bias, channels_)), per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
-
-  int64_t channels_;
-  Scratch<float> weight_, bias_;
-  bool per_sample_;
-  double eps_;
 };
 
 // The mean of a norm's output over height and width. The scale and the shift wait for the mean.
-class NormPool : public Step {
+class NormPool : public NormStep {
  public:
-  explicit NormPool(Source& from) : NormPool{from, from.vector(), from.vector()} {}
+  using NormStep::NormStep;
 
   MapShape shape(const Shapes& in) const override {
     check_channels("norm_pool", in[0].channels, channels_);
@@ -397,9 +419,7 @@ class NormPool : public Step {
         }
         const Vec factor = float(1.0 / double(pixels));
         for (int64_t c = 0; c < channels_; c += kLanes)
-          store_some(
-              out.data + image * channels_ + c,
-              fma(load(sums + c) * factor, load(weight_.data() + c), load(bias_.data() + c)), channels_ - c);
+          store_some(out.data + image * channels_ + c, affine(load(sums + c) * factor, c), channels_ - c);
       }
     });
   }
@@ -409,16 +429,6 @@ class NormPool : public Step {
     all.push_back(even_region(batch, parts_for(batch), 3 * in[0].floats()));
     return all;
   }
-
- private:
-  NormPool(Source& from, const Tensor& norm_weight, const Tensor& norm_bias)
-      : channels_(norm_weight.size(0)), weight_(read_vector("weight", norm_weight, channels_)),
-        bias_(read_vector("bias", norm_bias, channels_)), per_sample_(from.flag("per_sample")), eps_(from.eps()) {}
-
-  int64_t channels_;
-  Scratch<float> weight_, bias_;
-  bool per_sample_;
-  double eps_;
 };
 
 template <typename E>
@@ -428,7 +438,8 @@ std::vector<StepKind> step_kinds() {
       {"conv3x3", make_conv3x3<E>},
       {"depthwise_conv", make<DepthwiseConv>},
       {"pointwise_conv", make<PointwiseConv<E>>},
-      {"norm_linear", make<NormLinear<E>>},
+      {"norm_linear", make<NormLinear<E, float>>},
+      {"norm_qkv", make<NormLinear<E, E>>},  // of which products alone are made next: written as they read it
       {"feed_forward", make<FeedForward<E>>},
       {"separable_attention", make<SeparableAttention<E>>},
       {"patch_attention", make<PatchAttention<E>>},

@@ -35,7 +35,7 @@ float* workspace(int64_t floats) {
   return memory.data();
 }
 
-inline int64_t parts_for(int64_t tasks) { return std::clamp<int64_t>(tasks, 1, torch::stable::get_num_threads()); }
+inline int64_t parts_for(int64_t tasks) { return std::clamp<int64_t>(tasks, 1, thread_count()); }
 
 // The number of rows, whole blocks of them, whose tiles of `floats` floats a row fit a cache.
 inline int64_t tile_rows(int64_t floats) {

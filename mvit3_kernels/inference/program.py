@@ -15,7 +15,7 @@ from ..models.network import GlobalPool, MobileViT
 from ..nn.guard import Block, dropout_rate
 from ..nn.plans import ConvPlan, ResidualPlan, SeparablePlan, TokensPlan, TransformerPlan
 from ..ops.folding import fold_batch_norm
-from ..ops.types import ACTIVATIONS, LayerNorm, Linear
+from ..ops.types import ACTIVATIONS, Linear
 
 IMAGE = 0  # the number of the map that holds the images
 IDENTITY = ACTIVATIONS.index("identity")
@@ -246,7 +246,8 @@ def _(plan: TokensPlan, program: Program, x: int) -> int:
                 "separable_attention", [x], weights, [*patch, int(layer.norm1.per_sample)], [layer.norm1.eps]
             )
         else:
-            qkv = _norm_linear(program, x, layer.norm1, layer.qkv)
+            weights = [layer.norm1.weight, layer.norm1.bias, *_linear(layer.qkv)]
+            qkv = program.add("norm_qkv", [x], weights, [int(layer.norm1.per_sample)], [layer.norm1.eps])
             attended = program.add("patch_attention", [qkv], (), [plan.num_heads, *patch])
             x = pointwise(program, [attended], *_affine(*layer.out_proj, None), "identity", residual=x)
         weights = [layer.norm2.weight, layer.norm2.bias, *_linear(layer.fc1), *_linear(layer.fc2)]
@@ -377,12 +378,6 @@ def pointwise(
         return program.add("norm_linear", norm.inputs, weights, norm.integers, norm.numbers)
     integers = [ACTIVATIONS.index(act), int(residual is not None)]
     return program.add("pointwise_conv", maps, [weight.flatten(1), scale, shift], integers)
-
-
-def _norm_linear(program: Program, x: int, norm: LayerNorm, linear: Linear) -> int:
-    return program.add(
-        "norm_linear", [x], [norm.weight, norm.bias, *_linear(linear)], [int(norm.per_sample)], [norm.eps]
-    )
 
 
 def _linear(linear: Linear) -> list[Tensor]:

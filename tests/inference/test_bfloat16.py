@@ -252,6 +252,42 @@ def test_kernels_of_another_cpu_refuse():
     assert "RuntimeError: bfloat16 must be false for kernels of a CPU that does not multiply it" in done.stderr
 
 
+@multiplied
+@torch.no_grad()
+def test_a_map_of_bfloat16_is_read_by_attention_alone():
+    vectors, weight = [torch.ones(6), torch.zeros(6)], torch.ones(18, 6)
+    qkv = [*vectors, weight, torch.zeros(18)]
+    for readers, words in (([], "outputs must be maps of float32, got 1"), ([0, 0], "step 2 takes no bfloat16")):
+        made = Program(6, HALF)
+        y = made.add("norm_qkv", [IMAGE], qkv, [0], [1e-5])
+        if readers:
+            y = made.add("pointwise_conv", [y], [torch.ones(4, 18), torch.ones(4), torch.zeros(4)], readers)
+        made.finish([y], lambda results: results)
+        with pytest.raises(RuntimeError, match=words):
+            made(images(1, 6, 4, 4))
+    for dtype, kind in ((HALF, "norm_linear"), (torch.float32, "norm_qkv")):
+        made = Program(6, dtype)
+        attended = made.add("patch_attention", [made.add(kind, [IMAGE], qkv, [0], [1e-5])], (), [2, 2, 2])
+        made.finish([attended], lambda results: results)
+        if dtype is HALF:
+            with pytest.raises(RuntimeError, match="patch_attention takes a map of norm_qkv"):
+                made(images(1, 6, 4, 4))
+        else:
+            assert made(images(1, 6, 4, 4))[0].shape == (1, 4, 4, 6)
+
+
+@torch.no_grad()
+def test_weights_of_float16_run_as_modules():
+    """Their results are of float16, which the engine does not write."""
+    model, x = network("mobilevitv3_xxs").half(), images(1, 3, 64, 64).half()
+    want = model(x)
+    assert "x must be float32 images on the CPU, got torch.float16 of 4 dimensions on cpu" in (
+        explain(fuse(model), x).reasons()
+    )
+    assert "conv_1.block.conv.weight is torch.float16 on cpu, not float32" in model._fused.why_not(model, x.float())
+    assert torch.equal(model(x), want)
+
+
 PRODUCTS = """
 import torch
 from mvit3_kernels import fuse
