@@ -10,7 +10,7 @@ import torch
 import triton
 
 import benchmarks.gpu_model
-from benchmarks.gpu_model import configs, page, predict, record
+from benchmarks.gpu_model import configs, page, predict, record, single
 from benchmarks.gpu_model.device import MULTIPROCESSORS
 
 
@@ -26,9 +26,15 @@ def main() -> None:
     parser.add_argument(
         "--configs", action="store_true", help="only print the predicted time of every configuration on offer"
     )
+    parser.add_argument("--only", metavar="NAME", help="only print the launches of kernels with NAME in their names")
     options = parser.parse_args()
+    steps = list(itertools.product(options.networks, options.modes, options.batches))
+    if options.only:
+        for network, mode, batch in steps:
+            single.write(network, mode == "train", batch, options.only)
+        return
     if options.configs:
-        for network, mode, batch in itertools.product(options.networks, options.modes, options.batches):
+        for network, mode, batch in steps:
             configs.write(network, mode == "train", batch)
         return
     if not options.page:

@@ -72,6 +72,7 @@ class Trace:
     launches: list[Launch] = field(default_factory=list)
     aten: list[Aten] = field(default_factory=list)
     cuda: list[CudaOp] = field(default_factory=list)
+    only: str = ""  # part of the names of the Triton kernels that are compiled and noted
 
 
 def meta(t: Any) -> Any:
@@ -169,9 +170,10 @@ def step(make: Callable[[], nn.Module], training: bool, batch: int, side: int = 
     return watch.seen
 
 
-def launches(seen: list[Aten | tuple[str, tuple]]) -> Trace:
-    """What ops launch. Triton kernels are compiled for sm_90, each one once."""
-    trace = Trace()
+def launches(seen: list[Aten | tuple[str, tuple]], only: str = "") -> Trace:
+    """What ops launch. Triton kernels are compiled for sm_90, each one once; those without `only` in their names are
+    left out."""
+    trace = Trace(only=only)
     for entry in seen:
         if isinstance(entry, Aten):
             trace.aten.append(entry)
@@ -180,14 +182,14 @@ def launches(seen: list[Aten | tuple[str, tuple]]) -> Trace:
     return trace
 
 
-def trace(network: str, training: bool, batch: int, side: int = 256) -> Trace:
-    """The launches of this library's network."""
+def trace(network: str, training: bool, batch: int, side: int = 256, only: str = "") -> Trace:
+    """The launches of this library's network; of its Triton kernels those with `only` in their names."""
 
     def make() -> nn.Module:
         return mvit3_kernels.create_model(network, num_classes=1000, drop_rate=0.0, proj_drop_rate=0.0)
 
     with as_on_a_gpu():
-        return launches(step(make, training, batch, side))
+        return launches(step(make, training, batch, side), only)
 
 
 def _run(op: str, args: tuple, trace: Trace) -> None:
@@ -230,6 +232,8 @@ def _noting(op: str, trace: Trace) -> Iterator[None]:
 
     def note(kernel: Any, grid: tuple[int, ...]) -> Callable:
         def launch(*args: Any, **options: Any) -> None:
+            if trace.only not in name_of(kernel):
+                return
             mocked = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in tree(args)]
             compiled = kernel.warmup(*mocked, grid=(1,), **options)
             names = kernel.arg_names
