@@ -53,4 +53,6 @@ def write(network: str, training: bool, batch: int, only: str) -> None:
     print(f"{network}, {'training step' if training else 'inference'}, batch {batch}: predicted, not measured")
     for (text, _), times in Counter(made).items():
         print(f"{times} x {text}")
-    print(f"{len(made)} launches, {sum(us for _, us in made) / 1e3:.3f} ms without the time between launches", flush=True)
+    print(
+        f"{len(made)} launches, {sum(us for _, us in made) / 1e3:.3f} ms without the time between launches", flush=True
+    )
