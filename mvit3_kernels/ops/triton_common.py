@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import random
+from .triton_math import silu, silu_and_gradient
 from .types import ACTIVATIONS
 
 IDENTITY, SILU, RELU = (tl.constexpr(ACTIVATIONS.index(name)) for name in ("identity", "silu", "relu"))
@@ -69,29 +70,32 @@ def store_vector(ptr, column, vector, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
-
-
-@triton.jit
-def activate(z, ACT: tl.constexpr):
-    """The activation of float32 `z`; NaN stays NaN."""
+def activate(z, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """The activation of float32 `z`, before it is rounded to DTYPE; NaN stays NaN."""
     if ACT == SILU:
-        z = z * sigmoid(z)
+        z = silu(z, DTYPE=DTYPE)
     elif ACT == RELU:
         z = tl.where(z <= 0, 0.0, z)
     return z
 
 
 @triton.jit
-def activate_backward(dy, z, ACT: tl.constexpr):
-    """The gradient of `z` for the gradient `dy` of activate(z)."""
+def activate_both(dy, z, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """(activate(z), the gradient of `z` for the gradient `dy` of that), before they are rounded to DTYPE."""
     if ACT == SILU:
-        s = sigmoid(z)
-        dy = dy * (s * (1 + z * (1 - s)))
+        y, dz = silu_and_gradient(dy, z, DTYPE=DTYPE)
     elif ACT == RELU:
-        dy = tl.where(z <= 0, 0.0, dy)  # where z is NaN dy is kept, as torch keeps it
-    return dy
+        y, dz = tl.where(z <= 0, 0.0, z), tl.where(z <= 0, 0.0, dy)  # where z is NaN dy is kept, as torch keeps it
+    else:
+        y, dz = z, dy
+    return y, dz
+
+
+@triton.jit
+def activate_backward(dy, z, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """The second of `activate_both`."""
+    _, dz = activate_both(dy, z, ACT=ACT, DTYPE=DTYPE)
+    return dz
 
 
 @triton.jit

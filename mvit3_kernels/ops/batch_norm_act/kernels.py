@@ -108,7 +108,7 @@ def normalize_fwd_kernel(
         mask = _mask(lane, length - first, valid, C=C, BLOCK_C=BLOCK_C)
         base = (start + first) * C
         x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
-        y = activate((x - mean[None, :]) * scale[None, :] + bias[None, :], ACT=ACT)
+        y = activate((x - mean[None, :]) * scale[None, :] + bias[None, :], ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -153,7 +153,9 @@ def sums_bwd_kernel(
         x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
         normal = (x - mean) * rstd
-        grad = tl.where(mask, activate_backward(dy, normal * weight + bias, ACT=ACT), 0.0)
+        grad = tl.where(
+            mask, activate_backward(dy, normal * weight + bias, ACT=ACT, DTYPE=dx_ptr.dtype.element_ty), 0.0
+        )
         dbias += grad
         dweight += grad * normal
         if not TRAINING:
@@ -201,5 +203,9 @@ def input_bwd_kernel(
             x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
             normal = (x - mean) * rstd
-            grad = activate_backward(dy, normal * weight + bias, ACT=ACT) - mean_grad - normal * mean_product
+            grad = (
+                activate_backward(dy, normal * weight + bias, ACT=ACT, DTYPE=dx_ptr.dtype.element_ty)
+                - mean_grad
+                - normal * mean_product
+            )
             tl.store(dx_ptr + base + offset, (grad * (weight * rstd)).to(dx_ptr.dtype.element_ty), mask=mask)

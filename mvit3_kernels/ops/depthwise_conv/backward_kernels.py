@@ -70,7 +70,7 @@ def norm_bwd_kernel(
             dy = tl.load(dy_at + y * out_width * C, mask=inside, other=0.0).to(tl.float32)
             z, state = walk(at, masks, state, taps, y, height, width, STRIDE=STRIDE, DILATION=DILATION, C=C)
             normal = z - mean
-            grad = activate_backward(dy, normal * norm_weight + norm_bias, ACT=ACT)
+            grad = activate_backward(dy, normal * norm_weight + norm_bias, ACT=ACT, DTYPE=x_ptr.dtype.element_ty)
             if part_ptr is not None:
                 grad = tl.where(inside, grad, 0.0)
                 dbias += grad

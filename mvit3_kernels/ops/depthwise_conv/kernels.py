@@ -183,7 +183,7 @@ def depthwise_fwd_kernel(
             if y_ptr is not None:
                 result = z
                 if norm_weight_ptr is not None:
-                    result = activate(z + shift[None, :], ACT=ACT)
+                    result = activate(z + shift[None, :], ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
                 result = result.to(y_ptr.dtype.element_ty)
                 tl.store(out + y * out_width * C, result, mask=mask & inside)
                 if part_ptr is not None:

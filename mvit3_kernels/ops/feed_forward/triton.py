@@ -108,7 +108,7 @@ def _feed_forward_fwd_kernel(
         column = first + tl.arange(0, BLOCK_F)
         head_weight, tail_weight = load_weight(weight1_ptr, column, head_normed, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
         pre = multiply_rows(head_normed, tail_normed, head_weight, tail_weight)
-        hidden = activate(pre + load_vector(bias1_ptr, column, WIDTH=F)[None, :], ACT=SILU)
+        hidden = activate(pre + load_vector(bias1_ptr, column, WIDTH=F)[None, :], ACT=SILU, DTYPE=head_normed.dtype)
         if hidden_seed_ptr is not None:
             hidden = dropped(
                 hidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, SITE=0, WIDTH=F
@@ -161,7 +161,7 @@ def _hidden_bwd_kernel(
         column = first + tl.arange(0, BLOCK_F)
         head_weight, tail_weight = load_weight(weight1_ptr, column, head, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
         pre = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias1_ptr, column, WIDTH=F)[None, :]
-        hidden = activate(pre, ACT=SILU)
+        hidden = activate(pre, ACT=SILU, DTYPE=head.dtype)
         dhidden = multiply_by_columns(head_dy, tail_dy, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
         if hidden_seed_ptr is not None:
             hidden = dropped(
@@ -171,7 +171,14 @@ def _hidden_bwd_kernel(
                 dhidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, SITE=0, WIDTH=F
             )
         store_tile(hidden_ptr + start * F, lane, valid, column, hidden, WIDTH=F)
-        store_tile(dpre_ptr + start * F, lane, valid, column, activate_backward(dhidden, pre, ACT=SILU), WIDTH=F)
+        store_tile(
+            dpre_ptr + start * F,
+            lane,
+            valid,
+            column,
+            activate_backward(dhidden, pre, ACT=SILU, DTYPE=head.dtype),
+            WIDTH=F,
+        )
 
 
 def _dropouts(call: Call) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:

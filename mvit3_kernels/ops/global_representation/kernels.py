@@ -290,7 +290,9 @@ def _attend_to_contexts(
                 normed_head, normed_tail, weight_ptr, bias_ptr, 1 + C + channel,
                 OUT=1 + 2 * C, C=C, HEAD=HEAD, TAIL=TAIL,
             )  # fmt: skip
-            value = activate(value, ACT=RELU) * load_tile(context_ptr, position, valid, channel, WIDTH=C)
+            value = activate(value, ACT=RELU, DTYPE=tl.float32) * load_tile(
+                context_ptr, position, valid, channel, WIDTH=C
+            )
             head, tail = add_columns_product(
                 head, tail, value.to(normed_head.dtype), out_ptr, channel, WIDTH=C, C=C, HEAD=HEAD, TAIL=TAIL
             )

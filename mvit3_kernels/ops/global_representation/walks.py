@@ -198,7 +198,7 @@ def _feed_forward_tile(
     for first in tl.range(0, F, BLOCK_F, disable_licm=True):
         column = first + tl.arange(0, BLOCK_F)
         hidden = project(normed_head, normed_tail, weight_ptr, bias_ptr, column, OUT=F, C=C, HEAD=HEAD, TAIL=TAIL)
-        hidden = activate(hidden, ACT=SILU).to(normed_head.dtype)
+        hidden = activate(hidden, ACT=SILU, DTYPE=normed_head.dtype).to(normed_head.dtype)
         head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
     bias_ptr = of_layer(pointers, layer, PART=FC2 + 1, LAYERS=LAYERS)
     return add_bias_and_tokens(head, tail, bias_ptr, y_ptr, pixel, valid, C=C, HEAD=HEAD, TAIL=TAIL)

@@ -10,15 +10,17 @@ from ..pointwise_conv.triton import add_product
 from ..triton_common import (
     activate,
     activate_backward,
+    activate_both,
     dot,
     inverse_std,
     load_folded_norm,
     load_tile,
     load_vector,
+    row_range,
     store_tile,
     store_vector,
 )
-from .kernels import NOT_SPECIALIZED, load_deviations, load_rounded_weight
+from .kernels import NOT_SPECIALIZED, load_deviations, load_rounded_weight, pairs
 
 
 @triton.jit
@@ -32,16 +34,21 @@ def _middle_gradient(
         output = first + tl.arange(0, BLOCK_K)
         dp = load_tile(dp_ptr, row, valid, output, WIDTH=OUT)
         sums = dot(dp, load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(dp.dtype), sums)
-    return activate_backward(sums, normal, ACT=ACT)
+    return activate_backward(sums, normal, ACT=ACT, DTYPE=dp_ptr.dtype.element_ty)
 
 
 @triton.jit
-def _add_norm_sums(
-    total, weighted, dp_ptr, weight_ptr, row, valid, column, z, mean, normal,
-    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    grad = _middle_gradient(dp_ptr, weight_ptr, row, valid, column, normal, ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K)
-    return total + tl.sum(grad, 0), weighted + tl.sum(grad * (z - mean[None, :]), 0)
+def _part(part_ptr, rows, rows_per_part, blocks, E: tl.constexpr, OUT: tl.constexpr):
+    """Workspace, first row and number of rows of the part of this program, one of `blocks`."""
+    part = tl.program_id(0) // blocks
+    begin, length = row_range(rows, rows_per_part, part)
+    return part_ptr + part * ((OUT + 2) * E), begin, length
+
+
+@triton.jit
+def _store_norm_sums(part_ptr, column, total, weighted, E: tl.constexpr, OUT: tl.constexpr):
+    store_vector(part_ptr + OUT * E, column, tl.sum(tl.sum(total, 0), 0), WIDTH=E)
+    store_vector(part_ptr + (OUT + 1) * E, column, tl.sum(tl.sum(weighted, 0), 0), WIDTH=E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -58,42 +65,80 @@ def project_bwd_kernel(
 
         dp^T act(n), which is dweight;  the sums of g;  the sums of g * (z - mean)
 
-    A program has BLOCK_K outputs and BLOCK_N expanded channels of a part. Reads z once for each block of outputs, dp
-    once for each block of expanded channels, and twice for the first block of outputs."""
+    A program has BLOCK_N expanded channels of a part and all outputs, and holds their weight. Reads z once, dp once for
+    each block of channels. Sums are kept for each place of the tile and added up at the end."""
     columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
-    blocks: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
-    part, tile = tl.program_id(0) // (columns * blocks), tl.program_id(0) % (columns * blocks)
-    column, output = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N), tile // columns * BLOCK_K + tl.arange(0, BLOCK_K)
-    lane = tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = dp_ptr.dtype.element_ty
+    part_ptr, begin, length = _part(part_ptr, rows, rows_per_part, columns, E=E, OUT=OUT)
+    column = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    output, lane = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
     scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
     mean = load_vector(mean_ptr, column, WIDTH=E)
+    weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(dtype)
     product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    weighted = tl.zeros((BLOCK_N,), tl.float32)
-    begin = part * rows_per_part
-    length = tl.minimum(rows - begin, rows_per_part)
+    total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    weighted = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     for first in range(0, length, BLOCK_M):
-        start, valid = begin.to(tl.int64) + first, first + lane < length
+        start, valid = begin + first, first + lane < length
         z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
         dp = load_tile(dp_ptr + start * OUT, lane, valid, output, WIDTH=OUT)
-        normal = z * scale[None, :] + shift[None, :]
-        product = dot(tl.trans(dp), activate(normal, ACT=ACT).to(dp.dtype), product)
-        at = dp_ptr + start * OUT
-        if blocks == 1:  # noqa: SIM114 -- known when this is compiled, so that the loop can be pipelined
-            total, weighted = _add_norm_sums(
-                total, weighted, at, weight_ptr, lane, valid, column, z, mean, normal,
-                ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
-            )  # fmt: skip
-        elif tile < columns:
-            total, weighted = _add_norm_sums(
-                total, weighted, at, weight_ptr, lane, valid, column, z, mean, normal,
-                ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
-            )  # fmt: skip
-    part_ptr += part * ((OUT + 2) * E)
+        grad = dot(dp, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        hidden, grad = activate_both(grad, z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=dtype)
+        product = dot(tl.trans(dp), hidden.to(dtype), product)
+        total += pairs(grad)
+        weighted += pairs(grad * (z - mean[None, :]))
     store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
-    if tile < columns:
-        store_vector(part_ptr + OUT * E, column, total, WIDTH=E)
-        store_vector(part_ptr + (OUT + 1) * E, column, weighted, WIDTH=E)
+    _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def project_sums_bwd_kernel(
+    dp_ptr, z_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, rows, rows_per_part, eps,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sums of project_bwd_kernel, where the weight of all outputs does not fit a program: BLOCK_K at a time."""
+    columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    part_ptr, begin, length = _part(part_ptr, rows, rows_per_part, columns, E=E, OUT=OUT)
+    column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    mean = load_vector(mean_ptr, column, WIDTH=E)
+    total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    weighted = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin + first, first + lane < length
+        z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+        grad = _middle_gradient(
+            dp_ptr + start * OUT, weight_ptr, lane, valid, column, z * scale[None, :] + shift[None, :],
+            ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+        total += pairs(grad)
+        weighted += pairs(grad * (z - mean[None, :]))
+    _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def project_product_bwd_kernel(
+    dp_ptr, z_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, rows, rows_per_part, eps,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The product of project_bwd_kernel in blocks of BLOCK_K outputs and BLOCK_N expanded channels."""
+    columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
+    blocks: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
+    dtype: tl.constexpr = dp_ptr.dtype.element_ty
+    part_ptr, begin, length = _part(part_ptr, rows, rows_per_part, columns * blocks, E=E, OUT=OUT)
+    tile, lane = tl.program_id(0) % (columns * blocks), tl.arange(0, BLOCK_M)
+    column, output = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N), tile // columns * BLOCK_K + tl.arange(0, BLOCK_K)
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin + first, first + lane < length
+        z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+        dp = load_tile(dp_ptr + start * OUT, lane, valid, output, WIDTH=OUT)
+        hidden = activate(z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=dtype)
+        product = dot(tl.trans(dp), hidden.to(dtype), product)
+    store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -176,7 +221,7 @@ def expanded_bwd_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums = add_product(sums, x_ptr + start * C, weight_ptr, lane, valid, column, C=C, STRIDE=C, OUT=E, BLOCK_K=BLOCK_K)
     da = load_tile(da_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
-    grad = activate_backward(da, sums * scale[None, :] + shift[None, :], ACT=ACT)
+    grad = activate_backward(da, sums * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=da_ptr.dtype.element_ty)
     store_tile(da_ptr + start * E, lane, valid, column, grad, WIDTH=E)
 
 
@@ -245,7 +290,7 @@ def expand_bwd_kernel(
         x = load_tile(x_ptr + start * C, lane, valid, inner, WIDTH=C)
         da = load_tile(da_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
         normal = tl.dot(x, tl.trans(weight)) * scale[None, :] + shift[None, :]
-        grad = activate_backward(da, normal, ACT=ACT)
+        grad = activate_backward(da, normal, ACT=ACT, DTYPE=dtype)
         total += tl.sum(grad, 0)
         x = tl.where(valid[:, None], x.to(tl.float32) - mean[None, :], 0.0)
         product = dot(tl.trans(grad.to(dtype)), x.to(dtype), product)

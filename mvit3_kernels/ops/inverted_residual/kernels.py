@@ -12,7 +12,6 @@ import triton.language as tl
 
 from ..triton_common import (
     activate,
-    add_moments,
     at_least_zero,
     dot,
     load_folded_norm,
@@ -140,25 +139,46 @@ def expanded_moments_kernel(
 
 
 @triton.jit
-def fold_norm_kernel(
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (E,)
-    folded_ptr,  # written: (2, E), float32
+def prepare_project_kernel(
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
+    weight_ptr,  # (OUT, E)
+    folded_ptr, pivot_ptr,  # written: (2, E) and (OUT,), float32
+    packed_ptr,  # written: the weight, (OUT, E), as it is multiplied
     eps,
-    E: tl.constexpr, BLOCK: tl.constexpr,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Scale and shift of a norm of known statistics, for kernels that need them many times. A program has BLOCK
-    channels."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
-    store_vector(folded_ptr, column, scale, WIDTH=E)
-    store_vector(folded_ptr + E, column, shift, WIDTH=E)
+    """What project_fwd_kernel needs many times: scale and shift of the norm, the weight in the dtype of the map, and a
+    value near the mean of each output, the product of a pixel whose channels are all at their means.
+
+    The first programs have BLOCK_E channels of the norm each, the others BLOCK_O outputs."""
+    blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    if tl.program_id(0) < blocks:
+        column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+        scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+        store_vector(folded_ptr, column, scale, WIDTH=E)
+        store_vector(folded_ptr + E, column, shift, WIDTH=E)
+    else:
+        output = (tl.program_id(0) - blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+        pivot = tl.zeros((BLOCK_O,), tl.float32)
+        for first in range(0, E, BLOCK_E):
+            column = first + tl.arange(0, BLOCK_E)
+            weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(packed_ptr.dtype.element_ty)
+            store_tile(packed_ptr, output, output < OUT, column, weight, WIDTH=E)
+            hidden = activate(load_vector(norm_bias_ptr, column, WIDTH=E), ACT=ACT, DTYPE=tl.float32)
+            pivot += tl.sum(weight.to(tl.float32) * hidden[None, :], 1)
+        store_vector(pivot_ptr, output, pivot, WIDTH=OUT)
+
+
+@triton.jit
+def pairs(x):
+    """Sums of rows of a tile that a thread holds both of, where the tile comes from a product."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), 1)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def project_fwd_kernel(
     z_ptr,  # (rows, E)
-    weight_ptr,  # (OUT, E)
-    folded_ptr,  # of the middle norm, (2, E), float32, of fold_norm_kernel
+    folded_ptr, pivot_ptr, weight_ptr,  # (2, E), (OUT,), (OUT, E) of prepare_project_kernel
     p_ptr, part_ptr,  # written: (rows, OUT), like z; (2, parts, OUT), float32
     rows, parts, rows_per_part,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
@@ -167,13 +187,13 @@ def project_fwd_kernel(
     """p = act(norm(z)) weight^T, and the means and sums of squared deviations of parts of p as it is stored.
 
     A program has BLOCK_N outputs of a part. Reads z once for each block of outputs, the weight once for each BLOCK_M
-    rows; writes p once."""
+    rows; writes p once. Deviations are added up place by place of the tile, and places at the end: adding up rows in
+    each pass would take as many instructions as the products."""
     blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     part, output = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_M)
-    count = tl.zeros((BLOCK_N,), tl.float32)
-    mean = tl.zeros((BLOCK_N,), tl.float32)
-    m2 = tl.zeros((BLOCK_N,), tl.float32)
+    total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+    squares = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     begin = part * rows_per_part
     length = tl.minimum(rows - begin, rows_per_part)
     for first in range(0, length, BLOCK_M):
@@ -184,10 +204,18 @@ def project_fwd_kernel(
             scale = load_vector(folded_ptr, column, WIDTH=E)
             shift = load_vector(folded_ptr + E, column, WIDTH=E)
             z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
-            hidden = activate(z * scale[None, :] + shift[None, :], ACT=ACT).to(z_ptr.dtype.element_ty)
-            weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(hidden.dtype)
-            sums = dot(hidden, tl.trans(weight), sums)
-        store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
-        count, mean, m2 = add_moments(sums.to(p_ptr.dtype.element_ty).to(tl.float32), valid, count, mean, m2)
-    store_vector(part_ptr + part * OUT, output, mean, WIDTH=OUT)
+            hidden = activate(z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=z_ptr.dtype.element_ty)
+            weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E)
+            sums = dot(hidden.to(weight.dtype), tl.trans(weight), sums)
+        p = sums.to(p_ptr.dtype.element_ty)
+        store_tile(p_ptr + start * OUT, lane, valid, output, p, WIDTH=OUT)
+        pivot = load_vector(pivot_ptr, output, WIDTH=OUT)
+        deviation = tl.where(valid[:, None], p.to(tl.float32) - pivot[None, :], 0.0)
+        total += pairs(deviation)
+        squares += pairs(deviation * deviation)
+    count = length.to(tl.float32)
+    mean = tl.sum(tl.sum(total, 0), 0) / count
+    m2 = tl.sum(tl.sum(squares, 0), 0) - count * mean * mean
+    pivot = load_vector(pivot_ptr, output, WIDTH=OUT)
+    store_vector(part_ptr + part * OUT, output, pivot + mean, WIDTH=OUT)
     store_vector(part_ptr + (parts + part) * OUT, output, at_least_zero(m2), WIDTH=OUT)

@@ -28,7 +28,7 @@ from ..depthwise_conv.triton import depthwise, depthwise_backward
 from ..folding import fold_batch_norm
 from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import Call
-from ..triton_common import IDENTITY, contiguous, multiprocessors, on_device, split_rows
+from ..triton_common import IDENTITY, contiguous, multiplies_from_shared_memory, multiprocessors, on_device, split_rows
 from ..types import BatchNorm
 from . import backward_kernels, kernels
 from .cost import fits_a_program, values_moved
@@ -40,28 +40,33 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
     """Of a kernel, the shipped one first: BLOCK_M rows at a time, BLOCK_N of `columns` columns of its tile, and BLOCK_K
     of the `inner` columns that it multiplies or, where it sums over rows, of the other side of its product."""
 
-    def tile(rows: int, most_columns: int, most_inner: int, warps: int, stages: int = 2) -> dict[str, int]:
+    def tile(
+        rows: int, most_columns: int, most_inner: int, warps: int, stages: int = 2, registers: int | None = None
+    ) -> dict[str, int]:
         n, k = (
             max(16, min(triton.next_power_of_2(width), most))
             for width, most in ((columns, most_columns), (inner, most_inner))
         )
-        return {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        config = {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        return config if registers is None or not multiplies_from_shared_memory(x) else config | {"maxnreg": registers}
 
     if x.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
         if kernel in _OUTER:
             return [tile(16, 32, 32, 4)]
         return [tile(32, 32, 16, 8 if kernel == "project" else 4)]
     tiles = _TILES[kernel]
-    if kernel == "project_bwd" and inner > 128:  # several blocks of outputs, each of which reads z: larger tiles
-        tiles = tiles[::-1]
+    if kernel == "project" and columns <= 32:
+        tiles = ((128, 32, 64, 8, 2, 128), *tiles)
+    if kernel == "project_bwd":  # small tiles, while all outputs fit a program
+        tiles = tiles if inner <= 64 else tiles[1:] if inner <= 128 else tiles[2:]
     return [tile(*shape) for shape in tiles]
 
 
-# Rows, columns, inner columns, warps.
+# Rows, columns, inner columns, warps; stages, and registers of a thread at most.
 _TILES = {
     "moments": ((128, 64, 64, 8), (64, 64, 64, 4)),
-    "project": ((128, 128, 32, 8), (64, 128, 64, 8)),
-    "project_bwd": ((32, 64, 128, 8), (64, 64, 64, 8), (64, 64, 128, 8, 1)),
+    "project": ((128, 64, 32, 8, 2, 128), (128, 64, 64, 8, 2, 128), (128, 64, 32, 8), (128, 128, 32, 8)),
+    "project_bwd": ((32, 64, 64, 4), (32, 64, 128, 8), (64, 64, 128, 8), (64, 64, 64, 8)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
     "expanded_bwd": ((128, 64, 32, 8), (64, 64, 64, 8)),
     "expand_bwd": ((16, 256, 64, 8),),
@@ -111,7 +116,8 @@ def _folded(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 def _parts(x: Tensor, rows: int, config: dict[str, int], blocks: int, count: int) -> tuple[Tensor, int]:
     """A workspace for `count` values of each part of the rows, and the rows of a part, where a part is `blocks`
     programs."""
-    parts, rows_per_part = split_rows(rows, max(2 * multiprocessors(x) // blocks, 1), config["BLOCK_M"])
+    at_once = 16 // config["num_warps"] * multiprocessors(x)
+    parts, rows_per_part = split_rows(rows, max(at_once // blocks, 1), config["BLOCK_M"])
     return _float32(x, parts, count), rows_per_part
 
 
@@ -151,13 +157,14 @@ def _project(z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> tuple[Tens
     config = configuration("project", z, outputs, expanded)
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     parts, rows_per_part = split_rows(rows, max(2 * multiprocessors(z) // blocks, 1), config["BLOCK_M"])
-    part, folded = _float32(z, 2, parts, outputs), _float32(z, 2, expanded)
-    # In the loop over rows root and division would be a third of its instructions.
-    kernels.fold_norm_kernel[(triton.cdiv(expanded, 128),)](
-        *norm[:4], folded, norm.eps, E=expanded, BLOCK=128, num_warps=4
-    )
+    part, folded, pivot = _float32(z, 2, parts, outputs), _float32(z, 2, expanded), _float32(z, outputs)
+    packed = z.new_empty(outputs, expanded)
+    kernels.prepare_project_kernel[(triton.cdiv(expanded, 128) + triton.cdiv(outputs, 16),)](
+        *norm[:4], weight, folded, pivot, packed, norm.eps, ACT=act, E=expanded, OUT=outputs,
+        BLOCK_E=128, BLOCK_O=16, num_warps=4,
+    )  # fmt: skip
     kernels.project_fwd_kernel[(blocks * parts,)](
-        z, weight, folded, p, part, rows, parts, rows_per_part, ACT=act, E=expanded, OUT=outputs, **config
+        z, folded, pivot, packed, p, part, rows, parts, rows_per_part, ACT=act, E=expanded, OUT=outputs, **config
     )
     return p, (part, parts, rows_per_part)
 
@@ -194,11 +201,15 @@ def _project_backward(
     (4, E)."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     config = configuration("project_bwd", z, expanded, outputs)
-    blocks = triton.cdiv(expanded, config["BLOCK_N"]) * triton.cdiv(outputs, config["BLOCK_K"])
-    part, rows_per_part = _parts(z, rows, config, blocks, (outputs + 2) * expanded)
-    backward_kernels.project_bwd_kernel[(blocks * len(part),)](
-        dp, z, weight, *norm[:4], part, rows, rows_per_part, norm.eps, ACT=act, E=expanded, OUT=outputs, **config
-    )
+    columns, blocks = triton.cdiv(expanded, config["BLOCK_N"]), triton.cdiv(outputs, config["BLOCK_K"])
+    part, rows_per_part = _parts(z, rows, config, columns, (outputs + 2) * expanded)
+    rest = (*norm[:4], part, rows, rows_per_part, norm.eps)
+    flags = {"ACT": act, "E": expanded, "OUT": outputs, **config}
+    if blocks == 1:
+        backward_kernels.project_bwd_kernel[(columns * len(part),)](dp, z, weight, *rest, **flags)
+    else:
+        backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, weight, *rest, **flags)
+        backward_kernels.project_product_bwd_kernel[(columns * blocks * len(part),)](dp, z, *rest, **flags)
     total = _add_parts(part)
     dweight, dbias = (torch.empty_like(t) for t in norm[:2])
     coefficients = _float32(z, 4, expanded)

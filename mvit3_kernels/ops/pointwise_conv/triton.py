@@ -147,7 +147,7 @@ def _pointwise_fwd_kernel(
         if y_ptr is not None:
             if norm_weight_ptr is not None:
                 sums *= scale[None, :]
-            y = activate(sums + shift[None, :], ACT=ACT)
+            y = activate(sums + shift[None, :], ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
             if residual_ptr is not None:
                 y += load_tile(residual_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
             store_tile(y_ptr + start * OUT, lane, valid, output, y, WIDTH=OUT)

@@ -86,9 +86,9 @@ def values_bwd_kernel(
         values += load_vector(qkv_bias_ptr, column, WIDTH=C)[None, :]
         dattended = multiply_by_columns(head_dy, tail_dy, out_weight_ptr, column, WIDTH=C, C=C, HEAD=HEAD, TAIL=TAIL)
         context = load_tile(context_ptr, context_row, valid, column, WIDTH=C, STRIDE=LANES)
-        active = activate(values, ACT=RELU)
+        active = activate(values, ACT=RELU, DTYPE=tl.float32)
         store_tile(attended_ptr, at, valid, column, active * context, WIDTH=C)
-        dvalues = activate_backward(dattended * context, values, ACT=RELU)
+        dvalues = activate_backward(dattended * context, values, ACT=RELU, DTYPE=tl.float32)
         store_tile(dvalues_ptr, at, valid, column, dvalues, WIDTH=C)
         dattended *= active
         for i in range(groups_per_block):

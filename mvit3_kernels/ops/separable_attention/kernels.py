@@ -255,7 +255,9 @@ def attend_fwd_kernel(
         head_weight, tail_weight = load_weight(qkv_weight_ptr, column, head_normed, C=C, OUT=C, HEAD=HEAD, TAIL=TAIL)
         values = multiply_rows(head_normed, tail_normed, head_weight, tail_weight)
         values += load_vector(qkv_bias_ptr, column, WIDTH=C)[None, :]
-        attended = activate(values, ACT=RELU) * load_tile(context_ptr, group, valid, column, WIDTH=C, STRIDE=LANES)
+        attended = activate(values, ACT=RELU, DTYPE=tl.float32) * load_tile(
+            context_ptr, group, valid, column, WIDTH=C, STRIDE=LANES
+        )
         attended = attended.to(head_normed.dtype)
         head, tail = add_columns_product(
             head, tail, attended, out_weight_ptr, column, WIDTH=C, C=C, HEAD=HEAD, TAIL=TAIL

@@ -1,0 +1,105 @@
+"""Functions of float32 numbers by the fewest instructions of a GPU.
+
+What Triton makes of a division and of exp scales numbers that are nearly zero or nearly infinite, by three or four
+instructions each; no kernel of this library needs that, for what it computes next is rounded or squashed. (tl.exp2 does
+not.) NVIDIA's own instructions are written out, other GPUs get Triton's functions.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_cuda
+from triton.runtime.jit import constexpr_function
+
+
+@constexpr_function
+def _for_nvidia() -> bool:
+    return not triton.knobs.runtime.interpret and is_cuda()
+
+
+@constexpr_function
+def _interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to one unit in the last place; zero above 2^126."""
+    if _for_nvidia():
+        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = 1.0 / x
+    return y
+
+
+@triton.jit
+def coarse_tanh(x):
+    """tanh(x) to 2^-11 of its value: one instruction on NVIDIA's GPUs. The interpreter rounds to as few digits."""
+    if _for_nvidia():
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+        if _interpreted():
+            word = y.to(tl.int32, bitcast=True)
+            y = tl.where(y == y, ((word + 0x1000) & -0x2000).to(tl.float32, bitcast=True), y)
+    return y
+
+
+@triton.jit
+def _silu(z, DTYPE: tl.constexpr):
+    if tl.bfloat16 == DTYPE:
+        half = 0.5 * z
+        t = coarse_tanh(half)
+        y, s = half + half * t, 0.5 + 0.5 * t
+    else:
+        s = reciprocal(1.0 + tl.exp2(z * -1.4426950408889634))
+        y = z * s
+    return y, s
+
+
+@triton.jit
+def silu(z, DTYPE: tl.constexpr):
+    """z * s for the sigmoid s of z, before it is rounded to DTYPE: bfloat16 hides the error of `coarse_tanh`, by which
+    s is 1/2 + tanh(z / 2) / 2."""
+    y, _ = _silu(z, DTYPE=DTYPE)
+    return y
+
+
+_SIGMOID = tl.constexpr("""{
+    .reg .f32 s, t;
+    mul.f32 s, $2, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 s, s;
+    add.f32 s, s, 0f3F800000;
+    rcp.approx.ftz.f32 s, s;
+    mul.f32 $0, $2, s;
+""")
+_COARSE_SIGMOID = tl.constexpr("""{
+    .reg .f32 s, t;
+    mul.f32 s, $2, 0f3F000000;
+    tanh.approx.f32 t, s;
+    fma.rn.f32 $0, s, t, s;
+    fma.rn.f32 s, t, 0f3F000000, 0f3F000000;
+""")
+_GRADIENT = tl.constexpr("""
+    sub.f32 t, 0f3F800000, s;
+    fma.rn.f32 t, $0, t, s;
+    mul.f32 $1, $3, t;
+}""")
+
+
+@triton.jit
+def silu_and_gradient(dy, z, DTYPE: tl.constexpr):
+    """silu(z), and the gradient of z for the gradient dy of that.
+
+    One piece of code with both results, because Triton would compute the function twice where its uses want it in
+    different layouts."""
+    if _for_nvidia():
+        code: tl.constexpr = _COARSE_SIGMOID if tl.bfloat16 == DTYPE else _SIGMOID
+        y, dz = tl.inline_asm_elementwise(
+            code + _GRADIENT, "=&f,=f,f,f", [z, dy], (tl.float32, tl.float32), is_pure=True, pack=1
+        )
+    else:
+        y, s = _silu(z, DTYPE=DTYPE)
+        dz = dy * (s + y * (1.0 - s))
+    return y, dz
