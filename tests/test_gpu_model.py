@@ -11,7 +11,21 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_model import budgets, configs, device, model, page, paths, peers, predict, record, sass, trace, ttir
+from benchmarks.gpu_model import (
+    budgets,
+    configs,
+    device,
+    model,
+    page,
+    paths,
+    peers,
+    predict,
+    record,
+    sass,
+    single,
+    trace,
+    ttir,
+)
 from benchmarks.gpu_model.model import Demand, duration
 from mvit3_kernels.ops import tuning
 
@@ -288,3 +302,10 @@ def test_rows_and_page(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     page.write()
     assert (tmp_path / "page.md").read_text() == before, "run `python -m benchmarks.gpu_model --page`"
+
+
+def test_only_one_kernel_of_a_step():
+    """The option --only: those launches, and nothing else is compiled."""
+    made = single.lines("mobilevitv3_xxs", False, 1, "normalize_fwd")
+    assert len(made) == 1 and made[0][0].startswith("batch_norm_act.normalize_fwd") and made[0][1] > 0
+    assert single.lines("mobilevitv3_xxs", False, 1, "no such kernel") == []

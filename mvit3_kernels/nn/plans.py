@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops import dispatch
 from ..ops.random import draw_seed
+from ..ops.running_stats import update_all_running_stats
 from ..ops.types import ACTIVATIONS, BatchNorm, ConvNorm, Layer, LayerNorm, Linear, Moments
 from .guard import dropout_rate, is_dropout, is_plain
 from .layout import resize, to_nchw, to_nhwc, whole_patches
@@ -73,8 +74,7 @@ def measured(y: Tensor, *batches: tuple[nn.BatchNorm2d, Moments | None, Tensor])
     The second pass of a checkpoint ends as soon as it has every tensor that backward needs. PyTorch's norms write their
     statistics before they save the last of theirs, ops after: where a checkpoint counts, one more is saved behind it.
     """
-    for norm, moments, like in batches:
-        ops.update_running_stats(norm, moments, like)
+    update_all_running_stats(*batches)
     measured = any(moments is not None for _, moments, _ in batches)
     if not measured or not y.requires_grad or torch.compiler.is_compiling() or not _saved_tensors_are_watched():
         return y

@@ -153,6 +153,25 @@ def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.co
 
 
 @triton.jit
+def token_step(width, STEP: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """What lies between a token and the one STEP further in the same row: patches beside it and pixels; and how many
+    patches a row has."""
+    columns = width // PATCH_W
+    rest = STEP % columns
+    return rest, STEP // columns * PATCH_H * width + rest * PATCH_W, columns
+
+
+@triton.jit
+def next_tokens(column, pixel, step, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """Column, in patches, and pixel of the tokens that are a `token_step` further, without a division for each."""
+    rest, pixels, columns = step
+    column += rest
+    beyond = column >= columns
+    column = tl.where(beyond, column - columns, column)
+    return column, pixel + pixels + tl.where(beyond, PATCH_H * width - columns * PATCH_W, 0)
+
+
+@triton.jit
 def token_of_pixel(pixel, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
     """(position inside a patch, token) of a pixel of a sample: the inverse of pixel_of_token."""
     row, column = pixel // width, pixel % width
@@ -205,18 +224,24 @@ def merge_moments(count, mean, m2):
 
 
 @triton.jit
-def add_moments(tile, valid, count, mean, m2):
-    """Adds the valid rows of a float32 tile, one at least, to the moments of its columns: number of values, mean and
-    sum of squared deviations, by Chan's formula around a corrected mean."""
-    added = tl.sum(valid.to(tl.float32), 0)
-    tile_mean = tl.sum(tl.where(valid[:, None], tile, 0.0), 0) / added
-    offset = tl.where(valid[:, None], tile - tile_mean[None, :], 0.0)
-    correction = tl.sum(offset, 0) / added
-    tile_m2 = tl.sum(offset * offset, 0) - added * correction * correction
-    count += added
-    delta = tile_mean + correction - mean
-    m2 += tile_m2 + delta * delta * (added * (count - added) / count)
-    return count, mean + delta * (added / count), m2
+def pairs(x):
+    """A tile whose rows, a multiple of 16, are added up eight apart: of a tile that comes from a product each thread
+    adds what it holds. Sums that go on through a loop need half of the registers so, and no exchange of threads."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), 1)
+
+
+@triton.jit
+def sum_of_pairs(x):
+    """The sums of the columns of a tile, from its `pairs`."""
+    return tl.sum(tl.sum(x, 0), 0)
+
+
+@triton.jit
+def moments_from_pivot(total, squares, pivot, count):
+    """Mean and sum of squared deviations of `count` values of each column, from the `pairs` of their deviations from a
+    pivot and of the squares of these. As exact as the pivot is close to the mean, in standard deviations."""
+    mean = sum_of_pairs(total) / count
+    return pivot + mean, at_least_zero(sum_of_pairs(squares) - count * mean * mean)
 
 
 @triton.jit

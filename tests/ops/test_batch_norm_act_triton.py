@@ -70,6 +70,17 @@ def test_kernels_compile_for_amd():
             assert kernel.asm["hsaco"] and kernel.metadata.shared <= 65536
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_silu_is_few_instructions(dtype):
+    """By tanh where bfloat16 hides its error; else without what scales numbers that are nearly zero or infinite."""
+    with offline(90):
+        normalise = next(kernel for kernel in compiled(80, dtype, False, False)).asm["ptx"]
+    coarse = dtype is torch.bfloat16
+    assert ("tanh.approx" in normalise, "rcp.approx.ftz" in normalise) == (coarse, not coarse)
+    assert "ex2.approx" not in normalise if coarse else "ex2.approx.ftz" in normalise
+    assert "div.full" not in normalise
+
+
 def test_one_binary_for_every_map_size():
     """Multi-scale training must not compile again: sizes are not specialised on, C and the dtype are."""
     from mvit3_kernels.ops.batch_norm_act import kernels

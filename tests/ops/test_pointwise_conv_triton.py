@@ -1,6 +1,14 @@
-from mvit3_kernels.ops import pointwise_conv
+import importlib
 
+import torch
+
+from benchmarks.gpu_model.trace import VIEWS
+from mvit3_kernels.ops import pointwise_conv
+from mvit3_kernels.ops.registry import FORMS
+
+from ..triton_tools import offline
 from . import test_pointwise_conv_cpu as cpu
+from .test_running_stats import Counted
 from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
 
 
@@ -23,3 +31,17 @@ class TestPointwiseConvTriton(TritonKernel):
         Case("gfx942", F16, (2, 8, 8, 64, 64), {"act": "silu"}),
     )
     larger = (3, 9, 11, 144, 144)
+
+
+@needs_triton
+def test_backward_launches_nothing_for_a_bias_that_is_not_there():
+    """Beside the norm's kernels there are two products and the casts of the weight and of its gradient."""
+    launcher = importlib.import_module("mvit3_kernels.ops.pointwise_conv.triton").pointwise_conv_backward
+    given = {name: torch.empty(9, device="meta") for name in ("norm_weight", "norm_bias", "mean", "var")}
+    maps = {name: torch.empty(2, 4, 4, 9, device="meta", dtype=BF16) for name in ("dy", "a", "p")}
+    call = FORMS["pointwise_conv_backward"].call
+    values = dict.fromkeys(call._fields) | given | maps | {"weight": torch.empty(9, 9, device="meta")}
+    with offline(90, compiling=False), Counted() as counted:
+        launcher(call(**values | {"training": True, "eps": 1e-5, "act": 1}))
+    launched = [name for name in counted.names if name.partition("::")[2] not in VIEWS]
+    assert launched == ["aten::_to_copy", "aten::mm", "aten::mm", "aten::_to_copy"]

@@ -16,11 +16,13 @@ from ..triton_common import (
     load_folded_norm,
     load_tile,
     load_vector,
+    pairs,
     row_range,
     store_tile,
     store_vector,
+    sum_of_pairs,
 )
-from .kernels import NOT_SPECIALIZED, load_deviations, load_rounded_weight, pairs
+from .kernels import NOT_SPECIALIZED, load_deviations, load_rounded_weight
 
 
 @triton.jit
@@ -47,8 +49,8 @@ def _part(part_ptr, rows, rows_per_part, blocks, E: tl.constexpr, OUT: tl.conste
 
 @triton.jit
 def _store_norm_sums(part_ptr, column, total, weighted, E: tl.constexpr, OUT: tl.constexpr):
-    store_vector(part_ptr + OUT * E, column, tl.sum(tl.sum(total, 0), 0), WIDTH=E)
-    store_vector(part_ptr + (OUT + 1) * E, column, tl.sum(tl.sum(weighted, 0), 0), WIDTH=E)
+    store_vector(part_ptr + OUT * E, column, sum_of_pairs(total), WIDTH=E)
+    store_vector(part_ptr + (OUT + 1) * E, column, sum_of_pairs(weighted), WIDTH=E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -18,6 +18,8 @@ from ..triton_common import (
     load_sums,
     load_tile,
     load_vector,
+    moments_from_pivot,
+    pairs,
     store_tile,
     store_vector,
 )
@@ -139,6 +141,20 @@ def expanded_moments_kernel(
 
 
 @triton.jit
+def fold_norm_kernel(
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (E,)
+    scale_ptr, shift_ptr,  # written: (E,), float32
+    eps,
+    E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scale and shift of a norm of known statistics, in one launch. A program has BLOCK channels."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    store_vector(scale_ptr, column, scale, WIDTH=E)
+    store_vector(shift_ptr, column, shift, WIDTH=E)
+
+
+@triton.jit
 def prepare_project_kernel(
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
     weight_ptr,  # (OUT, E)
@@ -167,12 +183,6 @@ def prepare_project_kernel(
             hidden = activate(load_vector(norm_bias_ptr, column, WIDTH=E), ACT=ACT, DTYPE=tl.float32)
             pivot += tl.sum(weight.to(tl.float32) * hidden[None, :], 1)
         store_vector(pivot_ptr, output, pivot, WIDTH=OUT)
-
-
-@triton.jit
-def pairs(x):
-    """Sums of rows of a tile that a thread holds both of, where the tile comes from a product."""
-    return tl.sum(tl.reshape(x, (x.shape[0] // 16, 2, 8, x.shape[1])), 1)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -213,9 +223,7 @@ def project_fwd_kernel(
         deviation = tl.where(valid[:, None], p.to(tl.float32) - pivot[None, :], 0.0)
         total += pairs(deviation)
         squares += pairs(deviation * deviation)
-    count = length.to(tl.float32)
-    mean = tl.sum(tl.sum(total, 0), 0) / count
-    m2 = tl.sum(tl.sum(squares, 0), 0) - count * mean * mean
     pivot = load_vector(pivot_ptr, output, WIDTH=OUT)
-    store_vector(part_ptr + part * OUT, output, pivot + mean, WIDTH=OUT)
-    store_vector(part_ptr + (parts + part) * OUT, output, at_least_zero(m2), WIDTH=OUT)
+    mean, m2 = moments_from_pivot(total, squares, pivot, length.to(tl.float32))
+    store_vector(part_ptr + part * OUT, output, mean, WIDTH=OUT)
+    store_vector(part_ptr + (parts + part) * OUT, output, m2, WIDTH=OUT)

@@ -25,7 +25,6 @@ from torch import Tensor
 from .. import tuning
 from ..batch_norm_act.triton import normalize, normalize_backward
 from ..depthwise_conv.triton import depthwise, depthwise_backward
-from ..folding import fold_batch_norm
 from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import Call
 from ..triton_common import IDENTITY, contiguous, multiplies_from_shared_memory, multiprocessors, on_device, split_rows
@@ -110,7 +109,13 @@ def _norm_backward(call: Call, part: str) -> BatchNorm:
 
 
 def _folded(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    return fold_batch_norm(*norm[:4], norm.eps)
+    """Scale and shift, float32, in one launch."""
+    channels = len(norm.weight)
+    scale, shift = (_float32(norm.weight, channels) for _ in range(2))
+    kernels.fold_norm_kernel[(triton.cdiv(channels, 128),)](
+        *norm[:4], scale, shift, norm.eps, E=channels, BLOCK=128, num_warps=4
+    )
+    return scale, shift
 
 
 def _parts(x: Tensor, rows: int, config: dict[str, int], blocks: int, count: int) -> tuple[Tensor, int]:

@@ -2,10 +2,10 @@
 
 A group is one attention head of the pixels of a sample that share their position inside a patch. A program owns a block
 of its tokens and walks over all of them. The heads of a block run side by side because they share cache lines: the part
-of a pixel that belongs to a head is 32 to 128 bytes. There is one launch each way. Backward takes the block first as
-keys, then as queries, and computes the scores twice. So nothing is added up across programs, no workspace is needed,
-and the result is the same in every run. What the backward pass of the softmax subtracts, the product of out and its
-gradient, is computed again for each block of queries: that reads out once more from cache and saves a launch.
+of a pixel that belongs to a head is 32 to 128 bytes. Backward takes the block first as keys, then as queries, and
+computes the scores twice. So nothing is added up across programs, and the result is the same in every run. What the
+backward pass of the softmax subtracts, the product of out and its gradient, is computed by a launch of its own: for
+each block of queries again it was a quarter of the instructions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..triton_common import contiguous, dot, dropout_kept, dropout_key, dropout_threshold, on_device, pixel_of_token
+from ..triton_common import (
+    contiguous,
+    dot,
+    dropout_kept,
+    dropout_key,
+    dropout_threshold,
+    next_tokens,
+    on_device,
+    pixel_of_token,
+    token_step,
+)
 
 # Two binaries for all maps: sequences of at most 16 tokens (8x8 maps in 2x2 patches) fit a single tile of the matrix
 # units.
@@ -78,6 +88,13 @@ def _group(blocks, HEADS: tl.constexpr, POSITIONS: tl.constexpr):
 
 
 @triton.jit
+def _first(position, width, STEP: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """Column, in patches, and pixel of the first STEP tokens of a group, from which next_tokens goes on."""
+    token = tl.arange(0, STEP)
+    return token % (width // PATCH_W), pixel_of_token(token, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+
+
+@triton.jit
 def _load(ptr, pixel, valid, channel, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """One head of some tokens, (tokens, BLOCK_D); zeros beyond the head and where a token is not valid."""
     lane = tl.arange(0, BLOCK_D)
@@ -127,9 +144,10 @@ def _attention_fwd_kernel(
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    step = token_step(width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         key = first + tl.arange(0, STEP)
-        pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale
         scores = tl.where((key < tokens)[None, :], scores, float("-inf"))
@@ -143,6 +161,7 @@ def _attention_fwd_kernel(
             probabilities *= tl.where(kept, keep_scale, 0.0)
         v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         sums = dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
+        column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
 
     _store(
         out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
@@ -150,15 +169,31 @@ def _attention_fwd_kernel(
     tl.store(lse_ptr + query, maximum + tl.log2(total), mask=query < tokens)
 
 
-@triton.jit
-def _product_of_out(dout, out):
-    """What softmax's backward subtracts from the gradient of each query's probabilities."""
-    return tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _delta_bwd_kernel(
+    dout_ptr, out_ptr,  # (B, H, W, HEADS DIM)
+    delta_ptr,  # written: (B, positions, HEADS, tokens), float32
+    pixels_per_sample, width, tokens, blocks,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(dout * out) of each query, which softmax's backward subtracts from the gradient of its
+    probabilities. A program has BLOCK tokens of a group; everything is read and written once."""
+    sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=PATCH_H * PATCH_W)
+    pixels = sample.to(tl.int64) * pixels_per_sample
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    pixel = pixel_of_token(token, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    at = pixels * (HEADS * DIM)
+    dout = _load(dout_ptr + at, pixel, token < tokens, head * DIM, STRIDE=HEADS * DIM, DIM=DIM, BLOCK_D=BLOCK_D)
+    out = _load(out_ptr + at, pixel, token < tokens, head * DIM, STRIDE=HEADS * DIM, DIM=DIM, BLOCK_D=BLOCK_D)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + pixels * HEADS + (position * HEADS + head) * tokens + token, delta, mask=token < tokens)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr,  # like out and qkv; (B, positions, HEADS, tokens), float32
+    dout_ptr, qkv_ptr,  # like out and qkv
+    lse_ptr, delta_ptr,  # (B, positions, HEADS, tokens), float32
     seed_ptr,  # one int64, or None without dropout
     dqkv_ptr,  # written: like qkv
     pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
@@ -171,7 +206,7 @@ def _attention_bwd_kernel(
         dq = dscores k / sqrt(DIM);  dk = dscores^T q / sqrt(DIM)
 
     A program has BLOCK tokens of a group, first as keys, then as queries, and walks over the others STEP at a time.
-    Reads dout, qkv and out about twice for each block, from cache; writes dqkv once."""
+    Reads dout and qkv about twice for each block, from cache; writes dqkv once."""
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
     sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=POSITIONS)
@@ -180,9 +215,9 @@ def _attention_bwd_kernel(
     pixels = sample.to(tl.int64) * pixels_per_sample
     qkv_ptr += pixels * (3 * CHANNELS)
     dqkv_ptr += pixels * (3 * CHANNELS)
-    out_ptr += pixels * CHANNELS
     dout_ptr += pixels * CHANNELS
     lse_ptr += pixels * HEADS + group * tokens
+    delta_ptr += pixels * HEADS + group * tokens
     mine = block * BLOCK + tl.arange(0, BLOCK)
     valid = mine < tokens
     my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
@@ -195,14 +230,13 @@ def _attention_bwd_kernel(
     my_v = _load(qkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    step = token_step(width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         query = first + tl.arange(0, STEP)
-        pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         q = _load(qkv_ptr, pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         dout = _load(dout_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        delta = _product_of_out(
-            dout, _load(out_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        )
+        delta = tl.load(delta_ptr + query, mask=query < tokens, other=0.0)
         # queries beyond the last have no probabilities
         lse = tl.load(lse_ptr + query, mask=query < tokens, other=float("inf"))
         probabilities = tl.exp2(dot(my_k, tl.trans(q), tl.zeros((BLOCK, STEP), tl.float32)) * scale - lse[None, :])
@@ -214,6 +248,7 @@ def _attention_bwd_kernel(
             grads *= tl.where(kept, keep_scale, 0.0)
         dv = dot(weights.to(dout.dtype), dout, dv)
         dk = dot((probabilities * (grads - delta[None, :])).to(q.dtype), q, dk)
+        column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     _store(
         dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
     )
@@ -222,14 +257,12 @@ def _attention_bwd_kernel(
     # The block as queries.
     my_q = _load(qkv_ptr, my_pixel, valid, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-    my_delta = _product_of_out(
-        my_dout, _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-    )
+    my_delta = tl.load(delta_ptr + mine, mask=valid, other=0.0)
     my_lse = tl.load(lse_ptr + mine, mask=valid, other=float("inf"))
     dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         key = first + tl.arange(0, STEP)
-        pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         scores = tl.where(
@@ -241,6 +274,7 @@ def _attention_bwd_kernel(
             kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
             grads *= tl.where(kept, keep_scale, 0.0)
         dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
+        column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
@@ -277,8 +311,10 @@ def patch_attention_backward(call: Call) -> Tensor:
     """Launches the backward pass: the gradient of qkv."""
     launch = _Launch(call, backward=True)
     dout, qkv, out, lse = contiguous(call.dout, call.qkv, call.out, call.lse)
-    dqkv = torch.empty_like(qkv)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     if out.numel() > 0:
         with on_device(qkv):
-            _attention_bwd_kernel[launch.grid](dout, qkv, out, lse, launch.seed, dqkv, *launch.sizes, **launch.flags)
+            flags = {name: value for name, value in launch.flags.items() if name not in ("STEP", "num_stages")}
+            _delta_bwd_kernel[launch.grid](dout, out, delta, *launch.sizes[:4], **flags)
+            _attention_bwd_kernel[launch.grid](dout, qkv, lse, delta, launch.seed, dqkv, *launch.sizes, **launch.flags)
     return dqkv

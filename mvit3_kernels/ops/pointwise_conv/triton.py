@@ -29,15 +29,15 @@ from ..registry import Call
 from ..triton_common import (
     IDENTITY,
     activate,
-    add_moments,
-    at_least_zero,
     contiguous,
     dot,
     load_folded_norm,
     load_tile,
     load_vector,
+    moments_from_pivot,
     multiprocessors,
     on_device,
+    pairs,
     split_rows,
     store_tile,
     store_vector,
@@ -45,6 +45,7 @@ from ..triton_common import (
 from ..types import BatchNorm
 
 _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
+PIVOT_ROWS = tl.constexpr(16)
 
 
 def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
@@ -96,6 +97,24 @@ def add_product(
     return sums
 
 
+@triton.jit
+def _pivot(
+    a_ptr, b_ptr, weight_ptr, begin, length, output,
+    CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A value near the mean of each output in a part: the mean over PIVOT_ROWS of its rows. Of an output that is
+    constant it is the constant, as it is stored."""
+    row = begin + tl.arange(0, PIVOT_ROWS).to(tl.int64) * length // PIVOT_ROWS
+    valid = row >= 0
+    sums = tl.zeros((PIVOT_ROWS, BLOCK_N), tl.float32)
+    sums = add_product(sums, a_ptr, weight_ptr, row, valid, output, C=CA, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K)
+    if b_ptr is not None:
+        sums = add_product(
+            sums, b_ptr, weight_ptr + CA, row, valid, output, C=CB, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K
+        )
+    return (tl.sum(sums, 0) / PIVOT_ROWS).to(a_ptr.dtype.element_ty).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _pointwise_fwd_kernel(
     a_ptr, b_ptr, residual_ptr,  # (rows, CA); (rows, CB) or None; (rows, OUT) or None
@@ -123,11 +142,14 @@ def _pointwise_fwd_kernel(
         scale, shift = load_folded_norm(
             norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, output, eps, C=OUT, offset=shift
         )
-    part_count = tl.zeros((BLOCK_N,), tl.float32)
-    part_mean = tl.zeros((BLOCK_N,), tl.float32)
-    part_m2 = tl.zeros((BLOCK_N,), tl.float32)
     begin = part * rows_per_part
     length = tl.minimum(rows - begin, rows_per_part)
+    if part_ptr is not None:
+        pivot = _pivot(
+            a_ptr, b_ptr, weight_ptr, begin, length, output, CA=CA, CB=CB, OUT=OUT, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
+        )
+        total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        squares = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     for first in range(0, length, BLOCK_M):
         start, valid = begin.to(tl.int64) + first, first + lane < length
         sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -142,8 +164,10 @@ def _pointwise_fwd_kernel(
         if p_ptr is not None:
             store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
         if part_ptr is not None:
-            stored = sums.to(p_ptr.dtype.element_ty).to(tl.float32)
-            part_count, part_mean, part_m2 = add_moments(stored, valid, part_count, part_mean, part_m2)
+            deviation = sums.to(p_ptr.dtype.element_ty).to(tl.float32) - pivot[None, :]
+            deviation = tl.where(valid[:, None], deviation, 0.0)
+            total += pairs(deviation)
+            squares += pairs(deviation * deviation)
         if y_ptr is not None:
             if norm_weight_ptr is not None:
                 sums *= scale[None, :]
@@ -152,8 +176,9 @@ def _pointwise_fwd_kernel(
                 y += load_tile(residual_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
             store_tile(y_ptr + start * OUT, lane, valid, output, y, WIDTH=OUT)
     if part_ptr is not None:
-        store_vector(part_ptr + part * OUT, output, part_mean, WIDTH=OUT)
-        store_vector(part_ptr + (parts + part) * OUT, output, at_least_zero(part_m2), WIDTH=OUT)
+        mean, m2 = moments_from_pivot(total, squares, pivot, length.to(tl.float32))
+        store_vector(part_ptr + part * OUT, output, mean, WIDTH=OUT)
+        store_vector(part_ptr + (parts + part) * OUT, output, m2, WIDTH=OUT)
 
 
 class Convolution(NamedTuple):
@@ -220,7 +245,8 @@ def pointwise_conv_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = a.new_empty(*a.shape[:-1], outputs)
     p = a.new_empty(0) if conv.norm is None and call.act == IDENTITY.value else torch.empty_like(y)
     if y.numel() == 0 or not training:
-        mean, var = (torch.zeros(outputs if training else 0, dtype=torch.float32, device=a.device) for _ in range(2))
+        make = torch.zeros if training else torch.empty
+        mean, var = (make(outputs if training else 0, dtype=torch.float32, device=a.device) for _ in range(2))
         if y.numel() > 0:
             _launch(conv, p if p.numel() > 0 else None, y)
         return y, mean, var, p
@@ -256,20 +282,26 @@ def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
     )
 
 
-def _product_backward(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The gradients of p, bias (whether there is one or not), norm weight and norm bias (None without a norm)."""
+def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of p, bias (None without one), norm weight and norm bias (None without a norm). Without a bias
+    nothing is launched for its sake."""
     dy, bias, training, eps = call.dy, call.bias, call.training, call.eps
-    offset = dy.new_zeros(dy.shape[-1], dtype=torch.float32) if bias is None else bias.float()
     if call.norm_weight is not None:
-        norm = BatchNorm(call.norm_weight, call.norm_bias, call.mean - offset, call.var, training, eps)
+        mean = call.mean if bias is None else call.mean - bias.float()
+        norm = BatchNorm(call.norm_weight, call.norm_bias, mean, call.var, training, eps)
         dp, dnorm_weight, dnorm_bias = normalize_backward(dy, call.p, norm, call.act)
-        # Behind a norm in training a bias has no effect; NaN stays NaN.
-        dbias = 0 * (dnorm_bias + dnorm_weight) if training else dnorm_bias * norm.weight * (call.var + eps).rsqrt()
+        if bias is None:
+            dbias = None
+        elif training:  # behind such a norm a bias has no effect; NaN stays NaN
+            dbias = 0 * (dnorm_bias + dnorm_weight)
+        else:
+            dbias = dnorm_bias * norm.weight * (call.var + eps).rsqrt()
         return dp, dbias, dnorm_weight, dnorm_bias
     if call.act != IDENTITY.value:
-        one = torch.ones_like(offset)
-        norm = BatchNorm(one, torch.zeros_like(offset), -offset, one, False, 0.0)
+        one = dy.new_ones(dy.shape[-1], dtype=torch.float32)
+        shift = torch.zeros_like(one)
+        norm = BatchNorm(one, shift, shift if bias is None else -bias.float(), one, False, 0.0)
         dp, _, dbias = normalize_backward(dy, call.p, norm, call.act)
-        return dp, dbias, None, None
+        return dp, None if bias is None else dbias, None, None
     dp = dy.contiguous()
-    return dp, dp.flatten(0, 2).sum(0, dtype=torch.float32), None, None
+    return dp, None if bias is None else dp.flatten(0, 2).sum(0, dtype=torch.float32), None, None
