@@ -36,6 +36,9 @@ class TestPatchAttentionTriton(TritonKernel):
     cases = (
         Case(90, BF16, (1, 32, 32, 4, 36), {"dropout": 0.1}, 64),
         Case(90, BF16, (1, 32, 32, 4, 9), {"dropout": 0.1}),
+        Case(90, BF16, (1, 32, 32, 4, 36)),
+        Case(90, BF16, (1, 8, 8, 4, 60)),
+        Case(80, BF16, (1, 16, 16, 4, 48)),
         Case(90, BF16, (1, 16, 16, 4, 64), load_bits=128),
         Case(90, BF16, (1, 8, 8, 4, 60), {"dropout": 0.1}, 64),
         Case(90, F16, (1, 16, 16, 2, 128), {"dropout": 0.1}, 128),

@@ -5,7 +5,8 @@ of its tokens and walks over all of them. The heads of a block run side by side 
 of a pixel that belongs to a head is 32 to 128 bytes. Backward takes the block first as keys, then as queries, and
 computes the scores twice. So nothing is added up across programs, and the result is the same in every run. What the
 backward pass of the softmax subtracts, the product of out and its gradient, is computed by a launch of its own: for
-each block of queries again it was a quarter of the instructions.
+each block of queries again it was a quarter of the instructions. With dropout it still is: what the mask takes beside
+a second pointer would spill.
 """
 
 from __future__ import annotations
@@ -148,6 +149,8 @@ def _attention_fwd_kernel(
     column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         key = first + tl.arange(0, STEP)
+        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
+            pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale
         scores = tl.where((key < tokens)[None, :], scores, float("-inf"))
@@ -161,12 +164,19 @@ def _attention_fwd_kernel(
             probabilities *= tl.where(kept, keep_scale, 0.0)
         v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         sums = dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
-        column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        if seed_ptr is None:
+            column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
 
     _store(
         out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
     )
     tl.store(lse_ptr + query, maximum + tl.log2(total), mask=query < tokens)
+
+
+@triton.jit
+def _product_of_out(dout, out):
+    """What softmax's backward subtracts from the gradient of each query's probabilities."""
+    return tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -186,14 +196,14 @@ def _delta_bwd_kernel(
     at = pixels * (HEADS * DIM)
     dout = _load(dout_ptr + at, pixel, token < tokens, head * DIM, STRIDE=HEADS * DIM, DIM=DIM, BLOCK_D=BLOCK_D)
     out = _load(out_ptr + at, pixel, token < tokens, head * DIM, STRIDE=HEADS * DIM, DIM=DIM, BLOCK_D=BLOCK_D)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    delta = _product_of_out(dout, out)
     tl.store(delta_ptr + pixels * HEADS + (position * HEADS + head) * tokens + token, delta, mask=token < tokens)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
-    dout_ptr, qkv_ptr,  # like out and qkv
-    lse_ptr, delta_ptr,  # (B, positions, HEADS, tokens), float32
+    dout_ptr, qkv_ptr, out_ptr,  # like out and qkv
+    lse_ptr, delta_ptr,  # (B, positions, HEADS, tokens), float32; no delta with dropout
     seed_ptr,  # one int64, or None without dropout
     dqkv_ptr,  # written: like qkv
     pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
@@ -216,8 +226,10 @@ def _attention_bwd_kernel(
     qkv_ptr += pixels * (3 * CHANNELS)
     dqkv_ptr += pixels * (3 * CHANNELS)
     dout_ptr += pixels * CHANNELS
+    out_ptr += pixels * CHANNELS
     lse_ptr += pixels * HEADS + group * tokens
-    delta_ptr += pixels * HEADS + group * tokens
+    if delta_ptr is not None:
+        delta_ptr += pixels * HEADS + group * tokens
     mine = block * BLOCK + tl.arange(0, BLOCK)
     valid = mine < tokens
     my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
@@ -234,9 +246,15 @@ def _attention_bwd_kernel(
     column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         query = first + tl.arange(0, STEP)
+        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
+            pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         q = _load(qkv_ptr, pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         dout = _load(dout_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        delta = tl.load(delta_ptr + query, mask=query < tokens, other=0.0)
+        if delta_ptr is not None:
+            delta = tl.load(delta_ptr + query, mask=query < tokens, other=0.0)
+        else:
+            out = _load(out_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+            delta = _product_of_out(dout, out)
         # queries beyond the last have no probabilities
         lse = tl.load(lse_ptr + query, mask=query < tokens, other=float("inf"))
         probabilities = tl.exp2(dot(my_k, tl.trans(q), tl.zeros((BLOCK, STEP), tl.float32)) * scale - lse[None, :])
@@ -248,7 +266,8 @@ def _attention_bwd_kernel(
             grads *= tl.where(kept, keep_scale, 0.0)
         dv = dot(weights.to(dout.dtype), dout, dv)
         dk = dot((probabilities * (grads - delta[None, :])).to(q.dtype), q, dk)
-        column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        if seed_ptr is None:
+            column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     _store(
         dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
     )
@@ -257,12 +276,18 @@ def _attention_bwd_kernel(
     # The block as queries.
     my_q = _load(qkv_ptr, my_pixel, valid, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-    my_delta = tl.load(delta_ptr + mine, mask=valid, other=0.0)
+    if delta_ptr is not None:
+        my_delta = tl.load(delta_ptr + mine, mask=valid, other=0.0)
+    else:
+        my_out = _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        my_delta = _product_of_out(my_dout, my_out)
     my_lse = tl.load(lse_ptr + mine, mask=valid, other=float("inf"))
     dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         key = first + tl.arange(0, STEP)
+        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
+            pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         scores = tl.where(
@@ -274,7 +299,8 @@ def _attention_bwd_kernel(
             kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
             grads *= tl.where(kept, keep_scale, 0.0)
         dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
-        column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        if seed_ptr is None:
+            column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
@@ -311,10 +337,13 @@ def patch_attention_backward(call: Call) -> Tensor:
     """Launches the backward pass: the gradient of qkv."""
     launch = _Launch(call, backward=True)
     dout, qkv, out, lse = contiguous(call.dout, call.qkv, call.out, call.lse)
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse) if launch.seed is None else None
     if out.numel() > 0:
         with on_device(qkv):
-            flags = {name: value for name, value in launch.flags.items() if name not in ("STEP", "num_stages")}
-            _delta_bwd_kernel[launch.grid](dout, out, delta, *launch.sizes[:4], **flags)
-            _attention_bwd_kernel[launch.grid](dout, qkv, lse, delta, launch.seed, dqkv, *launch.sizes, **launch.flags)
+            if delta is not None:
+                flags = {name: value for name, value in launch.flags.items() if name not in ("STEP", "num_stages")}
+                _delta_bwd_kernel[launch.grid](dout, out, delta, *launch.sizes[:4], **flags)
+            _attention_bwd_kernel[launch.grid](
+                dout, qkv, out, lse, delta, launch.seed, dqkv, *launch.sizes, **launch.flags
+            )
     return dqkv
