@@ -72,13 +72,11 @@ def test_kernels_compile_for_amd():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_silu_is_few_instructions(dtype):
-    """By tanh where bfloat16 hides its error; else without what scales numbers that are nearly zero or infinite."""
+    """Its gradient by tanh where bfloat16 hides that error; else without what scales tiny and huge numbers."""
     with offline(90):
-        normalise = next(kernel for kernel in compiled(80, dtype, False, False)).asm["ptx"]
+        [*_, backward] = (kernel.asm["ptx"] for kernel in compiled(80, dtype, True, False))
     coarse = dtype is torch.bfloat16
-    assert ("tanh.approx" in normalise, "rcp.approx.ftz" in normalise) == (coarse, not coarse)
-    assert "ex2.approx" not in normalise if coarse else "ex2.approx.ftz" in normalise
-    assert "div.full" not in normalise
+    assert ("tanh.approx" in backward, "rcp.approx.ftz" in backward) == (coarse, not coarse)
 
 
 def test_one_binary_for_every_map_size():

@@ -108,7 +108,7 @@ def normalize_fwd_kernel(
         mask = _mask(lane, length - first, valid, C=C, BLOCK_C=BLOCK_C)
         base = (start + first) * C
         x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
-        y = activate((x - mean[None, :]) * scale[None, :] + bias[None, :], ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
+        y = activate((x - mean[None, :]) * scale[None, :] + bias[None, :], ACT=ACT, DTYPE=tl.float32)
         if residual_ptr is not None:
             y += tl.load(residual_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=mask)

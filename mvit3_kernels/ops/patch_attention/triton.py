@@ -200,6 +200,46 @@ def _delta_bwd_kernel(
     tl.store(delta_ptr + pixels * HEADS + (position * HEADS + head) * tokens + token, delta, mask=token < tokens)
 
 
+@triton.jit
+def _query_gradient(
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group, channel,
+    mask_key, threshold, scale, keep_scale,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq * sqrt(DIM) of the tokens `mine` of a group, for attention_bwd_kernel."""
+    valid = mine < tokens
+    my_q = _load(qkv_ptr, my_pixel, valid, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    if delta_ptr is not None:
+        my_delta = tl.load(delta_ptr + mine, mask=valid, other=0.0)
+    else:
+        my_out = _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        my_delta = _product_of_out(my_dout, my_out)
+    my_lse = tl.load(lse_ptr + mine, mask=valid, other=float("inf"))
+    dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    step = token_step(width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    for first in range(0, tokens, STEP):
+        key = first + tl.arange(0, STEP)
+        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
+            pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        scores = tl.where(
+            (key < tokens)[None, :], dot(my_q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale, float("-inf")
+        )
+        probabilities = tl.exp2(scores - my_lse[:, None])
+        grads = dot(my_dout, tl.trans(v), tl.zeros((BLOCK, STEP), tl.float32))
+        if seed_ptr is not None:
+            kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
+            grads *= tl.where(kept, keep_scale, 0.0)
+        dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
+        if seed_ptr is None:
+            column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    return dq
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
     dout_ptr, qkv_ptr, out_ptr,  # like out and qkv
@@ -233,8 +273,7 @@ def _attention_bwd_kernel(
     mine = block * BLOCK + tl.arange(0, BLOCK)
     valid = mine < tokens
     my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-    if seed_ptr is not None:
-        mask_key = dropout_key(seed_ptr, sample, SITE=0)
+    mask_key = 0 if seed_ptr is None else dropout_key(seed_ptr, sample, SITE=0)
     score_scale = scale * 0.6931471805599453  # of the natural scores
 
     # The block as keys, transposed: (keys, queries).
@@ -273,34 +312,11 @@ def _attention_bwd_kernel(
     )
     _store(dqkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, dv, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
-    # The block as queries.
-    my_q = _load(qkv_ptr, my_pixel, valid, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-    my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-    if delta_ptr is not None:
-        my_delta = tl.load(delta_ptr + mine, mask=valid, other=0.0)
-    else:
-        my_out = _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        my_delta = _product_of_out(my_dout, my_out)
-    my_lse = tl.load(lse_ptr + mine, mask=valid, other=float("inf"))
-    dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-    for first in range(0, tokens, STEP):
-        key = first + tl.arange(0, STEP)
-        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
-            pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        scores = tl.where(
-            (key < tokens)[None, :], dot(my_q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale, float("-inf")
-        )
-        probabilities = tl.exp2(scores - my_lse[:, None])
-        grads = dot(my_dout, tl.trans(v), tl.zeros((BLOCK, STEP), tl.float32))
-        if seed_ptr is not None:
-            kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
-            grads *= tl.where(kept, keep_scale, 0.0)
-        dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
-        if seed_ptr is None:
-            column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    dq = _query_gradient(
+        dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group,
+        channel, mask_key, threshold, scale, keep_scale,
+        CHANNELS=CHANNELS, DIM=DIM, PATCH_H=PATCH_H, PATCH_W=PATCH_W, BLOCK=BLOCK, STEP=STEP, BLOCK_D=BLOCK_D,
+    )  # fmt: skip
     _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
