@@ -24,7 +24,7 @@ from .distributed import World, is_peer_lost, world
 from .errors import Failure
 from .evaluation import evaluate_checkpoint
 from .export import exported
-from .inference import Network, serve
+from .inference import Network, products, serve
 from .listing import describe
 from .lock import alone
 from .logs import write
@@ -208,10 +208,13 @@ def evaluate(config: TrainConfig, args: argparse.Namespace) -> None:
 def predict(config: TrainConfig, args: argparse.Namespace) -> None:
     dense = task_of(config.model.name) != "classification"
     options = prediction_dense.options(config, args.output, args.threshold, args.top)
-    network = with_names(Network.open(Path(args.checkpoint), config, args.weights, prepare(config.run)))
+    device = prepare(config.run)
+    dtype = products(args.dtype, config.run, device)
+    network = with_names(Network.open(Path(args.checkpoint), config, args.weights, device))
     bar = Bar(args.quiet)
     images = find_images(args.images, bar.line)
-    serve(network, bar.line)
+    if dtype is not None:
+        serve(network, dtype, bar.line)
     kind = "json" if args.json else "csv" if args.csv else "text"
     if dense:
         network = prediction_dense.with_names(network)

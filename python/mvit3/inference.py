@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import mvit3_kernels
+from mvit3_kernels.inference import bfloat16_why_not
 from mvit3_kernels.models.checkpoint import count_outputs
 
 from . import checkpoint
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .network import build_model, load_weights
 from .options import UsageError
 from .runtime import precision
@@ -64,19 +65,35 @@ class Network:
         return Network(model.eval(), config, classes, names, chosen, recorded, categories)
 
 
+def products(dtype: str, run: RunConfig, device: torch.device) -> torch.dtype | str | None:
+    """What a program on `device` multiplies, as `fuse` takes it: of `--dtype`. None where there is no program: on a
+    GPU, with reference ops, under autocast.
+
+    Raises:
+        UsageError: `dtype` is given, and there is no program or this CPU has no such products.
+    """
+    if device.type == "cpu" and run.ops == "fused" and precision(run, device) is None:
+        if dtype == "bfloat16" and (reason := bfloat16_why_not()) is not None:
+            raise UsageError(f"--dtype {reason}; auto takes float32 here")
+        return dtype if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if dtype != "auto":
+        raise UsageError(
+            f"--dtype {dtype} is of a network's program, which there is on a CPU with --run.ops fused and --run.amp "
+            f"none; got {device}, {run.ops}, {run.amp}"
+        )
+    return None
+
+
 @torch.inference_mode()
-def serve(network: Network, say: Callable[[str], None]) -> None:
-    """Makes a network that only predicts one program of the inference engine, on a CPU where ops are fused and nothing
-    is cast; `say` is told what it became."""
-    run, model = network.config.run, network.model
-    device = next(model.parameters()).device
-    if device.type != "cpu" or run.ops != "fused" or precision(run, device) is not None:
-        return
-    mvit3_kernels.fuse(model)
-    side = network.config.data.crop
-    found = mvit3_kernels.explain(model, torch.zeros(1, 3, side, side))
-    reasons = [row.reason for row in found if row.kind == "network" and row.ran == "ordinary path"]
-    say(f"the network runs op by op: {reasons[0]}" if reasons else "the network runs as one program, in float32")
+def serve(network: Network, dtype: torch.dtype | str, say: Callable[[str], None]) -> None:
+    """Makes a network that only predicts one program of the inference engine, its products of `dtype`; `say` is told
+    what it became."""
+    model, side = network.model, network.config.data.crop
+    mvit3_kernels.fuse(model, dtype=dtype)
+    found = [row for row in mvit3_kernels.explain(model, torch.zeros(1, 3, side, side)) if row.kind == "network"]
+    reasons = [row.reason for row in found if row.ran == "ordinary path"]
+    multiplies = "bfloat16" if any(row.ran == "fused, bfloat16" for row in found) else "float32"
+    say(f"the network runs op by op: {reasons[0]}" if reasons else f"the network runs as one program, in {multiplies}")
 
 
 def _fresh(config: TrainConfig, num_classes: int, device: torch.device) -> nn.Module:

@@ -40,6 +40,12 @@ OUTPUT = {
     "default": None,
     "help": "segmentation, detection: folder for overlays and other files (default: predictions, beside run.output)",
 }
+PRODUCTS = {
+    "default": "auto",
+    "choices": ["auto", "float32", "bfloat16"],
+    "help": "on a CPU: what the network's program multiplies; auto: bfloat16 where that is faster, else float32 "
+    "(default: auto)",
+}
 THRESHOLD = {
     "type": float,
     "default": None,
@@ -131,6 +137,7 @@ COMMANDS = {
             "--top": TOP,
             "--threshold": THRESHOLD,
             "--output": OUTPUT,
+            "--dtype": PRODUCTS,
             "--csv": CSV,
             "images": IMAGES,
         },

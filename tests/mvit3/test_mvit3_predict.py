@@ -11,6 +11,8 @@ from PIL import Image
 from mvit3.cli import main
 from mvit3.report import class_rows
 from mvit3.screen import table
+from mvit3_kernels import _native
+from mvit3_kernels.inference import bfloat16_why_not
 
 
 def test_evaluate_by_class(run, capsys):
@@ -99,6 +101,38 @@ def test_predict_goes_on_after_what_cannot_be_read(run, pictures, capsys):
     assert len(json.loads(captured.out)) == 3 and "1 of 3 images could not be read" in captured.err
     assert main([*arguments, str(pictures), "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_predict_says_what_its_program_multiplies(run, pictures, capsys, dtype):
+    arguments = ["predict", "--checkpoint", str(run.folder / "last.pt"), str(pictures / "a.png"), "--json"]
+    reason, told = bfloat16_why_not(), "the network runs as one program, in"
+    if dtype == "bfloat16" and reason is not None:
+        with pytest.raises(SystemExit):
+            main([*arguments, f"--dtype={dtype}"])
+        assert f"--dtype {reason}; auto takes float32 here" in capsys.readouterr().err
+        return
+    assert main([*arguments, f"--dtype={dtype}"]) == 0
+    captured = capsys.readouterr()
+    exact = dtype == "float32" or reason is not None or (not _native.prefers_bfloat16() and dtype == "auto")
+    assert f"{told} {'float32' if exact else 'bfloat16'}" in captured.err
+    (found,) = json.loads(captured.out)
+    assert main([*arguments, "--run.ops=reference"]) == 0
+    captured = capsys.readouterr()
+    (plain,) = json.loads(captured.out)
+    assert told not in captured.err
+    scores = [{row["index"]: row["probability"] for row in image["classes"]} for image in (found, plain)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5 if exact else 2e-2)
+    assert exact or scores[0] != pytest.approx(scores[1], abs=1e-7)
+
+
+def test_predict_multiplies_nothing_apart_from_a_program(run, pictures, capsys):
+    arguments = ["predict", "--checkpoint", str(run.folder / "last.pt"), str(pictures), "--dtype=float32"]
+    for setting, got in (("--run.ops=reference", "cpu, reference, none"), ("--run.amp=bf16", "cpu, fused, bf16")):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, setting])
+        assert stop.value.code == 2
+        assert f"--run.ops fused and --run.amp none; got {got}" in capsys.readouterr().err
 
 
 def test_predict_as_csv_and_as_a_table(run, pictures, capsys):
