@@ -76,7 +76,7 @@ def refresh(model: nn.Module) -> nn.Module:
     that is needed."""
     for network in networks(model):
         if isinstance(network, FusedNetwork):
-            network._fused = Fused(network._fused.dtype)
+            network._fused.forget()
     return model
 
 
@@ -214,6 +214,12 @@ class Fused:
         self._returned: object = None
         self._told: set[str] = set()
         self._lock = threading.Lock()  # calls come from several threads; one of them packs, the others wait
+        self._chosen = threading.local()  # the program of a thread's call, which another thread may replace meanwhile
+
+    def forget(self) -> None:
+        """Makes the next call pack the weights; those that have begun end with the program that they began with."""
+        with self._lock:
+            self._guard.answer = None
 
     def why_not(self, network: nn.Module, x: Tensor) -> str | None:
         """Why the program cannot serve a call on `x`; None where it can."""
@@ -233,6 +239,7 @@ class Fused:
                 "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or "
                 "inference_mode()"
             )
+        self._chosen.program = program
         return reason or program.misfit(x)
 
     def _pack(self, network: nn.Module) -> str | None:
@@ -256,11 +263,12 @@ class Fused:
         return torch.bfloat16 if bfloat16_why_not() is None and _native.prefers_bfloat16() else torch.float32
 
     def run(self, x: Tensor, ending: int = 0) -> Result:
-        return self._program(x, ending)
+        program, self._chosen.program = self._chosen.program, None
+        return program(x, ending)
 
     def ends(self, ending: int) -> bool:
         """Whether the program, which serves a call, has this ending."""
-        return self._program.ends(ending)
+        return self._chosen.program.ends(ending)
 
     def tell(self, reason: str) -> None:
         """Logs a reason once: as a warning where a user surely wants the program and has to do something for it."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mvit3_kernels import _native, fuse
+from mvit3_kernels import _native, fuse, refresh
 from mvit3_kernels.inference.program import Program
 from tests.inference.test_fuse import images, network
 
@@ -138,3 +138,14 @@ def test_weights_change_while_others_call():
     stop.set()
     [stream.join() for stream in streams]
     assert not wrong and torch.allclose(model(x), first + 3, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_weights_are_packed_again_while_a_call_runs():
+    """Between the question whether the program serves a call and the program, as another thread's `refresh` may come."""
+    model, x = fuse(network("mobilevitv3_xxs")), images(1, 3, 64, 64)
+    want = model(x)
+    assert model._runs_program(x)
+    refresh(model)
+    assert torch.equal(model._fused.run(x), want)
+    assert torch.allclose(model(x), want)
