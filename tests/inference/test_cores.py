@@ -142,7 +142,7 @@ def test_weights_change_while_others_call():
 
 @torch.inference_mode()
 def test_weights_are_packed_again_while_a_call_runs():
-    """Between the question whether the program serves a call and the program, as another thread's `refresh` may come."""
+    """Between the question whether the program serves a call and the program another thread's `refresh` may come."""
     model, x = fuse(network("mobilevitv3_xxs")), images(1, 3, 64, 64)
     want = model(x)
     assert model._runs_program(x)
