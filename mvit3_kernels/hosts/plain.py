@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..inference.program import Program, emit
 from ..nn import guard
@@ -125,8 +125,8 @@ class Sequence(Swapped):
         yield from ((name, module) for name, module in self.named_children() if id(module) in inside)
 
     def forward(self, input: object) -> object:
-        # An exporter gets the graph that it would get of the host.
-        if dispatch.writes_aten() or self.why_modules() is not None:
+        # An exporter gets the graph that it would get of the host; torch.fx notes every parameter that is looked at.
+        if dispatch.writes_aten() or isinstance(input, fx.Proxy) or self.why_modules() is not None:
             return nn.Sequential.forward(self, input)
         for step in self.plan().steps:
             input = step(input) if isinstance(step, nn.Module) else self._run(step, input)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._device import DeviceContext
 
 from .. import _native
 from ..models.detection import SSDNetwork
@@ -293,6 +294,9 @@ def _call_why_not(x: Tensor) -> str | None:
         return reason
     if torch._C._len_torch_dispatch_stack() > 0:
         return "a mode of torch.utils._python_dispatch watches PyTorch's operators"
+    for i in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:  # of `with torch.device(...)`
+            return "a mode of torch.overrides watches PyTorch's functions"
     if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
         return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
     if torch.is_autocast_enabled("cpu"):
@@ -307,7 +311,10 @@ class Weights:
     questions."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._tensors = [t for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
+        # A weight may be a plain attribute too: what another network computed, or a part of it that is masked.
+        computed = [t for module in network.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+        tensors = (*network.parameters(), *network.buffers(), *computed)
+        self._tensors = [t for t in tensors if t.is_floating_point()]
         # A quantised tensor, or another that is not plain, is in no program, but may be in a head that stands apart.
         plain = [t for t in self._tensors if type(t) in (nn.Parameter, Tensor)]
         self._memory = [t.untyped_storage() for t in plain]  # stays where it is for as long as it is watched

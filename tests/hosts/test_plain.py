@@ -348,3 +348,14 @@ def test_float32_is_as_near_as_the_host():
     for name, t in exact.items():
         error, bound = ((flat(found[name]) - t).norm() / t.norm() for found in (ours, theirs))
         assert error <= 2 * bound + 1e-6, name
+
+
+def test_a_trace_has_the_parameters_in_their_order():
+    """What a guard looks at is nothing that the network computes."""
+    host = nn.Sequential(nn.Sequential(*conv(3, 8, 3, bias=True), nn.SiLU()), nn.Flatten())
+    fused = fuse(copy.deepcopy(host), mode="training")
+    graphs = [torch.fx.symbolic_trace(model) for model in (host, fused)]
+    want, got = ([name for name, _ in graph.named_parameters()] for graph in graphs)
+    assert got == want
+    want, got = ([str(node) for node in graph.graph.nodes] for graph in graphs)
+    assert got == want

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import mvit3_kernels
@@ -311,3 +312,34 @@ def test_parameters_given_for_one_call():
     twin.load_state_dict(other)
     assert (got - twin(x)).norm() <= 1e-4 * got.norm()
     assert torch.allclose(model(x), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["conv_1.block.conv", "layer_3.1.local_rep.conv_1x1.block.conv", "classifier.fc"])
+def test_gradients_of_a_weight_that_was_computed(place):
+    """By another network, or by a mask: a tensor in the place of a parameter, with a gradient function."""
+    model, x = fuse(network("mobilevitv3_xxs")).requires_grad_(False), images(1, 3, 64, 64)
+    layer, factor = model.get_submodule(place), torch.ones((), requires_grad=True)
+    weight = layer.weight.detach()
+    assert served(model, x)
+    del layer.weight
+    layer.weight = weight * factor
+    assert not served(model, x)
+    model(x).square().sum().backward(retain_graph=True)
+    got, factor.grad = factor.grad, None
+    unfuse(model)(x).square().sum().backward()
+    assert got.abs() > 0 and torch.allclose(got, factor.grad, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_mode_of_functions_sees_the_modules():
+    class Doubles(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            return 2 * y if function is nn.functional.linear else y
+
+    model, x = fuse(network("mobilevitv3_xxs")), images(1, 3, 64, 64)
+    with Doubles():
+        same_as_unfused(model, x)
+        assert "torch.overrides" in model._fused.why_not(model, x)
+    with torch.device("cpu"):
+        assert served(model, x)
