@@ -3,10 +3,11 @@
 //
 // One file for the two ops, and one registration: they are one computation with one or two inputs.
 //
-// The statistics of a training norm are those of the plain product p = W_a a + W_b b, taken while a tile of p is in
-// cache; the bias only moves their mean, so p never holds it. (The moments of the input would give them too, identity A
-// of the design, but only to save the second read of p, which costs less than that product of moments.) Backward keeps
-// a, b and p, and p only where the derivative of a norm or an activation needs it.
+// The statistics of a training norm are taken while a tile of p = W_a a + W_b b + bias is in cache. (The moments of the
+// input would give them too, identity A of the design, but only to save the second read of p, which costs less than
+// that product of moments.) Backward keeps a, b and p, and p only where the derivative of a norm or an activation needs
+// it. p is stored with the bias: where the two cancel, a product rounded alone is wrong by more than their sum is, and
+// by its sign, which is what ReLU asks for.
 
 #include "pointwise_conv.h"
 
@@ -46,8 +47,9 @@ struct Layer {
   PointwiseInputs<T> inputs;
   Statistics statistics;
   FloatMatrix weight;
+  bool biased;
   Values bias;
-  Norm norm;  // of the plain product
+  Norm norm;  // of p
 
   Layer(const LayerArguments& given, bool training, double eps)
       : a(torch::stable::contiguous(given.a)), b(given.b ? torch::stable::contiguous(*given.b) : a),
@@ -57,20 +59,29 @@ struct Layer {
             !given.norm_weight ? Statistics::kNone
             : training         ? Statistics::kBatch
                                : Statistics::kFixed),
-        weight("weight", given.conv.weight, outputs, inputs.channels()),
+        weight("weight", given.conv.weight, outputs, inputs.channels()), biased(given.conv.bias.has_value()),
         bias(given.conv.bias ? read_channels("bias", *given.conv.bias, outputs) : Values(outputs, 0.0)),
         norm(
             given.norm_weight ? Norm("norm_", *given.norm_weight, *given.norm_bias, outputs, eps)
-                              : Norm(Values(outputs, 1.0), bias)) {}
+                              : Norm(Values(outputs, 1.0), Values(outputs, 0.0))) {}
 
-  // `mean` and `var`, arguments whose names begin with `prefix`, are of the product with the bias, which moves the
-  // mean.
+  // `mean` and `var`, arguments whose names begin with `prefix`.
   void set_statistics(const std::string& prefix, const std::optional<Tensor>& mean, const std::optional<Tensor>& var) {
     if (statistics == Statistics::kNone) return;
     MVIT3_CHECK(mean && var, prefix, "mean and ", prefix, "var must be given");
-    norm.mean = read_channels(prefix + "mean", *mean, outputs);
-    norm.var = read_channels(prefix + "var", *var, outputs);
-    for (int64_t c = 0; c < outputs; ++c) norm.mean[c] -= bias[c];
+    norm.read_statistics(prefix, *mean, *var);
+  }
+
+  // Bias and norm in one: of the product that is never stored.
+  ScaleShift affine_of_product() const {
+    Norm moved = norm;
+    for (int64_t c = 0; c < outputs; ++c) moved.mean[c] -= bias[c];
+    return moved.affine();
+  }
+  Scratch<float> padded_bias() const {
+    Scratch<float> out(lanes_of(outputs), 0.0f);
+    std::transform(bias.begin(), bias.end(), out.data(), [](double v) { return float(v); });
+    return out;
   }
 
   PackedWeightOf<E> packed() const {
@@ -113,11 +124,12 @@ void forward(Layer<T>& layer, const T* residual, const MapDropout& dropout, T* p
   };
   auto sums = channel_sums(parts, outputs);
   const ScaleShift known = layer.norm.affine();
+  const Scratch<float> bias = layer.padded_bias();
   for_each_tile(layer.rows, parts, [&](int64_t part, int64_t first, int64_t count) {
     float* tile = workspace(kTileRows * lanes + layer.inputs.tile_floats(kTileRows));
     multiply_to(
-        layer.inputs.rows(first, count, tile_of<E>(tile + kTileRows * lanes)), count, weight, p + first * outputs,
-        tile);
+        layer.inputs.rows(first, count, tile_of<E>(tile + kTileRows * lanes)), count, weight, p + first * outputs, tile,
+        layer.biased ? bias.data() : nullptr);
     if (of_batch)
       sums[part].add(p + first * outputs, count, outputs);
     else
@@ -256,7 +268,7 @@ Tensor pointwise_conv_inference(const InferenceArguments& a) {
     Layer<T> layer(a.layer, false, a.eps);
     layer.set_statistics("running_", a.running_mean, a.running_var);
     const Tensor y = layer.new_map(layer.outputs), added = a.residual ? contiguous_like("residual", *a.residual, y) : y;
-    const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
+    const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.affine_of_product()};
     pointwise_conv<code>(
         weights, layer.inputs, a.residual ? data_of<T>(added) : nullptr, mutable_data_of<T>(y), layer.rows);
     return y;
@@ -286,7 +298,7 @@ std::array<Tensor, 4> pointwise_conv_forward(const ForwardArguments& a) {
     const T* add = a.residual ? data_of<T>(added) : nullptr;
     Tensor p = layer.nothing();
     if (layer.statistics == Statistics::kNone && code == kIdentity) {
-      const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.norm.affine()};
+      const PointwiseWeightsOf<Multiplied<T>> weights{layer.packed(), layer.affine_of_product()};
       pointwise_conv<code>(weights, layer.inputs, add, mutable_data_of<T>(y), layer.rows, dropout);
     } else {
       p = layer.new_map(layer.outputs);
@@ -296,7 +308,6 @@ std::array<Tensor, 4> pointwise_conv_forward(const ForwardArguments& a) {
     if (layer.statistics == Statistics::kBatch) {
       mean = layer.norm.mean;
       var = layer.norm.var;
-      for (int64_t c = 0; layer.rows && c < layer.outputs; ++c) mean[c] += layer.bias[c];
     }
     const Tensor like = torch::stable::new_empty(a.layer.a, {0}, ScalarType::Float);
     return std::array<Tensor, 4>{y, write_channels(mean, like), write_channels(var, like), p};

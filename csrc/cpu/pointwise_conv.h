@@ -33,16 +33,20 @@ struct PointwiseInputs {
   }
 };
 
-// out = x W^T, dense rows of any storage type; `tile` takes them in float32 where they cannot be written at once.
+// out = x W^T + bias, dense rows of any storage type; `tile` takes them in float32 where they cannot be written at
+// once. `bias` may be null, and is padded to whole vectors.
 template <typename E, typename T>
-void multiply_to(RowsOf<E> x, int64_t rows, const PackedWeightOf<E>& weight, T* out, float* tile) {
+void multiply_to(
+    RowsOf<E> x, int64_t rows, const PackedWeightOf<E>& weight, T* out, float* tile, const float* bias = nullptr) {
   const int64_t channels = weight.outputs(), stride = lanes_of(channels);
   if constexpr (std::is_same_v<T, float>)
-    if (channels == stride) return multiply_into(x.data, x.stride, rows, weight, out, stride);
+    if (channels == stride && !bias) return multiply_into(x.data, x.stride, rows, weight, out, stride);
   multiply_into(x.data, x.stride, rows, weight, tile, stride);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < channels; c += kLanes)
-      store_some(out + r * channels + c, load(tile + r * stride + c), channels - c);
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const Vec sum = load(tile + r * stride + c);
+      store_some(out + r * channels + c, bias ? sum + load(bias + c) : sum, channels - c);
+    }
 }
 
 // y = mask * act(affine(product)) + residual for some channels of rows of the product, which lie `stride` apart; y and

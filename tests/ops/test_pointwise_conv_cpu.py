@@ -52,7 +52,7 @@ class TestPointwiseConvCpu(CpuKernel):
         "plain": {"norm": False, "conv": True},
         "plain-bias-residual": {"norm": False, "bias": True, "residual": True},
         "plain-silu": {"norm": False, "bias": True, "act": "silu"},
-        "plain-relu": {"norm": False, "act": "relu"},
+        "plain-relu": {"norm": False, "bias": True, "act": "relu"},
         "plain-dropout": {"norm": False, "bias": True, "residual": True, "dropout": 0.3},
         "training-silu-dropout": {"act": "silu", "dropout": 0.25},
     }
@@ -68,6 +68,14 @@ class TestPointwiseConvCpu(CpuKernel):
     def registered(arguments):
         x, *rest = arguments.values()
         return registered(x, None, *rest)
+
+    @pytest.mark.parametrize("case", ({"norm": False}, {"training": False}, {}), ids=("plain", "frozen", "training"))
+    def test_a_bias_that_cancels_the_product(self, case, dtype):
+        """What backward keeps is rounded as the sum of the two: its sign is that of the output."""
+        arguments = self.arguments(Draw(), 2, 9, 7, 48, 50, act="relu", bias=True, mean=10.0, **case)
+        weight, bias = arguments["conv"]
+        bias[...] = -10 * weight.flatten(1).sum(1)
+        self.hold(arguments, dtype)
 
     def test_evaluation_without_gradients(self, shape, option, dtype):
         arguments = self.make(shape, option)

@@ -107,8 +107,7 @@ def _op(call: Call) -> tuple[Tensor, ...]:
     return flat(*pointwise_conv(call.x, Linear(call.weight, call.bias), norm, *rest))
 
 
-# The kernels. What backward needs beside its inputs is p, the product without bias, unless neither norm nor activation
-# follows it.
+# The kernels. What backward needs beside its inputs is p, the product, unless neither norm nor activation follows it.
 
 _INPUTS = "Tensor a, Tensor? b, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
 
