@@ -3,6 +3,8 @@ done."""
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ def check_activation(act: str) -> None:
 
 
 def check_eps(name: str, eps: float) -> None:
+    _check_number(name, eps, "at least 0")
     if not eps >= 0:
         raise ValueError(f"{name} must be at least 0, got {eps}")
 
@@ -126,9 +129,15 @@ def check_patches(x_name: str, x: Tensor, patch_size: tuple[int, int]) -> None:
         )
 
 
+def _check_number(name: str, value: float, allowed: str) -> None:
+    if not isinstance(value, (float, int, Real, Tensor, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number {allowed}, got {type(value).__name__}")
+
+
 def check_dropout(seed: Tensor | None, x: Tensor, **probabilities: float) -> None:
     """Dropout probabilities; a positive one needs the seed that makes the call reproducible."""
     for name, p in probabilities.items():
+        _check_number(name, p, "at least 0 and below 1")
         if not 0 <= p < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {p}")
         if p > 0 and seed is None:

@@ -136,6 +136,7 @@ def bad_batch_norm(name: str, channels: int) -> Iterator[Bad]:
     yield Bad(f"{name}.running_var", _to(None), ValueError, f"{name}.training is False")
     yield Bad(f"{name}.eps", _to(-1e-5), ValueError, "at least 0")
     yield Bad(f"{name}.eps", _to(float("nan")), ValueError, "at least 0")
+    yield Bad(f"{name}.eps", _to("x"), TypeError, "a number at least 0")
 
 
 def bad_layer_norm(name: str, channels: int) -> Iterator[Bad]:
@@ -181,6 +182,7 @@ def bad_dropout(*names: str) -> Iterator[Bad]:
     for name in names:
         for p in (-0.1, 1.0, float("nan")):
             yield Bad(name, _to(p), ValueError, "at least 0 and below 1")
+        yield Bad(name, _to("x"), TypeError, "a number at least 0 and below 1")
     yield Bad("seed", _to(None), ValueError, "must be given")
     yield Bad("seed", _to(5), TypeError, "int64 tensor of shape ()")
     yield Bad("seed", lambda t: t.int(), TypeError, "int64 tensor of shape ()")
