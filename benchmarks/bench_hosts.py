@@ -4,8 +4,8 @@
 
 float32 at 256 pixels on two threads, candidates in turns as in bench_models.py, whose peers these are: the host itself
 in both layouts, under torch.compile, in ONNX Runtime and in OpenVINO. `fused` is `fuse(host)`, in training
-`fuse(host, mode="training")`, and `own` this library's network of that name. Dropouts are off. The host's results are
-compared with all but those of `own`, which has other weights.
+`fuse(host, mode="training")`, and `own` this library's network of that name. Dropouts are off. All but
+`own`, which has other weights, are compared with the host in float64.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 float32, the same number of threads for all, one process, candidates in turns, medians. The peers are the same networks
 in plain PyTorch (mvit3.bench.plain): eager in both layouts, torch.compile (frozen for inference; minutes to compile),
 ONNX Runtime and OpenVINO. Those two are for inference only and optional (`pip install .[bench]`): one that is missing
-is left out. What every candidate computes, outputs in inference and gradients in training, is compared with eager
-before it is timed.
+is left out. What every candidate computes, outputs in inference and gradients in training, is compared with eager's in
+float64 before it is timed.
 
 With `--dtype bfloat16`, `fuse` with that dtype and training steps under autocast, beside float32 peers and beside eager
 autocast, torch.compile under autocast and OpenVINO told to compute in bfloat16. Recorded in

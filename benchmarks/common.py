@@ -26,11 +26,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from mvit3.bench.candidates import PEER_TIMES
 from mvit3.bench.measure import Row, Run, document, in_turns, interleaved, machine, output_of, replace_file, timed
 from mvit3_kernels import release_memory
 
 RESULTS = Path(__file__).parent / "results"
-PEER_TIMES = 10  # a compiled peer errs at most so many times as eager does: it sums in other orders, here up to 3 times
 
 
 # Time

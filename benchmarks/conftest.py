@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from mvit3.runtime import usable_cpus
+
+THREADS = 2
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--threads", type=int, default=2, help="CPU threads of the benchmarks (default: 2)")
+    parser.addoption("--threads", type=int, default=THREADS, help=f"CPU threads of the benchmarks (default: {THREADS})")
     parser.addoption("--few", type=int, default=0, help="so many shapes of each op and mode (default: all)")
 
 
@@ -41,4 +45,10 @@ def pytest_benchmark_update_json(output_json: dict) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    threads, few = config.getoption("--threads"), config.getoption("--few")
+    most = max(THREADS, usable_cpus())
+    if not 1 <= threads <= most:
+        raise pytest.UsageError(f"--threads must be at least 1 and at most {most}, got {threads}")
+    if few < 0:
+        raise pytest.UsageError(f"--few must be at least 0 (0: all), got {few}")
     config.option.benchmark_skip = False

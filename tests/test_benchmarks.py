@@ -78,6 +78,16 @@ def test_a_few_shapes_are_chosen():
     assert len(items) == len(left) + len(out)
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"--threads": 0, "--few": 0}, "--threads must be at least 1 and at most [0-9]+, got 0"),
+    ({"--threads": 9999, "--few": 0}, "--threads must be at least 1 and at most [0-9]+, got 9999"),
+    ({"--threads": 1, "--few": -1}, "--few must be at least 0 .*, got -1"),
+])  # fmt: skip
+def test_impossible_options(options, message):
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(SimpleNamespace(getoption=options.get, option=SimpleNamespace()))
+
+
 def test_a_wrong_result_is_refused():
     exact = {"y": torch.rand(9, dtype=torch.float64) + 1}
     eager = {"y": exact["y"].float()}

@@ -67,10 +67,10 @@ def _arrange(parser: Parser, arguments: Sequence[str], timm: TimmOptions) -> lis
             rest.append(word)
             continue
         flag, equals, value = word.partition("=")
-        if flag == "--amp" and not equals and (not queue or queue[0] not in AMP):
+        if flag == "--amp" and parser.configured and not equals and (not queue or queue[0] not in AMP):
             options.append("--run.amp=auto")
             continue
-        if flag not in flags and flag not in ("--data", "--amp"):
+        if flag not in flags and not (parser.configured and flag in ("--data", "--amp")):
             if timm.take(flag, value if equals else None, queue):
                 continue
             raise _unknown(flag, parser)
@@ -101,7 +101,8 @@ def _arrange(parser: Parser, arguments: Sequence[str], timm: TimmOptions) -> lis
 
 def _kinds(parser: Parser) -> dict[str, tuple[object, object]]:
     """Type and default of every option of training, and of the command's own, by name without dashes."""
-    kinds = {f"{section}.{key}": (kind, default) for section, key, kind, default, _ in section_options()}
+    options = section_options() if parser.configured else ()
+    kinds = {f"{section}.{key}": (kind, default) for section, key, kind, default, _ in options}
     return kinds | {
         name.lstrip("-"): (settings.get("type", str), None) for name, settings in COMMANDS[parser.name].extra.items()
     }
@@ -178,6 +179,8 @@ def _parse(name: str, arguments: Sequence[str]) -> tuple[TrainConfig, argparse.N
     except argparse.ArgumentError as error:
         raise UsageError(_one_line(error, parser)) from None
     values = args.as_dict()
+    if not command.sections:
+        return TrainConfig(), argparse.Namespace(**values)
     sections = {section: dict(values[section]) for section in EVERYTHING}
     _take_data(sections["data"], arguments, base)
     timm.settle(sections)
@@ -380,7 +383,7 @@ def _main(argv: Sequence[str]) -> int:
     program = f"mvit3 {name}"
     try:
         config, args = _parse(name, arguments)
-        if args.print_config:
+        if getattr(args, "print_config", False):
             print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
             return 0
         _check_folders(config, COMMANDS[name].parts)

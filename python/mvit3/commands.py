@@ -30,6 +30,7 @@ from .lock import alone
 from .logs import write
 from .names import task_of
 from .options import UsageError
+from .parser import COMMANDS as SETTINGS
 from .prediction import find_images, with_names, writer_for
 from .prediction import predict as predict_images
 from .report import summary, summary_text, write_html
@@ -55,17 +56,16 @@ def run(name: str, config: TrainConfig, args: argparse.Namespace) -> int:
             raise Failure("another process of this run has ended; its message says why") from error
         if not is_out_of_memory(error):
             raise
-        kind = (
-            "data.batch_size (run.accumulate makes up for it)"
-            if name in ("train", "finetune", "demo")
-            else "--batch"
-            if name == "bench"
-            else "data.eval_batch_size"
-        )
+        if SETTINGS[name].sections:
+            trains = name in ("train", "finetune", "demo")
+            batch = "data.batch_size (run.accumulate makes up for it)" if trains else "data.eval_batch_size"
+            advice = f"{batch}, smaller images or run.amp bf16 need less"
+        else:
+            advice = "--batch or --size needs less" if name == "bench" else "--size needs less"
         lines = str(error).strip().splitlines() or ["no more memory is to be had"]
         # the former is of a loading process, with its traceback
         detail = lines[-1] if lines[0].startswith("Caught ") else lines[0]
-        raise Failure(f"out of memory: {detail}; a smaller {kind}, smaller images or run.amp bf16 need less") from error
+        raise Failure(f"out of memory: {detail}; a smaller {advice}") from error
 
 
 def train(config: TrainConfig, args: argparse.Namespace) -> int:
@@ -145,7 +145,7 @@ def bench(config: TrainConfig, args: argparse.Namespace) -> int:
     work = benchmark.work_of(args)
     prepare(replace(config.run, threads=args.threads, device="cpu"))
     facts, rows = benchmark.bench(args, work, Bar(args.quiet))
-    print(benchmark.document("networks", rows, facts) if args.json else benchmark.text(facts, rows))
+    print(benchmark.document(benchmark.OP, rows, facts) if args.json else benchmark.text(facts, rows))
     return int(any(row["result"] == "WRONG" for row in rows))
 
 

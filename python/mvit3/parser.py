@@ -18,7 +18,8 @@ class Command:
     name."""
 
     help: str
-    # of the options of training that its --help lists; all are taken, so that every recipe is
+    # of the options of training that its --help lists; all are taken, so that every recipe is, but by a command that
+    # lists none: it has no configuration
     sections: tuple[str, ...]
     parts: tuple[str, ...] = ()  # of the data that it reads
     recipe: str = ""  # where it begins
@@ -78,7 +79,7 @@ BENCH = {
     "--dtype": {
         "default": "float32",
         "choices": ["float32", "bfloat16"],
-        "help": "bfloat16: what computes in it too, ours and peers; of inference (default: float32)",
+        "help": "bfloat16: what computes in it too, ours and peers (default: float32)",
     },
     "--peers": {
         "default": "eager,channels_last,compile,onnxruntime,openvino",
@@ -198,12 +199,16 @@ class Parser(ArgumentParser):
             )
         for option, settings in command.extra.items():
             self.add_argument(option, **settings)
+        self.add_argument("--quiet", action="store_true", help="no progress, only the result")
+        self.add_argument("--json", action="store_true", help="the result as JSON on stdout; progress stays on stderr")
+        if command.sections:
+            self._add_configuration(command)
+
+    def _add_configuration(self, command: Command) -> None:
         self.add_argument(
             "--config", action="config", help="a recipe's name or a YAML file; may be given again, later ones win"
         )
         self.add_argument("--print_config", action="store_true", help="print the whole configuration as YAML, and stop")
-        self.add_argument("--quiet", action="store_true", help="no progress, only the result")
-        self.add_argument("--json", action="store_true", help="the result as JSON on stdout; progress stays on stderr")
         groups = {}
         for section, key, kind, default, option in section_options():
             if section not in groups:
@@ -218,6 +223,11 @@ class Parser(ArgumentParser):
     @property
     def flags(self) -> dict[str, argparse.Action]:
         return {flag: action for action in self._actions for flag in action.option_strings}
+
+    @property
+    def configured(self) -> bool:
+        """Whether the command has a configuration of training."""
+        return bool(COMMANDS[self.name].sections)
 
     @property
     def takes_files(self) -> bool:

@@ -14,6 +14,11 @@ import mvit3_kernels
 from .config import RunConfig
 
 
+def usable_cpus() -> int:
+    """Logical CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_cores() -> int:
     """Physical cores that this process may run on; two hyper-threads of a core share its vector units and count
     once."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from mvit3.bench import candidates, command, measure
 from mvit3.bench.candidates import Subject, Work
 from mvit3.cli import main
+from mvit3.runtime import usable_cpus
 
 SMALL = ("--size", "64", "--rounds", "1", "--threads", "1", "--no_memory")
 FACTS = {
@@ -62,6 +66,50 @@ def test_training_of_a_host(capsys):
     assert 0 < rows["ours_fused"]["error"] < candidates.BOUND
 
 
+def test_small_training(capsys):
+    """Four values in the last batch norm: eager's own error counts, and a wrong result is wrong."""
+    arguments = ("mobilevit_xs", "--mode", "train", "--batch", "4", "--size", "32", "--rounds", "1", "--threads", "1")
+    assert main(["bench", *arguments, "--peers", "eager,channels_last", "--no_memory", "--json"]) == 0
+    rows = {row["candidate"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == ["eager", "channels_last", "ours"]
+    assert all(row["result"] == "right" and 0 < row["error"] < candidates.BOUND for row in rows.values())
+
+
+def test_eager_that_errs_is_no_measure(monkeypatch):
+    """Gradients are compared with those in float64: where eager errs, what errs as much is right and what is exact too,
+    but not what errs more."""
+
+    def spoiled(factor):
+        return lambda network, _: lambda x: network(x) * (1.0 if x.dtype == torch.float64 else factor)
+
+    for name, factor in {"eager_nchw": 1.02, "eager_channels_last": 1.02, "compile": 2.0}.items():
+        monkeypatch.setitem(candidates.CANDIDATES, name, spoiled(factor))
+    monkeypatch.setitem(candidates.HALF, "ours_bfloat16", spoiled(float("nan")))
+    names = ("eager_channels_last", "compile", "ours", "ours_bfloat16")
+    found = candidates.prepare(Subject("mobilevitv3_xxs"), Work("training", 4, 64, 1), names)
+    assert found.errors["eager_nchw"] > candidates.BOUND and found.errors["ours"] < 1e-4
+    assert list(found.right) == ["eager_channels_last", "ours"] and list(found.wrong) == ["compile", "ours_bfloat16"]
+    with pytest.raises(AssertionError, match="results err by too much"):
+        found.all_right()
+    monkeypatch.setitem(candidates.CANDIDATES, "ours", spoiled(1.1))
+    assert "ours" in candidates.prepare(Subject("mobilevitv3_xxs"), Work("training", 4, 64, 1), ("ours",)).wrong
+
+
+@pytest.mark.parametrize(("candidate", "eager", "training", "bound"), [
+    ("ours", 1e-6, True, candidates.BOUND),
+    ("ours", 0.01, True, 0.02),
+    ("compile", 0.01, True, 0.1),
+    ("compile", float("inf"), True, 0.5),
+    ("ours", float("nan"), False, candidates.BOUND),
+    ("ours_bfloat16", 0.01, True, candidates.HALF_GRADIENTS),
+    ("ours_fused_bfloat16", 0.01, False, candidates.HALF_BOUND),
+    ("ours_bfloat16", 0.15, True, 0.3),
+])  # fmt: skip
+def test_what_a_candidate_may_err(candidate, eager, training, bound):
+    errors = {candidates.EAGER_HALF if "bfloat16" in candidate else candidates.EAGER: eager}
+    assert candidates.allowed(candidate, errors, training) == bound
+
+
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_wrong_result_is_shown_and_not_timed(capsys, monkeypatch, factor):
     monkeypatch.setitem(candidates.CANDIDATES, "ours_fused", lambda network, _: lambda x: network(x) * factor)
@@ -99,18 +147,41 @@ def test_bfloat16(capsys):
     (["--size", "16"], "--size must be at least 32, got 16"),
     (["--rounds", "0"], "--rounds must be at least 1, got 0"),
     (["--threads", "-1"], "--threads must be at least 0, got -1"),
-    (["--mode", "train", "--dtype", "bfloat16"], "--dtype bfloat16 is of inference: --mode infer"),
+    (["--threads", "9999"], f"at most {usable_cpus()}, the CPUs that this process may use, got 9999"),
+    (["--mode", "train", "--dtype", "bfloat16", "--host", "timm"], "is of this package's networks, not of --host"),
+    (["--mode", "train", "--batch", "3", "--size", "32"], "batch norm 3 values; to train in float32 it needs 4"),
+    (["--mode", "train", "--size", "32", "--dtype", "bfloat16", "--batch", "7"], "to train in bfloat16 it needs 8"),
     (["--peers", "eager,opnvino"], "got 'opnvino', the nearest is 'openvino'"),
     (["--host", "jax"], "--host must be one of timm, transformers; got 'jax'"),
     (["mobilevit3_s"], "there is no classifier 'mobilevit3_s'; the nearest is 'mobilevitv3_s'"),
     (["mobilevit-smal", "--host", "transformers"], "of transformers; the nearest is 'mobilevit-small'"),
     (["--output", "."], "--output . is a folder"),
+    (["--output", "/proc/results.json"], "--output /proc/results.json cannot be written: "),
+    (["--output", "/dev/null"], "--output /dev/null is there and is no result file"),
+    (["--batch-sise", "3"], "there is no option '--batch-sise'; the nearest is --batch (see"),
+    (["--seed", "3"], "there is no option '--seed'; the nearest is --size"),
+    (["--data", "digits"], "there is no option '--data'; the nearest"),
+    (["--print_config"], "there is no option '--print_config'"),
+    (["--config", "digits"], "there is no option '--config'"),
 ])  # fmt: skip
 def test_refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         main(["bench", *arguments])
     captured = capsys.readouterr()
     assert stop.value.code == 2 and message in captured.err and not captured.out
+    assert "measuring" not in captured.err and "run." not in captured.err
+
+
+@pytest.mark.parametrize("text", ["precious", '{"op": "models", "schema": 1, "machine": {}, "rows": []}', "[1]", ""])
+def test_only_a_result_is_replaced(tmp_path, capsys, text):
+    file = tmp_path / "found"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--output", str(file)])
+    assert stop.value.code == 2 and "is no result file of mvit3 bench; it is not replaced" in capsys.readouterr().err
+    assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+    file.write_text(measure.document("networks", [], FACTS))
+    command.check_output(file)
 
 
 def test_turns():
@@ -143,3 +214,58 @@ def test_training_under_autocast():
     rates = [m.p for m in found.right["ours_bfloat16"].network.modules() if isinstance(m, torch.nn.Dropout)]
     assert sum(rates) > 0
     found.right["ours_bfloat16"].step()
+
+
+def test_bfloat16_training(capsys):
+    arguments = ("mobilevitv3_xxs", "--mode", "train", "--dtype", "bfloat16", "--batch", "2", "--peers", "eager")
+    status, rows, _ = bench(capsys, *arguments)
+    assert status == 0 and list(rows) == ["eager", "ours", "eager_bfloat16", "ours_bfloat16"]
+    assert all(row["median_ms"] > 0 for row in rows.values()) and rows["ours_bfloat16"]["dtype"] == "bfloat16"
+
+
+STOPPED = """
+import os, signal, sys
+from mvit3.bench import command
+from mvit3.cli import main
+command.machine = dict
+
+def measure(subject, *rest):
+    if subject.name == "mobilevitv2_075":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [{"network": subject.name}]
+
+command.measure = measure
+sys.exit(main(["bench", "mobilevitv2_050", "mobilevitv2_075", "--peers", "eager", "--output", sys.argv[1]]))
+"""
+
+
+def test_termination_keeps_what_is_done(tmp_path):
+    """As docs/reference/commands.md tells: a shell calls this status 143."""
+    file = tmp_path / "results.json"
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(file)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert [row["network"] for row in json.loads(file.read_text())["rows"]] == ["mobilevitv2_050"]
+    assert "Traceback" not in done.stderr and [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_interruption_keeps_what_is_done(tmp_path, capsys, monkeypatch):
+    def measure(subject, *rest):
+        if subject.name == "mobilevitv2_075":
+            signal.raise_signal(signal.SIGINT)
+        return [{"network": subject.name}]
+
+    monkeypatch.setattr(command, "measure", measure)
+    file, names = tmp_path / "results.json", ["mobilevitv2_050", "mobilevitv2_075"]
+    assert main(["bench", *names, *SMALL, "--output", str(file)]) == 130
+    assert [row["network"] for row in json.loads(file.read_text())["rows"]] == names[:1]
+    assert capsys.readouterr().err.endswith("mvit3 bench: interrupted\n")
+
+
+def test_out_of_memory(capsys, monkeypatch):
+    def full(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(command, "measure", full)
+    assert main(["bench", "mobilevitv3_xxs", "--peers", "eager", *SMALL, "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("9 bytes; a smaller --batch or --size needs less\n") and "out of memory" in said

@@ -143,8 +143,20 @@ def test_help_documents_every_option(name, capsys):
         shown = section in COMMANDS[name].sections
         assert (f"--{section}.{key}" in text) == shown
         assert not shown or "".join(option.help.split()) in text
-    for flag in (*COMMANDS[name].extra, "--config", "--print_config", "--quiet", "--json"):
+    for flag in (*COMMANDS[name].extra, "--quiet", "--json"):
         assert flag in text
+    for flag in ("--config", "--print_config"):
+        assert (flag in text) == bool(COMMANDS[name].sections)
+
+
+@pytest.mark.parametrize("arguments", [["models", "--run.amp=bf16"], ["report", "r.json", "--batch", "3"],
+                                       ["report", "r.json", "--amp"]])  # fmt: skip
+def test_commands_without_a_configuration(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "there is no option" in said
+    assert not any(f"--{section}." in said.partition("nearest")[2] for section in COMMANDS["train"].sections)
 
 
 def test_module_runs():

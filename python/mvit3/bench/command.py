@@ -6,6 +6,9 @@ import argparse
 import fnmatch
 import importlib.metadata
 import importlib.util
+import json
+import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +16,17 @@ import mvit3_kernels
 
 from ..errors import Failure
 from ..options import UsageError, nearest
+from ..runtime import usable_cpus
 from ..screen import Bar, number, table
 from .candidates import CANDIDATES, HALF, Prepared, Subject, Work, missing, prepare, runs, step_memory
 from .hosts import HOSTS
 from .measure import Row, document, interleaved, machine, replace_file
 
 SMALLEST = 32  # what the networks divide an image by
+# Values that the last batch norm must have in training. Of 2, gradients of eager in float32 err by up to 1.3 of their
+# norm, of 4 by 8e-4 at most; in bfloat16 of 3 by more than the norm, of 8 by up to a quarter.
+FEWEST, FEWEST_HALF = 4, 8
+OP = "networks"  # in the file
 PEERS = {
     "eager": "eager_nchw",
     "channels_last": "eager_channels_last",
@@ -32,14 +40,18 @@ NAMES = {candidate: name for name, candidate in PEERS.items()}
 def bench(args: argparse.Namespace, work: Work, bar: Bar) -> tuple[dict[str, object], list[Row]]:
     """Facts about the machine, and a row for each network and candidate: median, 20th and 80th percentile of the
     milliseconds of a call, images a second, MiB that a first call adds at its peak, the error of what it computes as a
-    share of the norm of eager's, and `result`: "right", "WRONG", or "failed: " with the reason. What is not right is
-    not timed. Written to `args.output` after each network.
+    share of the norm of eager's in float64, and `result`: "right", "WRONG", or "failed: " with the reason. What is not
+    right is not timed. Written to `args.output` after each network.
 
     Raises:
-        UsageError: a peer or a network that there is not. Failure: a host that is not installed.
+        UsageError: a peer or a network that there is not, or an output that cannot be. Failure: a host that is not
+        installed.
     """
     subjects = [Subject(name, args.host or "") for name in networks(args.names, args.host)]
     names = candidates(args.peers, args.dtype == "bfloat16")
+    if args.output:
+        check_output(Path(args.output))
+    names = [c for c in names if any(runs(c, subject, work) for subject in subjects)]
     absent = {c: reason for c in names if (reason := missing(c))}
     for c, reason in absent.items():
         bar.line(f"without {NAMES.get(c, c)}: {reason}")
@@ -53,7 +65,7 @@ def bench(args: argparse.Namespace, work: Work, bar: Bar) -> tuple[dict[str, obj
     for subject, chosen in plan.items():
         rows += measure(subject, work, chosen, not args.no_memory, bar)
         if args.output:
-            replace_file(Path(args.output), document("networks", rows, facts))
+            replace_file(Path(args.output), document(OP, rows, facts))
     bar.close()
     return facts, rows
 
@@ -68,14 +80,45 @@ def work_of(args: argparse.Namespace) -> Work:
         raise UsageError(f"--size must be at least {SMALLEST}, got {args.size}")
     if args.threads < 0:
         raise UsageError(f"--threads must be at least 0, got {args.threads}")
+    if args.threads > (most := usable_cpus()):
+        raise UsageError(f"--threads must be at most {most}, the CPUs that this process may use, got {args.threads}")
     if args.rounds is not None and args.rounds < 1:
         raise UsageError(f"--rounds must be at least 1, got {args.rounds}")
-    if training and args.dtype == "bfloat16":
-        raise UsageError("--dtype bfloat16 is of inference: --mode infer")
-    if args.output and Path(args.output).is_dir():
-        raise UsageError(f"--output {args.output} is a folder")
+    half = args.dtype == "bfloat16"
+    if training and half and args.host:
+        raise UsageError("--mode train --dtype bfloat16 is of this package's networks, not of --host")
+    values, fewest = batch * math.ceil(args.size / SMALLEST) ** 2, FEWEST_HALF if half else FEWEST
+    if training and values < fewest:
+        raise UsageError(
+            f"--batch {batch} at --size {args.size} leaves the last batch norm {values} values; to train in "
+            f"{args.dtype} it needs {fewest}, of fewer all gradients are mostly rounding"
+        )
     rounds, burst = (5, 2) if training else (12, 5 if batch < 8 else 2)
     return Work("training" if training else "inference", batch, args.size, args.rounds or rounds, burst)
+
+
+def check_output(path: Path) -> None:
+    """Makes the folder of a result file. UsageError where the file cannot be written, or would take the place of one
+    that is no result of this command."""
+    if path.is_dir():
+        raise UsageError(f"--output {path} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}."):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {path} cannot be written: {error.strerror}") from None
+    if path.exists() and not is_result(path):
+        raise UsageError(f"--output {path} is there and is no result file of mvit3 bench; it is not replaced")
+
+
+def is_result(path: Path) -> bool:
+    """Whether this command wrote the file."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("op") == OP and {"schema", "machine", "rows"} <= found.keys()
 
 
 def networks(patterns: Sequence[str], host: str | None) -> list[str]:
