@@ -96,6 +96,8 @@ def test_on_a_telephone(running, page):
     running.show(page, 390, 900, False)
     left = "document.querySelector('#all tbody td').getBoundingClientRect().left"
     before = running.value(left)
+    times = "document.querySelectorAll('#all th')[2].getBoundingClientRect().right"
+    assert running.value(times) <= 390 - 16, "a time is not beside its candidate"
     running.value("document.querySelector('#figures .scroll').scrollLeft = 200")
     assert running.value(left) == before
     assert running.value("document.querySelector('#files .scroll').scrollWidth") <= 390

@@ -36,7 +36,7 @@ COLUMNS: tuple[Column, ...] = (
     ("result", lambda f: f.result, ""),
     ("file", lambda f: f.file, ""),
 )
-WRAPPED = ("what", "case", "result")  # where names may be long
+WRAPPED = ("what", "candidate", "case", "result")  # where names may be long
 
 
 def asset(name: str) -> str:
