@@ -21,14 +21,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def conditions(machine: dict) -> str:
-    facts = [
-        machine["cpu"],
-        f"{machine['threads']} threads",
-        str(machine["instruction_set"]),
-        f"torch {machine['torch']}",
-    ]
     ceilings = f"copy {machine['copy_gb_s']} GB/s, `torch.mm` {machine['mm_gflop_s']} GFLOP/s"
-    return f"{', '.join(facts)}; {ceilings}; revision {machine['revision']}."
+    return f"{'; '.join([where(machine), ceilings, revision(machine)])}."
+
+
+def where(machine: dict) -> str:
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    return f"{machine['cpu']}, {threads}, {machine['instruction_set']}, torch {machine['torch']}"
+
+
+def revision(machine: dict) -> str:
+    """Of the sources, where it is one that can be looked up; else that it is not."""
+    name = machine["revision"]
+    return "uncommitted sources" if name.endswith("+changes") else f"revision {name}"
 
 
 PEERS = {
@@ -176,12 +181,13 @@ OPS = (
 
 
 def ops(results: dict[str, dict]) -> str:
-    """A line for each op and mode: medians over the measured shapes, with the least and the greatest."""
+    """A table for each machine, with a line for each op and mode: medians over the measured shapes, with the least and
+    the greatest."""
 
     def spread(values: list[float], form: Callable[[float], str]) -> str:
         return f"{form(statistics.median(values))} ({form(min(values))} to {form(max(values))})"
 
-    lines = []
+    tables: dict[str, list[list[str]]] = {}
     for name, result in results.items():
         by_mode: dict[tuple[str, str], list[dict]] = {}
         for row in result["rows"]:
@@ -190,15 +196,16 @@ def ops(results: dict[str, dict]) -> str:
         for (op, mode), rows in by_mode.items():
             speed = spread([row["against_eager"] for row in rows], lambda v: f"{v:.1f}x")
             floor = spread([row["of_floor"] for row in rows], lambda v: f"{100 * v:.0f} %")
-            lines.append([f"`{op}`", mode, str(len(rows)), speed, floor, result["machine"]["revision"]])
-    header = ["op", "mode", "shapes", "against eager: median (least to most)", "share of the floor", "revision"]
+            here = f"{where(result['machine'])}; {revision(result['machine'])}"
+            tables.setdefault(here, []).append([f"`{op}`", mode, str(len(rows)), speed, floor])
+    header = ["op", "mode", "shapes", "against eager: median (least to most)", "share of the floor"]
     intro = (
         "Single ops at the shapes of their networks, float32, `make bench`. "
         "Training is forward and backward. The\n"
         "floor is the larger of the bare products (`torch.mm`) and the bytes at the rate of a copy. "
         "All rows: `benchmarks/results/`.\n"
     )
-    return f"{intro}\n{table(header, lines)}"
+    return intro + "".join(f"\n{here}.\n\n{table(header, lines)}" for here, lines in tables.items())
 
 
 def section() -> str:

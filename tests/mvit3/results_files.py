@@ -70,6 +70,8 @@ def predicted() -> dict[str, Any]:
             "candidate": c,
             "predicted_ms": t,
             "graph_ms": t - 0.5,
+            "limit": "launches",
+            "launches": 576,
         }
         for c, t in (("ours", 10.25), ("compile", 7.5), ("eager", 8.625))
     ]

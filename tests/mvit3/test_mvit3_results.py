@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mvit3.errors import Failure
 from mvit3.results import browser
 from mvit3.results.charts import Bar, bars, spread
 from mvit3.results.page import page
-from mvit3.results.reading import read_all
+from mvit3.results.reading import NETWORKS, OPS, read_all
 
 from . import results_files as files
 
@@ -74,15 +75,16 @@ def every(tmp_path):
     return page(read_all([Path(name) for name in names]))
 
 
-def figures(text: str) -> list[list[str]]:
-    """Cells of the table of all figures, numbers as they are in the files."""
-    body = text.partition('<table id="all">')[2].partition("<tbody>")[2].partition("</tbody>")[0]
-    rows = re.findall(r"<tr .*?</tr>", body)
-    return [
-        [re.search(r'data-v="([^"]*)"', cell)[1] if "data-v" in cell else re.sub("<.*?>", "", cell) for cell in
-         re.findall(r"<td.*?</td>", row)]
-        for row in rows
-    ]  # fmt: skip
+def figures(text: str) -> list[dict[str, str]]:
+    """Cells of the table of all figures by their headings, numbers as they are in the files."""
+    head, _, body = text.partition('<table id="all">')[2].partition("</table>")[0].partition("<tbody>")
+    names = re.findall(r"<button[^>]*>(.*?)</button>", head)
+    found = []
+    for row in re.findall(r"<tr .*?</tr>", body):
+        cells = re.findall(r"<td.*?</td>", row)
+        texts = [re.search(r'data-v="([^"]*)"', c)[1] if "data-v" in c else re.sub("<.*?>", "", c) for c in cells]
+        found.append(dict(zip(names, texts, strict=True)))
+    return found
 
 
 def test_numbers_are_those_of_the_files(recorded):
@@ -92,8 +94,7 @@ def test_numbers_are_those_of_the_files(recorded):
         document = json.loads(path.read_text())
         for row in document.get("rows", []):
             if "predicted_ms" in row:
-                expected += [(path.name, row["predicted_ms"])]
-                expected += [(path.name, row["graph_ms"])] if row["candidate"] == "ours" else []
+                expected += [(path.name, row["predicted_ms"]), (path.name, row["graph_ms"])]
             elif "median_ms" in row:
                 expected.append((path.name, row["median_ms"]))
             else:
@@ -101,18 +102,22 @@ def test_numbers_are_those_of_the_files(recorded):
                 found = [row[k] for k in names if k not in LIMITS]
                 expected += [(path.name, value) for value in found if value is not None and value == value]  # no NaN
         expected += [(path.name, 1e3 * one["stats"]["median"]) for one in document.get("benchmarks", [])]
-    shown = [(row[-1], float(row[5])) for row in figures(recorded)]
+    shown = [(row["file"], float(row["ms"])) for row in figures(recorded)]
     assert len(expected) > 1000 and sorted(shown) == sorted(expected)
 
 
 def test_memory_and_rates_are_those_of_the_files(every):
-    rows = {(row[-1], row[4]): row for row in figures(every)}
-    assert [float(v) for v in rows["bench.json", "ours, fuse"][5:9]] == [20.0625, 0.9 * 20.0625, 1.2 * 20.0625, 200.625]
-    ours = rows["ops.json", "ours"]
-    assert [float(v) for v in ours[8:11]] == [3.5, 0.5 / 0.00425, 0.02 / 0.00425] and float(ours[5]) == 4.25
-    assert rows["measured.json", "ours, drop-in"][5:9] == ["20.5", "", "", "1024.0"]
-    assert rows["measured.json", "eager, channels last"][13] == "WRONG"
-    assert rows["predicted.json", "torch.compile"][13] == "predicted"
+    rows = {(row["file"], row["candidate"]): row for row in figures(every)}
+
+    def numbers(file, candidate, *names):
+        return [float(text) if (text := rows[file, candidate][name]) else None for name in names]
+
+    found = numbers("bench.json", "ours, fuse", "ms", "low", "high", "MiB")
+    assert found == [20.0625, 0.9 * 20.0625, 1.2 * 20.0625, 200.625]
+    assert numbers("ops.json", "ours", "ms", "MiB", "GFLOP/s", "GB/s") == [4.25, 3.5, 0.5 / 0.00425, 0.02 / 0.00425]
+    assert numbers("measured.json", "ours, drop-in", "ms", "low", "high", "MiB") == [20.5, None, None, 1024]
+    assert rows["measured.json", "eager, channels last"]["result"] == "WRONG"
+    assert rows["predicted.json", "torch.compile"]["result"] == "predicted"
 
 
 def test_what_is_said(every):
@@ -132,7 +137,21 @@ def test_predictions_are_said_to_be_no_measurements(tmp_path):
     (file,) = files.write(tmp_path, model=files.predicted())
     text = page(read_all([Path(file)]))
     assert "Predicted, not measured" in text and "results are wrong" not in text
-    assert all(row[13] == "predicted" for row in figures(text))
+    assert all(row["result"] == "predicted" for row in figures(text))
+
+
+def test_a_gpu_chart_shows_graphs_of_every_candidate(tmp_path):
+    """By a mark of their own, which the legend names: ours is not set with a graph beside peers without."""
+    (file,) = files.write(tmp_path, model=files.predicted())
+    text = page(read_all([Path(file)]))
+    times = {row["candidate"]: float(row["ms"]) for row in figures(text)}
+    assert times["torch.compile"] == 7.5 and times["torch.compile, CUDA graph"] == 7.0
+    (chart,) = re.findall(r"<figure.*?</figure>", text)
+    marks = re.findall(r'<(circle|rect) [^>]*class="(\w+) hollow"', chart)
+    assert sorted(marks) == sorted((mark, kind) for mark in ("circle", "rect") for kind in ("ours", "peer", "second"))
+    for kind, said in (("round", "launch by launch"), ("square", "as a CUDA graph")):
+        assert f'<span class="key {kind}">{said}</span>' in chart
+    assert ">batch 32</text>" in chart
 
 
 def test_every_chart_has_an_alternative(recorded, every):
@@ -188,9 +207,9 @@ def test_wrong_and_failed_are_shown(tmp_path):
     del rows[-1]["error"]
     (file,) = files.write(tmp_path, bench=files.bench(rows))
     text = page(read_all([Path(file)]))
-    shown = {row[4]: row for row in figures(text)}
-    assert shown["torch.compile"][5:8] == ["", "", ""] and shown["torch.compile"][13] == "WRONG"
-    assert shown["ONNX Runtime"][13] == "failed: RuntimeError: &lt;no&gt; such op"
+    shown = {row["candidate"]: row for row in figures(text)}
+    assert [shown["torch.compile"][n] for n in ("ms", "low", "high", "result")] == ["", "", "", "WRONG"]
+    assert shown["ONNX Runtime"]["result"] == "failed: RuntimeError: &lt;no&gt; such op"
     assert "torch.compile WRONG; ONNX Runtime failed" in text and "1 of 5</strong>" in text
 
 
@@ -246,6 +265,12 @@ BROKEN = {
     "negative": (files.bench([files.bench_row("eager", -1.0)]), "median_ms must be above 0, got -1.0"),
     "word": (files.models(ours_ms="fast"), "could not convert string to float: 'fast'"),
     "untimed": (files.bench([files.bench_row("eager", None)]), "eager on mobilevitv3_s is right with median_ms None"),
+    "op": (files.models() | {"op": "something"}, "op 'something' is none of networks, training, models"),
+    "surrogate": (files.bench([files.bench_row("eager", 1.0, network="\ud800")]), "a lone surrogate"),
+    "deep": ("[" * 100_000, "is nested too deeply"),
+    "large": (" " * 20_000_001, "has more than 20 MB"),
+    "threads": (files.bench(files.bench_rows(), threads=-1), "must be a number of at least 1, got -1"),
+    "batch": (files.bench([files.bench_row("eager", 1.0, batch=10**400)]), "batch must be a whole number"),
     "foreign": ({"machine_info": {}, "benchmarks": [{"stats": {}, "extra_info": {}, "group": None}]}, "is not whole"),
 }
 
@@ -318,6 +343,127 @@ def test_outputs_that_cannot_be(tmp_path, capsys, monkeypatch):
     assert main(["report", file, *arguments]) == 1
     assert "needs Chromium" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize("name", ["in.json", "link.json", "hard.json", "folder/../in.json"])
+def test_a_file_that_is_read_is_not_replaced(name, tmp_path, capsys):
+    """By whatever name the output has it."""
+    first, other = files.write(tmp_path, first=files.bench(files.bench_rows()), **{"in": files.models()})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.json").symlink_to(other)
+    (tmp_path / "hard.json").hardlink_to(other)
+    before = Path(other).read_bytes()
+    assert refusal(["report", first, other, "--output", str(tmp_path / name)]) == 2
+    assert "which is to be read" in capsys.readouterr().err
+    assert refusal(["report", first, str(tmp_path / name), "--output", other]) == 2
+    assert Path(other).read_bytes() == before and (tmp_path / "link.json").is_symlink()
+
+
+def test_only_a_page_is_replaced(tmp_path, capsys):
+    (file,) = files.write(tmp_path, bench=files.bench(files.bench_rows()))
+    precious = tmp_path / "precious.json"
+    precious.write_text("{}")
+    assert refusal(["report", file, "--output", str(precious)]) == 2
+    assert "is no page of mvit3 report" in capsys.readouterr().err and precious.read_text() == "{}"
+    os.mkfifo(tmp_path / "pipe.html")
+    assert refusal(["report", file, "--output", str(tmp_path / "pipe.html")]) == 2
+    assert "is no ordinary file" in capsys.readouterr().err
+    (tmp_path / "pipe.html").unlink()
+    for name in ("page", "page", "a.html", "a.html"):  # new, and again
+        assert main(["report", file, "--output", str(tmp_path / name)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"bench.json", "precious.json", "page", "a.html"}
+
+
+def refusal(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file's name is text")
+def test_a_file_name_may_be_any_bytes(tmp_path, capsys):
+    file = Path(os.fsdecode(os.fsencode(tmp_path / "x") + b"\xff.json"))
+    file.write_text(json.dumps(files.bench(files.bench_rows())))
+    output = file.with_suffix(".html")
+    assert main(["report", str(file), "--output", str(output)]) == 0
+    assert "x\ufffd.html" in capsys.readouterr().out and "x\ufffd.json" in output.read_text(encoding="utf-8")
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(files.bench(files.bench_rows())), encoding="utf-8-sig")
+    assert len(read_all([path])[0].figures) == 4
+
+
+def test_known_ops_are_those_that_are_measured():
+    names = {path.stem.removeprefix("bench_") for path in (RECORDED[0].parents[1]).glob("bench_*.py")}
+    assert set(OPS) == names - {"data", "training", *NETWORKS}
+
+
+def test_long_names_are_cut_in_charts(tmp_path):
+    name = "n" * 5000
+    rows = [files.bench_row(c, 10.0, network=name) for c in ("ours", "eager", name)]
+    (file,) = files.write(tmp_path, bench=files.bench(rows))
+    text = page(read_all([Path(file)]))
+    (card, *_) = re.findall(r"<figure.*?</figure>", text)
+    chart = card.partition("<details>")[0]
+    assert len(chart) < 20_000 and "…" in chart and name in {row["candidate"] for row in figures(text)}
+    assert max(len(t) for t in re.findall(r"<text[^>]*>(.*?)</text>", chart)) <= 20
+    gpu = files.predicted()
+    for row in gpu["rows"]:
+        row["network"] = name
+    (file,) = files.write(tmp_path, gpu=gpu)
+    (card, *_) = re.findall(r"<figure.*?</figure>", page(read_all([Path(file)])))
+    assert max(len(t) for t in re.findall(r"<text[^>]*>(.*?)</text>", card)) <= 26
+
+
+def test_our_own_network_beside_a_fused_host_is_not_compared(tmp_path):
+    """Ours is `fuse` of the host's network."""
+    row = {"network": "timm/mobilevit_s", "work": "inference", "batch": 1, "side": 256}
+    row |= {"eager_nchw_ms": 30.0, "fused_ms": 20.0, "own_ms": 10.0}
+    (file,) = files.write(tmp_path, hosts={"schema": 1, "op": "hosts", "machine": files.MACHINE, "rows": [row]})
+    text = page(read_all([Path(file)]))
+    assert "1.50× as fast as the best peer: eager" in text and "3.00×" not in text
+    assert '<span class="key own">our own network: beside, not compared</span>' in text
+    assert [e[1]["data-whose"] for e in Page(text).all("tr") if "data-whose" in e[1]] == ["peer", "ours", "own"]
+    (file,) = files.write(tmp_path, bench=files.bench(files.bench_rows()))
+    assert "our own network" not in page(read_all([Path(file)]))
+
+
+def test_the_headline_of_memory_names_its_peer(tmp_path):
+    def said(**memory):
+        rows = [
+            files.bench_row(c, 10.0, work="training", memory_mib=mib, dtype=("float32", "bfloat16")["bf" in c])
+            for c, mib in memory.items()
+        ]
+        (file,) = files.write(tmp_path, bench=files.bench(rows))
+        return re.findall(r"<strong>(\d+%)</strong><span>(.*?)</span>", page(read_all([Path(file)])))
+
+    eager = "of eager PyTorch&#x27;s memory in training (eager, channels last): median of 1"
+    assert said(eager_channels_last=100.0, ours=33.0, ours_bfloat16=10.0) == [("33%", eager)]
+    both = "of the memory of the peer that needs least (eager, torch.compile) in training: median of 1"
+    assert said(eager=100.0, compile=50.0, ours=25.0) == [("50%", both)]
+    assert said(ours=25.0) == []
+
+
+def test_only_what_is_there_is_explained(tmp_path):
+    (bench,) = files.write(tmp_path, bench=files.bench(files.bench_rows()))
+    (models,) = files.write(tmp_path, models=files.models())
+    with_range, without = page(read_all([Path(bench)])), page(read_all([Path(models)]))
+    assert "a thin line" in with_range and "low and high are" in with_range
+    assert "a thin line" not in without and "low and high are" not in without and "percentile" not in without
+    assert list(figures(with_range)[0])[:3] == list(figures(without)[0])[:3] == ["what", "candidate", "ms"]
+    assert "low" in figures(with_range)[0] and not {"low", "GB/s", "of floor"} & figures(without)[0].keys()
+
+
+def test_one_of_a_thing(tmp_path):
+    op = {"shape": "8x128", "eager_ms": 2.0, "ours_ms": 1.0, "of_floor": 0.5}
+    document = {"schema": 1, "op": "pointwise", "machine": files.MACHINE | {"threads": 1}, "rows": [op]}
+    names = files.write(tmp_path, op=document)
+    text = page(read_all([Path(names[0])]))
+    assert "2 figures from 1 file; a CPU, 1 thread<" in text and "over 1 shape<" in text
+    assert not re.findall(r"\b1 (?:threads|files|shapes|figures|rows|comparisons)\b", text)
 
 
 def test_it_loads_no_torch(tmp_path):

@@ -11,10 +11,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
+from .text import LONGEST, cut
+
 WIDTH = 344
 LABELS, VALUES = 128, 62  # columns of a bar chart, left and right of the bars
 ROW = 22
+LONG = 26  # letters of a label of a row of dots
 LETTER = 6.4  # width of a letter of the text, but for capitals
+NAME = int(LABELS / LETTER)  # letters of a label beside a bar or a line
 LEVELS = {"ours": -4, "peer": 0, "second": 4}
 
 
@@ -29,7 +33,7 @@ def short(value: float) -> str:
 
 
 def image(height: float, text: str, parts: Iterable[str], width: int = WIDTH) -> str:
-    said = escape(text, quote=True)
+    said = escape(cut(text, 20 * LONGEST), quote=True)
     inside = "".join(parts)
     size = f'viewBox="0 0 {width} {height:g}" width="{width}" height="{height:g}"'
     return f'<svg {size} role="img" aria-label="{said}">{inside}</svg>'
@@ -43,9 +47,14 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
-def dot(x: float, y: float, kind: str, title: str, hollow: bool = False) -> str:
-    kind = f"{kind} hollow" if hollow else kind
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{kind}"><title>{escape(title)}</title></circle>'
+def dot(x: float, y: float, kind: str, title: str, hollow: bool = False, square: bool = False) -> str:
+    kind, said = f"{kind} hollow" if hollow else kind, f"<title>{escape(cut(title))}</title>"
+    if square:  # on its corner
+        return (
+            f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" transform="rotate(45 {x:.1f} {y:.1f})" '
+            f'class="{kind}">{said}</rect>'
+        )
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{kind}">{said}</circle>'
 
 
 class Bar(NamedTuple):
@@ -54,7 +63,7 @@ class Bar(NamedTuple):
     label: str
     value: float | None
     text: str
-    kind: str  # "ours" or "peer"
+    kind: str  # "ours", "peer", or "own": not compared
     low: float | None = None
     high: float | None = None
 
@@ -67,12 +76,12 @@ def bars(rows: Sequence[Bar], text: str) -> str:
     parts = []
     for i, row in enumerate(rows):
         top = i * ROW
-        parts.append(words(0, top + 15, row.label, "strong" if row.kind == "ours" else ""))
+        parts.append(words(0, top + 15, cut(row.label, NAME), "strong" if row.kind == "ours" else ""))
         if row.value is None:
-            parts.append(words(left, top + 15, row.text, "wrong"))
+            parts.append(words(left, top + 15, cut(row.text, 2 * NAME), "wrong"))
             continue
         length = max(row.value * scale, 1)
-        title = f"<title>{escape(f'{row.label}: {row.text}')}</title>"
+        title = f"<title>{escape(f'{cut(row.label)}: {row.text}')}</title>"
         parts.append(f'<rect x="{left}" y="{top + 4}" width="{length:.1f}" height="14" rx="2" class="{row.kind}">')
         parts.append(f"{title}</rect>")
         if row.low is not None and row.high is not None:
@@ -110,13 +119,15 @@ class Dot(NamedTuple):
     kind: str
     title: str
     hollow: bool = False
+    square: bool = False
 
 
 def strip(rows: Sequence[tuple[str, Sequence[Dot]]], text: str, unit: str, mark: float | None = None) -> str:
     """A line of dots for each label, on a common logarithmic axis; `mark` is a line through all of them. Dots of
-    several kinds lie a little above each other."""
+    several kinds lie a little above each other; a label without dots is the heading of those below it."""
+    rows = [(cut(label, LONG), dots) for label, dots in rows]
     values = [d.value for _, dots in rows for d in dots] + ([mark] if mark else [])
-    left, bottom = max(len(label) for label, _ in rows) * LETTER + 14, ROW * len(rows) + 4
+    left, bottom = max(len(label) for label, dots in rows if dots) * LETTER + 14, ROW * len(rows) + 4
     base = 2.0 if max(values) / min(values) < 8 else 10.0  # a decade would be mostly empty
     axis = Log(values, left, WIDTH - 12, base)
     several = len({d.kind for _, dots in rows for d in dots}) > 1
@@ -126,8 +137,8 @@ def strip(rows: Sequence[tuple[str, Sequence[Dot]]], text: str, unit: str, mark:
     if mark:
         parts.append(line(axis(mark), 0, axis(mark), bottom, "mark"))
     for i, (label, dots) in enumerate(rows):
-        parts.append(words(0, ROW * i + 16, label))
-        parts += [dot(axis(d.value), ROW * i + 12 + several * LEVELS[d.kind], d.kind, d.title, d.hollow) for d in dots]
+        parts.append(words(0, ROW * i + 16, label, "" if dots else "strong over"))
+        parts += [dot(axis(d.value), ROW * i + 12 + several * LEVELS[d.kind], *d[1:]) for d in dots]
     return image(bottom + 36, text, parts)
 
 
@@ -165,7 +176,7 @@ def lines(series: Sequence[Series], text: str, across: str, up: str) -> str:
         parts.append(f'<polyline points="{path}" class="{s.kind} path"/>')
         parts += [dot(x(a), y(b), s.kind, f"{s.label}: {short(a)}, {b:.4g}") for a, b in s.points]
         parts.append(line(x(s.points[-1][0]) + 5, y(s.points[-1][1]), right + 4, end, "grid"))
-        parts.append(words(right + 7, end + 4, s.label, "strong" if s.kind == "ours" else ""))
+        parts.append(words(right + 7, end + 4, cut(s.label, NAME - 1), "strong" if s.kind == "ours" else ""))
     return image(bottom + 38, text, parts)
 
 

@@ -6,14 +6,15 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import Failure
 from ..options import UsageError
 from .browser import browser, chromium
-from .page import page
-from .reading import read_all
+from .page import TITLE, page
+from .reading import read_all, shown
 from .sections import agreement
 
 PAGE = "report.html"
@@ -43,7 +44,11 @@ def report(args: argparse.Namespace) -> int:
         raise UsageError(f"--output {output} is a folder")
     if folder and folder.exists() and not folder.is_dir():
         raise UsageError(f"--png {folder} is a file; it must be a folder")
-    sources = read_all([Path(name) for name in args.files])
+    files = [Path(name) for name in args.files]
+    for written in [output, *(folder / shot.name for shot in SHOTS if folder)]:
+        spare(written, files)
+    replaceable(output)
+    sources = read_all(files)
     text = page(sources)
     taken = pictures(text) if folder else {}
     replace(output, text.encode())
@@ -51,8 +56,8 @@ def report(args: argparse.Namespace) -> int:
         replace(folder / name, picture)
     twice = agreement(sources)
     told = {
-        "page": str(output),
-        "pictures": [str(folder / name) for name in taken],
+        "page": shown(str(output)),
+        "pictures": [shown(str(folder / name)) for name in taken],
         "figures": {source.file: len(source.figures) for source in sources},
         "twice": list(twice.notes) if twice else [],
     }
@@ -61,6 +66,28 @@ def report(args: argparse.Namespace) -> int:
     else:
         print("\n".join([*told["twice"], told["page"], *told["pictures"]]))
     return 0
+
+
+def spare(output: Path, files: Sequence[Path]) -> None:
+    """UsageError where this would be written over a file that is read, by whatever name."""
+    for file in files:
+        same = output.resolve() == file.resolve()
+        if same or (output.exists() and file.exists() and output.samefile(file)):
+            raise UsageError(f"{output} would replace {file}, which is to be read")
+
+
+def replaceable(output: Path) -> None:
+    """UsageError where a file is there that is no page."""
+    if not output.exists():
+        return
+    if not output.is_file():
+        raise UsageError(f"--output {output} is no ordinary file")
+    if output.suffix.lower() in (".html", ".htm"):
+        return
+    with output.open("rb") as file:
+        begin = file.read(1000)
+    if f"<title>{TITLE}</title>".encode() not in begin:
+        raise UsageError(f"--output {output} is there and is no page of mvit3 report; name a new file or one in .html")
 
 
 def pictures(text: str) -> dict[str, bytes]:
@@ -80,6 +107,7 @@ def pictures(text: str) -> dict[str, bytes]:
 def replace(path: Path, content: bytes) -> None:
     """Whoever reads finds the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with tempfile.TemporaryDirectory(prefix=".mvit3-", dir=path.parent) as folder:  # no file of that name is there
+        part = Path(folder) / "part"
+        part.write_bytes(content)
+        os.replace(part, path)

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from importlib import resources
 
 from .reading import Figure, Source
 from .sections import Block, Card, Section, conditions, headlines, label, sections
+from .text import count, cut
 
 TITLE = "MobileViT kernels, measured"
 DARK = ':root[data-theme="dark"]'
 KINDS = {"network": "networks", "op": "single ops", "gpu": "on a GPU"}
-# Columns of the table of all figures: heading, whether its cells are numbers.
-COLUMNS = (
-    ("what", False),
-    ("work", False),
-    ("case", False),
-    ("dtype", False),
-    ("candidate", False),
-    ("ms", True),
-    ("low", True),
-    ("high", True),
-    ("MiB", True),
-    ("GFLOP/s", True),
-    ("GB/s", True),
-    ("of floor", True),
-    ("error", True),
-    ("result", False),
-    ("file", False),
+NOTES = (  # on columns, where they are there
+    ("low", "low and high are the 20th and 80th percentile, of pytest-benchmark the quartiles"),
+    ("error", "errors are shares of the norm"),
 )
+Column = tuple[str, Callable[[Figure], str | float | None], str]
+# Columns of the table of all figures: heading, what it shows, the form of a number or "" of text.
+COLUMNS: tuple[Column, ...] = (
+    ("what", lambda f: f.name, ""),
+    ("candidate", lambda f: label(f.candidate, f.kind), ""),
+    ("ms", lambda f: f.ms, ".3f"),
+    ("work", lambda f: f.work, ""),
+    ("case", lambda f: f.case, ""),
+    ("dtype", lambda f: f.dtype, ""),
+    ("low", lambda f: f.low, ".3f"),
+    ("high", lambda f: f.high, ".3f"),
+    ("MiB", lambda f: f.memory_mib, ".1f"),
+    ("GFLOP/s", lambda f: f.gflop_s, ".1f"),
+    ("GB/s", lambda f: f.gb_s, ".1f"),
+    ("of floor", lambda f: f.of_floor, ".3f"),
+    ("error", lambda f: f.error, ".1e"),
+    ("result", lambda f: f.result, ""),
+    ("file", lambda f: f.file, ""),
+)
+WRAPPED = ("what", "candidate", "case", "result")  # where names may be long
 
 
 def asset(name: str) -> str:
@@ -60,8 +67,8 @@ def card(one: Card) -> str:
     keys = "".join(f'<span class="key {kind}">{escape(text)}</span>' for kind, text in one.keys)
     says = f"<p class=says>{escape(one.says)}</p>" if one.says else ""
     return (
-        f'<figure class="card"><figcaption><h4>{escape(one.title)}</h4><p>{escape(one.note)}</p>{says}</figcaption>'
-        f"{one.chart}{f'<p class=legend>{keys}</p>' if keys else ''}"
+        f'<figure class="card"><figcaption><h4>{escape(cut(one.title))}</h4><p>{escape(cut(one.note))}</p>{says}'
+        f"</figcaption>{one.chart}{f'<p class=legend>{keys}</p>' if keys else ''}"
         f"<details><summary>Figures</summary>{table(one.head, one.rows, one.title)}</details></figure>"
     )
 
@@ -80,27 +87,20 @@ def section(one: Section) -> str:
     return "".join([*parts, "</section>"])
 
 
-def figure_row(f: Figure) -> str:
+def figure_row(f: Figure, columns: Sequence[Column]) -> str:
     """A row of the table of all figures; `data-v` of a cell is the number in the file."""
-    texts = (f.name, f.work, f.case, f.dtype, label(f.candidate, f.kind))
-    numbers = (
-        (f.ms, ".3f"),
-        (f.low, ".3f"),
-        (f.high, ".3f"),
-        (f.memory_mib, ".1f"),
-        (f.gflop_s, ".1f"),
-        (f.gb_s, ".1f"),
-        (f.of_floor, ".3f"),
-        (f.error, ".1e"),
-    )
-    cells = [f"<td>{escape(text)}</td>" for text in texts]
-    cells += [
-        "<td class=n></td>" if value is None else f'<td class=n data-v="{value!r}">{value:{form}}</td>'
-        for value, form in numbers
-    ]
-    bad = ' class="wrong"' if f.ms is None or f.result == "WRONG" else ""
-    cells += [f"<td{bad}>{escape(f.result)}</td>", f"<td>{escape(f.file)}</td>"]
-    return f'<tr data-kind="{f.kind}" data-ours="{"yes" if f.ours else "no"}">{"".join(cells)}</tr>'
+    cells = []
+    for name, of, form in columns:
+        value = of(f)
+        if form:
+            there = value is not None
+            cells.append(f'<td class=n data-v="{value!r}">{value:{form}}</td>' if there else "<td class=n></td>")
+        else:
+            bad = name == "result" and (f.ms is None or f.result == "WRONG")
+            kinds = " ".join(["wrong"] * bad + [name] * (name in WRAPPED))
+            cells.append(f'<td class="{kinds}">{escape(value)}</td>' if kinds else f"<td>{escape(value)}</td>")
+    work = escape(f.work, quote=True)
+    return f'<tr data-kind="{f.kind}" data-work="{work}" data-whose="{f.whose}">{"".join(cells)}</tr>'
 
 
 def select(name: str, text: str, options: Sequence[tuple[str, str]]) -> str:
@@ -112,30 +112,41 @@ def all_figures(sources: Sequence[Source]) -> str:
     figures = sorted((f for source in sources for f in source.figures), key=lambda f: list(KINDS).index(f.kind))
     there = [(kind, text) for kind, text in KINDS.items() if any(f.kind == kind for f in figures)]
     works = [(work, work) for work in dict.fromkeys(f.work for f in figures)]
-    whose = [("", "all"), ("yes", "ours"), ("no", "peers")]
+    found = {f.whose for f in figures}
+    whose = [("", "all"), ("ours", "ours"), ("peer", "peers"), ("own", "our own network")]
+    whose = [(one, text) for one, text in whose if not one or one in found]
+    columns = [column for column in COLUMNS if any(column[1](f) not in (None, "") for f in figures)]
+    names = [column[0] for column in columns]
     heads = "".join(
-        f'<th scope="col" aria-sort="none"{" class=n" if n else ""}><button type="button">{escape(text)}</button></th>'
-        for text, n in COLUMNS
+        f'<th scope="col" aria-sort="none"{" class=n" * bool(form)}><button type="button">{escape(text)}</button></th>'
+        for text, _, form in columns
     )
+    notes = "; ".join(["A heading sorts", *(text for name, text in NOTES if name in names)])
     return (
-        '<section id="figures"><h2>All figures</h2><p class=lead>A heading sorts; low and high are the 20th and 80th '
-        "percentile, of pytest-benchmark the quartiles. Errors are shares of the norm.</p>"
+        f'<section id="figures"><h2>All figures</h2><p class=lead>{notes}. '
+        "Where it is wider than the page, the table scrolls sideways.</p>"
         '<form class="filters" role="search"><label>Containing <input id="words" type="search" '
         'placeholder="mobilevitv3_s fuse" autocomplete="off"></label>'
         f"{select('kind', 'Of', [('', 'everything'), *there])}{select('work', 'Work', [('', 'all'), *works])}"
-        f"{select('ours', 'Whose', whose)}"
-        f'<output id="count">{len(figures)} of {len(figures)} rows</output></form>'
+        f"{select('whose', 'Whose', whose)}"
+        f'<output id="count">{len(figures)} of {count(len(figures), "row")}</output></form>'
         '<div class="scroll tall" tabindex="0" role="region" aria-label="All figures"><table id="all">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(map(figure_row, figures))}</tbody></table></div></section>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(figure_row(f, columns) for f in figures)}</tbody>"
+        "</table></div></section>"
     )
 
 
 def files(sources: Sequence[Source]) -> str:
     rows = [
-        (s.file, s.what, str(len(s.figures)), "; ".join(said for said in (conditions(s.machine), s.remark) if said))
+        (
+            s.file,
+            s.what,
+            count(len(s.figures), "figure"),
+            "; ".join(said for said in (conditions(s.machine), s.remark) if said),
+        )
         for s in sources
     ]
-    inside = table(("file", "written by", "figures", "machine"), rows, "Files")
+    inside = table(("file", "written by", "holds", "machine"), rows, "Files")
     return f'<section id="files"><h2>Files</h2><p class=lead>What this page was made from.</p>{inside}</section>'
 
 
@@ -148,10 +159,9 @@ def page(sources: Sequence[Source]) -> str:
         f"<div class=tile><strong>{escape(value)}</strong><span>{escape(text)}</span></div>"
         for value, text in headlines(sources)
     )
-    machines = dict.fromkeys(
-        f"{s.machine['cpu']}, {s.machine['threads']} threads" for s in sources if s.machine.get("cpu")
-    )
-    said = f"{sum(len(s.figures) for s in sources)} figures from {len(sources)} files"
+    facts = [{name: s.machine.get(name) for name in ("cpu", "threads")} for s in sources if s.machine.get("cpu")]
+    machines = dict.fromkeys(map(conditions, facts))
+    said = f"{count(sum(len(s.figures) for s in sources), 'figure')} from {count(len(sources), 'file')}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{TITLE}</title>'

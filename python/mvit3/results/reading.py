@@ -7,18 +7,21 @@ takes a whole file or none of it: what is not understood is an error that names 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import Failure
+from .text import count, cut
 
 ALLOWED = (
     "allowed are results of `mvit3 bench --output`, those in benchmarks/results, and those of "
     "`pytest benchmarks/ --benchmark-json`"
 )
 LARGEST = 1e15
+BYTES = 20_000_000  # of a file
 SCHEMA = 1  # of bench/measure.py
 NETWORKS = ("models", "dense", "hosts")  # documents with a row for each network and a column for each candidate
 # Candidates that have two names.
@@ -28,11 +31,25 @@ SAME = {
     "fused": "ours_fused",
 }
 NO_CANDIDATE = ("floor", "mm")  # columns of milliseconds that are limits
+# What bench_<op>.py measures.
+OPS = (
+    "batch_norm_act",
+    "conv3x3",
+    "depthwise_conv",
+    "dropout",
+    "feed_forward",
+    "inverted_residual",
+    "patch_attention",
+    "pointwise",
+    "separable_attention",
+    "upsample",
+)
 # Columns of an op's row that say what was found, not what was done.
 FOUND = ("mode", "dtype", "op", "ratio", "best_ratio", "of_floor", "of_copy", "gflop_s", "gb_s", "error", "runs")
 ORDER = ("mvit3 bench", "bench_models.py", "bench_hosts.py", "bench_dense.py", "bench_training.py")
-# What the model of a GPU calls a candidate, and how it is measured.
-PREDICTED = {"eager": "eager_channels_last", "compile": "compile", "ours": "ours", "ours_graph": "ours_graph"}
+# What the model of a GPU calls a candidate, and what that is called where it is measured; then as a CUDA graph.
+PREDICTED = {"eager": "eager_channels_last", "compile": "compile", "ours": "ours"}
+GRAPHS = {name: f"{name}_graph" for name in PREDICTED}
 Row = Mapping[str, Any]
 
 
@@ -74,12 +91,26 @@ class Figure:
                 raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
         for name in ("batch", "side"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise TypeError(f"{name} must be a number of at least 1, got {value!r}")
+            if value is not None and not whole(value):
+                raise TypeError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     @property
     def ours(self) -> bool:
-        return self.candidate.startswith(("ours", "own"))
+        return self.candidate.startswith("ours")
+
+    @property
+    def own(self) -> bool:
+        """This library's network of a host's name: beside `fuse` of the host's, neither that nor a peer."""
+        return self.candidate == "own"
+
+    @property
+    def whose(self) -> str:
+        return "ours" if self.ours else "own" if self.own else "peer"
+
+    @property
+    def graph(self) -> bool:
+        """Whether its launches are one CUDA graph."""
+        return self.candidate.endswith("_graph")
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -103,13 +134,18 @@ class Source:
         for name in ("cpu", "device", "instruction_set", "torch", "revision", "load_average"):
             if not isinstance(self.machine.get(name), str | int | float | None):
                 raise TypeError(f"{name} of the machine must be a word or a number, got {self.machine[name]!r}")
-        if type(self.machine.get("threads", 1)) not in (int, type(None)):
-            raise TypeError(f"threads of the machine must be a number, got {self.machine['threads']!r}")
+        threads = self.machine.get("threads")
+        if threads is not None and not whole(threads):
+            raise TypeError(f"threads of the machine must be a number of at least 1, got {threads!r}")
         for name in ("copy_gb_s", "mm_gflop_s"):
             positive(self.machine, name)
         for name, value in (("device", self.machine.get("device", "")), ("what", self.remark)):
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be text, got {value!r}")
+
+
+def whole(value: object) -> bool:
+    return type(value) is int and 1 <= value < LARGEST
 
 
 def number(row: Row, name: str) -> float | None:
@@ -128,6 +164,8 @@ def positive(row: Row, name: str) -> float | None:
     value = number(row, name)
     if value is not None and value <= 0:
         raise ValueError(f"{name} must be above 0, got {value}")
+    if value is not None and value < 1 / LARGEST:
+        raise ValueError(f"{name} must be at least {1 / LARGEST:g}, got {value}")
     return value
 
 
@@ -277,22 +315,24 @@ def of_results(file: str, document: Row) -> Source:
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']}, known is {SCHEMA}")
     op, rows, machine = document["op"], document["rows"], document["machine"]
-    whole = {"networks": of_bench, "training": of_training, **dict.fromkeys(NETWORKS, of_networks)}
-    figures = whole[op](file, rows, machine) if op in whole else of_op(file, rows, machine, op)
+    networks = {"networks": of_bench, "training": of_training, **dict.fromkeys(NETWORKS, of_networks)}
+    if op not in networks and op not in OPS:
+        raise ValueError(f"op {op!r} is none of {', '.join([*networks, *OPS])}")
+    figures = networks[op](file, rows, machine) if op in networks else of_op(file, rows, machine, op)
     what = {"networks": "mvit3 bench", "training": "bench_training.py", **{n: f"bench_{n}.py" for n in NETWORKS}}
     return Source(file, what.get(op, f"bench_{op}.py"), machine, tuple(figures))
 
 
 def of_model(file: str, document: Row) -> Source:
-    """Predictions of benchmarks/gpu_model. A CUDA graph of ours is a candidate of its own."""
+    """Predictions of benchmarks/gpu_model. The CUDA graph of each candidate is one of its own."""
     figures = []
     for row in document["rows"]:
         work = {"train": "training", "infer": "inference"}[row["mode"]]
         case, named = f"batch {row['batch']} at 256", (file, "gpu", row["network"], work)
         more = {"batch": row["batch"], "side": 256, "dtype": "bfloat16", "result": "predicted"}
         figures.append(Figure(*named, case, PREDICTED[row["candidate"]], positive(row, "predicted_ms"), **more))
-        if row["candidate"] == "ours":
-            figures.append(Figure(*named, case, "ours_graph", positive(row, "graph_ms"), **more))
+        if row.get("graph_ms") is not None:
+            figures.append(Figure(*named, case, GRAPHS[row["candidate"]], positive(row, "graph_ms"), **more))
     machine = {"device": document["device"], "torch": document["torch"]}
     return Source(file, "benchmarks/gpu_model", machine, tuple(figures), document["what"])
 
@@ -303,7 +343,7 @@ def of_kernels(file: str, document: Row) -> Source:
         file,
         "benchmarks/gpu_model",
         machine,
-        remark=f"{len(document['kernels'])} compiled kernels, for its predictions",
+        remark=f"{count(len(document['kernels']), 'compiled kernel')}, for its predictions",
     )
 
 
@@ -331,7 +371,8 @@ def of_gpu(file: str, document: Row) -> Source:
                 )
             )
     facts = document["facts"]
-    remark = "" if figures else f"{len(document['rows'])} rows of the piece {piece}, which the page does not show"
+    rows = count(len(document["rows"]), "row")
+    remark = "" if figures else f"{rows} of the piece {piece}, which the page does not show"
     return Source(file, "benchmarks/gpu_all.sh", facts, tuple(figures), remark)
 
 
@@ -345,33 +386,53 @@ KINDS: tuple[tuple[set[str], Callable[[str, Row], Source]], ...] = (
 )
 
 
-def read(path: Path, name: str) -> Source:
-    """The figures of a file, under a short name. Failure where it is none of those kinds or not whole."""
+def parsed(path: Path) -> object:
+    """What a JSON file holds. Failure where it is none, larger than BYTES, or holds text that cannot be written."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN: not measured
+        with path.open("rb") as file:
+            content = file.read(BYTES + 1)  # which ends for a device too
+        if len(content) > BYTES:
+            raise Failure(f"{path} has more than {BYTES / 1e6:.0f} MB; {ALLOWED}")
+        document = json.loads(content.decode("utf-8-sig"), parse_constant=lambda _: None)  # NaN: not measured
+        json.dumps(document, ensure_ascii=False).encode()
     except OSError as error:
         raise Failure(f"{path}: {error.strerror}") from None
+    except RecursionError:
+        raise Failure(f"{path} is nested too deeply; {ALLOWED}") from None
+    except UnicodeEncodeError:  # JSON can name the halves of a character one by one
+        raise Failure(f"{path} holds half of a character, a lone surrogate; {ALLOWED}") from None
     except ValueError:
         raise Failure(f"{path} is not JSON; {ALLOWED}") from None
+    return document
+
+
+def read(path: Path, name: str) -> Source:
+    """The figures of a file, under a short name. Failure where it is none of those kinds or not whole."""
+    document = parsed(path)
     reader = next((read for has, read in KINDS if isinstance(document, dict) and has <= document.keys()), None)
     if reader is None:
         raise Failure(f"{path} is no file of benchmark results; {ALLOWED}")
     try:
         source = reader(name, document)
     except KeyError as error:
-        raise Failure(f"{path} is not whole: {error} is missing in a row; {ALLOWED}") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise Failure(f"{path} is not whole: {error}; {ALLOWED}") from None
+        raise Failure(f"{path} is not whole: {cut(str(error))} is missing in a row; {ALLOWED}") from None
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise Failure(f"{path} is not whole: {cut(str(error))}; {ALLOWED}") from None
     if not source.figures and not source.remark:
         raise Failure(f"{path} has no results")
     return source
+
+
+def shown(path: str) -> str:
+    """The name of a file as text, whatever bytes it has."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def read_all(paths: list[Path]) -> list[Source]:
     """Files by their names, or by their paths where two have the same; whole networks first, then by name."""
     paths = list(dict.fromkeys(paths))
     names = [path.name for path in paths]
-    found = [read(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths]
+    found = [read(path, shown(path.name if names.count(path.name) == 1 else str(path))) for path in paths]
 
     def place(source: Source) -> tuple[int, str]:
         return ORDER.index(source.what) if source.what in ORDER else len(ORDER), source.file

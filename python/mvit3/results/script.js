@@ -19,19 +19,19 @@
 
   const table = document.getElementById("all"), body = table.tBodies[0], rows = [...body.rows];
   const words = document.getElementById("words"), count = document.getElementById("count");
-  const chosen = ["kind", "work", "ours"].map((id) => document.getElementById(id));
+  const chosen = ["kind", "work", "whose"].map((id) => document.getElementById(id));
   const texts = rows.map((row) => row.textContent.toLowerCase());
   const filter = () => {
     const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const [kind, work, ours] = chosen.map((one) => one.value);
+    const [kind, work, whose] = chosen.map((one) => one.value);
     let shown = 0;
     rows.forEach((row, i) => {
-      const fits = (!kind || row.dataset.kind === kind) && (!work || row.cells[1].textContent === work) &&
-        (!ours || row.dataset.ours === ours) && wanted.every((word) => texts[i].includes(word));
+      const fits = (!kind || row.dataset.kind === kind) && (!work || row.dataset.work === work) &&
+        (!whose || row.dataset.whose === whose) && wanted.every((word) => texts[i].includes(word));
       row.hidden = !fits;
       shown += fits;
     });
-    count.textContent = `${shown} of ${rows.length} rows`;
+    count.textContent = `${shown} of ${rows.length} row${rows.length === 1 ? "" : "s"}`;
   };
   words.addEventListener("input", filter);
   words.form.addEventListener("submit", (event) => event.preventDefault());

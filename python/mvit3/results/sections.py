@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from . import charts
 from .charts import Bar, Dot, Roof, Series
-from .reading import PREDICTED, Figure, Source
+from .reading import GRAPHS, PREDICTED, Figure, Source
+from .text import count
 
 NAMES = {
     "eager": "eager",
@@ -22,6 +23,8 @@ NAMES = {
     "ours": "ours, drop-in",
     "ours_fused": "ours, fuse",
     "ours_graph": "ours, CUDA graph",
+    "eager_graph": "eager, CUDA graph",
+    "compile_graph": "torch.compile, CUDA graph",
     "ours_compile": "ours, compiled",
     "own": "our own network",
     "composed": "ours, in parts",
@@ -32,6 +35,14 @@ NAMES = {
 AGREES = 0.10  # how far two medians of one candidate may lie apart
 ALIKE = ("cpu", "threads", "instruction_set", "torch")  # of machines whose figures should agree
 KEYS = (("ours", "ours"), ("peer", "eager PyTorch"), ("second", "another peer"))
+OWN = ("own", "our own network: beside, not compared")
+GPU_KEYS = (
+    ("ours", "ours"),
+    ("peer", "eager, channels last"),
+    ("second", "torch.compile"),
+    ("round", "launch by launch"),
+    ("square", "as a CUDA graph"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,9 @@ class Section:
     blocks: Sequence[Block] = ()
     table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
     notes: Sequence[str] = field(default_factory=tuple)
+
+
+Known = dict[tuple[object, str], Figure]  # by what is compared and the candidate
 
 
 class Comparison(NamedTuple):
@@ -99,7 +113,7 @@ def comparisons(figures: Iterable[Figure]) -> list[Comparison]:
     """Of candidates of one piece of work, for each dtype in which there are both."""
     found = []
     for same in grouped(timed(figures), lambda f: f.dtype).values():
-        ours, peers = ([f for f in same if f.ours == mine] for mine in (True, False))
+        ours, peers = ([f for f in same if f.whose == whose] for whose in ("ours", "peer"))
         if ours and peers:
             fastest = min(ours, key=lambda f: f.ms), min(peers, key=lambda f: f.ms)
             found.append(Comparison(*fastest))
@@ -116,7 +130,7 @@ def conditions(machine: object) -> str:
     """The facts about a machine on one line."""
     facts = dict(machine)
     said = [str(facts[name]) for name in ("cpu", "device") if facts.get(name)]
-    said += [f"{facts['threads']} threads"] if facts.get("threads") else []
+    said += [count(facts["threads"], "thread")] if facts.get("threads") else []
     said += [str(facts["instruction_set"])] if facts.get("instruction_set") else []
     said += [f"torch {facts['torch']}"] if facts.get("torch") else []
     if facts.get("copy_gb_s") and facts.get("mm_gflop_s"):
@@ -137,14 +151,15 @@ def times_card(figures: list[Figure]) -> Card:
     rows, table = [], []
     for f in figures:
         text = charts.ms(f.ms) if f.ms is not None else f.result.partition(":")[0]
-        rows.append(Bar(label(f.candidate, f.kind), f.ms, text, "ours" if f.ours else "peer", f.low, f.high))
+        rows.append(Bar(label(f.candidate, f.kind), f.ms, text, f.whose, f.low, f.high))
         table.append([label(f.candidate, f.kind), f.dtype, cell(f.ms), cell(f.low), cell(f.high), f.result])
     first, found = figures[0], comparisons(figures)
     said = "; ".join(f"{row.label} {row.text}" for row in rows)
     chart = charts.bars(rows, f"Bars: milliseconds of {first.name}, {first.work}, {first.case}. {said}.")
     head = ("candidate", "dtype", "ms", "p20", "p80", "result")
     says = "; ".join(verdict(one) for one in found)
-    return Card(first.name, f"{first.work}, {first.case}", chart, head, table, says)
+    keys = [("ours", "ours"), ("peer", "peers"), OWN] if any(f.own for f in figures) else ()
+    return Card(first.name, f"{first.work}, {first.case}", chart, head, table, says, keys)
 
 
 def networks(sources: Sequence[Source]) -> Section | None:
@@ -154,8 +169,10 @@ def networks(sources: Sequence[Source]) -> Section | None:
         if figures:
             cards = [times_card(same) for same in grouped(figures, lambda f: f.key).values()]
             blocks.append(Block(source.file, f"{source.what}; {conditions(source.machine)}", cards))
-    note = "Milliseconds of a call or of a training step, medians; a thin line is from the 20th to the 80th percentile."
-    return Section("networks", "Whole networks", note, blocks) if blocks else None
+    note = "Milliseconds of a call or of a training step, medians"
+    if any(f.kind == "network" and f.low and f.high for s in sources for f in s.figures):
+        note += "; a thin line is from the 20th to the 80th percentile, where a file has them"
+    return Section("networks", "Whole networks", f"{note}.", blocks) if blocks else None
 
 
 def memory(sources: Sequence[Source]) -> Section | None:
@@ -172,7 +189,7 @@ def memory(sources: Sequence[Source]) -> Section | None:
                     label(f.candidate, f.kind),
                     max(f.memory_mib, 0),
                     f"{f.memory_mib:.0f} MiB",
-                    "ours" if f.ours else "peer",
+                    f.whose,
                 )
                 for f in same
             ]
@@ -221,12 +238,12 @@ def scaling_card(name: str, work: str, across: str, fixed: int, candidates: dict
     series, rows = [], []
     for candidate, points in candidates.items():
         if len(points) > 1:
-            kind = "ours" if candidate.startswith("ours") else "peer"
+            kind = "ours" if candidate.startswith("ours") else "own" if candidate == "own" else "peer"
             series.append(Series(label(candidate), kind, sorted(points.items())))
             rows += [[label(candidate), str(x), cell(y, 2)] for x, y in sorted(points.items())]
     if not series:
         return None
-    other = f"{fixed} threads" if across == "batch" else f"batch {fixed}"
+    other = count(fixed or 0, "thread") if across == "batch" else f"batch {fixed}"
     said = "; ".join(f"{s.label} {', '.join(f'{y:.1f} at {x}' for x, y in s.points)}" for s in series)
     text = f"Lines: images a second of {name}, {work}, {other}, over {across}. {said}."
     return Card(
@@ -284,7 +301,7 @@ def strip_card(title: str, unit: str, found: list[tuple[Figure, float]]) -> Card
     said = "; ".join(f"{row[0]} median {row[2]}, {row[3]} to {row[4]}" for row in table)
     chart = charts.strip(rows, f"Dots: {title}. {said}.", unit, mark=1.0)
     middle = statistics.median(value for _, value in found)
-    note = f"median {middle:.2f} over {len(found)} shapes"
+    note = f"median {middle:.2f} over {count(len(found), 'shape')}"
     return Card(title, note, chart, ("op", "shapes", "median", "least", "most"), table)
 
 
@@ -319,42 +336,50 @@ def gpu(sources: Sequence[Source]) -> Section | None:
     measured = {(f.key, f.candidate): f for f in figures if f.result != "predicted" and f.ms}
     cards = []
     for work in ("training", "inference"):
-        rows, table = [], []
-        for key, same in grouped((f for f in figures if f.work == work and f.ms), lambda f: (f.name, f.batch)).items():
-            dots = []
-            for f in same:
-                kind = "ours" if f.ours else "second" if f.candidate == "compile" else "peer"
-                how = "predicted" if f.result == "predicted" else "measured"
-                dots.append(
-                    Dot(f.ms, kind, f"{label(f.candidate, f.kind)} {charts.ms(f.ms)}, {how}", how == "predicted")
-                )
-            rows.append((f"{key[0]} {key[1]}", dots))
-            for candidate in PREDICTED.values():
-                at = (same[0].key, candidate)
-                guess, found = predicted.get(at), measured.get(at)
-                if guess or found:
-                    ratio = f"{guess.ms / found.ms:.2f}" if guess and found else "not measured" if guess else ""
-                    table.append(
-                        [key[0], str(key[1]), label(candidate), cell(guess and guess.ms), cell(found and found.ms)]
-                    )
-                    table[-1].append(ratio)
-        if rows:
-            state = "predicted" + ("" if measured else ", not measured")
-            said = f"Dots: milliseconds of {work} on a GPU by network and batch, {state}; the table has each."
-            chart = charts.strip(rows, said, "ms; hollow: predicted")
-            keys = (("ours", "ours"), ("peer", "eager, channels last"), ("second", "torch.compile"))
-            head = ("network", "batch", "candidate", "predicted ms", "measured ms", "predicted / measured")
-            cards.append(Card(f"{work.capitalize()}, at 256", state, chart, head, table, keys=keys))
+        chosen = [f for f in figures if f.work == work and f.ms]
+        if chosen:
+            cards.append(gpu_card(work, chosen, predicted, measured))
     both = predicted.keys() & measured.keys()
     devices = dict.fromkeys(s.machine.get("device", "") for s in sources if s.figures and s.figures[0].kind == "gpu")
     if both:
         off = statistics.median(max(r := predicted[at].ms / measured[at].ms, 1 / r) for at in both)
-        note = f"{len(both)} predictions have been measured; half of them are within a factor of {off:.2f}."
+        have = "prediction has" if len(both) == 1 else "predictions have"
+        note = f"{len(both)} {have} been measured; the median factor between the two is {off:.2f}."
     elif predicted:
         note = "Predicted, not measured: a model of the compiled kernels, whose error is not known."
     else:
         note = "Measured."
     return Section("gpu", "On a GPU", f"{note} {', '.join(devices)}.", [Block("", "", cards)])
+
+
+def gpu_card(work: str, figures: list[Figure], predicted: Known, measured: Known) -> Card:
+    """Rows of dots below the name of each network, one for each batch."""
+    rows, table = [], []
+    for name, of_network in grouped(figures, lambda f: f.name).items():
+        rows.append((name, []))
+        for batch, same in grouped(of_network, lambda f: f.batch).items():
+            rows.append((f"batch {batch}", [gpu_dot(f) for f in same]))
+            for candidate in (*PREDICTED.values(), *GRAPHS.values()):
+                at = (same[0].key, candidate)
+                guess, found = predicted.get(at), measured.get(at)
+                if guess or found:
+                    ratio = f"{guess.ms / found.ms:.2f}" if guess and found else "not measured" if guess else ""
+                    times = cell(guess and guess.ms), cell(found and found.ms)
+                    table.append([name, str(batch), label(candidate), *times, ratio])
+    state = "predicted" + ("" if measured else ", not measured")
+    said = (
+        f"Dots: milliseconds of {work} on a GPU by network and batch, launch by launch and as a CUDA graph, {state}; "
+        "the table has each."
+    )
+    chart = charts.strip(rows, said, "ms; hollow: predicted")
+    head = ("network", "batch", "candidate", "predicted ms", "measured ms", "predicted / measured")
+    return Card(f"{work.capitalize()}, at 256", state, chart, head, table, keys=GPU_KEYS)
+
+
+def gpu_dot(f: Figure) -> Dot:
+    kind = "ours" if f.ours else "second" if f.candidate.startswith("compile") else "peer"
+    how = "predicted" if f.result == "predicted" else "measured"
+    return Dot(f.ms, kind, f"{label(f.candidate)} {charts.ms(f.ms)}, {how}", how == "predicted", f.graph)
 
 
 # The same, measured twice
@@ -379,7 +404,7 @@ def agreement(sources: Sequence[Source]) -> Section | None:
                 apart = [b.ms / a.ms / common for a, b in pairs]
                 near = sum(max(r, 1 / r) <= 1 + AGREES for r in apart)
                 notes.append(
-                    f"{first.file} and {second.file}: {len(pairs)} figures in both, times of the second are "
+                    f"{first.file} and {second.file}: {count(len(pairs), 'figure')} in both, times of the second are "
                     f"{common:.2f} of the first's; {near} of {len(pairs)} within {AGREES:.0%} once that is taken out."
                 )
                 rows += [twice_row(a, b, r) for (a, b), r in zip(pairs, apart, strict=True)]
@@ -410,19 +435,32 @@ def headlines(sources: Sequence[Source]) -> list[tuple[str, str]]:
     for work in ("inference", "training"):
         ratios = [one.ratio for one in found if one.ours.work == work]
         if ratios:
-            span = f"{min(ratios):.2f}× to {max(ratios):.2f}×, {len(ratios)} comparisons"
+            span = f"{min(ratios):.2f}× to {max(ratios):.2f}×, {count(len(ratios), 'comparison')}"
             said.append((f"{statistics.median(ratios):.2f}×", f"as fast as the best peer, {work}: median; {span}"))
-    shares = []
-    for same in networks.values():
-        held = [f for f in same if f.memory_mib and f.work == "training"]
-        ours, peers = ([f.memory_mib for f in held if f.ours == mine] for mine in (True, False))
-        shares += [min(ours) / min(peers)] if ours and peers else []
-    if shares:
-        said.append(
-            (f"{statistics.median(shares):.0%}", f"of the best peer's memory in training: median of {len(shares)}")
-        )
+    said += memory_headline(figures)
     wrong = sum(f.result == "WRONG" for f in figures)
     checked = sum(f.result in ("right", "WRONG") for f in figures)
     if checked:
         said.append((f"{wrong} of {checked}", "measured results are wrong; what is wrong is not timed"))
     return said
+
+
+def memory_headline(figures: Iterable[Figure]) -> list[tuple[str, str]]:
+    """Ours beside the peers whose memory is known, which are named."""
+    held = [f for f in figures if f.kind == "network" and f.work == "training" and f.memory_mib and f.memory_mib > 0]
+    shares, names = [], {}
+    for same in grouped(held, lambda f: (f.file, f.key, f.dtype)).values():
+        ours, peers = ([f for f in same if f.whose == whose] for whose in ("ours", "peer"))
+        if ours and peers:
+            shares.append(min(f.memory_mib for f in ours) / min(f.memory_mib for f in peers))
+            names |= dict.fromkeys(f.candidate for f in peers)
+    if not shares:
+        return []
+    said = ", ".join(dict.fromkeys(label(name) for name in names))
+    if len(names) > 1:
+        whose = f"of the memory of the peer that needs least ({said}) in training"
+    elif next(iter(names)).startswith("eager"):
+        whose = f"of eager PyTorch's memory in training ({said})"
+    else:
+        whose = f"of the memory of {said} in training"
+    return [(f"{statistics.median(shares):.0%}", f"{whose}: median of {len(shares)}")]
