@@ -82,6 +82,10 @@ _SMALL_MAP = (
     " second launch"
 )
 _SAMPLE = "has a block for each sample, whose statistics are of all its rows; at batch 1 that is one"
+_PREPARES = (
+    "reads one weight of a few hundred kilobytes once a call, in few blocks: it takes about 5 us beside the hundreds of"
+    " the product that it prepares"
+)
 _PARAMETERS = (
     "has as many blocks as blocks of channels, whatever the batch: a grid over both sides of the gradient is to be"
     " written"
@@ -90,7 +94,6 @@ _PARAMETERS = (
 REASONS: dict[tuple[str, str], str] = {
     ("registers", "feed_forward.*"): _WHOLE_ROWS,
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
-    ("registers", "inverted_residual.project_*"): _LARGE_TILE,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
     ("registers", "global_representation.*"): (
@@ -105,10 +108,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "depthwise_conv.norm_sums_bwd"): _PARTS,
     ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
     ("pipeline", "inverted_residual.add_parts"): _PARTS,
-    ("pipeline", "inverted_residual.project_bwd"): (
-        "with more than 128 outputs takes 64 rows at a time in one stage, predicted to be 1.5 times as fast as 32 rows"
-        " copied ahead; both are among the configurations that `benchmarks/tune.py` tries on a GPU"
-    ),
+    ("pipeline", "inverted_residual.prepare_project"): _PREPARES,
     ("pipeline", "row_gradients.*_gradient"): _PARTS,
     ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
     ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,
@@ -141,6 +141,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "depthwise_conv.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
     ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
+    ("blocks", "inverted_residual.prepare_project"): _PREPARES,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
     ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,
     ("blocks", "norm_linear.*"): _SMALL_MAP,

@@ -90,7 +90,8 @@ def images(tmp_path):
 
 
 def predict(saved, *arguments):
-    return main(["predict", "--checkpoint", str(saved.path), *map(str, arguments)])
+    """In float32: what is told is held to the network itself."""
+    return main(["predict", "--checkpoint", str(saved.path), "--dtype=float32", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
@@ -160,7 +161,7 @@ def test_detection(saved, images, tmp_path, capsys, kind):
     network, out = saved[kind], tmp_path / "out"
     path = network.save(tmp_path / "ids.pt", categories=[17, 18, 90])
     arguments = ["predict", "--checkpoint", path, str(images), "--output", str(out), "--threshold=0.01", "--json"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--dtype=float32"]) == 0
     rows = json.loads(capsys.readouterr().out)
     results = json.loads((out / "detections.json").read_text())
     assert sum(len(row.get("boxes", ())) for row in rows) == len(results) > 100

@@ -154,7 +154,7 @@ def test_predict(trained, tmp_path, capsys):
         tmp_path / "images" / "three.png"
     )
     (tmp_path / "images" / "torn.png").write_bytes(b"no image")
-    arguments = ["predict", "--checkpoint", str(folder / "last.pt")]
+    arguments = ["predict", "--checkpoint", str(folder / "last.pt"), "--dtype=float32"]
     assert main([*arguments, str(tmp_path / "images"), "--json"]) == 0
     three, torn = json.loads(capsys.readouterr().out)
     assert torn["error"].startswith("cannot be read")

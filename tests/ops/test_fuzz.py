@@ -142,9 +142,9 @@ LAYOUTS = ("dense", "dense", "nchw", "transposed", "sliced", "same in all sample
 
 
 def contract(op: str) -> Contract:
-    """The contract test of an op."""
+    """The contract test of an op; the first one of its file where more hold it."""
     module = importlib.import_module(f"{__package__}.test_{op}")
-    [found] = [
+    found, *_ = [
         c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Contract) and getattr(c, "op", None)
     ]
     return found()
