@@ -29,7 +29,7 @@ class Shot(NamedTuple):
     dark: bool
 
 
-SHOTS = (Shot("report.png", 1180, 860, False), Shot("report-phone.png", 390, 860, True))
+SHOTS = (Shot("report.png", 1180, 820, False), Shot("report-phone.png", 390, 860, True))
 
 
 def report(args: argparse.Namespace) -> int:
