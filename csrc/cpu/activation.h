@@ -29,10 +29,14 @@ MVIT3_INLINE Vec activate_backward(Vec x, Vec dy) {
   return dy;
 }
 
-// The activation of v and its derivative.
-template <int Act>
+// The activation of v and its derivative. `Roughly` as above, both within 2e-4.
+template <int Act, bool Roughly = false>
 MVIT3_INLINE void activate_with_slope(Vec v, Vec& value, Vec& slope) {
-  if constexpr (Act == kSilu) {
+  if constexpr (Act == kSilu && Roughly) {
+    const Vec rest = exp_limited_roughly(v), s = reciprocal_roughly(Vec(1.0f) + rest);
+    value = v * s;
+    slope = s * fma(v, rest * s, 1.0f);  // not 1 - s, whose error a large v would multiply
+  } else if constexpr (Act == kSilu) {
     const Vec s = sigmoid(v);
     value = v * s;
     slope = s * fma(v, Vec(1.0f) - s, 1.0f);

@@ -13,6 +13,10 @@ NormBackward last_norm_backward(const Block& b, const T* dy, const T* p) {
   const Scratch<float> mean = b.project.means();
   auto sums = accumulators<double>(parts, 2 * lanes_of(c));
   for_each_tile(rows, parts, [&](int64_t part, int64_t first, int64_t count) {
+    // A part goes on at the next tile, which its products do not hide: it is fetched as a whole.
+    const int64_t after = (first + count) * c, next = next_tile(rows, first, count, c);
+    Ahead(dy + after, next, 1).step();
+    Ahead(p + after, next, 1).step();
     add_sum_and_dot(dy + first * c, c, p + first * c, c, mean, c, count, sums[part]);
   });
   return NormBackward::from(b.project, sums, rows);
@@ -41,7 +45,7 @@ NormBackward project_backward(
   auto sums = accumulators<double>(parts, 2 * lanes);
   OuterSumsOf<E> products(parts, s.outputs, lanes);
   for_each_tile(s.out_rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float* grads = workspace(kTileRows * (out_stride + 2 * stride));
+    float* grads = workspace(kTileRows * (out_stride + stride) + steps_floats(kTileRows, s.expanded));
     E *dp = tile_of<E>(grads + kTileRows * stride), *hidden = dp + kTileRows * out_stride;
     for_each_vec(count, s.outputs, [&](int64_t r, int64_t c) {
       const int64_t at = (first + r) * s.outputs + c, left = s.outputs - c;
@@ -58,18 +62,18 @@ NormBackward project_backward(
       ahead_dy.step();
       ahead_p.step();
     });
-    for_each_vec(count, s.expanded, [&](int64_t r, int64_t c) {
+    for_each_step<E>(count, s.expanded, hidden, stride, [&](int64_t r, int64_t c) {
       const int64_t at = r * stride + c, left = s.expanded - c;
       Vec value, slope;
-      activate_with_slope<Act>(norm(load_some(values + r * s.expanded + c, left), c), value, slope);
+      activate_with_slope<Act, kRoughly<E>>(norm(load_some(values + r * s.expanded + c, left), c), value, slope);
       const Vec grad = load(grads + at) * slope;
-      store(hidden + at, value);
       store(grads + at, grad);
       T* out = dn2 + (first + r) * s.expanded + c;  // beside the arithmetic: alone it would wait for memory
       past_cache ? stream(out, grad) : store_some(out, grad, left);
+      return value;
     });
     if (past_cache) stream_fence();
-    products.add(part, {dp, out_stride}, {hidden, stride}, count);
+    products.add(part, {dp, out_stride}, StepsOf<E>{hidden, stride * Dot<E>::kDepth}, count);
     add_sum_and_dot(grads, stride, values, s.expanded, mean, s.expanded, count, sums[part]);
   });
   write_matrix(products.parts(), s.outputs, s.expanded, dweight);
@@ -139,12 +143,12 @@ class DepthwiseBackward {
 
   // What the next tile reads, on its way into the cache while this one is computed.
   struct NextTile {
-    Ahead dn2, z, x;
+    Ahead dn2, z, in;  // in: e where it is stored, else x
 
     MVIT3_INLINE void step() {
       dn2.step();
       z.step();
-      x.step();
+      in.step();
     }
   };
 
@@ -204,10 +208,11 @@ class DepthwiseBackward {
     const int64_t steps = pixels(tile) * pixel_ / kLanes, next_pixels = next_rows * s_.width;
     const int64_t rows = next_rows > 0 ? rows_of_z(tile.last + next_rows) - tile.next : 0;
     const int64_t at = (tile.image * s_.out_height() + tile.next) * s_.out_width() * s_.expanded,
-                  count = rows * s_.out_width() * s_.expanded;
+                  count = rows * s_.out_width() * s_.expanded, first = start(tile) + pixels(tile);
     return {
         Ahead(grads_.of_z + at, count, steps), Ahead(kept_.z + at, count, steps),
-        Ahead(x_ + (start(tile) + pixels(tile)) * s_.inputs, kept_.stored() ? 0 : next_pixels * s_.inputs, steps)};
+        kept_.stored() ? Ahead(kept_.e + first * s_.expanded, next_pixels * s_.expanded, steps)
+                       : Ahead(x_ + first * s_.inputs, next_pixels * s_.inputs, steps)};
   }
 
   // The activated e and the slopes there, of the stored e or made again. Returns the rows of x as the product's
@@ -218,7 +223,7 @@ class DepthwiseBackward {
     NextTile next = ahead(tile, next_rows);
     const auto activate_both = [&](int64_t r, int64_t i, Vec v) {
       Vec value, slope;
-      activate_with_slope<Act>(norm_(v, i), value, slope);
+      activate_with_slope<Act, kRoughly<E>>(norm_(v, i), value, slope);
       store(values + r * pixel + i, value);
       store(slopes + r * pixel + i, slope);
       next.step();
@@ -283,18 +288,20 @@ void expand_backward(
   const Shape& s = b.shape;
   const auto transposed = PackedWeightOf<E>::columns(b.expand.matrix.data(), s.inputs, s.expanded, s.inputs);
   const int64_t parts = count_parts(s.rows() * s.expanded), stride = tile_stride(s.expanded),
-                in_lanes = lanes_of(s.inputs);
-  const int64_t in_stride = tile_stride(s.inputs);
+                in_lanes = lanes_of(s.inputs), in_stride = tile_stride(s.inputs), depth = Dot<E>::kDepth;
   OuterSumsOf<E> products(parts, s.expanded, in_lanes);
   for_each_tile(s.rows(), parts, [&](int64_t part, int64_t first, int64_t count) {
-    float* grads = workspace(kTileRows * (stride + 2 * in_stride));
+    float* grads = workspace((2 * kTileRows + 1) * stride + 2 * kTileRows * in_stride);
     E *de = tile_of<E>(grads + kTileRows * in_stride), *converted = de + kTileRows * stride;
-    for_each_vec(count, s.expanded, [&](int64_t r, int64_t c) {
+    E* steps_of_de = depth > 1 ? converted + kTileRows * in_stride : de;  // both operands from one walk
+    for_each_step<E>(count, s.expanded, steps_of_de, stride, [&](int64_t r, int64_t c) {
       const int64_t at = (first + r) * s.expanded + c, left = s.expanded - c;
-      store(de + r * stride + c, norm(load_some(dn1 + at, left), load_some(e + at, left), c));
+      const Vec value = norm(load_some(dn1 + at, left), load_some(e + at, left), c);
+      if (depth > 1) store(de + r * stride + c, value);
+      return value;
     });
     load_rows(x + first * s.inputs, s.inputs, count, s.inputs, converted, in_stride);
-    products.add(part, {de, stride}, {converted, in_stride}, count);
+    products.add(part, StepsOf<E>{steps_of_de, stride * depth}, {converted, in_stride}, count);
     const int64_t after = (first + count) * s.expanded, next = next_tile(s.rows(), first, count, s.expanded),
                   steps = count * in_lanes / kLanes;
     Ahead ahead_dn1(dn1 + after, next, steps), ahead_e(e + after, next, steps);

@@ -102,15 +102,20 @@ void filter(Block& b, const T* x, const Kept<T>& kept) {
         float* out = ring.row(next);
         if (kept.stored()) {
           const T* e = kept.e + first * s.expanded;
+          Ahead ahead(
+              e + s.width * s.expanded, next + 1 < s.height ? s.width * s.expanded : 0, s.width * pixel / kLanes);
           for_each_vec(s.width, s.expanded, [&](int64_t r, int64_t c) {
-            store(out + r * pixel + c, activate<Act>(norm(load_some(e + r * s.expanded + c, s.expanded - c), c)));
+            store(
+                out + r * pixel + c,
+                activate<Act, kRoughly<E>>(norm(load_some(e + r * s.expanded + c, s.expanded - c), c)));
+            ahead.step();
           });
         } else {
           const RowsOf<E> in = as_rows(x + first * s.inputs, s.inputs, s.width, s.inputs, converted);
           Ahead ahead(
               x + (first + s.width) * s.inputs, next + 1 < s.height ? s.width * s.inputs : 0, s.width * pixel / kLanes);
           multiply(in.data, in.stride, s.width, weight, [&](int64_t r, int64_t c, Vec product) {
-            store(out + r * pixel + c, activate<Act>(norm(product, c)));
+            store(out + r * pixel + c, activate<Act, kRoughly<E>>(norm(product, c)));
             ahead.step();
           });
         }
@@ -144,7 +149,9 @@ void project(Block& b, const T* x, const T* z, T* p, T* y) {
     E* tile = tile_of<E>(product + kTileRows * out_stride);
     const T* values = z + first * s.expanded;
     for_each_vec(count, s.expanded, [&](int64_t r, int64_t c) {
-      store(tile + r * stride + c, activate<Act>(norm(load_some(values + r * s.expanded + c, s.expanded - c), c)));
+      store(
+          tile + r * stride + c,
+          activate<Act, kRoughly<E>>(norm(load_some(values + r * s.expanded + c, s.expanded - c), c)));
     });
     Ahead ahead(
         values + count * s.expanded, next_tile(s.out_rows(), first, count, s.expanded), count * out_stride / kLanes);

@@ -165,38 +165,57 @@ inline Tensor write_weight(
 }
 
 // Rows as `add_outer` reads them: Dot<E>::kDepth rows side by side, column by column, padded with zeros to whole
-// vectors of columns and whole steps of rows. `out_stride` elements lie from one row to the next.
-template <typename E, typename T>
-void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out, int64_t out_stride) {
+// vectors of columns and whole steps of rows; value(row, column) is a vector of them. `stride` elements lie from one
+// row to the next.
+template <typename E, typename Value>
+MVIT3_INLINE void for_each_step(int64_t rows, int64_t columns, E* out, int64_t stride, const Value& value) {
   constexpr int64_t kDepth = Dot<E>::kDepth;
   for (int64_t r = 0; r < rows; r += kDepth)
     for (int64_t c = 0; c < columns; c += kLanes)
-      store_step(out + r * out_stride + c * kDepth, [&](int64_t k) {
-        return r + k < rows ? load_some(x + (r + k) * stride + c, columns - c) : Vec(0.0f);
-      });
+      store_step(out + r * stride + c * kDepth, [&](int64_t k) { return r + k < rows ? value(r + k, c) : Vec(0.0f); });
 }
 
 template <typename E, typename T>
-void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out) {
-  rows_in_steps(x, stride, rows, columns, out, lanes_of(columns));
+void rows_in_steps(const T* x, int64_t stride, int64_t rows, int64_t columns, E* out, int64_t out_stride) {
+  for_each_step(
+      rows, columns, out, out_stride, [&](int64_t r, int64_t c) { return load_some(x + r * stride + c, columns - c); });
 }
 
-// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `count` rows. `b_columns` are whole vectors.
+// Rows in steps, `stride` elements from one step to the next.
 template <typename E>
+struct StepsOf {
+  const E* data;
+  int64_t stride;
+};
+
+// Floats of memory for steps that are an odd number of cache lines apart: a product reads few columns of all of them,
+// which would else meet few sets of the cache.
+inline int64_t steps_floats(int64_t rows, int64_t columns) { return (rows + 1) * tile_stride(columns); }
+
+// Where they lie if a row is a step, else in a thread's memory.
+template <int Slot, typename E>
+StepsOf<E> as_steps(const RowsOf<E>& x, int64_t rows, int64_t columns) {
+  if constexpr (Dot<E>::kDepth == 1) return {x.data, x.stride};
+  E* tile = tile_of<E>(workspace<Slot>(steps_floats(rows, columns)));
+  rows_in_steps(x.data, x.stride, rows, columns, tile, tile_stride(columns));
+  return {tile, tile_stride(columns) * Dot<E>::kDepth};
+}
+template <int Slot, typename E>
+StepsOf<E> as_steps(const StepsOf<E>& x, int64_t, int64_t) {
+  return x;
+}
+
+// out (columns of a, columns of b) += (or, without `add`, =) a^T b over `count` rows, each as RowsOf or StepsOf.
+// `b_columns` are whole vectors.
+template <typename E, typename A = RowsOf<E>, typename B = RowsOf<E>>
 void add_outer_rows(
-    const RowsOf<E>& a, int64_t a_columns, const RowsOf<E>& b, int64_t b_columns, int64_t count, float* out,
-    int64_t out_stride, bool add) {
-  if constexpr (std::is_same_v<E, float>) {
-    add_outer(a.data, a.stride, a_columns, b.data, b.stride, b_columns, count, out, out_stride, add);
-  } else {
-    constexpr int64_t kDepth = Dot<E>::kDepth;
-    const int64_t lanes = lanes_of(a_columns), steps = (count + kDepth - 1) / kDepth;
-    E* a_steps = tile_of<E>(workspace<2>(steps * (lanes + b_columns)));
-    E* b_steps = a_steps + steps * kDepth * lanes;
-    rows_in_steps(a.data, a.stride, count, a_columns, a_steps);
-    rows_in_steps(b.data, b.stride, count, b_columns, b_steps);
-    add_outer(a_steps, lanes * kDepth, a_columns, b_steps, b_columns * kDepth, b_columns, steps, out, out_stride, add);
-  }
+    const A& a, int64_t a_columns, const B& b, int64_t b_columns, int64_t count, float* out, int64_t out_stride,
+    bool add) {
+  constexpr int64_t kDepth = Dot<E>::kDepth;
+  const StepsOf<E> a_steps = as_steps<2>(a, count, a_columns), b_steps = as_steps<3>(b, count, b_columns);
+  add_outer(
+      a_steps.data, a_steps.stride, a_columns, b_steps.data, b_steps.stride, b_columns, (count + kDepth - 1) / kDepth,
+      out, out_stride, add);
 }
 
 // Sums of products a^T b over the rows of tiles, one a part: the gradient of a weight. The first product of a part is
@@ -210,8 +229,9 @@ class OuterSumsOf {
     for (int64_t i = 0; i < parts; ++i) sums_.emplace_back(columns * stride);
   }
 
-  void add(int64_t part, const RowsOf<E>& a, const RowsOf<E>& b, int64_t count) {
-    add_outer_rows(a, columns_, b, stride_, count, sums_[part].data(), stride_, begun_[part]);
+  template <typename A = RowsOf<E>, typename B = RowsOf<E>>
+  void add(int64_t part, const A& a, const B& b, int64_t count) {
+    add_outer_rows<E, A, B>(a, columns_, b, stride_, count, sums_[part].data(), stride_, begun_[part]);
     begun_[part] = true;
   }
 

@@ -349,6 +349,22 @@ MVIT3_INLINE Vec sigmoid_divisor(Vec x) {
   return Vec(1.0f) + exp2<Roughly>(x * -kLog2e);
 }
 
+// 1 / x within 6e-5 where there is an instruction for it, else rounded.
+MVIT3_INLINE Vec reciprocal_roughly(Vec x) {
+#if defined(__AVX512F__)
+  x.part[0] = NativeFloat(_mm512_rcp14_ps(__m512(x.part[0])));
+  return x;
+#else
+  return Vec(1.0f) / x;
+#endif
+}
+
+// exp(-x) roughly, at most 2^100; NaN for NaN.
+MVIT3_INLINE Vec exp_limited_roughly(Vec x) {
+  const Vec power = exp2<true>(x * -kLog2e);
+  return select_greater(power, 0x1p100f, 0x1p100f, power);
+}
+
 MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / sigmoid_divisor(x); }
 
 }  // namespace mvit3
