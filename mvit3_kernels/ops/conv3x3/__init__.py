@@ -23,13 +23,10 @@ def _cpu_why_not(x: Tensor, weight: Tensor, stride: int, dilation: int, training
     return _slower(x, weight, dilation, training) if dispatch.forced_backend() is None else None
 
 
-# Weights (inputs * outputs) up to which evaluation gains by the kernel's epilogue what packing them costs.
-PACKED = 2**16
-
-
-def _met(side: int, dilation: int) -> int:
-    """The taps inside of the map over all pixels of a side: of three each."""
-    return side + 2 * max(side - dilation, 0)
+# Channels below which PyTorch's convolution is faster, in evaluation and in training; and pixels of a map above which it
+# is as fast in training, undilated.
+LEAST_CHANNELS = {False: 32, True: 96}
+MOST_PIXELS = 256
 
 
 def _slower(x: Tensor, weight: Tensor, dilation: int, training: bool) -> str | None:
@@ -38,16 +35,11 @@ def _slower(x: Tensor, weight: Tensor, dilation: int, training: bool) -> str | N
         return None
     if x.dtype is torch.bfloat16:
         return "PyTorch's convolution of bfloat16 is faster"
-    if min(weight.shape[:2]) < 96:
-        return f"PyTorch's convolution of fewer than 96 channels is faster, weight is {tuple(weight.shape)}"
-    height, width = x.shape[1:3]
-    if 2 * _met(height, dilation) * _met(width, dilation) < 9 * height * width:
-        return None
-    found = f"half of the taps and more are inside of the map, x is {tuple(x.shape)} at dilation {dilation}"
-    if training:
-        return f"in training PyTorch's convolution is as fast where {found}"
-    if weight.shape[0] * weight.shape[1] > PACKED:
-        return f"PyTorch's convolution of a weight as large as {tuple(weight.shape)} is as fast where {found}"
+    least = LEAST_CHANNELS[training]
+    if min(weight.shape[:2]) < least:
+        return f"PyTorch's convolution of fewer than {least} channels is faster, weight is {tuple(weight.shape)}"
+    if training and dilation == 1 and x.shape[1] * x.shape[2] > MOST_PIXELS:
+        return f"in training PyTorch's convolution is as fast on more than {MOST_PIXELS} pixels, x is {tuple(x.shape)}"
     return None
 
 
@@ -83,8 +75,8 @@ def conv3x3(
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
     Kernels: on the CPU, for stride 1. PyTorch's convolution runs elsewhere (cuDNN on a GPU), for stride 2, and where it
-    is as fast on the CPU (`explain` tells): in bfloat16; in float32 with fewer than 96 channels, and where half of the
-    taps and more are inside of the map, but for evaluation with small weights.
+    is as fast on the CPU (`explain` tells): in bfloat16; in float32 with fewer than 32 channels, and in training with
+    fewer than 96 or undilated on maps of more than 256 pixels.
     Products: those of taps inside of the map alone, (H - dilation) * (W - dilation) pixels for a corner tap, in forward
     and backward; a library that pads multiplies H * W pixels at each tap.
     Source: Chen et al., arXiv 1706.05587 (the dilated branches of ASPP); the ConvLayer of the MobileViT releases.
