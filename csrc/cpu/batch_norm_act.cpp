@@ -28,7 +28,7 @@ struct Periods {
     full = x.numel() / length;
     tail = x.numel() % length;
     tile = std::clamp<int64_t>(kTileBytes / (length * element_size), 8, 256);
-    parts = count_parts(x.numel());
+    parts = count_parts(x.numel(), 1 << 16);
   }
 
   Range part(int64_t index) const { return part_range(full, index, parts); }
@@ -236,8 +236,12 @@ std::array<Tensor, 3> batch_norm_act_forward(const ForwardArguments& a) {
 }
 
 // What a walk of the backward pass does: sum the parameter gradients, write dx from the finished sums, or, where the
-// statistics are constants and dx needs no sums, both at once.
-enum Walk { kSum, kWrite, kSumAndWrite };
+// statistics are constants and dx needs no sums, both at once; or sum and leave the gradient before the activation in
+// dx, which the next walk reads.
+enum Walk { kSum, kWrite, kSumAndWrite, kSumAndKeep };
+
+// Elements of a float32 map up to which keeping that gradient costs less than computing it twice.
+constexpr int64_t kMostKept = 1 << 20;
 
 struct BackwardTerms {
   Affine affine;
@@ -280,6 +284,7 @@ void backward_tile(
           }
           if constexpr (Mode == kWrite) put<Stream>(dx + here, fnma(centred, slope[u], grad - offset[u]) * scale[u]);
           if constexpr (Mode == kSumAndWrite) put<Stream>(dx + here, grad * scale[u]);
+          if constexpr (Mode == kSumAndKeep) store(dx + here, grad);
         }
       }
       for (int u = 0; Mode != kWrite && u < kVecs; ++u) {
@@ -349,11 +354,20 @@ std::array<Tensor, 3> batch_norm_act_backward(const BackwardArguments& a) {
     dispatch_activation(a.act, [&](auto code) {
       dispatch_bool(past_cache, [&](auto streams) {
         if (a.norm.training) {
+          const auto finish_terms = [&] {
+            finish_sums();
+            const double share = 1.0 / std::max<int64_t>(p.rows, 1);
+            repeat(product(rstd, dweight, share), p, terms.slope.data());
+            repeat(product(dbias, Values(dbias.size(), share)), p, terms.offset.data());
+          };
+          if constexpr (std::is_same_v<T, float> && !streams)
+            if (dense.numel() <= kMostKept) {
+              backward_map<T, code, kSumAndKeep, false>(grad, input, output, p, terms, sums.data());
+              finish_terms();
+              return backward_map<T, kIdentity, kWrite, false>(output, input, output, p, terms, sums.data());
+            }
           backward_map<T, code, kSum, false>(grad, input, output, p, terms, sums.data());
-          finish_sums();
-          const double share = 1.0 / std::max<int64_t>(p.rows, 1);
-          repeat(product(rstd, dweight, share), p, terms.slope.data());
-          repeat(product(dbias, Values(dbias.size(), share)), p, terms.offset.data());
+          finish_terms();
           backward_map<T, code, kWrite, streams>(grad, input, output, p, terms, sums.data());
         } else {
           backward_map<T, code, kSumAndWrite, streams>(grad, input, output, p, terms, sums.data());

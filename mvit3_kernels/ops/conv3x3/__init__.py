@@ -23,8 +23,8 @@ def _cpu_why_not(x: Tensor, weight: Tensor, stride: int, dilation: int, training
     return _slower(x, weight, dilation, training) if dispatch.forced_backend() is None else None
 
 
-# Channels below which PyTorch's convolution is faster, in evaluation and in training; and pixels of a map above which it
-# is as fast in training, undilated.
+# Channels below which PyTorch's convolution is faster, in evaluation and in training; and pixels of a map above which
+# it is as fast in training, undilated.
 LEAST_CHANNELS = {False: 32, True: 96}
 MOST_PIXELS = 256
 
