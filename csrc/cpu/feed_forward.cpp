@@ -94,7 +94,7 @@ FeedForwardSums<Multiplied<T>> backward(
       const T* at = kept + (first + r) * hidden + c;
       prefetch(at + kPanel);  // of the panel that comes next
       Vec value, slope;
-      activate_with_slope<kSilu>(load_some(at, hidden - c), value, slope);
+      activate_with_slope<kSilu, kRoughly<E>>(load_some(at, hidden - c), value, slope);
       store(active + r * hidden_lanes + c, mask(value, r, c));
       store(dhidden + r * hidden_lanes + c, mask(product * slope, r, c));
     });
