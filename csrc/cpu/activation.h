@@ -33,9 +33,10 @@ MVIT3_INLINE Vec activate_backward(Vec x, Vec dy) {
 template <int Act, bool Roughly = false>
 MVIT3_INLINE void activate_with_slope(Vec v, Vec& value, Vec& slope) {
   if constexpr (Act == kSilu && Roughly) {
-    const Vec rest = exp_limited_roughly(v), s = reciprocal_roughly(Vec(1.0f) + rest);
+    const Vec power = exp2<true>(v * -kLog2e), s = reciprocal_roughly(Vec(1.0f) + power);
+    const Vec finite = select_greater(power, 0x1p100f, 0x1p100f, power);  // beyond, s is as good as zero
     value = v * s;
-    slope = s * fma(v, rest * s, 1.0f);  // not 1 - s, whose error a large v would multiply
+    slope = s * fma(v, finite * s, 1.0f);  // power * s is 1 - s, without an error that a large v would multiply
   } else if constexpr (Act == kSilu) {
     const Vec s = sigmoid(v);
     value = v * s;

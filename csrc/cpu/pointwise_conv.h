@@ -94,6 +94,12 @@ void pointwise_conv(
     for (int64_t first = mine.begin; first < mine.end; first += kTileRows) {
       const int64_t count = std::min(kTileRows, mine.end - first), at = first * outputs;
       const auto in = x.rows(first, count, tile_of<E>(product + kTileRows * stride));
+      if (Act == kIdentity && !residual && !dropout.dropout.active()) {  // nothing to read: straight from the product
+        multiply(in.data, in.stride, count, weights.weight, panels, [&](int64_t r, int64_t c, Vec sums) {
+          store_some(y + at + r * outputs + c, weights.affine(sums, c), outputs - c);
+        });
+        continue;
+      }
       multiply_into(in.data, in.stride, count, weights.weight, panels, product, stride);
       finish_rows<Act>(
           product, stride, count, columns, outputs, weights.affine, residual ? residual + at : nullptr, y + at,

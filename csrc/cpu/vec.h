@@ -359,12 +359,6 @@ MVIT3_INLINE Vec reciprocal_roughly(Vec x) {
 #endif
 }
 
-// exp(-x) roughly, at most 2^100; NaN for NaN.
-MVIT3_INLINE Vec exp_limited_roughly(Vec x) {
-  const Vec power = exp2<true>(x * -kLog2e);
-  return select_greater(power, 0x1p100f, 0x1p100f, power);
-}
-
 MVIT3_INLINE Vec sigmoid(Vec x) { return Vec(1.0f) / sigmoid_divisor(x); }
 
 }  // namespace mvit3

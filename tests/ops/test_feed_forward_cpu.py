@@ -73,6 +73,23 @@ class TestFeedForwardCpu(CpuKernel):
         words = random_words(arguments["seed"], 1, 2, 4 * 6 * 20).view(2, 4, 6, 20)
         torch.testing.assert_close(found, ((words >= int(0.2 * 2**32)) / 0.8).sum((0, 1, 2)).float())
 
+    def test_activation_of_any_size_and_its_slope(self, dtype):
+        """The rough one of bfloat16 included: in backward, from a hidden tensor that is given."""
+        values = torch.tensor([0.0, 0.3, 1.28, 5.0, 30.0, 87.0, 89.0, 1e4, 1e12, 1e30, 3e38])
+        values = values[values < torch.finfo(dtype).max]
+        hidden = torch.cat([values, -values]).to(dtype)
+        x, one, count = torch.zeros(1, 1, 1, 1, dtype=dtype), torch.ones(1), len(hidden)
+        linears = (torch.zeros(count, 1), torch.zeros(count), torch.ones(1, count), torch.zeros(1))
+        given = (x + 1, x, one, one, False, *linears, 0.0, 0.0, None, one, one, hidden.view(1, 1, 1, -1))
+        *_, slope, value, _ = torch.ops.mvit3.feed_forward_backward(*given)
+        h = hidden.double().requires_grad_()
+        (exact,) = torch.autograd.grad(torch.nn.functional.silu(h).sum(), h)
+        tolerance = 2**-8 if dtype is torch.bfloat16 else 1e-6
+        torch.testing.assert_close(slope.double(), exact, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            value[0].double(), torch.nn.functional.silu(h).detach(), rtol=tolerance, atol=tolerance
+        )
+
     def test_the_kernel_checks_what_it_is_given(self):
         x, norm, fc1, fc2, *_ = in_float32(self.make((2, 4, 6, 5, 7))).values()
         op = torch.ops.mvit3.feed_forward_forward
