@@ -308,8 +308,13 @@ void conv3x3(const Conv3x3WeightsOf<E>& weights, const Conv3x3Inputs& x, float* 
                            Range panels) {
         for_each_panel(weight, panels, [&](int64_t output, int64_t vecs) {
           const OperandsOf<E> in{
-              from,          weight.panel(output) + tap * depth * vecs * kLanes, pixel, step, vecs * kLanes * kDepth,
-              depth / kDepth};
+              from,
+              weight.panel(output) + tap * depth * vecs * kLanes,
+              pixel,
+              step,
+              vecs * kLanes * kDepth,
+              depth / kDepth,
+              depth * vecs * kLanes};
           for_each_block_of(width, in, [&](int64_t first, int64_t pixels, const OperandsOf<E>& block) {
             multiply_block(pixels, vecs, block, product + (row * width + first) * lanes + output, lanes, tap > 0);
           });

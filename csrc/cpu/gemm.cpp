@@ -55,8 +55,10 @@ void block(const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
       p[i] = in.a + 3 * i * in.row_step;
       forget(p[i]);
     }
-    const int64_t stride = in.row_step;
+    const int64_t stride = in.row_step, ahead = in.ahead;
     for (int64_t k = 0; k < in.depth; ++k) {
+#pragma GCC unroll 4
+      for (int v = 0; v < Vecs; ++v) prefetch(b + ahead + v * kLanes * kDepth);
       add_step(sums, b, [&](int r) { return p[r / 3] + r % 3 * stride; });
       b += in.b_step;
       for (int i = 0; i < kPointers; ++i) p[i] += kDepth;

@@ -129,11 +129,13 @@ using PackedWeight = PackedWeightOf<float>;
 
 // Two operands of a block, with Dot<E>::kDepth neighbours at each place: a(row, k) = a[row * row_step + k * step], b(k,
 // vector) = b[k * b_step + vector * kLanes * kDepth]. One of row_step and step is kDepth: either the reduction runs
-// along the rows of a feature map, or the rows of the block do.
+// along the rows of a feature map, or the rows of the block do. `ahead` elements behind b is what the products after
+// these ones read as b: a weight that no call touches between two calls of an engine comes from far, so it is fetched
+// while others are multiplied.
 template <typename E>
 struct OperandsOf {
   const E *a, *b;
-  int64_t row_step, step, b_step, depth;
+  int64_t row_step, step, b_step, depth, ahead = 0;
 };
 
 using Operands = OperandsOf<float>;
@@ -153,15 +155,16 @@ void multiply_block(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* 
 
 // The same for a sum of any length, cut: a sum of sums errs less than a running one, and a piece of a panel stays in
 // cache.
-template <typename E>
+template <typename E, int64_t kLongest = 512>
 void multiply_long(int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
-  constexpr int64_t kLongest = 512;
   if (in.depth <= kLongest) return multiply_block(rows, vecs, in, out, out_stride, add);  // no division a block
   const int64_t pieces = (in.depth + kLongest - 1) / kLongest;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const Range range = part_range(in.depth, piece, pieces);
+    const int64_t begin = range.begin * in.b_step,
+                  ahead = piece + 1 < pieces ? range.size() * in.b_step : in.ahead - begin;
     const OperandsOf<E> part{
-        in.a + range.begin * in.step, in.b + range.begin * in.b_step, in.row_step, in.step, in.b_step, range.size()};
+        in.a + range.begin * in.step, in.b + begin, in.row_step, in.step, in.b_step, range.size(), ahead};
     multiply_block(rows, vecs, part, out, out_stride, add || piece > 0);
   }
 }
@@ -186,11 +189,11 @@ MVIT3_INLINE void for_each_block_of(int64_t rows, OperandsOf<E> in, const F& f) 
 }
 
 // out[row * out_stride + column] = (or, with `add`, +=) the product of all rows and one panel of `vecs` vectors.
-template <typename E = float>
+template <typename E = float, int64_t kLongest = 512>
 void multiply_panel_into(
     int64_t rows, int64_t vecs, const OperandsOf<E>& in, float* out, int64_t out_stride, bool add) {
   for_each_block_of(rows, in, [&](int64_t first, int64_t count, const OperandsOf<E>& block) {
-    multiply_long(count, vecs, block, out + first * out_stride, out_stride, add);
+    multiply_long<E, kLongest>(count, vecs, block, out + first * out_stride, out_stride, add);
   });
 }
 
@@ -217,7 +220,8 @@ MVIT3_INLINE void for_each_panel(const PackedWeightOf<E>& weight, Range panels, 
 template <typename E>
 OperandsOf<E> operands(const E* x, int64_t stride, const PackedWeightOf<E>& weight, int64_t output, int64_t vecs) {
   constexpr int64_t kDepth = Dot<E>::kDepth;
-  return {x, weight.panel(output), stride, kDepth, vecs * kLanes * kDepth, weight.steps()};
+  const int64_t b_step = vecs * kLanes * kDepth, steps = weight.steps();
+  return {x, weight.panel(output), stride, kDepth, b_step, steps, steps * b_step};
 }
 
 // emit(row, output, sums) for every row 0..rows-1 and vector of outputs: sums = x[row] W^T. Row r begins at x + r *
@@ -300,10 +304,12 @@ struct BlockCut {
   }
 
  private:
-  // The cost of the longest part, rows times outputs. A block of rows costs about two rows more than its own.
+  // The cost of the longest part, rows times outputs. A block of rows costs about two rows more than its own, and a
+  // weight is not there before a whole block could be multiplied.
   int64_t longest(int64_t row_parts, int64_t columns) const {
     const int64_t most = (rows + row_parts - 1) / row_parts, blocks = (most + kBlockRows - 1) / kBlockRows;
-    return (most + 2 * blocks) * std::min((panels + columns - 1) / columns * kPanel, lanes);
+    return (std::max<int64_t>(most, kBlockRows) + 2 * blocks) *
+           std::min((panels + columns - 1) / columns * kPanel, lanes);
   }
 };
 

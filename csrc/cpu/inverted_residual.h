@@ -232,7 +232,9 @@ class InvertedResidualForward {
   }
 
  private:
-  // Large maps: a part has some rows of all images, and a ring holds the expanded rows that the taps need.
+  // Large maps: a part has some rows of all images, and a ring holds the expanded rows that the taps need. A panel of
+  // channels of some rows at a time is expanded and filtered, row by row, so that the taps find it in first-level
+  // cache.
   void by_rows() const {
     const int64_t pixel = tile_stride(s_.expanded), row_floats = s_.width * pixel, out_width = s_.out_width(),
                   d = s_.dilation;
@@ -241,25 +243,34 @@ class InvertedResidualForward {
       cut.for_each_range_of(part, [&](int64_t image, Range range) {
         const int64_t tile = std::clamp<int64_t>((kTileFloats / row_floats - 2 * d) / s_.stride, 1, range.size());
         const int64_t slots = (tile - 1) * s_.stride + 2 * d + 1, ring_floats = Ring::floats(slots, s_.width, d, pixel);
-        float* memory = workspace(ring_floats + tile * out_width * pixel + s_.width * lanes_of(s_.inputs));
+        float* memory = workspace(ring_floats + tile * out_width * pixel + slots * s_.width * lanes_of(s_.inputs));
         E *filtered = tile_of<E>(memory + ring_floats), *converted = filtered + tile * out_width * pixel;
         const Ring ring(memory, slots, s_.height, s_.width, d, pixel);
         int64_t next = 0;  // the first row that is not expanded yet
         for (int64_t first = range.begin; first < range.end; first += tile) {
-          const int64_t last = std::min(first + tile, range.end);
-          next = std::max({next, first * s_.stride - d, int64_t(0)});
-          for (const int64_t end = std::min((last - 1) * s_.stride + d + 1, s_.height); next < end; ++next) {
-            float* out = ring.row(next);
-            const RowsOf<E> in = as_rows(
-                x_ + (image * s_.height + next) * s_.width * s_.inputs, s_.inputs, s_.width, s_.inputs, converted);
-            expand(in, s_.width, w_.expand.panels(), [=](int64_t r, int64_t c) { return out + r * pixel + c; });
-          }
-          for (int64_t row = first; row < last; ++row)
-            filter(
-                ring, row * s_.stride, filtered + (row - first) * out_width * pixel, {0, lanes_of(s_.expanded)}, pixel,
-                pixel);
+          const Range rows{first, std::min(first + tile, range.end)},
+              read = read_rows(s_, rows), fresh{std::min(std::max(next, read.begin), read.end), read.end};
+          next = fresh.end;
+          const RowsOf<E> in = as_rows(
+              x_ + (image * s_.height + fresh.begin) * s_.width * s_.inputs, s_.inputs, fresh.size() * s_.width,
+              s_.inputs, converted);
+          for_each_panel(w_.expand, w_.expand.panels(), [&](int64_t channel, int64_t vecs) {
+            const Range channels{channel, channel + vecs * kLanes};
+            int64_t row = rows.begin;
+            for (int64_t i = fresh.begin; i <= fresh.end; ++i) {
+              for (; row < rows.end && read_rows(s_, {row, row + 1}).end <= i; ++row)
+                filter(
+                    ring, row * s_.stride, filtered + (row - rows.begin) * out_width * pixel, channels, channel, pixel,
+                    pixel);
+              if (i == fresh.end) break;
+              float* out = ring.row(i);
+              expand(
+                  {in.data + (i - fresh.begin) * s_.width * in.stride, in.stride}, s_.width,
+                  {channel / kPanel, channel / kPanel + 1}, [=](int64_t r, int64_t c) { return out + r * pixel + c; });
+            }
+          });
           project(
-              filtered, pixel, image * s_.out_pixels() + first * out_width, (last - first) * out_width,
+              filtered, pixel, image * s_.out_pixels() + rows.begin * out_width, rows.size() * out_width,
               w_.project.panels());
         }
       });
@@ -287,7 +298,7 @@ class InvertedResidualForward {
       for (int64_t row = range.begin; row < range.end; ++row)
         filter(
             ring, row * s_.stride - read.begin, filtered + (image * s_.out_height() + row) * s_.out_width() * hidden,
-            channels, pixel, hidden);
+            channels, 0, pixel, hidden);
     });
     for_each_block(s_.out_rows(), w_.project, [&](Range rows, Range outputs) {
       project(filtered + rows.begin * hidden, hidden, rows.begin, rows.size(), outputs);
@@ -303,10 +314,13 @@ class InvertedResidualForward {
     });
   }
 
-  // The rows around row `centre` of the ring, which holds `channels` alone, to a row of `out`, which holds all.
-  void filter(const Ring& ring, int64_t centre, E* out, Range channels, int64_t pixel, int64_t out_pixel) const {
+  // `channels` of the rows around row `centre` of the ring, where they lie from `in_ring` on, to a row of `out`, which
+  // holds all.
+  void filter(
+      const Ring& ring, int64_t centre, E* out, Range channels, int64_t in_ring, int64_t pixel,
+      int64_t out_pixel) const {
     const float* rows[3];
-    for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(centre + (t - 1) * s_.dilation);
+    for (int64_t t = 0; t < 3; ++t) rows[t] = ring.bordered(centre + (t - 1) * s_.dilation) + in_ring;
     const float *shift = w_.filter_shift.data() + channels.begin, *taps = w_.taps.data() + channels.begin * 9;
     out += channels.begin;
     filter_row(

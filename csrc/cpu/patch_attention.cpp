@@ -35,18 +35,18 @@ class AttentionBackward {
     float* rest = memory + heads_at_once() * group_floats();
     for (int64_t group = groups.begin; group < groups.end;) {
       const int64_t count = std::min({heads_at_once(), g_.heads - group % g_.heads, groups.end - group}),
-                    rows = count * g_.rows_floats();
+                    rows = count * g_.rows_size(g_.dim);
       float *qkv = memory, *grads = qkv + 3 * rows, *outs = grads + rows;
-      g_.load_tokens(group, count, qkv_, 3, qkv);
-      g_.load_tokens(group, count, dout_, 1, grads);
-      g_.load_tokens(group, count, out_, 1, outs);
+      g_.load_tokens(group, count, qkv_, 3, qkv, g_.dim);
+      g_.load_tokens(group, count, dout_, 1, grads, g_.dim);
+      g_.load_tokens(group, count, out_, 1, outs, g_.dim);
       GroupsAhead ahead;
       if (far_)
         ahead = GroupsAhead(
             g_, group, count, heads_at_once(),
             5 * ((g_.tokens() + kPanel - 1) / kPanel) * ((g_.tokens() + kQueries - 1) / kQueries));
       for (int64_t end = group + count; group < end;
-           ++group, qkv += 3 * g_.rows_floats(), grads += g_.rows_floats(), outs += g_.rows_floats())
+           ++group, qkv += 3 * g_.rows_size(g_.dim), grads += g_.rows_size(g_.dim), outs += g_.rows_size(g_.dim))
         differentiate(group, qkv, grads, outs, ahead, rest);
     }
   }
@@ -73,7 +73,7 @@ class AttentionBackward {
     E* copy;
   };
 
-  int64_t group_floats() const { return 5 * g_.rows_floats(); }
+  int64_t group_floats() const { return 5 * g_.rows_size(g_.dim); }
   int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
   int64_t depth() const { return round_up(g_.dim, kDepth); }
   int64_t across_stride() const { return kCopies ? lanes_of(g_.dim) : g_.dim; }
@@ -109,7 +109,7 @@ class AttentionBackward {
   template <int Vecs>
   const E* turn(const float* rows, int64_t count, float* out) const {
     constexpr int64_t kKeys = Vecs * kLanes;
-    transpose(rows, g_.dim, count, g_.dim, 1.0f, out, kKeys);
+    transpose(rows, g_.dim, count, g_.dim, out, kKeys);
     if constexpr (!kCopies) return out;
     E* steps = tile_of<E>(out);  // in the same place: a step is read before it is written
     for (int64_t c = 0; c < g_.dim; c += kDepth)
@@ -127,9 +127,13 @@ class AttentionBackward {
     float *deltas = memory, *dqueries = deltas + round_up(tokens, kLanes), *copies = dqueries + tokens * lanes,
           *rest = copies + copies_floats();
     E* const copy = tile_of<E>(copies);
-    const Group of_group{
-        group,    operand(queries, copy),   operand(grads, copy + operand_size()), queries + g_.rows_floats(), deltas,
-        dqueries, copy + 2 * operand_size()};
+    const Group of_group{group,
+                         operand(queries, copy),
+                         operand(grads, copy + operand_size()),
+                         queries + g_.rows_size(g_.dim),
+                         deltas,
+                         dqueries,
+                         copy + 2 * operand_size()};
     for (int64_t i = 0; i < tokens; ++i) {  // the gradient of out times out: what softmax's backward subtracts
       Vec sum = 0.0f;
       for (int64_t c = 0; c < dim; c += kLanes)
@@ -163,7 +167,7 @@ class AttentionBackward {
     constexpr int64_t kKeys = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens(), group = of.group, channel = g_.channel(group),
                   channels = g_.channels(), lanes = lanes_of(dim);
-    const float *keys = of.keys + first * dim, *values = keys + g_.rows_floats();
+    const float *keys = of.keys + first * dim, *values = keys + g_.rows_size(g_.dim);
     float *keys_t = memory, *values_t = keys_t + depth() * kPanel, *dkeys_t = values_t + depth() * kPanel,
           *dvalues_t = dkeys_t + dim * kPanel;
     float *scores = dvalues_t + dim * kPanel, *dscores = scores + kQueries * kPanel,
@@ -202,9 +206,9 @@ class AttentionBackward {
     }
 
     const Vec scale = g_.scale();
-    transpose(dkeys_t, kKeys, dim, count, 1.0f, rows, lanes);
+    transpose(dkeys_t, kKeys, dim, count, rows, lanes);
     g_.store_tokens(group, first, count, rows, [&](int64_t) { return scale; }, dqkv_, 3 * channels, channels + channel);
-    transpose(dvalues_t, kKeys, dim, count, 1.0f, rows, lanes);
+    transpose(dvalues_t, kKeys, dim, count, rows, lanes);
     g_.store_tokens(
         group, first, count, rows, [](int64_t) { return Vec(1.0f); }, dqkv_, 3 * channels, 2 * channels + channel);
   }

@@ -1,13 +1,14 @@
 // patch_attention: multi-head softmax attention among the pixels that share their position inside a patch. Forward core
 // and geometry.
 //
-// Unfold and fold are index arithmetic: a head of a group of pixels is copied to dense rows in a thread's cache (and
-// converted to float32 there), and the result is written where the pixels lie. The vector lanes are queries: scores are
-// S^T[key][query], so that neither a head width nor a number of keys is padded, the softmax runs along rows, and keys
-// and values are read by the micro-kernel as they are. Scores are scaled, to units of log 2, where their exponentials
-// are taken, as queries and keys that are bfloat16 lose nothing in a product then. Many keys are taken in blocks, with
-// the running maximum and sum of the online softmax. Products of bfloat16 read copies of the keys and of the transposed
-// values, which are made once for all blocks of queries, and the exponentials in pairs of keys.
+// Unfold and fold are index arithmetic: a head of a group of pixels is copied to dense rows in a thread's cache (of the
+// type that products read, where the map is of it, else of float32), and the result is written where the pixels lie.
+// The vector lanes are queries: scores are S^T[key][query], so that neither a head width nor a number of keys is
+// padded, the softmax runs along rows, and keys and values are read by the micro-kernel as they are. Scores are scaled,
+// to units of log 2, where their exponentials are taken, as queries and keys that are bfloat16 lose nothing in a
+// product then. Many keys are taken in blocks, with the running maximum and sum of the online softmax. Products of
+// bfloat16 read a copy of the transposed values, which is made once for all blocks of queries, and the exponentials in
+// pairs of keys.
 #pragma once
 
 #include <cmath>
@@ -49,23 +50,24 @@ struct PatchGroups {
     }
   }
 
-  // Floats of a group's tokens as dense rows, the last of which may be followed by up to a vector of anything.
-  int64_t rows_floats() const { return round_up(tokens() * dim + kLanes, kLanes); }
+  // Elements of a group's tokens as rows, `stride` apart, the last of which may be followed by up to a vector of
+  // anything.
+  int64_t rows_size(int64_t stride) const { return round_up(tokens() * stride + kLanes, 2 * kLanes); }
 
   // How many heads to load at once, if a head takes that many floats: what lies together in a pixel is best read
   // together, and should stay in the second-level cache.
   int64_t heads_at_once(int64_t floats) const { return std::clamp<int64_t>(kTileFloats / floats, 1, heads); }
 
-  // All tokens of `count` groups, the heads from that of `group` on, from a map x of `parts` times D channels, as dense
-  // float32 rows: part p of the i'th group begins at rows + (i * parts + p) * rows_floats().
-  template <typename T>
-  void load_tokens(int64_t group, int64_t count, const T* x, int64_t parts, float* rows) const {
-    const int64_t size = rows_floats();
+  // All tokens of `count` groups, the heads from that of `group` on, from a map x of `parts` times D channels, as rows
+  // `stride` apart, zero behind D: part p of the i'th group begins at rows + (i * parts + p) * rows_size(stride).
+  template <typename T, typename Row>
+  void load_tokens(int64_t group, int64_t count, const T* x, int64_t parts, Row* rows, int64_t stride) const {
+    const int64_t size = rows_size(stride);
     for_each_token(group, 0, tokens(), [&](int64_t token, int64_t pixel) {
       for (int64_t p = 0; p < parts; ++p) {
         const T* source = x + (pixel * parts + p) * channels() + channel(group);
         for (int64_t i = 0; i < count; ++i) {
-          float* target = rows + (i * parts + p) * size + token * dim;
+          Row* target = rows + (i * parts + p) * size + token * stride;
           for (int64_t c = 0; c < dim; c += kLanes) store(target + c, load_some(source + i * dim + c, dim - c));
         }
       }
@@ -184,12 +186,12 @@ class AttentionForward {
         loaded = group;
         end =
             group + std::min({heads_at_once(), g_.heads - group % g_.heads, (blocks.end - 1) / per_group - group + 1});
-        g_.load_tokens(group, end - group, qkv_, 3, memory);
+        g_.load_tokens(group, end - group, qkv_, 3, tile_of<Row>(memory), depth());
         if (far_)
           ahead =
               GroupsAhead(g_, group, end - group, heads_at_once(), per_group * 2 * ((g_.tokens() + kKeys - 1) / kKeys));
       }
-      const float* tokens = memory + (group - loaded) * group_floats();
+      const Row* tokens = tile_of<Row>(memory + (group - loaded) * group_floats());
       if (kCopies && group != copied) copy(tokens, copies);
       copied = group;
       if (count > kLanes)
@@ -202,56 +204,43 @@ class AttentionForward {
  private:
   static constexpr int64_t kDepth = Dot<E>::kDepth;
   static constexpr bool kCopies = !std::is_same_v<E, float>;
+  using Row = std::conditional_t<std::is_same_v<T, E>, E, float>;  // E, wherever products are not of float32
 
-  int64_t group_floats() const { return 3 * g_.rows_floats(); }
+  int64_t part_size() const { return g_.rows_size(depth()); }
+  int64_t group_floats() const { return 3 * part_size() * int64_t(sizeof(Row)) / int64_t(sizeof(float)); }
   int64_t heads_at_once() const { return g_.heads_at_once(group_floats()); }
 
-  // Copies: keys as rows of `depth` elements, whole steps of a head, and values transposed, rows of `width` keys.
+  // Rows are whole steps of a head. The copy of the values is transposed: rows of `width` keys.
   int64_t depth() const { return round_up(g_.dim, kDepth); }
-  int64_t width() const { return lanes_of(g_.tokens()); }
-  int64_t keys_size() const { return round_up(g_.tokens() * depth() + kLanes, 2 * kLanes); }
-  int64_t copies_floats() const { return kCopies ? keys_size() + g_.dim * width() : 0; }
+  int64_t width() const { return round_up(g_.tokens(), kLanes * kDepth); }
+  int64_t copies_floats() const { return kCopies ? g_.dim * width() : 0; }
 
-  void copy(const float* rows, E* copies) const {
+  // Neighbours of a step side by side first: they are words then, which are half as many.
+  void copy(const Row* rows, E* copies) const {
     const int64_t dim = g_.dim, tokens = g_.tokens();
-    const float *keys = rows + g_.rows_floats(), *values = keys + g_.rows_floats();
-    for (int64_t token = 0; token < tokens; ++token)
-      load_rows(keys + token * dim, 0, 1, dim, copies + token * depth(), 0);
-    E* out = copies + keys_size();
+    const Row* values = rows + 2 * part_size();
     for (int64_t c = 0; c < dim; c += kLanes)
-      for (int64_t token = 0; token < tokens; token += kLanes) {
+      for (int64_t token = 0; token < tokens; token += kLanes * kDepth) {
         alignas(64) float square[kLanes * kLanes];
         for (int64_t i = 0; i < kLanes; ++i)
-          store(
-              square + i * kLanes, token + i < tokens ? load_some(values + (token + i) * dim + c, dim - c) : Vec(0.0f));
+          store_step(tile_of<E>(square + i * kLanes), [&](int64_t k) {
+            const int64_t at = token + i * kDepth + k;
+            return at < tokens ? load_some(values + at * depth() + c, dim - c) : Vec(0.0f);
+          });
         transpose(square);
         for (int64_t i = 0; i < std::min<int64_t>(kLanes, dim - c); ++i)
-          store(out + (c + i) * width() + token, load(square + i * kLanes));
+          std::memcpy(copies + (c + i) * width() + token, square + i * kLanes, kLanes * sizeof(float));
       }
   }
 
-  // Transposed queries as the second operand of a product, in their place or in `steps`.
-  template <int Vecs>
-  const E* in_steps(const float* queries, float* steps) const {
-    if constexpr (!kCopies) return queries;
-    E* out = tile_of<E>(steps);
-    for (int64_t c = 0; c < g_.dim; c += kDepth)
-      for (int v = 0; v < Vecs; ++v)
-        store_step(out + (c * Vecs + v * kDepth) * kLanes, [&](int64_t k) {
-          return c + k < g_.dim ? load(queries + ((c + k) * Vecs + v) * kLanes) : Vec(0.0f);
-        });
-    return out;
-  }
-
   // Keys from `key` on and queries, for scores; transposed values from `key` on and the exponentials of `n` keys.
-  OperandsOf<E> of_scores(const float* rows, const E* copies, int64_t key, const E* queries, int64_t width) const {
-    if constexpr (!kCopies) return {rows + g_.rows_floats() + key * g_.dim, queries, g_.dim, 1, width, g_.dim};
-    return {copies + key * depth(), queries, depth(), kDepth, width * kDepth, depth() / kDepth};
+  OperandsOf<E> of_scores(const E* keys, const E* queries, int64_t width) const {
+    return {keys, queries, depth(), kDepth, width * kDepth, depth() / kDepth};
   }
   OperandsOf<E> of_sums(
-      const float* rows, const E* copies, int64_t key, const E* weights, int64_t width, int64_t n) const {
-    if constexpr (!kCopies) return {rows + 2 * g_.rows_floats() + key * g_.dim, weights, 1, g_.dim, width, n};
-    return {copies + keys_size() + key, weights, this->width(), kDepth, width * kDepth, (n + kDepth - 1) / kDepth};
+      const Row* rows, const E* copies, int64_t key, const E* weights, int64_t width, int64_t n) const {
+    if constexpr (!kCopies) return {rows + 2 * part_size() + key * g_.dim, weights, 1, g_.dim, width, n};
+    return {copies + key, weights, this->width(), kDepth, width * kDepth, (n + kDepth - 1) / kDepth};
   }
 
   void fetch(GroupsAhead& ahead) const {
@@ -260,15 +249,18 @@ class AttentionForward {
 
   template <int Vecs>
   void attend(
-      int64_t group, int64_t first, int64_t count, const float* rows, const E* copies, GroupsAhead& ahead,
+      int64_t group, int64_t first, int64_t count, const Row* rows, const E* copies, GroupsAhead& ahead,
       float* memory) const {
     constexpr int64_t kQueries = Vecs * kLanes;
     const int64_t dim = g_.dim, tokens = g_.tokens();
     float *scores = memory, *turned = scores + std::min(kKeys, tokens) * kPanel, *sums = turned + depth() * kPanel;
     float *results = sums + depth() * kPanel, *greatest = results + kPanel * lanes_of(dim), *totals = greatest + kPanel;
     const E* weights = tile_of<E>(scores);  // what `exponentiate` leaves
-    transpose(rows + first * dim, dim, count, dim, 1.0f, turned, kQueries);
-    const E* queries = in_steps<Vecs>(turned, results);
+    // Words are steps of a head: transposed, they are the second operand of a product.
+    transpose(
+        reinterpret_cast<const float*>(rows + first * depth()), depth() / kDepth, count, depth() / kDepth, turned,
+        kQueries);
+    const E *queries = tile_of<E>(turned), *keys = rows + part_size();
     const Vec scale = g_.binary_scale();
 
     Vec top[Vecs], total[Vecs];
@@ -279,7 +271,7 @@ class AttentionForward {
     for (int64_t key = 0; key < tokens; key += kKeys) {
       const int64_t n = std::min(kKeys, tokens - key);
       fetch(ahead);
-      multiply_panel_into(n, Vecs, of_scores(rows, copies, key, queries, kQueries), scores, kQueries, false);
+      multiply_panel_into(n, Vecs, of_scores(keys + key * depth(), queries, kQueries), scores, kQueries, false);
       Vec before[Vecs], block[Vecs];
       for (int v = 0; v < Vecs; ++v) {
         before[v] = top[v];
@@ -309,7 +301,7 @@ class AttentionForward {
       store(greatest + v * kLanes, top[v]);
       store(totals + v * kLanes, total[v]);
     }
-    transpose(sums, kQueries, dim, count, 1.0f, results, lanes_of(dim));
+    transpose(sums, kQueries, dim, count, results, lanes_of(dim));
     g_.store_tokens(
         group, first, count, results, [&](int64_t i) { return Vec(1 / totals[i]); }, out_, g_.channels(),
         g_.channel(group));

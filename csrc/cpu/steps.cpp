@@ -9,6 +9,7 @@
 #include "pointwise_conv.h"
 #include "separable_attention.h"
 #include "steps.h"
+#include "winograd.h"
 
 namespace mvit3 {
 namespace {
@@ -292,7 +293,7 @@ template <typename E>
 class Conv3x3 : public Step {
  public:
   Conv3x3(Source& from, const Tensor& weight, const Tensor& scale, const Tensor& shift)
-      : weights_(make(Folded("conv3x3", weight, scale, shift, 9 * channels(weight)), from)), act_(from.activation()) {}
+      : Conv3x3(from, Folded("conv3x3", weight, scale, shift, 9 * channels(weight))) {}
 
   static int64_t channels(const Tensor& weight) {
     MVIT3_CHECK(
@@ -315,21 +316,35 @@ class Conv3x3 : public Step {
                           s.channels,  two ? in[1].shape.channels : 0,
                           in[0].batch, s.height,
                           s.width,     in[0].nchw};
-    dispatch_activation(act_, [&](auto act) { conv3x3<act>(weights_, x, out.data); });
+    dispatch_activation(act_, [&](auto act) {
+      if (by_winograd(s))
+        conv3x3_winograd<act>(*winograd_, weights_.affine, x, out.data);
+      else
+        conv3x3<act>(weights_, x, out.data);
+    });
   }
   // Of a dilation all taps count, also those that meet nothing.
   std::vector<Region> regions(const Shapes& in, int64_t batch) const override {
+    if (by_winograd(in[0])) return {WinogradTiles{batch, in[0].height, in[0].width}.operations(*winograd_)};
     const int64_t rows = batch * weights_.out_size(in[0].height), width = weights_.out_size(in[0].width);
     return {ConvCut(rows, width, weights_.weight).operations(width, weights_.weight)};
   }
 
  private:
+  Conv3x3(Source& from, const Folded& conv) : weights_(make(conv, from)), act_(from.activation()) {
+    if (weights_.stride == 1 && weights_.dilation == 1 && WinogradWeightsOf<E>::pays(conv.outputs, weights_.inputs))
+      winograd_.emplace(conv.matrix.data(), conv.outputs, weights_.inputs);
+  }
+
   static Conv3x3WeightsOf<E> make(const Folded& conv, Source& from) {
     const int64_t stride = from.stride(), dilation = from.dilation();
     return Conv3x3WeightsOf<E>(conv.matrix.data(), conv.outputs, conv.inputs / 9, stride, dilation, conv.affine());
   }
 
+  bool by_winograd(const MapShape& s) const { return winograd_ && WinogradWeightsOf<E>::suits(s.height, s.width); }
+
   Conv3x3WeightsOf<E> weights_;
+  std::optional<WinogradWeightsOf<E>> winograd_;
   int64_t act_;
 };
 

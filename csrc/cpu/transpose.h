@@ -44,17 +44,17 @@ MVIT3_INLINE void transpose_native(NativeFloat* rows) {
   if constexpr (kWidth > 8) exchange_all<8>(rows);
 }
 
-// out[c][r] = in[r][c] * factor for `rows` x `columns` floats. A row of `in` must be readable, one of `out` is written,
-// up to a whole number of vectors; what is written beyond `rows` is zero.
+// out[c][r] = in[r][c] for `rows` x `columns` words, floats or pairs of bfloat16. A row of `in` must be readable, one
+// of `out` is written, up to a whole number of vectors; what is written beyond `rows` is zero.
 inline void transpose(
-    const float* in, int64_t in_stride, int64_t rows, int64_t columns, float factor, float* out, int64_t out_stride) {
+    const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += kWidth)
     for (int64_t c = 0; c < columns; c += kWidth) {
       NativeFloat block[kWidth];  // unrolled, or the block would not stay in registers
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kWidth; ++i)
-        block[i] = r + i < rows ? *reinterpret_cast<const UnalignedFloat*>(in + (r + i) * in_stride + c) * factor
-                                : NativeFloat{};
+        block[i] =
+            r + i < rows ? *reinterpret_cast<const UnalignedFloat*>(in + (r + i) * in_stride + c) : NativeFloat{};
       transpose_native(block);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kWidth; ++i)

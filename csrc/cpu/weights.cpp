@@ -58,7 +58,8 @@ class Weights {
  public:
   // One slice of each tensor for every call of a round, in the order in which they are read: they are far from the
   // caches by then.
-  explicit Weights(const std::vector<Tensor>& tensors) : rounds_(kSlices) {
+  // `near` are the addresses of what the caller reads behind a call.
+  Weights(const std::vector<Tensor>& tensors, std::vector<int64_t> near) : rounds_(kSlices), near_(std::move(near)) {
     for (const Tensor& tensor : tensors) {
       const char* const data = static_cast<const char*>(tensor.data_ptr());
       const int64_t bytes = extent(tensor), slices = std::min(kSlices, (bytes + kLine - 1) / kLine);
@@ -73,6 +74,7 @@ class Weights {
   }
   // Whether a slice of the next call has another sum or, with `all`, any slice.
   bool changed(bool all) {
+    for (const int64_t address : near_) __builtin_prefetch(reinterpret_cast<const void*>(address));
     const int64_t call = calls_++ % kSlices;
     if (!all) return changed(rounds_[call]);
     return std::any_of(rounds_.begin(), rounds_.end(), [](const std::vector<Slice>& round) { return changed(round); });
@@ -89,14 +91,15 @@ class Weights {
   }
 
   std::vector<std::vector<Slice>> rounds_;
+  std::vector<int64_t> near_;
   std::atomic<int64_t> calls_{0};
 };
 
 std::mutex weights_mutex;
 std::map<int64_t, std::shared_ptr<Weights>> known_weights;
 
-int64_t weights_new(std::vector<Tensor> tensors) {
-  auto made = std::make_shared<Weights>(tensors);
+int64_t weights_new(std::vector<Tensor> tensors, std::vector<int64_t> near) {
+  auto made = std::make_shared<Weights>(tensors, std::move(near));
   static int64_t last = 0;
   const std::lock_guard<std::mutex> lock(weights_mutex);
   known_weights[++last] = std::move(made);
@@ -124,7 +127,7 @@ void weights_free(int64_t number) {
 }  // namespace mvit3
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mvit3, m) {
-  m.def("weights_new(Tensor[] tensors) -> int");
+  m.def("weights_new(Tensor[] tensors, int[] near) -> int");
   m.def("weights_changed(int weights, bool all) -> bool");
   m.def("weights_free(int weights) -> ()");
 }

@@ -78,6 +78,7 @@ STEPS = {
     "1x1, long": (1100, lambda: ConvNormAct(1100, 70, 1)),
     "3x3": (16, lambda: ConvNormAct(16, 48, 3)),
     "3x3, odd": (23, lambda: ConvNormAct(23, 17, 3, 2)),
+    "3x3, tiles": (67, lambda: ConvNormAct(67, 50, 3)),
     "3x3, image": (3, lambda: ConvNormAct(3, 16, 3, 2)),
     "3x3, dilated": (21, lambda: ConvNormAct(21, 40, 3, dilation=3)),
     "inverted residual": (32, lambda: InvertedResidual(32, 32, 128)),
@@ -102,12 +103,13 @@ def test_steps(name):
 
 
 @multiplied
-@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize(("dilation", "channels"), [(1, (17, 23, 24)), (2, (17, 23, 24)), (1, (37, 31, 50))], ids=str)
 @torch.no_grad()
-def test_a_convolution_of_two_maps(dilation):
+def test_a_convolution_of_two_maps(dilation, channels):
     """Of odd numbers of channels: pairs of inputs would reach from one map into the other."""
-    module = with_statistics(ConvNormAct(40, 24, 3, dilation=dilation))
-    made, (one, two) = Program(3, HALF), (with_statistics(ConvNormAct(3, n, 3)) for n in (17, 23))
+    a, b, outputs = channels
+    module = with_statistics(ConvNormAct(a + b, outputs, 3, dilation=dilation))
+    made, (one, two) = Program(3, HALF), (with_statistics(ConvNormAct(3, n, 3)) for n in (a, b))
     maps = [emit(conv, made, IMAGE) for conv in (one, two)]  # of few channels: exact
     scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
     shift = module.norm.bias - module.norm.running_mean * scale

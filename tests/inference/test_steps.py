@@ -82,19 +82,59 @@ def test_layouts(inputs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_two_inputs(dilation):
-    module, one = convolution(40, 24, dilation=dilation), convolution(3, 17)
-    two = convolution(3, 23)
+@pytest.mark.parametrize(("dilation", "channels"), [(1, (17, 23, 24)), (2, (17, 23, 24)), (1, (37, 30, 50))], ids=str)
+def test_two_inputs(dilation, channels):
+    a, b, outputs = channels
+    module, one = convolution(a + b, outputs, dilation=dilation), convolution(3, a)
+    two = convolution(3, b)
     program_ = Program(3)
-    a, b = emit(one, program_, IMAGE), emit(two, program_, IMAGE)
+    maps = [emit(conv, program_, IMAGE) for conv in (one, two)]
     conv = module.block.conv.weight.permute(0, 2, 3, 1).contiguous()
     scale = module.norm.weight / (module.norm.running_var + module.norm.eps).sqrt()
     shift = module.norm.bias - module.norm.running_mean * scale
-    y = program_.add("conv3x3", [a, b], [conv, scale, shift], [1, dilation, 1])
+    y = program_.add("conv3x3", maps, [conv, scale, shift], [1, dilation, 1])
     program_.finish([y], lambda results: results[0].permute(0, 3, 1, 2))
     x = images(3, 3, 10, 13)
     check(program_(x), module, torch.cat([one(x), two(x)], 1))
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "dilation", "size", "products"),
+    [
+        ((64, 96), 1, 1, (32, 18), 4),
+        ((48, 48), 1, 1, (6, 6), 4),
+        ((64, 96), 1, 1, (32, 5), 9),  # outputs at a border, which cancel most, would be too many
+        ((64, 96), 2, 1, (32, 18), 9),
+        ((64, 96), 1, 2, (32, 18), 9),
+        ((47, 64), 1, 1, (32, 18), 9),
+        ((64, 47), 1, 1, (32, 18), 9),
+    ],
+    ids=str,
+)
+def test_products_of_an_output(channels, stride, dilation, size, products):
+    """The four outputs of a tile share 16 products where that pays and errs little; elsewhere each has its nine."""
+    run, x = program(channels[0], convolution(*channels, stride, dilation=dilation)), images(2, channels[0], *size)
+    lanes = -(-channels[1] // 16) * 16
+    outputs = run(x).shape[2:].numel() * len(x) * lanes
+    table = torch.ops.mvit3.engine_regions(run._engine, x)
+    assert table[:, 1:].sum() == products * channels[0] * outputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tiles_spread_no_further_than_taps(value):
+    """Nor do they reach another image; an infinity may come out as NaN."""
+    run, x = program(64, convolution(64, 64)), images(3, 64, 9, 12)
+    want = run(x)
+    for row, column in ((4, 6), (4, 7), (5, 6), (5, 7)):  # each place of a tile
+        broken = x.clone()
+        broken[1, 7, row, column] = value
+        found = run(broken)
+        reached = torch.zeros(9, 12, dtype=torch.bool)
+        reached[row - 1 : row + 2, column - 1 : column + 2] = True
+        assert torch.equal(found[::2], want[::2])
+        assert torch.equal(found[1].isfinite().all(0), ~reached)
+        assert torch.equal(found[1][:, ~reached], want[1][:, ~reached])
 
 
 def test_not_a_number_spreads_as_far_as_the_taps():
