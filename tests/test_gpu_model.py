@@ -236,7 +236,7 @@ def test_each_configuration_of_a_call_is_predicted():
     with trace.as_on_a_gpu():
         [found] = configs.offers_of_call(call, 3)
         [launch] = trace.launches([call]).launches
-    assert found.choice.kernel == "patch_attention_short_fwd" and found.launches == 3
+    assert found.choice.kernel == "patch_attention_16_fwd" and found.launches == 3
     assert len(found.seconds) == len(found.choice.offered) == 2 and len(set(found.seconds)) == 2
     assert found.seconds[found.shipped] == pytest.approx(3 * model.triton(launch).seconds)
 

@@ -99,6 +99,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "global_representation.*"): (
         "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
     ),
+    ("registers", "patch_attention.attention_*"): (
+        "takes a whole group of up to 256 tokens in one block of 16 warps, which fills a multiprocessor: scores are"
+        " computed once and everything is read once; shorter groups and heads need less"
+    ),
     ("registers", "cuda.DepthwiseBackward"): (
         "keeps nine taps and nine sums of their gradients for four channels, and the rows that it loads ahead"
     ),
@@ -109,6 +113,13 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
     ("pipeline", "inverted_residual.add_parts"): _PARTS,
     ("pipeline", "inverted_residual.prepare_project"): _PREPARES,
+    ("pipeline", "patch_attention.attention_fwd"): (
+        "the second loop takes the keys that are no whole step: once, or never as in all maps of 256x256 images"
+    ),
+    ("pipeline", "patch_attention.attention_bwd"): (
+        "a group of at most 16 tokens is one step, whose loads have nothing to wait behind; a second stage costs"
+        " instructions"
+    ),
     ("pipeline", "row_gradients.*_gradient"): _PARTS,
     ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
     ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,

@@ -145,11 +145,20 @@ def dropout_threshold(p: float) -> int:
 
 
 @triton.jit
-def pixel_of_token(token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
-    """The pixel of a sample where a token lies, of those that share their position inside a patch."""
+def pixel_of_token(
+    token, position, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, MOST_TOKENS: tl.constexpr = None
+):
+    """The pixel of a sample where a token lies, of those that share their position inside a patch. Where a group has at
+    most 256 tokens, MOST_TOKENS, the division for each is a multiplication; pixels of tokens beyond are any."""
     columns = width // PATCH_W
-    row = token // columns * PATCH_H + position // PATCH_W
-    return row * width + token % columns * PATCH_W + position % PATCH_W
+    first = position // PATCH_W * width + position % PATCH_W
+    if MOST_TOKENS is not None:
+        tl.static_assert(MOST_TOKENS <= 256)
+        # token * (1 / columns + e) with e <= 2^-16: too large by less than 1 / columns, as token * columns < 2^16
+        row = (token * (65536 // columns + 1)) >> 16
+    else:
+        row = token // columns
+    return first + row * (PATCH_H * width - columns * PATCH_W) + token * PATCH_W
 
 
 @triton.jit

@@ -24,6 +24,15 @@ def _interpreted() -> bool:
 
 
 @triton.jit
+def opaque(x):
+    """A number as it is, of which the compiler knows nothing: what is computed from it is computed anew instead of
+    being kept in registers since the last time."""
+    if _for_nvidia():
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x to one unit in the last place; zero above 2^126."""
     if _for_nvidia():

@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from mvit3_kernels import backend, ops
 from mvit3_kernels.ops.random import random_words
+from mvit3_kernels.ops.triton_common import pixel_of_token
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.inputs import Draw
 from tests.ops.test_patch_attention_triton import arguments, registered
@@ -16,6 +19,12 @@ from tests.triton_tools import compute_like_a_gpu
 
 poison()
 compute_like_a_gpu()
+
+
+@triton.jit
+def pixels_kernel(pixel_ptr, width):
+    token = tl.arange(0, 256)
+    tl.store(pixel_ptr + token, pixel_of_token(token, 3, width, PATCH_H=3, PATCH_W=2, MOST_TOKENS=256))
 
 
 class TestPatchAttention(TritonResults):
@@ -40,6 +49,29 @@ class TestPatchAttention(TritonResults):
         truth, found = self.results("reference", arguments, torch.float64), self.results("triton", arguments)
         for name, t in truth.items():
             torch.testing.assert_close(found[name].double(), t, rtol=1e-4, atol=1e-5)
+
+    # Groups in one row and in one column of patches, of a full tile of each size and of part of one, and a longer one.
+    @pytest.mark.parametrize(
+        "height, width, side", [(1, 256, 1), (256, 1, 1), (4, 8, 2), (6, 14, 2), (16, 16, 2), (26, 18, 2), (13, 20, 1)]
+    )
+    def test_groups_of_every_size(self, height, width, side):
+        self.hold(self.arguments(Draw(), 1, height, width, 1, 20, (side, side)), torch.bfloat16)
+
+    def test_pixels_of_few_tokens_need_no_division(self):
+        """For every number of columns that at most 256 tokens may have."""
+        token, found = torch.arange(256), torch.empty(256, dtype=torch.int32)
+        for columns in range(1, 257):
+            pixels_kernel[(1,)](found, 2 * columns)
+            expected = (token // columns * 3 + 1) * 2 * columns + token % columns * 2 + 1
+            assert torch.equal(found.long(), expected), columns
+
+    @pytest.mark.parametrize("height", [2, 20, 50])
+    def test_tokens_beyond_the_last_take_no_part(self, height):
+        """They are zeros, whose scores lie above those of all others by hundreds."""
+        arguments = self.arguments(Draw(), 1, height, 6, 1, 8)
+        arguments["qkv"][..., :8] += 20
+        arguments["qkv"][..., 8:16] -= 20
+        self.hold(arguments, torch.bfloat16)
 
     def test_a_head_that_is_too_wide(self):
         with backend("triton"), pytest.raises(RuntimeError, match="heads of at most 128 channels, these have 129"):

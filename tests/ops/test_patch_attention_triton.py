@@ -32,11 +32,20 @@ class TestPatchAttentionTriton(TritonKernel):
     maps = ("qkv",)
     arguments = staticmethod(arguments)
     registered = staticmethod(registered)
-    # A configuration is decided by the head's width as a power of 2, short sequences and float32.
+    # A configuration is decided by the head's width as a power of 2, the length of a group (at most 16, 64 or, on sm_90
+    # and without dropout, 256 tokens, or more) and float32.
+    alone = (90,)
     cases = (
         Case(90, BF16, (1, 32, 32, 4, 36), {"dropout": 0.1}, 64),
         Case(90, BF16, (1, 32, 32, 4, 9), {"dropout": 0.1}),
-        Case(90, BF16, (1, 32, 32, 4, 36)),
+        Case(90, BF16, (1, 32, 32, 4, 36), {}, 64),
+        Case(90, F16, (1, 32, 32, 4, 16), {}, 128),
+        Case(90, BF16, (1, 32, 32, 4, 30)),
+        Case(90, BF16, (1, 32, 32, 4, 48), {}, 128),
+        Case(90, F16, (1, 32, 32, 4, 64), {}, 128),
+        Case(90, BF16, (1, 16, 16, 4, 60), {"dropout": 0.1}, 64),
+        Case(80, F16, (1, 16, 16, 4, 60), {}, 64),
+        Case("gfx942", BF16, (1, 16, 16, 4, 48)),
         Case(90, BF16, (1, 8, 8, 4, 60)),
         Case(80, BF16, (1, 16, 16, 4, 48)),
         Case(90, BF16, (1, 16, 16, 4, 64), load_bits=128),

@@ -1,12 +1,17 @@
 """Triton kernels of patch_attention.
 
-A group is one attention head of the pixels of a sample that share their position inside a patch. A program owns a block
-of its tokens and walks over all of them. The heads of a block run side by side because they share cache lines: the part
-of a pixel that belongs to a head is 32 to 128 bytes. Backward takes the block first as keys, then as queries, and
-computes the scores twice. So nothing is added up across programs, and the result is the same in every run. What the
-backward pass of the softmax subtracts, the product of out and its gradient, is computed by a launch of its own: for
-each block of queries again it was a quarter of the instructions. With dropout it still is: what the mask takes beside
-a second pointer would spill.
+A group is one attention head of the pixels of a sample that share their position inside a patch. The heads of a block
+run side by side because they share cache lines: the part of a pixel that belongs to a head is 32 to 128 bytes.
+
+Up to 256 tokens, which the maps of an image of 256x256 have at most, a program takes a whole group. Backward keeps the
+keys and the sums of their gradients and walks over the queries, whose gradients are complete after a step: the scores
+are computed once, everything is read once, and nothing is added up across programs, so that the result is the same in
+every run.
+
+Of a longer group a program owns a block of tokens and walks over all of them. Backward takes the block first as keys,
+then as queries, and computes the scores twice. What the backward pass of the softmax subtracts, the product of out and
+its gradient, is then computed by a launch of its own: for each block of queries again it was a quarter of the
+instructions. With dropout it still is: what the mask takes beside a second pointer would spill.
 """
 
 from __future__ import annotations
@@ -26,27 +31,45 @@ from ..triton_common import (
     dropout_kept,
     dropout_key,
     dropout_threshold,
+    multiplies_from_shared_memory,
     next_tokens,
     on_device,
     pixel_of_token,
     token_step,
 )
+from ..triton_math import opaque
 
-# Two binaries for all maps: sequences of at most 16 tokens (8x8 maps in 2x2 patches) fit a single tile of the matrix
-# units.
-SHORT = 16
 LOG2E = 1 / math.log(2)
 
 _NOT_SPECIALIZED = ["pixels_per_sample", "width", "tokens", "blocks", "threshold", "scale", "keep_scale"]
 
 
-def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) -> list[dict[str, int]]:
+def whole_group(qkv: Tensor, dim: int, tokens: int, dropout: bool) -> int | None:
+    """How many tokens a program has room for that takes a group of `tokens` at once: 16, one tile of the matrix units,
+    64 or 256, so that there are few binaries for all maps; None where a program takes a block of a group."""
+    if tokens <= 16:
+        return 16
+    if qkv.dtype is torch.float32 or dim > 64 or tokens > 256:
+        return None
+    if tokens <= 64:
+        return 64
+    # elsewhere the operands of so high a tile would not fit the registers, nor here what the mask takes
+    return 256 if multiplies_from_shared_memory(qkv) and not dropout else None
+
+
+def configurations(dim: int, whole: int | None, dtype: torch.dtype, backward: bool) -> list[dict[str, int]]:
     """A program's BLOCK of tokens, and the STEP that it walks over the others in. Float32 has no matrix units of its
     own precision: its products are made in registers, so its tiles are small."""
     columns = max(triton.next_power_of_2(dim), 16)
     float32 = dtype is torch.float32
-    if short:
-        tiles = [(16, 16, 4 if float32 or columns > 64 else 2)]
+    stages: tuple[int, ...] = (2,) if float32 else (2, 1)
+    if whole == 16:
+        tiles = [(16, 16, 4 if float32 or columns > 64 or backward else 2)]
+        stages = (1,) if backward and not float32 else stages
+    elif whole == 64:
+        tiles = [(64, 16, 4), (64, 32, 4)] if backward else [(64, 32, 4), (64, 64, 4)]
+    elif whole == 256:
+        tiles = [(256, 16 if columns > 32 else 32, 16)] if backward else [(256, 64, 16), (256, 32, 16)]
     elif float32:
         tiles = [(32, 16, 8) if columns <= 64 else (16, 16, 4)]
     elif columns > 64:
@@ -57,17 +80,17 @@ def configurations(dim: int, short: bool, dtype: torch.dtype, backward: bool) ->
             tiles[:2] = tiles[1::-1]
     else:
         tiles = [(64, 32, 4), (64, 64, 4), (128, 32, 8), (128, 64, 8)]
-    tiles = dict.fromkeys((*tile, stages) for stages in ((2,) if float32 else (2, 1)) for tile in tiles)
+    tiles = dict.fromkeys((*tile, n) for n in stages for tile in tiles)
     return [
         {"BLOCK": block, "STEP": step, "BLOCK_D": columns, "num_warps": warps, "num_stages": n}
         for block, step, warps, n in tiles
     ]
 
 
-def configuration(qkv: Tensor, dim: int, tokens: int, backward: bool) -> dict[str, int]:
-    short = tokens <= SHORT
-    kernel = f"patch_attention{'_short' if short else ''}_{'bwd' if backward else 'fwd'}"
-    return tuning.choose(kernel, qkv, (dim,), lambda: configurations(dim, short, qkv.dtype, backward))
+def configuration(qkv: Tensor, dim: int, whole: int | None, backward: bool) -> dict[str, int]:
+    kernel = f"patch_attention{'' if whole is None else f'_{whole}'}_{'bwd' if backward else 'fwd'}"
+    config = tuning.choose(kernel, qkv, (dim,), lambda: configurations(dim, whole, qkv.dtype, backward))
+    return {"WHOLE": whole is not None, **config}
 
 
 def bytes_moved(qkv: Tensor) -> tuple[int, int]:
@@ -114,21 +137,45 @@ def _store(ptr, pixel, valid, channel, tile, STRIDE: tl.constexpr, DIM: tl.const
     tl.store(ptr + pixel[:, None] * STRIDE + (channel + lane)[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _attend(
+    maximum, total, sums, q, qkv_ptr, pixel, query, key, tokens, group, channel, mask_key, threshold, scale, keep_scale,
+    CHANNELS: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """One step of attention_fwd_kernel: what the running maximum, the sum of probabilities and the sums of values are
+    with the keys `key` at `pixel`. Only the LAST ones may be beyond the group."""
+    there = key < tokens if LAST else key >= 0
+    k = _load(qkv_ptr, pixel, there, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], key.shape[0]), tl.float32))
+    if LAST:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    shrink = tl.exp2(maximum - new_maximum)
+    probabilities = tl.exp2(scores * scale - new_maximum[:, None])
+    total = total * shrink + tl.sum(probabilities, 1)
+    if DROPOUT:
+        kept = dropout_kept(mask_key, (group * tokens + query[:, None]) * tokens + key[None, :], threshold)
+        probabilities *= tl.where(kept, keep_scale, 0.0)
+    v = _load(qkv_ptr, pixel, there, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    return new_maximum, total, dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_fwd_kernel(
     qkv_ptr, seed_ptr,  # (B, H, W, 3 HEADS DIM); one int64, or None without dropout
     out_ptr, lse_ptr,  # written: (B, H, W, HEADS DIM), like qkv; (B, positions, HEADS, tokens), float32
     pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = dropout(softmax(q k^T / sqrt(DIM))) v for the tokens of each group, and lse = log2(sum(exp2(scores))) of
     each query, where scores = q k^T * scale and scale = log2(e) / sqrt(DIM).
 
-    A program has BLOCK queries of a group and walks over the keys, STEP at a time, with a running maximum. Reads q
-    once, k and v once for each block of queries, from cache; writes out and lse once."""
+    A program has BLOCK queries of a group, WHOLE says all, and walks over the keys, STEP at a time, with a running
+    maximum. Reads q once, k and v once for each block of queries, from cache; writes out and lse once."""
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
+    MOST: tl.constexpr = BLOCK if WHOLE else None
     sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=POSITIONS)
     channel = head * DIM
     group = position * HEADS + head  # of this sample
@@ -137,35 +184,35 @@ def _attention_fwd_kernel(
     out_ptr += pixels * CHANNELS
     lse_ptr += pixels * HEADS + group * tokens
     query = block * BLOCK + tl.arange(0, BLOCK)
-    query_pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    query_pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
     q = _load(qkv_ptr, query_pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-    if seed_ptr is not None:
-        mask_key = dropout_key(seed_ptr, sample, SITE=0)
+    mask_key = 0 if seed_ptr is None else dropout_key(seed_ptr, sample, SITE=0)
 
     maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     sums = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     step = token_step(width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-    for first in range(0, tokens, STEP):
+    full = tokens // STEP * STEP
+    if qkv_ptr.dtype.element_ty == tl.float32:  # products are made in registers, which two loops have not enough of
+        full = 0
+    for first in range(0, full, STEP):
         key = first + tl.arange(0, STEP)
-        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
-            pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-        k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale
-        scores = tl.where((key < tokens)[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        shrink = tl.exp2(maximum - new_maximum)
-        probabilities = tl.exp2(scores - new_maximum[:, None])
-        total = total * shrink + tl.sum(probabilities, 1)
-        maximum = new_maximum
-        if seed_ptr is not None:
-            kept = dropout_kept(mask_key, (group * tokens + query[:, None]) * tokens + key[None, :], threshold)
-            probabilities *= tl.where(kept, keep_scale, 0.0)
-        v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        sums = dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
-        if seed_ptr is None:
+        if WHOLE or seed_ptr is not None:  # what the mask takes leaves no registers for a walk
+            pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
+        maximum, total, sums = _attend(
+            maximum, total, sums, q, qkv_ptr, pixel, query, key, tokens, group, channel, mask_key, threshold, scale,
+            keep_scale, CHANNELS=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D, DROPOUT=seed_ptr is not None, LAST=False,
+        )  # fmt: skip
+        if not WHOLE and seed_ptr is None:
             column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    for first in tl.range(full, tokens, STEP, num_stages=1):  # once or never
+        key = first + tl.arange(0, STEP)
+        pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
+        maximum, total, sums = _attend(
+            maximum, total, sums, q, qkv_ptr, pixel, query, key, tokens, group, channel, mask_key, threshold, scale,
+            keep_scale, CHANNELS=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D, DROPOUT=seed_ptr is not None, LAST=True,
+        )  # fmt: skip
 
     _store(
         out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
@@ -201,6 +248,28 @@ def _delta_bwd_kernel(
 
 
 @triton.jit
+def _gradients(
+    mine, my_other, theirs, their_other, lse, delta, mask_key, element, threshold, scale, keep_scale,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """(p * m, dscores) of attention_bwd_kernel for a tile of the scores mine theirs^T: `mine` are keys and `theirs`
+    queries, or the other way round, and my_other their_other^T, of values and dout, is the gradient of p * m. lse and
+    delta are of the queries, `element` counts the pairs of a sample.
+
+    What the exponent may not exceed keeps tokens beyond the last, which are zeros, from infinite products: queries add
+    zeros to dk and dv, and keys to dq."""
+    zeros = tl.zeros((mine.shape[0], theirs.shape[0]), tl.float32)
+    exponents = dot(mine, tl.trans(theirs), zeros) * scale - lse
+    probabilities = tl.exp2(tl.minimum(exponents, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    grads = dot(my_other, tl.trans(their_other), zeros)
+    weights = probabilities
+    if DROPOUT:
+        mask = tl.where(dropout_kept(mask_key, element, threshold), keep_scale, 0.0)
+        weights, grads = probabilities * mask, grads * mask
+    return weights, probabilities * (grads - delta)
+
+
+@triton.jit
 def _query_gradient(
     dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group, channel,
     mask_key, threshold, scale, keep_scale,
@@ -226,15 +295,12 @@ def _query_gradient(
             pixel = pixel_of_token(key, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
         k = _load(qkv_ptr, pixel, key < tokens, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         v = _load(qkv_ptr, pixel, key < tokens, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-        scores = tl.where(
-            (key < tokens)[None, :], dot(my_q, tl.trans(k), tl.zeros((BLOCK, STEP), tl.float32)) * scale, float("-inf")
-        )
-        probabilities = tl.exp2(scores - my_lse[:, None])
-        grads = dot(my_dout, tl.trans(v), tl.zeros((BLOCK, STEP), tl.float32))
-        if seed_ptr is not None:
-            kept = dropout_kept(mask_key, (group * tokens + mine[:, None]) * tokens + key[None, :], threshold)
-            grads *= tl.where(kept, keep_scale, 0.0)
-        dq = dot((probabilities * (grads - my_delta[:, None])).to(k.dtype), k, dq)
+        element = (group * tokens + mine[:, None]) * tokens + key[None, :]
+        _, dscores = _gradients(
+            my_q, my_dout, k, v, my_lse[:, None], my_delta[:, None], mask_key, element,
+            threshold, scale, keep_scale, DROPOUT=seed_ptr is not None,
+        )  # fmt: skip
+        dq = dot(dscores.to(k.dtype), k, dq)
         if seed_ptr is None:
             column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     return dq
@@ -243,22 +309,25 @@ def _query_gradient(
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
     dout_ptr, qkv_ptr, out_ptr,  # like out and qkv
-    lse_ptr, delta_ptr,  # (B, positions, HEADS, tokens), float32; no delta with dropout
+    lse_ptr, delta_ptr,  # (B, positions, HEADS, tokens), float32; WHOLE writes delta, others with dropout have none
     seed_ptr,  # one int64, or None without dropout
     dqkv_ptr,  # written: like qkv
     pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """With p = exp2(scores - lse), the mask of the dropout m and delta = sum(dout * out) of each query:
 
         dv = (p * m)^T dout;  dscores = p * (dout v^T * m - delta)
         dq = dscores k / sqrt(DIM);  dk = dscores^T q / sqrt(DIM)
 
-    A program has BLOCK tokens of a group, first as keys, then as queries, and walks over the others STEP at a time.
-    Reads dout and qkv about twice for each block, from cache; writes dqkv once."""
+    A program has BLOCK tokens of a group as keys and walks over the queries STEP at a time. WHOLE says that these are
+    all tokens: dq of a step is complete then, and everything is read and written once. Otherwise the program takes its
+    block once more, as queries, and reads dout and qkv about twice for each block, from cache."""
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
+    if WHOLE:
+        tl.assume(tokens > 0)  # the loop runs, so there is no second way to its end
     sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=POSITIONS)
     channel = head * DIM
     group = position * HEADS + head
@@ -270,9 +339,10 @@ def _attention_bwd_kernel(
     lse_ptr += pixels * HEADS + group * tokens
     if delta_ptr is not None:
         delta_ptr += pixels * HEADS + group * tokens
+    MOST: tl.constexpr = BLOCK if WHOLE else None
     mine = block * BLOCK + tl.arange(0, BLOCK)
     valid = mine < tokens
-    my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
     mask_key = 0 if seed_ptr is None else dropout_key(seed_ptr, sample, SITE=0)
     score_scale = scale * 0.6931471805599453  # of the natural scores
 
@@ -281,12 +351,19 @@ def _attention_bwd_kernel(
     my_v = _load(qkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    if WHOLE:  # delta of all queries, for the steps, through memory
+        my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        my_out = _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        tl.store(delta_ptr + mine, _product_of_out(my_dout, my_out), mask=valid)
+        tl.debug_barrier()
     step = token_step(width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     for first in range(0, tokens, STEP):
         query = first + tl.arange(0, STEP)
-        if seed_ptr is not None:  # what the mask takes leaves no registers for a walk
-            pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        if WHOLE or seed_ptr is not None:  # what the mask takes leaves no registers for a walk
+            pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
+            if WHOLE:  # or the offsets would be carried on from step to step, in registers
+                pixel = opaque(pixel)
         q = _load(qkv_ptr, pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         dout = _load(dout_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         if delta_ptr is not None:
@@ -294,30 +371,39 @@ def _attention_bwd_kernel(
         else:
             out = _load(out_ptr, pixel, query < tokens, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
             delta = _product_of_out(dout, out)
-        # queries beyond the last have no probabilities
-        lse = tl.load(lse_ptr + query, mask=query < tokens, other=float("inf"))
-        probabilities = tl.exp2(dot(my_k, tl.trans(q), tl.zeros((BLOCK, STEP), tl.float32)) * scale - lse[None, :])
-        grads = dot(my_v, tl.trans(dout), tl.zeros((BLOCK, STEP), tl.float32))
-        weights = probabilities
-        if seed_ptr is not None:
-            kept = dropout_kept(mask_key, (group * tokens + query[None, :]) * tokens + mine[:, None], threshold)
-            weights = probabilities * tl.where(kept, keep_scale, 0.0)
-            grads *= tl.where(kept, keep_scale, 0.0)
+        lse = tl.load(lse_ptr + query, mask=query < tokens, other=0.0)
+        element = (group * tokens + query[None, :]) * tokens + mine[:, None]
+        weights, dscores = _gradients(
+            my_k, my_v, q, dout, lse[None, :], delta[None, :], mask_key, element,
+            threshold, scale, keep_scale, DROPOUT=seed_ptr is not None,
+        )  # fmt: skip
         dv = dot(weights.to(dout.dtype), dout, dv)
-        dk = dot((probabilities * (grads - delta[None, :])).to(q.dtype), q, dk)
-        if seed_ptr is None:
+        dscores = dscores.to(q.dtype)
+        dk = dot(dscores, q, dk)
+        if WHOLE:
+            dq = dot(tl.trans(dscores), my_k, tl.zeros((STEP, BLOCK_D), tl.float32))
+            _store(
+                dqkv_ptr, pixel, query < tokens, channel, dq * score_scale,
+                STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D,
+            )  # fmt: skip
+        if not WHOLE and seed_ptr is None:
             column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+    if WHOLE:  # counted again, so that no register holds them through the loop
+        mine = opaque(block) * BLOCK + tl.arange(0, BLOCK)
+        valid = mine < tokens
+        my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
     _store(
         dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
     )
     _store(dqkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, dv, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
-    dq = _query_gradient(
-        dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group,
-        channel, mask_key, threshold, scale, keep_scale,
-        CHANNELS=CHANNELS, DIM=DIM, PATCH_H=PATCH_H, PATCH_W=PATCH_W, BLOCK=BLOCK, STEP=STEP, BLOCK_D=BLOCK_D,
-    )  # fmt: skip
-    _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    if not WHOLE:
+        dq = _query_gradient(
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group,
+            channel, mask_key, threshold, scale, keep_scale,
+            CHANNELS=CHANNELS, DIM=DIM, PATCH_H=PATCH_H, PATCH_W=PATCH_W, BLOCK=BLOCK, STEP=STEP, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+        _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
 class _Launch:
@@ -328,7 +414,8 @@ class _Launch:
         heads, patch_height, patch_width = call.num_heads, call.patch_height, call.patch_width
         dim = channels // (3 * heads)
         tokens = (height // patch_height) * (width // patch_width)
-        config = configuration(call.qkv, dim, tokens, backward)
+        whole = whole_group(call.qkv, dim, tokens, call.dropout > 0)
+        config = configuration(call.qkv, dim, whole, backward)
         blocks = triton.cdiv(tokens, config["BLOCK"])
         self.grid = (batch * patch_height * patch_width * heads * blocks,)
         self.seed = call.seed if call.dropout > 0 else None
@@ -353,11 +440,13 @@ def patch_attention_backward(call: Call) -> Tensor:
     """Launches the backward pass: the gradient of qkv."""
     launch = _Launch(call, backward=True)
     dout, qkv, out, lse = contiguous(call.dout, call.qkv, call.out, call.lse)
-    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse) if launch.seed is None else None
+    dqkv = torch.empty_like(qkv)
+    delta = None if launch.seed is not None and not launch.flags["WHOLE"] else torch.empty_like(lse)
     if out.numel() > 0:
         with on_device(qkv):
-            if delta is not None:
-                flags = {name: value for name, value in launch.flags.items() if name not in ("STEP", "num_stages")}
+            if delta is not None and not launch.flags["WHOLE"]:
+                others = ("WHOLE", "STEP", "num_stages")
+                flags = {name: value for name, value in launch.flags.items() if name not in others}
                 _delta_bwd_kernel[launch.grid](dout, out, delta, *launch.sizes[:4], **flags)
             _attention_bwd_kernel[launch.grid](
                 dout, qkv, out, lse, delta, launch.seed, dqkv, *launch.sizes, **launch.flags
