@@ -167,54 +167,66 @@ def _slice(inputs: int) -> int:
 
 TILE = {1: (8, 16), 2: (4, 8)}  # outputs of a tile, by stride; pixels of x that it is made of, and the same rounded up
 PIXELS = {1: (180, 192), 2: (153, 160)}
+# Blocks of 16 pixels and of 8 channels of a warp in the expansion, by stride and by channels of a step.
+FRONT = {(1, 64): (3, 4), (1, 32): (3, 2), (2, 64): (5, 2), (2, 32): (3, 2)}
 TAPS = 2 * 9 * 8  # operations of an output's taps, which are products with diagonal matrices
 
 
-def _front_shared(inputs: int, stride: int, channels: int) -> int:
-    width, (pixels, rounded) = _slice(inputs) + 8, PIXELS[stride]
-    diagonals = (channels // 4 + 1) * 144
-    return (
-        2 * (pixels + channels) * width + 80 * channels // CHUNK * pixels + 8 * (rounded + channels) + 240 + diagonals
-    )
+def _most(inputs: int) -> int:
+    """Inputs in shared memory at a time, for which a kernel is compiled."""
+    return 64 if inputs <= 64 else 128
 
 
-def _step(code: Code, loop: Loop, inputs: int, chunks: int, copied: float) -> paths.Way:
-    """What a pass of `loop` runs: with one of `chunks` passes of the loop over channels in it, if it has one, the steps
-    of the expansion's product, and `copied` copies of 16 bytes."""
+def _front_shared(most: int, stride: int, channels: int) -> int:
+    pixels, rounded = PIXELS[stride]
+    expanded = 80 * channels // CHUNK * (rounded if most == 64 else pixels)
+    return 2 * (pixels + channels) * (most + 8) + expanded + 8 * (rounded + channels) + 176 + 48 * channels + 192
+
+
+def _copying(loop: Loop) -> list[float]:
+    """Instructions for a copy of 16 bytes, in the loops in `loop` that copy: least first."""
+    return sorted(i.counts["all"] / i.counts["copies"] for i in loop.walk()[1:] if i.counts["copies"] and not i.inner)
+
+
+def _step(code: Code, inputs: int, most: int, blocks: tuple[int, int], chunks: int, copied: float) -> paths.Way:
+    """What a pass of the loop over tiles runs: `chunks` passes of the loop over channels in it, if it has one, and
+    `copied` copies of 16 bytes of x. The code has all steps of 16 of `most` inputs one behind the other, each of them
+    for `blocks` of 16 pixels and of 8 channels; those that are not there are taken off."""
+    loop = _over_tiles(code)
     slices, products = _ceil(inputs, _slice(inputs)), _slice(inputs) // 16
-    over_channels = {id(inner) for inner in loop.inner if any(deep.counts["barriers"] for deep in inner.inner)}
-    over_slices = [i for i in loop.walk()[1:] if i.counts["barriers"] and id(i) not in over_channels]
-    over_products = {id(deep) for inner in over_slices for deep in inner.inner if deep.counts["mma"]}
+    with_barriers = [inner for inner in loop.inner if any(deep.counts["barriers"] for deep in inner.walk())]
+    over_channels = {id(inner) for inner in with_barriers if chunks > 0}
+    over_slices = {id(deep) for i in with_barriers for deep in (i.walk()[1:] if chunks > 0 else [i])}
 
     def trips(inner: Loop) -> float:
         if id(inner) in over_channels:
             return chunks
-        if inner.counts["barriers"]:
-            return slices
-        return products if id(inner) in over_products else 1
+        return slices if id(inner) in over_slices and inner.counts["barriers"] else 1
 
     way = paths.one_pass(paths.read(code.lines), loop, trips)
-    copying = [inner for inner in loop.walk() if inner.counts["copies"] and not inner.inner]
-    each = min(inner.counts["all"] / inner.counts["copies"] for inner in copying)
-    return way.then(paths.Way(0, Counter(all=each * copied)))
+    rows, columns = blocks
+    missing = (most // 16 - products) * slices * max(chunks, 1)
+    way = way.then(paths.Way(0, Counter(all=-missing * (rows * (1 + columns) + columns / 2 + 2))))
+    return way.then(paths.Way(0, Counter(all=_copying(loop)[-1] * copied)))
 
 
 def _filter(call: Any) -> list[CudaLaunch]:
     x, expanded, stride = call.x, call.expand.shape[0], call.stride
     inputs, channels = x.shape[-1], 2 * CHUNK
-    shared = _front_shared(inputs, stride, channels)
+    most = _most(inputs)
+    shared, name = _front_shared(most, stride, channels), f"6FilterINS_8BFloat16ELi{stride}ELi{most}E"
     tiles, slices, (pixels, rounded) = _tiles(x, stride, TILE[stride]), _ceil(expanded, channels), PIXELS[stride]
-    code = find("6FilterI", stride)
+    code = find(name, stride)
     parts = min(max(_resident(code, shared) // slices, 1), tiles)
     out = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride)
     read = 2.0 * tiles * slices * pixels * inputs
     if inputs > _slice(inputs):
         read += 2.0 * tiles * slices * channels * inputs
-    way = _step(code, _over_tiles(code), inputs, 1, read / tiles / slices / 16 / THREADS)
+    way = _step(code, inputs, most, FRONT[stride, channels], 0, read / tiles / slices / 16 / THREADS)
     return [
         _small("inverted_residual.pack", expanded * (inputs + 20)),
         CudaLaunch(
-            "inverted_residual.filter", "6FilterI", parts * slices, tiles / parts, shared,
+            "inverted_residual.filter", name, parts * slices, tiles / parts, shared,
             bytes=2.0 * x.numel() + 2.0 * out * expanded, cached=read + 2.0 * out * expanded,
             products=tiles * slices * channels * (2.0 * rounded * inputs + math.prod(TILE[stride]) * TAPS), way=way,
         ),
@@ -226,24 +238,29 @@ def _inference(call: Any) -> list[CudaLaunch]:
     x, expanded, outputs, stride = call.x, call.expand.shape[0], call.project.shape[0], call.stride
     inputs, (pixels, rounded), made = x.shape[-1], PIXELS[stride], math.prod(TILE[stride])
 
-    def shared_of(channels: int, most: int) -> int:
-        columns = min(_ceil(outputs, 16) * 16, most)
-        return (
-            _front_shared(inputs, stride, channels) + 2 * (made + columns) * (channels + 8) + 8 * (channels + columns)
-        )
+    def shared_of(channels: int, widest: int) -> int:
+        columns = min(_ceil(outputs, 16) * 16, widest)
+        front = _front_shared(64 if channels > CHUNK else 128, stride, channels)
+        return front + 2 * (made + columns) * (channels + 8) + 8 * (channels + columns)
 
-    channels, most = 2 * CHUNK, 64 * stride
-    if expanded <= CHUNK or outputs > most or shared_of(channels, most) > 99 * 1024:
-        channels, most = CHUNK, 128 if stride == 1 else 384
-    shared, name = shared_of(channels, most), f"9InferenceINS_8BFloat16ELi{stride}ELi{channels}E"
-    tiles, slices, chunks = _tiles(x, stride, TILE[stride]), _ceil(outputs, most), _ceil(expanded, channels)
+    channels, widest = 2 * CHUNK, 64 * stride
+    if inputs > 64 or expanded <= CHUNK or outputs > widest or shared_of(channels, widest) > 99 * 1024:
+        channels, widest = CHUNK, 128 if stride == 1 else 384
+    most = 64 if channels > CHUNK else 128
+    shared, name = shared_of(channels, widest), f"9InferenceINS_8BFloat16ELi{stride}ELi{channels}E"
+    tiles, slices, chunks = _tiles(x, stride, TILE[stride]), _ceil(outputs, widest), _ceil(expanded, channels)
     code = find(name, stride)
     blocks = min(_resident(code, shared), tiles)
-    columns = min(outputs, most)
+    columns = min(_ceil(outputs, 16) * 16, widest)
     weights, tile = chunks * channels * 2.0 * (inputs + columns), 2.0 * pixels * inputs
     if inputs > _slice(inputs):
         tile *= chunks
-    way = _step(code, _over_tiles(code), inputs, chunks, (weights + tile) / 16 / THREADS)
+    way = _step(code, inputs, most, FRONT[stride, channels], chunks, tile / 16 / THREADS)
+    # Of the weights' copies the way has those of the expansion, and one of the projection.
+    more = columns * (channels + 8) / 8 / THREADS - 1
+    if inputs > _slice(inputs):
+        more += _ceil(inputs, _slice(inputs)) * channels * (most + 8) / 8 / THREADS
+    way = way.then(paths.Way(0, Counter(all=chunks * more * _copying(_over_tiles(code))[0])))
     out = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * outputs
     return [
         _small("inverted_residual.pack", expanded * (inputs + outputs + 20)),

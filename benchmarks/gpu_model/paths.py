@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 from benchmarks.gpu_model.sass import INSTRUCTION, KINDS, LABEL, TARGET, Loop
 
-WORK = {"HMMA", "HGMMA", "FFMA", "FADD", "FMUL", "HFMA2", "MUFU.TANH", "MUFU.EX2"}
-PREDICATED = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+@")
+WORK = {"HMMA", "HGMMA", "FFMA", "FADD", "FMUL", "HFMA2", "MUFU.TANH", "MUFU.EX2", "STG"}
+PREDICATED = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+@!?(\w+)")
+VOTE = re.compile(r"VOTE\.ANY\s+(?:R\w+, )?(P\d)")
 Trips = Callable[[Loop], float]
 
 
 class Instruction(NamedTuple):
-    name: str  # with its first modifier where that is in WORK
+    name: str  # with its first modifiers where that is in WORK, or where it moves a 16-bit number
     target: int | None  # of a branch
     conditional: bool
+    rare: bool = False  # a branch on what a vote found: to what is made again where something is not finite
 
 
 @dataclass
@@ -43,18 +45,25 @@ class Way:
 def read(lines: list[str]) -> list[Instruction]:
     """The instructions of a kernel in a disassembly."""
     labels: dict[str, int] = {}
-    found: list[tuple[str, str, bool]] = []
+    found: list[tuple[str, str, bool, bool]] = []
+    voted = ""  # the predicate of the last vote
     for line in lines:
         if label := LABEL.match(line):
             labels[label[1]] = len(found)
         elif match := INSTRUCTION.match(line):
             modified = match[1] + ".".join(match[2].split(".")[:2])
-            name = modified if modified in WORK else match[1]
-            found.append((name, match[3], PREDICATED.match(line) is not None))
+            name = modified if modified in WORK or "U16" in match[2] else match[1]
+            predicate = PREDICATED.match(line)
+            if vote := VOTE.search(line):
+                voted = vote[1]
+            rare = name == "BRA" and predicate is not None and predicate[1] == voted
+            if rare:
+                voted = ""
+            found.append((name, match[3], predicate is not None, rare))
     made = []
-    for name, operands, conditional in found:
+    for name, operands, conditional, rare in found:
         target = TARGET.search(operands) if name == "BRA" else None
-        made.append(Instruction(name, labels.get(target[1]) if target else None, conditional))
+        made.append(Instruction(name, labels.get(target[1]) if target else None, conditional, rare))
     return made
 
 
@@ -90,7 +99,8 @@ def one_pass(code: list[Instruction], loop: Loop, trips: Trips) -> Way:
         here = Counter() if own.name == "NOP" else Counter({"all": 1})
         if kind := KINDS.get(own.name.partition(".")[0]):
             here[kind] += 1
-        best[i - loop.start] = Way(own.name in WORK, here).then(max(ways, key=lambda way: way.rank))
+        way = min(ways, key=lambda way: way.work) if own.rare else max(ways, key=lambda way: way.rank)
+        best[i - loop.start] = Way(own.name in WORK, here).then(way)
     return best[0] or Way(0, Counter())
 
 

@@ -28,18 +28,12 @@ struct Maps {
   int dilation;
 };
 
-// Parameters as the kernels copy them into shared memory: rounded, padded with zeros, norms folded. A launcher fills it
-// in its workspace. `channels` is the number of expanded ones, a multiple of 32.
+// The parameters of a forward kernel as it copies them into shared memory, for each step of `channels` expanded ones in
+// a run (`StepParameters`), and the last norm. A launcher fills it in its workspace.
 struct Packed {
-  const void* expand;     // (channels, inputs padded to a multiple of 16), type of the map
-  const void* project;    // (outputs, channels), type of the map
-  const float* affine;    // (channels, 2): scale and shift of the first norm, halved in front of SiLU
-  const float* taps;      // (channels / 32, 9, 32)
-  const void* diagonals;  // (channels / 32, 8, 9, 4, 2), type of the map: the taps as taps.h multiplies by them
-  const float* middle;    // (channels, 2): scale and shift of the middle norm, halved in front of SiLU
-  const float* backward;  // (channels, 8): see Backward::Channel
-  const float* last;      // (outputs, 2): scale and shift of the last norm
-  int channels, inputs;
+  const char* steps;
+  const float* last;     // (outputs, 2): scale and shift of the last norm
+  int bytes, expansion;  // of a step, and of its part for the expansion
 };
 
 // What makes the expanded map and the taps that filter it.
@@ -54,10 +48,11 @@ struct ExpansionArguments {
   Packed packed;
 };
 
+constexpr int kMostInputs = 128;  // in shared memory at a time
+
 // All input channels at a time, or equal parts of them.
 inline int slice_of(int inputs) {
-  constexpr int kMost = 128;
-  const int slices = (inputs + kMost - 1) / kMost, each = (inputs + slices - 1) / slices;
+  const int slices = (inputs + kMostInputs - 1) / kMostInputs, each = (inputs + slices - 1) / slices;
   return (each + 15) / 16 * 16;
 }
 

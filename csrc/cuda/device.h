@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace mvit3 {
 
@@ -149,6 +150,13 @@ uint32_t add_nothing(uint32_t bits, uint32_t sum, Float16) {
 #endif
 
 namespace mvit3 {
+
+MVIT3_DEVICE
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 // The two numbers of a register.
 struct alignas(8) Pair {

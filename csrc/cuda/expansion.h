@@ -6,12 +6,17 @@
 // inside the map.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.h"
 
 namespace mvit3 {
 
 constexpr int kChunk = 32;  // channels of a group
 constexpr int kChunkPitch = kChunk + 8;
+// Words of the taps of a block of eight positions in a row of diagonals (taps.h): those of the first two columns, row
+// by row, then those of the third, then nothing, so that they are read in fours; and of the four blocks of a row.
+constexpr int kBlockTaps = 12, kTapWords = 4 * kBlockTaps;
 
 // Hands out shared memory, in bytes.
 struct Carver {
@@ -31,7 +36,7 @@ template <int Stride>
 struct OutputTile {
   static constexpr int kHeight = Stride == 1 ? 8 : 4, kWidth = Stride == 1 ? 16 : 8;
   static constexpr int kInHeight = (kHeight - 1) * Stride + 3, kInWidth = (kWidth - 1) * Stride + 3;
-  static constexpr int kPixels = kInHeight * kInWidth;
+  static constexpr int kPixels = kInHeight * kInWidth, kRows = (kPixels + 15) / 16 * 16;
   static constexpr int kStrips = kHeight * kWidth / 16;  // runs of 16 outputs
 
   // Pixels of an image row in shared memory: what a tap meets of neighbouring outputs lies side by side, so with stride
@@ -119,34 +124,83 @@ struct alignas(16) AffinePair {
   Affine first, second;
 };
 
-// `Channels` expanded channels at a time: 32, or two groups of 32.
-template <typename T, int Stride, int Channels>
+// What is added to products of two neighbouring channels: where the scale of their norm is folded into the factors,
+// the shifts, as sums of two pixels want them; else scale and shift of each channel, for `normalise`.
+struct alignas(16) Added {
+  float part[4];
+};
+
+// Numbers of the two channels, one after the other.
+MVIT3_DEVICE
+void normalise(float (&sum)[4], const Added& by) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = by.part[i % 2 * 2] * sum[i] + by.part[i % 2 * 2 + 1];
+}
+
+// The parameters of a step of `Channels` expanded channels, in bytes from its start: what is added to the expansion,
+// its weights for each slice of inputs; diagonals, what is added to their products; the weights of the projection, an
+// output to a row. Rows are as long as in shared memory, so that parts are copied as they are.
+template <typename T, int Channels, int Inputs>
+struct ForwardStep {
+  // Whether norms scale the weights in front of them. In float16 the product might be too small a number.
+  static constexpr bool kFolds = std::is_same<T, BFloat16>::value;
+  static constexpr int kChannels = Channels, kPitch = Inputs + 8, kProjectPitch = Channels + 8;
+  static constexpr int kNorm = Channels * int(sizeof(Affine)), kWeights = Channels * kPitch * int(sizeof(T)),
+                       kDiagonals = Channels / 4 * kTapWords * 4, kTaps = kDiagonals + kNorm,
+                       kOutput = kProjectPitch * int(sizeof(T));
+
+  static MVIT3_BOTH
+  int expansion(int slices) { return kNorm + slices * kWeights; }
+  static MVIT3_BOTH
+  int bytes(int slices, int outputs) { return expansion(slices) + kTaps + round_up(outputs, 16) * kOutput; }
+};
+
+// Copies a run of bytes, a multiple of 16.
+template <int Bytes>
+MVIT3_DEVICE
+void copy_run(void* to, const char* from) {
+  constexpr int kAtOnce = 16 * kThreads;
+  const int own = 16 * thread();
+  char* const mine = static_cast<char*>(to) + own;
+#pragma unroll
+  for (int i = 0; i < Bytes; i += kAtOnce)
+    if (i + kAtOnce <= Bytes || own < Bytes - i) copy_16(mine + i, from + own + i);
+}
+
+// `Channels` expanded channels at a time (32, or two groups of 32) of at most `Inputs` inputs at a time.
+template <typename T, int Stride, int Channels, int Inputs>
 struct Expansion {
   using Tile = OutputTile<Stride>;
-  static constexpr int kGroups = Channels / kChunk;
-  // Warps stand 4 x 2: each has every fourth block of 16 pixels, and half of the channels.
-  static constexpr int kBlocks = (Tile::kPixels + 15) / 16, kRowBlocks = (kBlocks + 3) / 4,
-                       kColumnBlocks = Channels / 16;
+  using Step = ForwardStep<T, Channels, Inputs>;
+  static constexpr int kGroups = Channels / kChunk, kPitch = Step::kPitch;
+  // Warps stand 4 x 2, or 2 x 4 where that shares the tile evenly: each has every fourth or second block of 16 pixels,
+  // and half or a quarter of the channels.
+  static constexpr int kRowWarps = Stride == 2 && Channels > kChunk ? 2 : 4, kColumnWarps = kWarps / kRowWarps;
+  static constexpr int kBlocks = Tile::kRows / 16, kRowBlocks = (kBlocks + kRowWarps - 1) / kRowWarps,
+                       kColumnBlocks = Channels / (8 * kColumnWarps);
+  static constexpr bool kWhole = Inputs < kMostInputs;  // a launch with more has another kernel
+  // Pixels of a group in shared memory: whole blocks of 16, where there is room for them.
+  static constexpr int kGroupRows = kWhole ? Tile::kRows : Tile::kPixels;
   static constexpr int kStops = 4;
 
   struct Layout {
-    int x, weight, expanded, spots, affine, stops, walk;
+    int x, norm, weight, expanded, spots, stops, walk;
     MVIT3_BOTH
-    Layout(Carver& carver, int slice)
-        : x(carver.take(Tile::kPixels * (slice + 8), sizeof(T))),
-          weight(carver.take(Channels * (slice + 8), sizeof(T))),
-          expanded(carver.take(kGroups * Tile::kPixels * kChunkPitch, sizeof(T))),
-          spots(carver.take(16 * kBlocks, sizeof(Spot))), affine(carver.take(Channels, sizeof(Affine))),
-          stops(carver.take(kStops, sizeof(Stop))), walk(carver.take(1, sizeof(TileWalk<Stride>))) {}
+    explicit Layout(Carver& carver)
+        : x(carver.take(Tile::kPixels * kPitch, sizeof(T))), norm(carver.take(Step::kNorm, 1)),
+          weight(carver.take(Step::kWeights, 1)), expanded(carver.take(kGroups * kGroupRows * kChunkPitch, sizeof(T))),
+          spots(carver.take(Tile::kRows, sizeof(Spot))), stops(carver.take(kStops, sizeof(Stop))),
+          walk(carver.take(1, sizeof(TileWalk<Stride>))) {}
   };
 
   const ExpansionArguments& arguments;
   Matrix<T> x, weight;
   T* expanded;
   Spot* spots;
-  Affine* affine;
+  Added* norm;
   Stop* stops;
   TileWalk<Stride>* walk;
+  const SharedAddress from_x, from_weight;  // the lane's rows of both factors
   // How a thread copies rows of a slice: 16 bytes of every row_step-th row; all in one register.
   uint32_t copies;
 
@@ -159,13 +213,15 @@ struct Expansion {
 
   MVIT3_DEVICE
   Expansion(const ExpansionArguments& a, const Layout& layout)
-      : arguments(a), x{at<T>(layout.x), a.slice + 8}, weight{at<T>(layout.weight), a.slice + 8},
-        expanded(at<T>(layout.expanded)), spots(at<Spot>(layout.spots)), affine(at<Affine>(layout.affine)),
-        stops(at<Stop>(layout.stops)), walk(at<TileWalk<Stride>>(layout.walk)) {
+      : arguments(a), x{at<T>(layout.x), kPitch}, weight{at<T>(layout.weight), kPitch},
+        expanded(at<T>(layout.expanded)), spots(at<Spot>(layout.spots)), norm(at<Added>(layout.norm)),
+        stops(at<Stop>(layout.stops)), walk(at<TileWalk<Stride>>(layout.walk)),
+        from_x(operand_a<T, Rows::kOwn>(x, 16 * (warp() % kRowWarps), Tile::kPixels)),
+        from_weight(operand_b<T, Rows::kOwn>(weight, first_column())) {
     const int across = a.slice / 8;
     const int row = thread() / across, step = kThreads / across;
     copies = uint32_t(row < step ? row : 1 << 12) << 16 | step << 8 | thread() % across;  // one too many has no row
-    for (int i = thread(); i < 16 * kBlocks; i += kThreads) {
+    for (int i = thread(); i < Tile::kRows; i += kThreads) {
       const int row = i / Tile::kInWidth, column = Tile::column(i % Tile::kInWidth);
       const uint32_t bits = i < Tile::kPixels ? 1u << row | 1u << (Tile::kInHeight + column) : 0u;
       spots[i] = {uint32_t((row * a.maps.width + column) * a.maps.dilation), bits};
@@ -197,9 +253,9 @@ struct Expansion {
   V* at(int offset) { return reinterpret_cast<V*>(shared_memory() + offset); }
 
   MVIT3_DEVICE
-  bool whole() const { return arguments.slice >= arguments.maps.inputs; }
+  bool whole() const { return kWhole || arguments.slice >= arguments.maps.inputs; }
   MVIT3_DEVICE
-  T* group(int i) const { return expanded + i * Tile::kPixels * kChunkPitch; }
+  T* group(int i) const { return expanded + i * kGroupRows * kChunkPitch; }
 
   // Begins the copies of input channels first..first+slice-1 of a tile, zeros behind the last channel. What is outside
   // the map stays as it is.
@@ -217,7 +273,7 @@ struct Expansion {
       }
     } else if (first + unit() < m.inputs) {
       const uint32_t bytes = uint32_t(m.inputs) * sizeof(T);
-      const int step = row_step() * x.pitch;
+      const int step = row_step() * kPitch;
       const uint32_t outside = stop.outside;
       const uintptr_t from = reinterpret_cast<uintptr_t>(map) + (stop.x * m.inputs + first + unit()) * sizeof(T);
       T* to = x.row(first_row()) + unit();
@@ -234,64 +290,97 @@ struct Expansion {
     }
   }
 
-  // The same of the weights of channels channel..channel+Channels-1.
+  // The same of the parameters of a step: what is added, and the weights where they stay for all inputs.
   MVIT3_DEVICE
-  void load_weight(int channel, int first) const {
-    const Packed& p = arguments.packed;
-    const T* const from = static_cast<const T*>(p.expand) + int64_t(channel) * p.inputs + first + unit();
-    for (int r = first_row(); r < Channels; r += row_step()) {
-      if (channel + r < p.channels && first + unit() < p.inputs) {
-        copy_16(weight.row(r) + unit(), from + r * p.inputs);
-      } else {
-        *reinterpret_cast<Vector*>(weight.row(r) + unit()) = Vector{};
-      }
-    }
+  void load_parameters(const char* step) const {
+    if (whole())
+      copy_run<Step::kNorm + Step::kWeights>(norm, step);
+    else
+      copy_run<Step::kNorm>(norm, step);
   }
 
   // Fills `expanded`. What was copied must have arrived, and nobody may read `expanded` any more; a barrier must
   // follow. With more than one slice of inputs their copies are made here.
   MVIT3_DEVICE
-  void expand(const Stop& stop, int channel) const {
-    float sum[kRowBlocks][kColumnBlocks][4];
-    clear(sum);
-    int first = 0;
-    do {
-      if (!whole()) {
-        if (first) synchronize();
-        load_x(stop, first);
-        load_weight(channel, first);
-        copies_arrive();
-        synchronize();
-      }
-      multiply_slice(sum);
-      first += arguments.slice;
-    } while (first < arguments.maps.inputs);
+  void expand(const Stop& stop, const char* step) const {
+    Sums sum;
+    if (kWhole) {
+      multiply_slice<true>(sum);
+    } else {
+      begin_sums(sum);
+      int first = 0;
+      step += Step::kNorm;
+      do {
+        if (!whole()) {
+          if (first) synchronize();
+          load_x(stop, first);
+          copy_run<Step::kWeights>(weight.data, step);
+          step += Step::kWeights;
+          copies_arrive();
+          synchronize();
+        }
+        multiply_slice<false>(sum);
+        first += arguments.slice;
+      } while (first < arguments.maps.inputs);
+    }
     store(sum, stop.outside);
   }
 
-  static MVIT3_DEVICE
-  int first_column() { return warp() / 4 * 8 * kColumnBlocks; }
+  using Sums = float[kRowBlocks][kColumnBlocks][4];
 
+  static MVIT3_DEVICE
+  int first_column() { return warp() / kRowWarps * 8 * kColumnBlocks; }
+  // Whether a pixel of block i of a warp has a place in a group.
+  static MVIT3_DEVICE
+  bool has(int i, int pixel) { return 16 * kRowWarps * (i + 1) <= kGroupRows || pixel < kGroupRows; }
+
+  // What the sums of block j of channels start with.
   MVIT3_DEVICE
-  void multiply_slice(float (&sum)[kRowBlocks][kColumnBlocks][4]) const {
-    SharedAddress from_x[kRowBlocks], from_weight = operand_b<T, Rows::kOwn>(weight, first_column());
-    const int next = 16 * weight.pitch * int(sizeof(T));
+  Added start(int j) const {
+    if (!Step::kFolds) return Added{};
+    return norm[first_column() / 2 + 4 * j + lane() % 4];
+  }
+  MVIT3_DEVICE
+  void begin_sums(Sums& sum) const {
 #pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i)
-      from_x[i] = full(i) ? operand_a<T, Rows::kOwn>(x, 16 * (warp() % 4), 1 << 20) + 4 * i * next
-                          : operand_a<T, Rows::kOwn>(x, 16 * (warp() % 4 + 4 * i), Tile::kPixels);
-#pragma unroll 1
-    for (int k = arguments.slice; k > 0; k -= 16) {
+    for (int j = 0; j < kColumnBlocks; ++j) {
+      const Added from = start(j);
+#pragma unroll
+      for (int i = 0; i < 4 * kRowBlocks; ++i) sum[i / 4][j][i % 4] = from.part[i % 4];
+    }
+  }
+
+  // sum += x weight^T of the slice; where `Begins` they begin here. Behind the tile's last pixel lies other memory, of
+  // which sums are made that nobody uses.
+  template <bool Begins>
+  MVIT3_DEVICE
+  void multiply_slice(Sums& sum) const {
+    constexpr int kDown = 16 * kPitch * int(sizeof(T)), kMost = Inputs / 16;
+    if (Begins) {
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; j += 2) {
+        const Added from[2] = {start(j), start(j + 1)};
+        uint32_t b[4];
+        load_matrices(b, from_weight + j / 2 * kDown);
+#pragma unroll
+        for (int i = 0; i < kRowBlocks; ++i) {
+          uint32_t a[4];
+          load_matrices(a, from_x + i * kRowWarps * kDown);
+          multiply_and_add(sum[i][j], a, b[0], b[1], from[0].part, T{});
+          multiply_and_add(sum[i][j + 1], a, b[2], b[3], from[1].part, T{});
+        }
+      }
+    }
+#pragma unroll
+    for (int k = Begins ? 1 : 0; k < kMost; ++k) {
+      if (16 * k >= arguments.slice) break;
       uint32_t b[kColumnBlocks / 2][4];
 #pragma unroll
-      for (int j = 0; j < kColumnBlocks / 2; ++j) load_matrices(b[j], from_weight + j * next);
-      from_weight += 32;
+      for (int j = 0; j < kColumnBlocks / 2; ++j) load_matrices(b[j], from_weight + j * kDown + 32 * k);
 #pragma unroll
       for (int i = 0; i < kRowBlocks; ++i) {
-        if (4 * i + 3 >= kBlocks && warp() % 4 + 4 * i >= kBlocks) continue;  // the same for all lanes
         uint32_t a[4];
-        load_matrices(a, from_x[i]);
-        from_x[i] += 32;
+        load_matrices(a, from_x + i * kRowWarps * kDown + 32 * k);
 #pragma unroll
         for (int j = 0; j < kColumnBlocks; ++j)
           multiply_add(sum[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], T{});
@@ -299,46 +388,36 @@ struct Expansion {
     }
   }
 
-  // Whether block i of every warp has 16 pixels.
-  static MVIT3_BOTH
-  constexpr bool full(int i) { return 16 * (4 * i + 4) <= Tile::kPixels; }
-
   // Norm, activation, and the pixels to their place: the convolution pads the expanded map, so those outside are 0.
   MVIT3_DEVICE
-  void store(float (&sum)[kRowBlocks][kColumnBlocks][4], uint32_t outside) const {
+  void store(Sums& sum, uint32_t outside) const {
     using Words = Run<kColumnBlocks>;
-    const int g = lane() / 4, t = lane() % 4, column = first_column();
-    T* const to = group(column / kChunk) + 8 * t + column % kChunk / 4;
-#pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i) {
-      const int block = warp() % 4 + 4 * i;
-      if (4 * i + 3 >= kBlocks && block >= kBlocks) continue;
+    const int column = first_column(), pixel = 16 * (warp() % kRowWarps) + lane() / 4;
+    T* const to = group(column / kChunk) + 8 * (lane() % 4) + column % kChunk / 4 + pixel * kChunkPitch;
+    if (!Step::kFolds)
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
-        const AffinePair norm = *reinterpret_cast<const AffinePair*>(affine + column + 8 * j + 2 * t);
+        const Added by = norm[column / 2 + 4 * j + lane() % 4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const Affine& n = k % 2 ? norm.second : norm.first;
-          sum[i][j][k] = n.scale * sum[i][j][k] + n.shift;
-        }
+        for (int i = 0; i < kRowBlocks; ++i) normalise(sum[i][j], by);
       }
-      activate_halved<4 * kColumnBlocks>(&sum[i][0][0], arguments.act);
+    activate_halved<4 * kColumnBlocks * kRowBlocks>(&sum[0][0][0], arguments.act);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int pixel = 16 * block + 8 * half + g;
-        if (!full(i) && pixel >= Tile::kPixels) continue;
-        Words words;
+    for (int i = 0; i < 2 * kRowBlocks; ++i) {
+      const int next = i / 2 * kRowWarps * 16 + i % 2 * 8;
+      if (!has(i / 2, pixel + next)) continue;
+      Words words;
 #pragma unroll
-        for (int j = 0; j < kColumnBlocks; ++j) words.word[j] = pack<T>(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
-        *reinterpret_cast<Words*>(to + pixel * kChunkPitch) = words;
-      }
+      for (int j = 0; j < kColumnBlocks; ++j)
+        words.word[j] = pack<T>(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
+      *reinterpret_cast<Words*>(to + next * kChunkPitch) = words;
     }
     if (!outside) return;
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) {
-      const int pixel = 16 * (warp() % 4 + i / 2 * 4) + i % 2 * 8 + g;
-      if (4 * (i / 2) + 3 < kBlocks || pixel < 16 * kBlocks)
-        if (spots[pixel].bits & outside) *reinterpret_cast<Words*>(to + pixel * kChunkPitch) = Words{};
+      const int next = i / 2 * kRowWarps * 16 + i % 2 * 8;
+      if (has(i / 2, pixel + next) && spots[pixel + next].bits & outside)
+        *reinterpret_cast<Words*>(to + next * kChunkPitch) = Words{};
     }
   }
 };

@@ -15,14 +15,15 @@ namespace mvit3 {
 // while a block walks over its tiles. Reads x (B, H, W, inputs) once for each slice and tile of z, with a border of one
 // pixel; the packed parameters once for each block (with more than 128 inputs the weights once for each tile). Writes z
 // (B, H', W', expanded) once, and to the workspace the moments (blocks, expanded) and the number of pixels (blocks).
-template <typename T, int Stride>
+template <typename T, int Stride, int Inputs>
 struct Filter {
   using Arguments = FilterArguments;
   using Type = T;
   using Tile = OutputTile<Stride>;
   static constexpr int kBlocksAtOnce = 2;
   static constexpr int kSlice = 2 * kChunk;
-  using Front = Expansion<T, Stride, kSlice>;
+  using Front = Expansion<T, Stride, kSlice, Inputs>;
+  using Step = typename Front::Step;
   using Own = TapWarps<Stride, 2>;
   static constexpr int kStrips = Own::kStrips, kBlocks = Own::kBlocks, kChannels = 2 * kBlocks;
 
@@ -31,10 +32,11 @@ struct Filter {
     typename Front::Layout front;
     int diagonals;
     MVIT3_BOTH
-    explicit Layout(const Arguments& a)
-        : front(carver, a.front.slice), diagonals(carver.take((2 * 8 + 1) * kTapWords, sizeof(uint32_t))) {}
+    explicit Layout(const Arguments&)
+        : front(carver), diagonals(carver.take((2 * 8 + 1) * kTapWords, sizeof(uint32_t))) {}
   };
-  static_assert(kWarps * (kChunk * sizeof(Moments) + sizeof(float)) <= 2 * Tile::kPixels * kChunkPitch * sizeof(T), "");
+  static_assert(
+      kWarps * (kChunk * sizeof(Moments) + sizeof(float)) <= 2 * Front::kGroupRows * kChunkPitch * sizeof(T), "");
 
   static MVIT3_BOTH
   int slices(const Maps& m) { return (m.expanded + kSlice - 1) / kSlice; }
@@ -59,19 +61,19 @@ struct Filter {
 
   static MVIT3_DEVICE
   void outputs(Outputs& bits, const TapsFrom& from) {
+    // Two blocks at a time: four would take too many registers.
+    mvit3::filter<T, Stride, kStrips, 2, kBlocks>(
+        from, [](int) { return Added{}; },
+        [&](int first, const float (&out)[kStrips][2][4], uint32_t nothing) {
 #pragma unroll
-    for (int first = 0; first < kBlocks; first += 2)  // two blocks at a time: four would take too many registers
-      mvit3::filter<T, Stride, kStrips, 2>(from, first, [&](const float (&out)[kStrips][2][4]) {
-        uint32_t nothing = 0;
-#pragma unroll
-        for (int i = 0; i < 4 * kStrips; ++i) {
-          const int s = i / 4, half = i / 2 % 2, b = i % 2;
-          uint32_t& to = bits[s][half][first + b];
-          to = pack<T>(out[s][b][2 * half], out[s][b][2 * half + 1]);
-          nothing = add_nothing(to, nothing, T{});
-        }
-        return nothing;
-      });
+          for (int i = 0; i < 4 * kStrips; ++i) {
+            const int s = i / 4, half = i / 2 % 2, b = i % 2;
+            uint32_t& to = bits[s][half][first + b];
+            to = pack<T>(out[s][b][2 * half], out[s][b][2 * half + 1]);
+            nothing = add_nothing(to, nothing, T{});
+          }
+          return nothing;
+        });
   }
 
   // Of half a strip: where it lies, from the lane's first output on.
@@ -136,28 +138,22 @@ struct Filter {
     const Layout layout(a);
     const Front front(a.front, layout.front);
     const Maps& m = a.front.maps;
-    const int first = slice() * kSlice, channels = a.front.packed.channels;
+    const int first = slice() * kSlice;
+    const char* const step = a.front.packed.steps + int64_t(slice()) * a.front.packed.bytes;
     const int64_t count = TileWalk<Stride>::tiles(m), last = count * (block() + 1) / blocks();
     const int64_t tile = count * block() / blocks();
     const int start = int(tile - last);  // stops are counted up to 0, in one register
 
     uint32_t* const table = Front::template at<uint32_t>(layout.diagonals);
     uint32_t* const zeros = table + 2 * 8 * kTapWords;
-    const float* const packed = static_cast<const float*>(a.front.packed.diagonals);
-#pragma unroll 1
-    for (int g = 0; g < 2 && first + g * kChunk < channels; ++g)
-      for (int i = 4 * thread(); i < 8 * kTapWords; i += 4 * kThreads)
-        copy_16(table + 8 * kTapWords * g + i, packed + int64_t(first / kChunk + g) * 8 * kTapWords + i);
+    copy_run<Step::kDiagonals>(table, step + a.front.packed.expansion);
     for (int i = thread(); i < kTapWords; i += kThreads) zeros[i] = 0;
-    if (front.whole()) front.load_weight(first, 0);
-    load_floats(
-        &front.affine[0].scale, a.front.packed.affine + 2 * first, 2 * (channels - first < kSlice ? kChunk : kSlice),
-        0);
+    front.load_parameters(step);
     front.begin(tile, start);
     synchronize();
 
-    const bool idle = first + Own::group() * kChunk >= channels;  // the same for all lanes
-    const TapsFrom taps = taps_from<Stride, 2>(front.expanded, table, zeros);
+    const bool idle = first + Own::group() * kChunk >= m.expanded;  // the same for all lanes
+    const TapsFrom taps = taps_from<Stride>(front, table, zeros);
     // The first output of the lane in a tile, and how far it is from the tile's first one (a sample of z has less than
     // 2^31 numbers).
     const int top = 16 * Own::strip() / Tile::kWidth, left = lane() / 4;
@@ -170,7 +166,7 @@ struct Filter {
       synchronize();
       const Stop& stop = front.stop(at);
       front.advance(at + 1);
-      front.expand(stop, first);
+      front.expand(stop, step);
       synchronize();
       if (front.whole() && at + 1 < 0) front.load_x(front.stop(at + 1), 0);
       if (idle) continue;
@@ -237,21 +233,33 @@ struct Filter {
   }
 };
 
+template <typename T, int Stride>
+using NarrowFilter = Filter<T, Stride, kMostInputs / 2>;
+template <typename T, int Stride>
+using WideFilter = Filter<T, Stride, kMostInputs>;
+
+// Calls f with the kernel for a call.
+template <typename F>
+auto choose_filter(const FilterArguments& a, const F& f) {
+  return a.front.maps.inputs > kMostInputs / 2 ? choose<WideFilter>(a.bfloat16, a.stride, f)
+                                               : choose<NarrowFilter>(a.bfloat16, a.stride, f);
+}
+
 int64_t filter_workspace(const FilterArguments& a) {
-  return choose<Filter>(a.bfloat16, a.stride, [&](auto kernel) {
+  return choose_filter(a, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
-    return packed_floats(a.front.maps) +
+    return packed_floats<typename K::Step>(a.front) +
            int64_t(K::parts(a, typename K::Layout(a).carver.bytes)) * (2 * a.front.maps.expanded + 1);
   });
 }
 
 void filter(const FilterArguments& a, void* stream) {
-  choose<Filter>(a.bfloat16, a.stride, [&](auto kernel) {
+  choose_filter(a, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
     const int shared = typename K::Layout(a).carver.bytes, parts = K::parts(a, shared),
               channels = a.front.maps.expanded;
     FilterArguments ready = a;
-    ready.workspace = pack_into<typename K::Type>(ready.front, {}, a.workspace, stream);
+    ready.workspace = pack_into<typename K::Type, typename K::Step>(ready.front, {}, a.workspace, stream);
     launch<K>(ready, parts, K::slices(a.front.maps), shared, stream);
     launch<FinishMoments>(
         {ready.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);

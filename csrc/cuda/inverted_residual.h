@@ -1,11 +1,9 @@
-// What the kernels of inverted_residual share: the packed parameters, and the choice of a kernel.
+// What the forward kernels of inverted_residual share: the packed parameters, and the choice of a kernel.
 //
 // A call is a small kernel that packs the parameters (they are copied many times), then one whose blocks walk each over
 // a run of tiles. Sums over the whole map are kept per block in a workspace and added up by a last, small kernel, so
 // that results repeat from run to run.
 #pragma once
-
-#include <utility>
 
 #include "expansion.h"
 #include "launch.h"
@@ -16,113 +14,133 @@ namespace mvit3 {
 struct PackArguments {
   Values expand, depthwise, project;
   Norm norm, middle, last;
-  bool folds;  // the middle and the last norm too
-  int act;
-  const float *z_scale, *z_shift, *c0, *c1, *c2;  // or null
-  int inputs, expanded, outputs;
+  bool folds;  // all three norms; else the first one alone
+  int act, inputs, expanded, outputs, slice;
   Packed to;
 };
 
-// The parameters as `Packed` says: rounded to T, padded with zeros; with `folds` the
-// middle and the last norm's scale and shift are written too. Reads each parameter once and writes each
-// packed number once, a number or a channel to a thread.
-template <typename T>
+// Packs the parameters as kernels of `Steps` copy them, a word to a thread. Reads each parameter a few times and writes
+// each packed number once.
+template <typename T, typename Steps>
 struct Pack {
   using Arguments = PackArguments;
-  static constexpr int kBlocksAtOnce = 1;
+  static constexpr int kBlocksAtOnce = 1, kChannels = Steps::kChannels;
+
+  const Arguments& a;
 
   static MVIT3_BOTH
   int64_t count(const Arguments& a) {
-    return int64_t(a.to.channels) * (a.to.inputs + 1 + (a.project.data ? a.outputs : 0)) + (a.folds ? a.outputs : 0);
+    return ceil_div(a.expanded, kChannels) * (a.to.bytes / 4) + (a.folds ? a.outputs : 0);
   }
 
-  static MVIT3_DEVICE
-  void pack_channel(const Arguments& a, int c) {
-    const bool there = c < a.expanded;
-    const Affine none{0.0f, 0.0f};
-    const Affine norm = there ? affine_at<T>(a.norm, c) : none,
-                 middle = there && a.folds ? affine_at<T>(a.middle, c) : none;
-    reinterpret_cast<Affine*>(const_cast<float*>(a.to.affine))[c] = halved(norm, a.act);
-    reinterpret_cast<Affine*>(const_cast<float*>(a.to.middle))[c] = halved(middle, a.act);
-    float* const taps = const_cast<float*>(a.to.taps) + c / kChunk * 9 * kChunk + c % kChunk;
-    uint32_t* const diagonals = static_cast<uint32_t*>(const_cast<void*>(a.to.diagonals)) + diagonal_of(c);
-    for (int i = 0; i < 9; ++i) {
-      const float tap = there ? value_at<T>(a.depthwise, int64_t(c) * 9 + i) : 0.0f;
-      taps[i * kChunk] = tap;
-      diagonals[i * 4] = c % 2 ? pack<T>(0.0f, tap) : pack<T>(tap, 0.0f);
+  MVIT3_DEVICE
+  Affine norm_of(const Norm& norm, int c, int count) const {
+    return c < count ? affine_at<T>(norm, c) : Affine{0.0f, 0.0f};
+  }
+  MVIT3_DEVICE
+  Affine first(int c) const { return halved(norm_of(a.norm, c, a.expanded), a.act); }
+  MVIT3_DEVICE
+  Affine middle(int c) const { return a.folds ? halved(norm_of(a.middle, c, a.expanded), a.act) : Affine{1.0f, 0.0f}; }
+
+  // Two neighbouring weights of a row, times the scale that is folded into them.
+  MVIT3_DEVICE
+  uint32_t weights(const Values& values, int row, int rows, int column, int columns, float scale) const {
+    const auto one = [&](int c) {
+      return row < rows && c < columns ? scale * value_at<T>(values, int64_t(row) * columns + c) : 0.0f;
+    };
+    return pack<T>(one(column), one(column + 1));
+  }
+
+  // A word of what is added to channels of a product, `Added`.
+  MVIT3_DEVICE
+  static uint32_t added(const Affine& even, const Affine& odd, int part) {
+    const float folded = part % 2 ? odd.shift : even.shift, of_pair = part < 2 ? even.scale : odd.scale,
+                shift = part < 2 ? even.shift : odd.shift;
+    return bits_of(Steps::kFolds ? folded : part % 2 ? shift : of_pair);
+  }
+
+  // A word of the diagonals of the step from `channel` on.
+  MVIT3_DEVICE
+  uint32_t tap(int channel, int at) const {
+    const int row = at / kTapWords, j = at % kTapWords / kBlockTaps, word = at % kBlockTaps;
+    const int c = channel + row / 8 * kChunk + 8 * (row % 8 / 2) + 2 * j + row % 2;
+    const int number = word < 6 ? word / 2 * 3 + word % 2 : 3 * (word - 6) + 2;
+    if (c >= a.expanded || number > 8) return 0;
+    const float tap = value_at<T>(a.depthwise, int64_t(c) * 9 + number) * (Steps::kFolds ? middle(c).scale : 1.0f);
+    return row % 2 ? pack<T>(0.0f, tap) : pack<T>(tap, 0.0f);
+  }
+
+  // Word `at` of the step from `channel` on.
+  MVIT3_DEVICE
+  uint32_t word(int channel, int at) const {
+    constexpr int kWide = Steps::kPitch / 2, kDeep = Steps::kProjectPitch / 2;
+    const int expansion = a.to.expansion / 4;
+    if (at < Steps::kNorm / 4) return added(first(channel + at / 4 * 2), first(channel + at / 4 * 2 + 1), at % 4);
+    if (at < expansion) {
+      const int row = (at - Steps::kNorm / 4) / kWide, word = (at - Steps::kNorm / 4) % kWide;
+      const int c = channel + row % kChannels, input = row / kChannels * a.slice + 2 * word;
+      if (2 * word >= a.slice) return 0;
+      return weights(a.expand, c, a.expanded, input, a.inputs, Steps::kFolds ? first(c).scale : 1.0f);
     }
-    if (!a.z_scale) return;
-    float* const backward = const_cast<float*>(a.to.backward) + 8 * c;
-    const float* const values[5] = {a.z_scale, a.z_shift, a.c0, a.c1, a.c2};
-    backward[0] = norm.scale;
-    backward[1] = norm.shift;
-    for (int i = 0; i < 5; ++i) backward[2 + i] = there ? values[i][c] : 0.0f;
-    backward[7] = 0.0f;
+    at -= expansion;
+    if (at < Steps::kDiagonals / 4) return tap(channel, at);
+    at -= Steps::kDiagonals / 4;
+    if (at < Steps::kNorm / 4) return added(middle(channel + at / 4 * 2), middle(channel + at / 4 * 2 + 1), at % 4);
+    at -= Steps::kNorm / 4;
+    const int row = at / kDeep, column = at % kDeep * 2;
+    if (column >= kChannels || row >= a.outputs) return 0;
+    const float scale = Steps::kFolds ? affine_at<T>(a.last, row).scale : 1.0f;
+    return weights(a.project, row, a.outputs, channel + column, a.expanded, scale);
   }
 
   static MVIT3_DEVICE
   void run(const Arguments& a) {
-    const int64_t i = int64_t(block()) * kThreads + thread(), weights = int64_t(a.to.channels) * a.to.inputs;
+    const int64_t i = int64_t(block()) * kThreads + thread(), words = a.to.bytes / 4;
+    const int64_t last = ceil_div(a.expanded, kChannels) * words;
     if (i >= count(a)) return;
-    if (i < weights) {
-      const int64_t row = i / a.to.inputs, column = i % a.to.inputs;
-      const bool there = row < a.expanded && column < a.inputs;
-      static_cast<T*>(const_cast<void*>(a.to.expand))[i] =
-          from_float<T>(there ? value_at<T>(a.expand, row * a.inputs + column) : 0.0f);
-    } else if (i < weights + a.to.channels) {
-      pack_channel(a, int(i - weights));
-    } else if (i < weights + a.to.channels * int64_t(1 + a.outputs)) {
-      const int64_t at = i - weights - a.to.channels, row = at / a.to.channels, column = at % a.to.channels;
-      static_cast<T*>(const_cast<void*>(a.to.project))[at] =
-          from_float<T>(column < a.expanded ? value_at<T>(a.project, row * a.expanded + column) : 0.0f);
+    if (i < last) {
+      reinterpret_cast<uint32_t*>(const_cast<char*>(a.to.steps))[i] =
+          Pack{a}.word(int(i / words) * kChannels, int(i % words));
     } else {
-      const int c = int(i - weights - a.to.channels * int64_t(1 + a.outputs));
-      reinterpret_cast<Affine*>(const_cast<float*>(a.to.last))[c] = affine_at<T>(a.last, c);
+      reinterpret_cast<Affine*>(const_cast<float*>(a.to.last))[i - last] = affine_at<T>(a.last, int(i - last));
     }
   }
 };
 
-// Where the packed parameters lie in `workspace`, and how many floats they are.
-inline Packed packed_in(const Maps& m, float* workspace, int64_t* floats) {
-  const int channels = round_up(m.expanded, kChunk), inputs = round_up(m.inputs, 16);
-  int64_t at = 0;
-  const auto take = [&](int64_t count) { return workspace + std::exchange(at, at + count); };  // all multiples of 4
-  const Packed packed{
-      take(int64_t(channels) * inputs / 2),
-      take(int64_t(channels) * m.outputs / 2),
-      take(2 * channels),
-      take(9 * channels),
-      take(9 * channels),
-      take(2 * channels),
-      take(8 * channels),
-      take(round_up(2 * m.outputs, 4)),
-      channels,
-      inputs};
-  *floats = at;
-  return packed;
+// Where the packed parameters of a kernel lie in `workspace`, and how many floats they are.
+template <typename Steps>
+Packed packed_in(const ExpansionArguments& front, float* workspace, int64_t* floats) {
+  const Maps& m = front.maps;
+  const int slices = (m.inputs + front.slice - 1) / front.slice, bytes = Steps::bytes(slices, m.outputs);
+  const int64_t steps = ceil_div(m.expanded, Steps::kChannels) * (bytes / 4);
+  *floats = steps + round_up(2 * m.outputs, 4);
+  return {reinterpret_cast<const char*>(workspace), workspace + steps, bytes, Steps::expansion(slices)};
 }
 
-inline int64_t packed_floats(const Maps& m) {
+template <typename Steps>
+int64_t packed_floats(const ExpansionArguments& front) {
   int64_t floats;
-  packed_in(m, nullptr, &floats);
+  packed_in<Steps>(front, nullptr, &floats);
   return floats;
 }
 
 // Packs the parameters of a call into its workspace, and gives back the rest of it.
-template <typename T>
+template <typename T, typename Steps>
 float* pack_into(ExpansionArguments& front, PackArguments arguments, float* workspace, void* stream) {
   const Maps& m = front.maps;
   int64_t floats;
-  front.packed = packed_in(m, workspace, &floats);
+  front.packed = packed_in<Steps>(front, workspace, &floats);
   arguments.expand = front.expand;
   arguments.depthwise = front.depthwise;
   arguments.norm = front.norm;
   arguments.inputs = m.inputs;
   arguments.expanded = m.expanded;
-  arguments.outputs = m.outputs;
+  arguments.outputs = arguments.folds ? m.outputs : 0;
+  arguments.slice = front.slice;
   arguments.act = front.act;
   arguments.to = front.packed;
-  launch<Pack<T>>(arguments, int(ceil_div(Pack<T>::count(arguments), kThreads)), 1, 0, stream);
+  using Kernel = Pack<T, Steps>;
+  launch<Kernel>(arguments, int(ceil_div(Kernel::count(arguments), kThreads)), 1, 0, stream);
   return workspace + floats;
 }
 

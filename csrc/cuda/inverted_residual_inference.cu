@@ -16,10 +16,13 @@ template <typename T, int Stride, int Channels>
 struct Inference {
   using Arguments = InferenceArguments;
   using Type = T;
-  using Front = Expansion<T, Stride, Channels>;
+  // A step of 64 channels is for kernels whose weights fit shared memory.
+  using Front = Expansion<T, Stride, Channels, Channels == kChunk ? kMostInputs : kMostInputs / 2>;
+  using Step = typename Front::Step;
   using Tile = OutputTile<Stride>;
   static constexpr int kBlocksAtOnce = 2;
-  static constexpr int kPixels = Tile::kHeight * Tile::kWidth, kPitch = Channels + 8, kGroups = Channels / kChunk;
+  static constexpr int kPixels = Tile::kHeight * Tile::kWidth, kPitch = Step::kProjectPitch,
+                       kGroups = Channels / kChunk;
   using Own = TapWarps<Stride, kGroups>;
   // The sums of a tile are this many output channels; a launch has a slice of blocks for each of them. Warps stand 4 x
   // 2 or 2 x 4, and have every second or fourth 16 of the channels. Where more expanded channels are in work, there are
@@ -39,13 +42,13 @@ struct Inference {
   struct Layout {
     Carver carver;
     typename Front::Layout front;
-    int filtered, project, middle, last, diagonals;
+    int filtered, diagonals, middle, project, last, zeros;
     MVIT3_BOTH
     explicit Layout(const Arguments& a)
-        : front(carver, a.front.slice), filtered(carver.take(kPixels * kPitch, sizeof(T))),
-          project(carver.take(columns(a) * kPitch, sizeof(T))), middle(carver.take(Channels, sizeof(Affine))),
-          last(carver.take(columns(a), sizeof(Affine))),
-          diagonals(carver.take((kGroups * 8 + 1) * kTapWords, sizeof(uint32_t))) {}
+        : front(carver), filtered(carver.take(kPixels * kPitch, sizeof(T))),
+          diagonals(carver.take(Step::kDiagonals, 1)), middle(carver.take(Step::kNorm, 1)),
+          project(carver.take(columns(a), Step::kOutput)), last(carver.take(columns(a), sizeof(Affine))),
+          zeros(carver.take(kTapWords, sizeof(uint32_t))) {}
   };
 
   static MVIT3_BOTH
@@ -55,15 +58,18 @@ struct Inference {
   const Maps& m;
   const Front front;
   const Matrix<T> filtered, project;
-  Affine *const middle, *const last;
+  Added* const middle;
+  Affine* const last;
   uint32_t* const diagonals;
+  const TapsFrom taps;
 
   MVIT3_DEVICE
   Inference(const Arguments& a, const Layout& layout)
       : a(a), m(a.front.maps), front(a.front, layout.front), filtered{Front::template at<T>(layout.filtered), kPitch},
-        project{Front::template at<T>(layout.project), kPitch}, middle(Front::template at<Affine>(layout.middle)),
-        last(Front::template at<Affine>(layout.last)), diagonals(Front::template at<uint32_t>(layout.diagonals)) {
-    for (int i = thread(); i < kTapWords; i += kThreads) diagonals[kGroups * 8 * kTapWords + i] = 0;
+        project{Front::template at<T>(layout.project), kPitch}, middle(Front::template at<Added>(layout.middle)),
+        last(Front::template at<Affine>(layout.last)), diagonals(Front::template at<uint32_t>(layout.diagonals)),
+        taps(taps_from<Stride>(front, diagonals, Front::template at<uint32_t>(layout.zeros))) {
+    for (int i = thread(); i < kTapWords; i += kThreads) Front::template at<uint32_t>(layout.zeros)[i] = 0;
     const Affine* const norms = reinterpret_cast<const Affine*>(a.front.packed.last) + slice() * kSlice;
     for (int i = thread(); i < columns(a); i += kThreads)
       last[i] = slice() * kSlice + i < m.outputs ? norms[i] : Affine{0.0f, 0.0f};
@@ -73,102 +79,134 @@ struct Inference {
 
   static MVIT3_DEVICE
   int first_row() { return warp() % kRowWarps * 16 * kRowBlocks; }
-  // The first channel of block j of a warp's sums.
+  // The first channel of block j of a warp's sums, and how far it is from that of block 0.
   static MVIT3_DEVICE
-  int column(int j) { return 16 * (warp() / kRowWarps + j / 2 * kColumnWarps) + j % 2 * 8; }
+  int column(int j) { return 16 * (warp() / kRowWarps) + next(j); }
+  static MVIT3_BOTH
+  constexpr int next(int j) { return 16 * (j / 2 * kColumnWarps) + j % 2 * 8; }
 
-  // How many of the channels of a step there are: 32 less in the last one, maybe.
+  // Of the warp's pairs of blocks of outputs.
   MVIT3_DEVICE
-  int channels(int chunk) const {
-    const int left = a.front.packed.channels - chunk;
-    return left < Channels ? left : Channels;
-  }
+  int pairs() const { return (columns(a) / 16 - warp() / kRowWarps + kColumnWarps - 1) / kColumnWarps; }
 
-  // The copies of a step. Nobody may read any more: weights and norm of the expansion;
+  // The parameters of a step of channels.
   MVIT3_DEVICE
-  void load_expansion(int chunk) const {
-    if (front.whole()) front.load_weight(chunk, 0);
-    load_floats(&front.affine[0].scale, a.front.packed.affine + 2 * chunk, 2 * channels(chunk), 0);
-  }
-  // taps and norm behind them;
+  const char* step(int number) const { return a.front.packed.steps + int64_t(number) * a.front.packed.bytes; }
+
+  // The copies of a step. Nobody may read any more: taps and what is added behind them;
   MVIT3_DEVICE
-  void load_taps(int chunk) const {
-    const Packed& p = a.front.packed;
-    const int words = channels(chunk) * 9;
-    const float* const from = static_cast<const float*>(p.diagonals) + int64_t(chunk) * 9;
-    load_floats(reinterpret_cast<float*>(diagonals), from, words, 0);
-    load_floats(&middle[0].scale, p.middle + 2 * chunk, 2 * channels(chunk), 5 * kWarp);
-  }
+  void load_taps(const char* step) const { copy_run<Step::kTaps>(diagonals, step + a.front.packed.expansion); }
   // the weights of the projection.
   MVIT3_DEVICE
-  void load_project(int chunk, int first_output) const {
-    constexpr int kAcross = Channels / 8;
-    const Packed& p = a.front.packed;
-    const int column = thread() % kAcross * 8;
-    const T* const from = static_cast<const T*>(p.project) + chunk + column;
-    const bool there = column < channels(chunk);
+  void load_project(const char* step) const {
+    const int own = 16 * thread(), first = a.front.packed.expansion + Step::kTaps + slice() * kSlice * Step::kOutput;
+    const char* from = step + first + own;
+    char* to = reinterpret_cast<char*>(project.data) + own;
+    const char* const end = reinterpret_cast<char*>(project.data) + projection_bytes();
 #pragma unroll 1
-    for (int r = thread() / kAcross; r < columns(a); r += kThreads / kAcross)
-      copy_16_or_zeros(
-          there && first_output + r < m.outputs, project.row(r) + column,
-          from + int64_t(first_output + r) * p.channels);
+    for (; to < end; to += 16 * kThreads, from += 16 * kThreads) copy_16(to, from);
+  }
+  // Of the slice.
+  MVIT3_DEVICE
+  int projection_bytes() const {
+    const int left = round_up(m.outputs, 16) - slice() * kSlice;
+    return (left < kSlice ? left : kSlice) * Step::kOutput;
   }
 
   // `filtered` becomes the activated outputs of the taps.
   MVIT3_DEVICE
   void filter() const {
     constexpr int kStrips = Own::kStrips, kAtOnce = Own::kBlocks < 2 ? 1 : 2;  // four take too many registers
-    const TapsFrom from = taps_from<Stride, kGroups>(front.expanded, diagonals, diagonals + kGroups * 8 * kTapWords);
-    T* const to = filtered.row(16 * Own::strip() + lane() / 4) + Own::channel();
-    const Affine* const norms = middle + Own::channel();
+    const Added* const norms = middle + Own::channel() / 2;
+    mvit3::filter<T, Stride, kStrips, kAtOnce, Own::kBlocks>(
+        taps, [&](int block) { return Step::kFolds ? norms[block] : Added{}; },
+        [&](int block, float (&out)[kStrips][kAtOnce][4], uint32_t nothing) {
+          if (!Step::kFolds)
 #pragma unroll
-    for (int block = 0; block < Own::kBlocks; block += kAtOnce)
-      mvit3::filter<T, Stride, kStrips, kAtOnce>(from, block, [&](float (&out)[kStrips][kAtOnce][4]) {
+            for (int i = 0; i < kStrips * kAtOnce; ++i)
+              normalise(out[i / kAtOnce][i % kAtOnce], norms[block + i % kAtOnce]);
+          activate_halved<4 * kAtOnce * kStrips>(&out[0][0][0], a.front.act);
+          // Made anew for each block: there is no register left for it.
+          T* const to = filtered.row(16 * Own::strip() + lane() / 4) + Own::channel();
 #pragma unroll
-        for (int b = 0; b < kAtOnce; ++b) {
-          const AffinePair norm = *reinterpret_cast<const AffinePair*>(norms + 2 * (block + b));
+          for (int i = 0; i < 2 * kStrips; ++i) {
+            Run<kAtOnce> run;
 #pragma unroll
-          for (int i = 0; i < 4 * kStrips; ++i) {
-            const Affine& n = i % 2 ? norm.second : norm.first;
-            out[i / 4][b][i % 4] = n.scale * out[i / 4][b][i % 4] + n.shift;
+            for (int b = 0; b < kAtOnce; ++b) {
+              run.word[b] = pack<T>(out[i / 2][b][i % 2 * 2], out[i / 2][b][i % 2 * 2 + 1]);
+              nothing = add_nothing(run.word[b], nothing, T{});
+            }
+            *reinterpret_cast<Run<kAtOnce>*>(to + 8 * i * kPitch + 2 * block) = run;
           }
-        }
-        activate_halved<4 * kAtOnce * kStrips>(&out[0][0][0], a.front.act);
-        uint32_t nothing = 0;
-#pragma unroll
-        for (int i = 0; i < 2 * kStrips; ++i) {
-          Run<kAtOnce> run;
-#pragma unroll
-          for (int b = 0; b < kAtOnce; ++b) {
-            run.word[b] = pack<T>(out[i / 2][b][i % 2 * 2], out[i / 2][b][i % 2 * 2 + 1]);
-            nothing = add_nothing(run.word[b], nothing, T{});
-          }
-          *reinterpret_cast<Run<kAtOnce>*>(to + 8 * i * kPitch + 2 * block) = run;
-        }
-        return nothing;
-      });
+          return nothing;
+        });
   }
 
+  // sum += filtered project^T of a step, of `Pairs` pairs of blocks of outputs, or as many as the warp has.
+  template <int Pairs>
   MVIT3_DEVICE
-  void multiply_project(Sums& sum) const {
-    const int most = columns(a);
+  void multiply_project(Sums& sum, int count) const {
+    if constexpr (Pairs > 1)
+      if (count < Pairs) return multiply_project<Pairs - 1>(sum, count);
     const SharedAddress from_a = operand_a<T, Rows::kOwn>(filtered, first_row(), kPixels),
                         from_b = operand_b<T, Rows::kOwn>(project, column(0));
+    constexpr int kRow = kPitch * int(sizeof(T));
 #pragma unroll
     for (int k = 0; k < 2 * Channels; k += 32) {
       uint32_t part_a[kRowBlocks][4];
 #pragma unroll
-      for (int i = 0; i < kRowBlocks; ++i) load_matrices(part_a[i], from_a + 16 * i * kPitch * int(sizeof(T)) + k);
+      for (int i = 0; i < kRowBlocks; ++i) load_matrices(part_a[i], from_a + 16 * i * kRow + k);
 #pragma unroll
-      for (int j = 0; j < kColumnBlocks; j += 2) {
-        if (column(j) >= most) break;  // the same for all lanes
+      for (int j = 0; j < 2 * Pairs; j += 2) {
         uint32_t part_b[4];
-        load_matrices(part_b, from_b + 8 * j * kColumnWarps * kPitch * int(sizeof(T)) + k);
+        load_matrices(part_b, from_b + next(j) * kRow + k);
 #pragma unroll
         for (int i = 0; i < kRowBlocks; ++i) {
           multiply_add(sum[i][j], part_a[i], part_b[0], part_b[1], T{});
           multiply_add(sum[i][j + 1], part_a[i], part_b[2], part_b[3], T{});
         }
+      }
+    }
+  }
+
+  // The sums of a tile begin with what the last norm adds, where its scale is part of the weights.
+  MVIT3_DEVICE
+  void begin_sums(Sums& sum) const {
+    if (!Step::kFolds) return clear(sum);
+    const Affine* const own = last + column(0) + lane() % 4 * 2;
+    const int count = pairs();
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; ++j) {
+      if (j / 2 >= count) break;
+      const AffinePair norm = *reinterpret_cast<const AffinePair*>(own + next(j));
+#pragma unroll
+      for (int i = 0; i < 4 * kRowBlocks; ++i) sum[i / 4][j][i % 4] = i % 2 ? norm.second.shift : norm.first.shift;
+    }
+  }
+
+  // Whether the residual is in the sums from the start: x is in shared memory, and the last norm's scale in the
+  // weights.
+  MVIT3_DEVICE
+  bool adds_early() const { return Step::kFolds && front.whole(); }
+
+  // sum += x of the tile's outputs, as a product with the identity.
+  MVIT3_DEVICE
+  void add_residual(Sums& sum) const {
+    const int l = lane(), count = pairs();
+    const T* const own = front.x.row(Tile::corner(first_row() + l % 16) + Tile::kInWidth + 1) + slice() * kSlice +
+                         column(0) + l / 16 * 8;
+    const SharedAddress from = shared_address(own);
+    const uint32_t one = l % 4 != l / 8 ? 0 : l / 4 % 2 ? pack<T>(0.0f, 1.0f) : pack<T>(1.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < kColumnBlocks; j += 2) {
+      if (j / 2 >= count) break;
+#pragma unroll
+      for (int i = 0; i < kRowBlocks; ++i) {
+        uint32_t part[4];
+        const int below = Stride == 1 ? i * Tile::kInWidth : 0;
+        load_matrices(part, from + (below * Front::kPitch + next(j)) * int(sizeof(T)));
+        multiply_add(sum[i][j], part[0], part[1], one, T{});
+        multiply_add(sum[i][j + 1], part[2], part[3], one, T{});
       }
     }
   }
@@ -180,37 +218,55 @@ struct Inference {
   void store(const Stop& stop, const Sums& sum) const {
     const int own = column(0) + lane() % 4 * 2, channel = slice() * kSlice + own;
     const int most = Pairs ? m.outputs - channel : columns(a) - own;
+    const int top = first_row() / Tile::kWidth, left = first_row() % Tile::kWidth + lane() / 4;
+    const int rows = stop.rows - top, columns_left = stop.columns - left;
+    // In y, and in x, where it is added.
+    const int64_t place =
+        (stop.output + int64_t(top * m.out_width + left) * m.dilation) * m.outputs + (Pairs ? channel : 0);
+    T* const first = static_cast<T*>(a.y) + place;
+    const T* const first_x = static_cast<const T*>(a.front.x) + place;
+    const int pixel = m.dilation * m.outputs;
+    const bool add = Stride == 1 && !(Step::kFolds && Front::kWhole) && a.residual && !adds_early();
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) {
-      const int output = first_row() + 8 * i + lane() / 4, y = output / Tile::kWidth, x = output % Tile::kWidth;
-      if (y >= stop.rows || x >= stop.columns) continue;
-      // In y, and in x, where it is added.
-      const int64_t place = (stop.output + int64_t(y * m.out_width + x) * m.dilation) * m.outputs;
-      T* const to = static_cast<T*>(a.y) + place + (Pairs ? channel : 0);
-      const T* const from = static_cast<const T*>(a.front.x) + place + (Pairs ? channel : 0);
-      const auto each = [&](auto add) {
+      // Eight outputs of a row of the tile: half a row, or all of one.
+      const int y = 8 * i / Tile::kWidth, x = 8 * i % Tile::kWidth;
+      if (y >= rows || x >= columns_left) continue;
+      const int64_t next_pixel = int64_t(y * m.out_width + x) * pixel;
+      T* const to = first + next_pixel;
+      const T* const from = first_x + next_pixel;
+      uint32_t more[kColumnBlocks];
 #pragma unroll
-        for (int j = 0; j < kColumnBlocks; ++j) {
-          const int next = column(j) - column(0);
-          if (next >= most) break;
-          const AffinePair norm = *reinterpret_cast<const AffinePair*>(last + own + next);
-          const float* const product = &sum[i / 2][j][i % 2 * 2];
-          const Pair more = add(next);
-          const uint32_t bits = pack<T>(
-              norm.first.scale * product[0] + norm.first.shift + more.first,
-              norm.second.scale * product[1] + norm.second.shift + more.second);
-          if (Pairs)
-            *reinterpret_cast<uint32_t*>(to + next) = bits;
-          else
-            store_pair(to, channel + next, m.outputs, bits);
+      for (int j = 0; j < kColumnBlocks; ++j) {
+        more[j] = 0;
+        if (!add || next(j) >= most) continue;
+        if (Pairs) {
+          more[j] = *reinterpret_cast<const uint32_t*>(from + next(j));
+        } else {
+          const Pair pair = load_pair(from, channel + next(j), m.outputs);
+          more[j] = pack<T>(pair.first, pair.second);
         }
-      };
-      if (!a.residual)
-        each([](int) { return Pair{0.0f, 0.0f}; });
-      else if (Pairs)
-        each([&](int next) { return unpack<T>(*reinterpret_cast<const uint32_t*>(from + next)); });
-      else
-        each([&](int next) { return load_pair(from, channel + next, m.outputs); });
+      }
+#pragma unroll
+      for (int j = 0; j < kColumnBlocks; ++j) {
+        const float* const product = &sum[i / 2][j][i % 2 * 2];
+        Pair value{product[0], product[1]};
+        if (!Step::kFolds) {
+          const AffinePair norm = *reinterpret_cast<const AffinePair*>(last + own + next(j));
+          value = {
+              norm.first.scale * value.first + norm.first.shift, norm.second.scale * value.second + norm.second.shift};
+        }
+        if (add) {
+          const Pair pair = unpack<T>(more[j]);
+          value = {value.first + pair.first, value.second + pair.second};
+        }
+        const uint32_t bits = pack<T>(value.first, value.second);
+        if (next(j) >= most) continue;
+        if (Pairs)
+          *reinterpret_cast<uint32_t*>(to + next(j)) = bits;
+        else
+          store_pair(to, channel + next(j), m.outputs, bits);
+      }
     }
   }
 
@@ -219,9 +275,10 @@ struct Inference {
     const int64_t count = tiles(a), end = count * (block() + 1) / blocks();
     const int64_t tile = count * block() / blocks();
     const int start = int(tile - end);  // stops are counted up to 0, in one register
+    const int steps = (m.expanded + Channels - 1) / Channels;
     front.begin(tile, start);
     synchronize();
-    load_expansion(0);
+    front.load_parameters(step(0));
     if (front.whole()) front.load_x(front.stop(start), 0);
     copies_arrive();
     synchronize();
@@ -229,26 +286,24 @@ struct Inference {
     for (int at = start; at < 0; ++at) {
       const Stop& stop = front.stop(at);
       Sums sum;
-      clear(sum);
+      begin_sums(sum);
+      if (Stride == 1 && a.residual && adds_early()) add_residual(sum);
 #pragma unroll 1
-      for (int chunk = 0; chunk < m.expanded; chunk += Channels) {
-        load_taps(chunk);
-        if (chunk == 0) front.advance(at + 1);
-        front.expand(stop, chunk);
+      for (int number = 0; number < steps; ++number) {
+        load_taps(step(number));
+        if (number == 0) front.advance(at + 1);
+        front.expand(stop, step(number));
         copies_arrive();
         synchronize();
 
-        load_project(chunk, slice() * kSlice);
-        if (chunk + Channels < m.expanded) {
-          load_expansion(chunk + Channels);
-        } else if (at + 1 < 0) {
-          load_expansion(0);
-          if (front.whole()) front.load_x(front.stop(at + 1), 0);
-        }
+        load_project(step(number));
+        const bool last = number + 1 == steps;
+        front.load_parameters(step(last ? 0 : number + 1));
+        if (last && at + 1 < 0 && front.whole()) front.load_x(front.stop(at + 1), 0);
         filter();
         copies_arrive();
         synchronize();
-        multiply_project(sum);
+        multiply_project<kColumnBlocks / 2>(sum, pairs());
       }
       if (m.outputs % 2 == 0 && reinterpret_cast<uintptr_t>(a.front.x) % 4 == 0)  // y is aligned
         store<true>(stop, sum);
@@ -264,8 +319,6 @@ struct Inference {
   }
 };
 
-int64_t inference_workspace(const InferenceArguments& a) { return packed_floats(a.front.maps); }
-
 template <typename T, int Stride>
 using Narrow = Inference<T, Stride, kChunk>;
 template <typename T, int Stride>
@@ -275,28 +328,37 @@ using Wide = Inference<T, Stride, 2 * kChunk>;
 template <typename K>
 bool fits(const InferenceArguments& a) {
   constexpr int kMostShared = 99 * 1024;  // of a block, on a device that has the least
-  return a.front.maps.expanded > kChunk && a.front.maps.outputs <= K::kSlice &&
-         typename K::Layout(a).carver.bytes <= kMostShared;
+  return a.front.maps.inputs <= kMostInputs / 2 && a.front.maps.expanded > kChunk &&
+         a.front.maps.outputs <= K::kSlice && typename K::Layout(a).carver.bytes <= kMostShared;
 }
 
-template <typename K>
-void infer(const InferenceArguments& a, void* stream) {
-  const int shared = typename K::Layout(a).carver.bytes, slices = (a.front.maps.outputs + K::kSlice - 1) / K::kSlice;
-  InferenceArguments ready = a;
-  PackArguments parameters{};
-  parameters.project = a.project;
-  parameters.middle = a.middle;
-  parameters.last = a.last;
-  parameters.folds = true;
-  pack_into<typename K::Type>(ready.front, parameters, a.workspace, stream);
-  launch<K>(ready, blocks_for<K>(a, shared), slices, shared, stream);
+// Calls f with the kernel for a call.
+template <typename F>
+void choose_inference(const InferenceArguments& a, const F& f) {
+  choose<Wide>(a.bfloat16, a.stride, [&](auto kernel) {
+    if (fits<typename decltype(kernel)::type>(a)) return f(kernel);
+    choose<Narrow>(a.bfloat16, a.stride, f);
+  });
+}
+
+int64_t inference_workspace(const InferenceArguments& a) {
+  int64_t floats = 0;
+  choose_inference(a, [&](auto kernel) { floats = packed_floats<typename decltype(kernel)::type::Step>(a.front); });
+  return floats;
 }
 
 void inference(const InferenceArguments& a, void* stream) {
-  choose<Wide>(a.bfloat16, a.stride, [&](auto kernel) {
+  choose_inference(a, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
-    if (fits<K>(a)) return infer<K>(a, stream);
-    choose<Narrow>(a.bfloat16, a.stride, [&](auto other) { infer<typename decltype(other)::type>(a, stream); });
+    const int shared = typename K::Layout(a).carver.bytes, slices = (a.front.maps.outputs + K::kSlice - 1) / K::kSlice;
+    InferenceArguments ready = a;
+    PackArguments parameters{};
+    parameters.project = a.project;
+    parameters.middle = a.middle;
+    parameters.last = a.last;
+    parameters.folds = true;
+    pack_into<typename K::Type, typename K::Step>(ready.front, parameters, a.workspace, stream);
+    launch<K>(ready, blocks_for<K>(a, shared), slices, shared, stream);
   });
 }
 

@@ -48,6 +48,27 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same product and other sums, not changed.
+MVIT3_DEVICE
+void multiply_and_add(
+    float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&to)[4], BFloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+      "%12, %13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(to[0]), "f"(to[1]), "f"(to[2]), "f"(to[3]));
+}
+
+MVIT3_DEVICE
+void multiply_and_add(
+    float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&to)[4], Float16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+      "%12, %13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(to[0]), "f"(to[1]), "f"(to[2]), "f"(to[3]));
+}
+
 // Two matrices, their rows given by lanes 0 to 15.
 MVIT3_DEVICE
 void load_matrices(uint32_t (&out)[2], SharedAddress row) {
@@ -74,10 +95,11 @@ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, Float16
 
 #endif
 
+// Of unsigned numbers: for others a division rounds towards zero, in four instructions more.
 MVIT3_DEVICE
-int lane() { return thread() % kWarp; }
+int lane() { return int(unsigned(thread()) % kWarp); }
 MVIT3_DEVICE
-int warp() { return thread() / kWarp; }
+int warp() { return int(unsigned(thread()) / kWarp); }
 
 // A matrix of 16-bit numbers in shared memory. A pitch of 8 more than a multiple of 16 keeps rows that are read
 // together in different banks.

@@ -381,6 +381,12 @@ void multiply_add(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t b, T) {
     }
 }
 
+template <typename T>
+void multiply_and_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&to)[4], T type) {
+  std::memcpy(sum, to, sizeof(sum));
+  multiply_add(sum, a, b0, b1, type);
+}
+
 // ---- launch.h
 
 template <typename K>
