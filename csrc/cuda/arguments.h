@@ -37,7 +37,6 @@ struct Packed {
   const float* taps;      // (channels / 32, 9, 32)
   const void* diagonals;  // (channels / 32, 8, 9, 4, 2), type of the map: the taps as taps.h multiplies by them
   const float* middle;    // (channels, 2): scale and shift of the middle norm, halved in front of SiLU
-  const float* backward;  // (channels, 8): see Backward::Channel
   const float* last;      // (outputs, 2): scale and shift of the last norm
   int channels, inputs;
 };
@@ -95,13 +94,18 @@ void inference(const InferenceArguments& a, void* stream);
 //   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z, da = depth-wise^T dz, pre = norm(x expand^T),
 //   G = da * act'(pre); dx = (G * scale) expand, n1 = G^T x, g1 = sum of G, dtaps = the gradient of the depth-wise
 //   weights.
+// With more than kMostInputs inputs G itself is written, `gradient` (B, H, W, expanded), and neither dx, n1 nor g1.
+constexpr int kMostInputs = 64;
+
 struct BackwardArguments {
   ExpansionArguments front;
   const void *dp, *z;
   Values project;
   const float *z_scale, *z_shift, *c0, *c1, *c2;
   void* dx;
-  float *n1, *g1, *dtaps;
+  float *n1, *g1;
+  void* gradient;
+  float* dtaps;
   float* workspace;  // backward_workspace floats
   int stride;
   bool bfloat16;

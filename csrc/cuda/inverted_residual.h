@@ -18,7 +18,6 @@ struct PackArguments {
   Norm norm, middle, last;
   bool folds;  // the middle and the last norm too
   int act;
-  const float *z_scale, *z_shift, *c0, *c1, *c2;  // or null
   int inputs, expanded, outputs;
   Packed to;
 };
@@ -51,13 +50,6 @@ struct Pack {
       taps[i * kChunk] = tap;
       diagonals[i * 4] = c % 2 ? pack<T>(0.0f, tap) : pack<T>(tap, 0.0f);
     }
-    if (!a.z_scale) return;
-    float* const backward = const_cast<float*>(a.to.backward) + 8 * c;
-    const float* const values[5] = {a.z_scale, a.z_shift, a.c0, a.c1, a.c2};
-    backward[0] = norm.scale;
-    backward[1] = norm.shift;
-    for (int i = 0; i < 5; ++i) backward[2 + i] = there ? values[i][c] : 0.0f;
-    backward[7] = 0.0f;
   }
 
   static MVIT3_DEVICE
@@ -94,7 +86,6 @@ inline Packed packed_in(const Maps& m, float* workspace, int64_t* floats) {
       take(9 * channels),
       take(9 * channels),
       take(2 * channels),
-      take(8 * channels),
       take(round_up(2 * m.outputs, 4)),
       channels,
       inputs};

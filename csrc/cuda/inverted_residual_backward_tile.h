@@ -10,23 +10,24 @@ struct BackwardTile {
   using Arguments = BackwardPlan;
   using Pack = PackBackward<T, Stride, Steps>;
   using Parameters = StepParameters<T, Steps>;
+  static constexpr bool kWide = Parameters::kWide;
   static constexpr int kBlocksAtOnce = 2, kStride = Stride;
   static constexpr int kHeight = 8, kWidth = 16, kPixels = kHeight * kWidth;  // a tile of x
   // The filtered pixels that it has a part in. Behind them in shared memory is a row for what is outside the map.
   static constexpr int kOutHeight = Stride == 1 ? kHeight + 2 : kHeight / 2 + 1,
                        kOutWidth = Stride == 1 ? kWidth + 2 : kWidth / 2 + 1;
-  static constexpr int kOutPixels = kOutHeight * kOutWidth;
-  static constexpr int kInputs = 16 * Steps;  // whose gradient the block sums; a launch has a slice of blocks for each
+  static constexpr int kOutPixels = kOutHeight * kOutWidth, kOutRows = (kOutPixels + 15) / 16 * 16;
+  static constexpr int kInputs = 16 * Steps;  // at a time; but for wide ones these are all
   static constexpr int kPitch = kInputs + 8;
   static constexpr int kGroups = kChunk / 8;  // of 8 channels
   // Of n1 a warp has 16 x 16 numbers, over a share of the pixels.
-  static constexpr int kShares = 4 / Steps;
-  // What a block keeps of a channel: n1 of each share, eight parts of g1, and the pairs of taps, of two halves of the
-  // tile.
-  static constexpr int kFirstTap = kShares * kInputs + 8, kHalf = Stride == 1 ? 2 * kPairs : 0,
+  static constexpr int kShares = kWide ? 0 : 4 / Steps;
+  // What a block keeps of a channel: but for wide inputs n1 of each share and eight parts of g1; and the pairs of taps,
+  // of two halves of the tile.
+  static constexpr int kFirstTap = kWide ? 0 : kShares * kInputs + 8, kHalf = Stride == 1 ? 2 * kPairs : 0,
                        kRow = kFirstTap + (Stride == 1 ? 4 : 2) * kPairs;
 
-  static constexpr int kMostOutputs = Stride == 1 ? 64 : 128;  // in shared memory at a time
+  static constexpr int kMostOutputs = (Stride == 1 ? 64 : 128) * (kWide ? 2 : 1);  // in shared memory at a time
   static MVIT3_BOTH
   int64_t tiles(const Arguments& a) {
     const Maps& m = a.front.maps;
@@ -36,20 +37,26 @@ struct BackwardTile {
   struct Tile {
     Place place;
     const T* z;
+    bool whole;  // nothing of it is outside the map
   };
 
   // Shared memory, in bytes from its start. What has a fixed size comes first.
   static MVIT3_BOTH
   constexpr int size(int pixels, int pitch) { return pixels * pitch * int(sizeof(T)); }
-  static constexpr int kX = 0, kZ = kX + size(kPixels, kPitch), kValue = kZ + size(kOutPixels + 1, kChunkPitch),
-                       kGradient = kValue + size(kPixels, kChunkPitch),
-                       kPlaces = kGradient + size(kPixels, kChunkPitch),
-                       kTile = kPlaces + (kOutPixels * 4 + 15) / 16 * 16, kStep = kTile + 96,
-                       kProject = kStep + Parameters::kProject;
+  static constexpr int kOfPixels = kPixels * kChunkPitch * int(sizeof(T));
+  static constexpr int kX = 0, kZ = kX + (kWide ? 0 : kPixels * kPitch * int(sizeof(T))),
+                       kValue = kZ + (kOutPixels + 1) * kChunkPitch * int(sizeof(T)), kGradient = kValue + kOfPixels,
+                       kPlaces = kGradient + (kWide ? 0 : kOfPixels), kRows = kPlaces + kOutRows * 4,
+                       kTile = kRows + kOutRows * 4, kOnes = kTile + 96, kStep = kOnes + 16,
+                       kDp = kStep + Parameters::kProject;
+  // Behind dp, whose last rows are read beyond its end. G of wide inputs only passes through here.
   static MVIT3_BOTH
-  int first_dp(const Arguments& a) { return kProject + Parameters::project(a.sizes.width); }
+  int first_project(const Arguments& a) { return kDp + size(kOutPixels, a.sizes.width + 8); }
   static MVIT3_BOTH
-  int shared(const Arguments& a) { return first_dp(a) + size(kOutPixels, a.sizes.width + 8); }
+  int shared(const Arguments& a) {
+    const int project = Parameters::project(a.sizes.width);
+    return first_project(a) + (kWide && project < kOfPixels ? kOfPixels : project);
+  }
 
   template <typename V>
   static MVIT3_DEVICE
@@ -60,10 +67,14 @@ struct BackwardTile {
   Matrix<T> z() { return {at<T>(kZ), kChunkPitch}; }
   static MVIT3_DEVICE
   Matrix<T> value() { return {at<T>(kValue), kChunkPitch}; }
-  static MVIT3_DEVICE
-  Matrix<T> gradient() { return {at<T>(kGradient), kChunkPitch}; }
+  MVIT3_DEVICE
+  Matrix<T> gradient() const { return {at<T>(kWide ? first_project(a) : kGradient), kChunkPitch}; }
   static MVIT3_DEVICE
   int* places() { return at<int>(kPlaces); }  // of the filtered pixels in their map, -1 outside
+  static MVIT3_DEVICE
+  int* rows() { return at<int>(kRows); }  // where their rows of z begin in shared memory, in numbers
+  static MVIT3_DEVICE
+  uint32_t* ones() { return at<uint32_t>(kOnes); }
   static MVIT3_DEVICE
   Tile& tile(int number) { return *at<Tile>(kTile + number % 2 * 48); }
   static MVIT3_DEVICE
@@ -75,13 +86,11 @@ struct BackwardTile {
   static MVIT3_DEVICE
   const MiddleNorm* middle_norm() { return at<MiddleNorm>(kStep + Parameters::kMiddle); }
   static MVIT3_DEVICE
-  const float* half_c0() { return at<float>(kStep + Parameters::kC0); }
-  static MVIT3_DEVICE
   const Affine* first_norm() { return at<Affine>(kStep + Parameters::kNorm); }
-  static MVIT3_DEVICE
-  Matrix<T> project() { return {at<T>(kProject), kChunkPitch}; }
   MVIT3_DEVICE
-  Matrix<T> dp() const { return {at<T>(first_dp(a)), a.sizes.width + 8}; }
+  Matrix<T> project() const { return {at<T>(first_project(a)), kChunkPitch}; }
+  MVIT3_DEVICE
+  Matrix<T> dp() const { return {at<T>(kDp), a.sizes.width + 8}; }
 
   const Arguments& a;
   const Maps& m;
@@ -91,14 +100,15 @@ struct BackwardTile {
   unsigned lane() { return unsigned(thread()) % kWarp; }
   static MVIT3_DEVICE
   unsigned warp() { return unsigned(thread()) / kWarp; }
-  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round.
+  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round. Each stage
+  // of a step asks once which lane it is (see `thread`).
   static MVIT3_DEVICE
-  SharedAddress rows_of(Matrix<T> matrix, int row, int column) {
-    return shared_address(matrix.row(row + lane() % 16) + column + lane() / 16 * 8);
+  SharedAddress rows_of(Matrix<T> matrix, unsigned lane, int row, int column) {
+    return shared_address(matrix.row(row + lane % 16) + column + lane / 16 * 8);
   }
   static MVIT3_DEVICE
-  SharedAddress columns_of(Matrix<T> matrix, int row, int column) {
-    return shared_address(matrix.row(row + lane() % 8 + lane() / 16 * 8) + column + lane() / 8 % 2 * 8);
+  SharedAddress columns_of(Matrix<T> matrix, unsigned lane, int row, int column) {
+    return shared_address(matrix.row(row + lane % 8 + lane / 16 * 8) + column + lane / 8 % 2 * 8);
   }
 
   MVIT3_DEVICE
@@ -141,17 +151,22 @@ struct BackwardTile {
   // tap.
   static MVIT3_DEVICE
   unsigned corner_of(unsigned p) {
-    return Stride == 1 ? row_of(p) * kOutWidth + column_of(p) : row_of(p) / 2 * kOutWidth + column_of(p) / 2;
+    return Stride == 1 ? row_of(p) * kOutWidth + column_of(p) : (p / 16 % 2 * 2 + p % 16 / 8) * kOutWidth + p % 8;
   }
   // Writes down what belongs to a tile; a barrier must follow.
   MVIT3_DEVICE
   void enter(Place there, int number) const {
     const Place from = of_z(there);
-    if (thread() == 0) tile(number) = {there, image(a.z, there, m.out_height, m.out_width, m.expanded)};
+    if (thread() == 0)
+      tile(number) = {
+          there, image(a.z, there, m.out_height, m.out_width, m.expanded),
+          there.y(kHeight - 1) < m.height && there.x(kWidth - 1) < m.width};
     const unsigned pixel = thread();
-    if (pixel >= kOutPixels) return;
+    if (pixel >= kOutRows) return;
     const int y = from.y(pixel / kOutWidth), column = from.x(pixel % kOutWidth);
-    places()[pixel] = inside(y, column, m.out_height, m.out_width) ? y * m.out_width + column : -1;
+    const bool is_there = pixel < kOutPixels && inside(y, column, m.out_height, m.out_width);
+    places()[pixel] = is_there ? y * m.out_width + column : -1;
+    rows()[pixel] = int(is_there ? pixel : kOutPixels) * kChunkPitch;
   }
 
   // ---- Copies
@@ -171,12 +186,12 @@ struct BackwardTile {
       for (int i = 0; i < (Pixels << shift) / kThreads; ++i) {
         const int place = where(pixel + (i * kThreads >> shift));
         copy_16_or_zeros(
-            row + (i * kThreads >> shift) * to.pitch, from + int64_t(place) * channels, there && place >= 0);
+            there && place >= 0, row + (i * kThreads >> shift) * to.pitch, from + int64_t(place) * channels);
       }
       const int last = (Pixels << shift) / kThreads * kThreads >> shift;
       if (last < Pixels && last + pixel < Pixels) {
         const int place = where(pixel + last);
-        copy_16_or_zeros(row + last * to.pitch, from + int64_t(place) * channels, there && place >= 0);
+        copy_16_or_zeros(there && place >= 0, row + last * to.pitch, from + int64_t(place) * channels);
       }
     } else {
 #pragma unroll 1
@@ -193,10 +208,10 @@ struct BackwardTile {
     return static_cast<const T*>(map) + tile.image * height * width * channels;
   }
   MVIT3_DEVICE
-  void load_x(Place tile, int first) const {
+  void load_x(Place tile) const {
     constexpr int kShift = Steps == 1 ? 1 : Steps == 2 ? 2 : 3;
     load<kPixels>(
-        x(), image(a.front.x, tile, m.height, m.width, m.inputs), m.inputs, first, kInputs, kShift,
+        x(), image(a.front.x, tile, m.height, m.width, m.inputs), m.inputs, 0, kInputs, kShift,
         [&](int p) { return in_x(tile, p); });
   }
   MVIT3_DEVICE
@@ -236,13 +251,13 @@ struct BackwardTile {
   MVIT3_DEVICE
   void load_project(const char* from, int part) const {
     const int bytes = Parameters::project(a.sizes.width);
-    copy(project().data, from + a.sizes.slices * Parameters::kProject + part * bytes, bytes);
+    copy(project().data, from + a.sizes.slices * Parameters::kExpand + Parameters::kRest + part * bytes, bytes);
   }
   // Those of them that stay for the whole step.
   MVIT3_DEVICE
   void load_parameters(const char* from) const {
     if (whole_inputs()) load_expand(from, 0);
-    copy<Parameters::kRest>(scaled().data, from + a.sizes.slices * Parameters::kExpand + slice() * Parameters::kRest);
+    copy<Parameters::kRest>(at<char>(kStep + Parameters::kExpand), from + a.sizes.slices * Parameters::kExpand);
     if (whole_outputs()) load_project(from, 0);
   }
 };

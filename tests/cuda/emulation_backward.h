@@ -5,15 +5,8 @@
 
 namespace mvit3 {
 
-// The largest error that the instruction may have: 11 bits of the result are right.
-inline float approximate_tanh(float x) {
-  const float exact = std::tanh(x), unit = 8193.0f * exact;  // 2^13 + 1: the splitting of a product leaves 24 - 13
-  return unit - (unit - exact);
-}
-
-inline void copy_16_or_zeros(void* shared, const void* global, bool there) {
-  static const char zeros alignas(16)[16] = {};
-  copy_16(shared, there ? global : zeros);
+inline void synchronize_warp() {
+  emulation::meet([](auto&, int) {});
 }
 
 inline void add_in_memory(float* to, float first, float second) {

@@ -14,7 +14,7 @@ from ..registry import Call, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, ConvNorm, Moments
 from . import reference
-from .cost import evaluation_why_not, storing_is_cheaper
+from .cost import MOST_INPUTS_IN_BACKWARD, evaluation_why_not, storing_is_cheaper
 
 __all__ = ["inverted_residual"]
 
@@ -266,7 +266,8 @@ registry.backward(
 #   g = (dp @ project) * act'(z_scale * z + z_shift), c0 g + c1 + c2 z for the gradient of z,
 # and G for that of the first norm's output:
 #   dx0 = (G * scale) @ expand, products = G^T x, sums = sum of G, ddepthwise = the gradient of the taps,
-# all but dx0 in float32.
+# all but dx0 in float32. With more inputs than MOST_INPUTS_IN_BACKWARD these three are empty, and `gradient` is G, which
+# else is empty.
 _SOURCE = "Tensor x, Tensor expand, Tensor scale, Tensor shift, Tensor depthwise"
 _MIDDLE = "Tensor dp, Tensor project, Tensor z, Tensor z_scale, Tensor z_shift, Tensor c0, Tensor c1, Tensor c2"
 
@@ -279,9 +280,13 @@ def _filter_fake(call: Call) -> tuple[Tensor, ...]:
 
 @registry.kernel(
     "inverted_residual_filter_backward",
-    f"({_MIDDLE}, {_SOURCE}, {_GEOMETRY}) -> (Tensor dx0, Tensor products, Tensor sums, Tensor ddepthwise)",
+    f"({_MIDDLE}, {_SOURCE}, {_GEOMETRY})"
+    " -> (Tensor dx0, Tensor products, Tensor sums, Tensor gradient, Tensor ddepthwise)",
 )
 def _filter_backward_fake(call: Call) -> tuple[Tensor, ...]:
-    expanded, inputs, new = call.depthwise.shape[0], call.x.shape[-1], call.scale.new_empty
-    dx0 = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    return dx0, new(expanded, inputs), new(expanded), new(expanded, 1, 3, 3)
+    x, expanded, inputs, new = call.x, call.depthwise.shape[0], call.x.shape[-1], call.scale.new_empty
+    taps = new(expanded, 1, 3, 3)
+    if inputs > MOST_INPUTS_IN_BACKWARD:
+        return x.new_empty(0), new(0, inputs), new(0), _empty_map(x, 1, expanded), taps
+    dx0 = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx0, new(expanded, inputs), new(expanded), x.new_empty(0), taps

@@ -21,6 +21,9 @@ HALO = 1.5
 MOST_INPUTS = 128
 LEAST_TILES = 32
 
+# With more, the fused kernel of backward writes the gradient of the expanded map instead of multiplying it on chip.
+MOST_INPUTS_IN_BACKWARD = 64
+
 
 def fits_a_program(x: Tensor, expanded: int) -> bool:
     """Whether the expanded channels of some pixels and the whole weight of the expansion fit a program of the Triton
