@@ -24,9 +24,10 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   using Base = BackwardSums<T, Stride, Steps>;
   using Base::a, Base::m, Base::lane, Base::warp, Base::rows_of, Base::columns_of, Base::whole_inputs,
       Base::whole_outputs;
+  using typename Base::Tile;
   using Base::kHeight, Base::kWidth, Base::kOutWidth, Base::kOutPixels, Base::kInputs, Base::kPitch, Base::kGroups,
       Base::kWide;
-  using Base::tile, Base::places, Base::in_x, Base::corner_of;
+  using Base::tile, Base::corner_of;
   using Base::x, Base::dp, Base::z, Base::value, Base::gradient, Base::project, Base::expand, Base::scaled;
   using typename Base::Arguments, typename Base::Parameters;
 
@@ -58,16 +59,16 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     return rises ? value : 0.0f;
   }
 
-  // sum += dp project, of 16 kRowBlocks filtered pixels x 16 channels, over the outputs in shared memory.
-  template <int RowBlocks>
+  // sum = dp project or, but for the first part of the outputs, sum += dp project: of 16 kRowBlocks filtered pixels x 16
+  // channels, over the outputs in shared memory.
+  template <bool First, int RowBlocks>
   MVIT3_DEVICE
   void multiply_by_project(float (&sum)[RowBlocks][2][4], unsigned lane, unsigned first_row, unsigned first_column) const {
     SharedAddress of_pixels[RowBlocks], of_weight = rows_of(project(), lane, 0, first_column);
     of_pixels[0] = rows_of(dp(), lane, first_row, 0);
 #pragma unroll
     for (int i = 1; i < RowBlocks; ++i) of_pixels[i] = of_pixels[i - 1] + 16 * dp().pitch * int(sizeof(T));
-#pragma unroll 2
-    for (int k = 0; k < a.sizes.width / 16; ++k) {
+    const auto step = [&](bool first) {
       uint32_t pixels[4], weight[4];
       load_transposed(weight, of_weight);
       of_weight += 16 * kChunkPitch * sizeof(T);
@@ -75,10 +76,13 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       for (int i = 0; i < RowBlocks; ++i) {
         load_matrices(pixels, of_pixels[i]);
         of_pixels[i] += 16 * sizeof(T);
-        multiply_add(sum[i][0], pixels, weight[0], weight[1], T{});
-        multiply_add(sum[i][1], pixels, weight[2], weight[3], T{});
+        multiply<T>(first, sum[i][0], pixels, weight[0], weight[1]);
+        multiply<T>(first, sum[i][1], pixels, weight[2], weight[3]);
       }
-    }
+    };
+    step(First);
+#pragma unroll 3
+    for (int k = 1; k < a.sizes.width / 16; ++k) step(false);
   }
 
   // The lane's part of the diagonals.
@@ -96,18 +100,18 @@ struct Backward : BackwardSums<T, Stride, Steps> {
                    first_column = t / (4 * kWarp) * 16;
     const bool some = first_row < kOutPixels;
     float sum[kRowBlocks][2][4];
-    clear(sum);
     if (whole_outputs()) {
-      if (some) multiply_by_project(sum, lane, first_row, first_column);
+      if (some) multiply_by_project<true>(sum, lane, first_row, first_column);
     } else {
+      clear(sum);
 #pragma unroll 1
       for (int part = 0; part < a.sizes.parts; ++part) {
         if (part) synchronize();
         this->load_project(this->packed(chunk), part);
-        this->load_dp(tile(number).place, part * a.sizes.width);
+        this->load_dp(tile(number), part * a.sizes.width);
         copies_arrive();
         synchronize();
-        if (some) multiply_by_project(sum, lane, first_row, first_column);
+        if (some) multiply_by_project<false>(sum, lane, first_row, first_column);
       }
     }
     if (!some) return;
@@ -131,8 +135,8 @@ struct Backward : BackwardSums<T, Stride, Steps> {
         uint32_t pixels[4];
         load_matrices(pixels, of_z ? row + 16 * j : ones);
         float (&g)[4] = sum[i][j];
-        float half[4] = {}, dz[4];
-        multiply_add(half, pixels, norm[j].part[0], norm[j].part[1], T{});
+        float half[4], dz[4];
+        multiply_first(half, pixels, norm[j].part[0], norm[j].part[1], T{});
         multiply_add(half, pixels, norm[j].part[2], norm[j].part[3], T{});
         if (!Parameters::kFolds) {
 #pragma unroll
@@ -162,8 +166,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
 
   // Inputs first..first+kInputs-1 of the warp's pixels.
   MVIT3_DEVICE
-  void load_pixels(const Place& here, int first, Pixels& to) const {
-    const T* const map = Base::image(a.front.x, here, m.height, m.width, m.inputs);
+  void load_pixels(const T* map, int first, Pixels& to) const {
     const bool vectors = m.inputs % 8 == 0 && is_aligned(map);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -191,16 +194,17 @@ struct Backward : BackwardSums<T, Stride, Steps> {
 
   // sum += x expand^T of 16 pixels and 16 inputs.
   MVIT3_DEVICE
-  void multiply_by_expand(SharedAddress of_weight, const uint32_t (&pixels)[4], float (&sum)[kGroups][4]) const {
+  void multiply_by_expand(
+      bool first, SharedAddress of_weight, const uint32_t (&pixels)[4], float (&sum)[kGroups][4]) const {
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2) {
       uint32_t weight[4];
       load_matrices(weight, of_weight + 16 * j * kPitch);
-      multiply_add(sum[j], pixels, weight[0], weight[1], T{});
-      multiply_add(sum[j + 1], pixels, weight[2], weight[3], T{});
+      multiply<T>(first, sum[j], pixels, weight[0], weight[1]);
+      multiply<T>(first, sum[j + 1], pixels, weight[2], weight[3]);
     }
   }
-  // sum += x expand^T of the warp's pixels.
+  // sum = x expand^T of the warp's pixels.
   MVIT3_DEVICE
   void expand_again(int, int, unsigned t, const Sums&, float (&sum)[kGroups][4]) const {
     const SharedAddress of_x = rows_of(x(), t % kWarp, t / kWarp * 16, 0),
@@ -209,7 +213,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     for (int k = 0; k < Steps; ++k) {
       uint32_t pixels[4];
       load_matrices(pixels, of_x + 32 * k);
-      multiply_by_expand(of_weight + 32 * k, pixels, sum);
+      multiply_by_expand(k == 0, of_weight + 32 * k, pixels, sum);
     }
   }
   MVIT3_DEVICE
@@ -217,27 +221,36 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     const SharedAddress of_weight = columns_of(expand(), t % kWarp, 0, 0);
     if (whole_inputs()) {
 #pragma unroll
-      for (int k = 0; k < Steps; ++k) multiply_by_expand(of_weight + 32 * k, carried.x[k], sum);
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(k == 0, of_weight + 32 * k, carried.x[k], sum);
       return;
     }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[j][k] = 0.0f;
 #pragma unroll 1
     for (int from = 0; from < a.sizes.slices; ++from) {
       Pixels slice{{}, {carried.place[0], carried.place[1]}};
       if (from) synchronize();
       this->load_expand(this->packed(chunk), from);
-      load_pixels(tile(number).place, from * kInputs, slice);
+      load_pixels(tile(number).x, from * kInputs, slice);
       copies_arrive();
       synchronize();
 #pragma unroll
-      for (int k = 0; k < Steps; ++k) multiply_by_expand(of_weight + 32 * k, slice.x[k], sum);
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(false, of_weight + 32 * k, slice.x[k], sum);
     }
   }
 
-  MVIT3_DEVICE
-  void clear_outside(const Place& here, uint32_t (&pairs)[kGroups][2]) const {
+  // Where pixel lane / 4 + 8 half of the warp lies in x, -1 outside.
+  static MVIT3_DEVICE
+  int place_of(unsigned t, int half) { return Base::own_places()[t / kWarp * 16 + t % kWarp / 4 + 8 * half]; }
+  static MVIT3_DEVICE
+  void clear_outside(unsigned t, uint32_t (&pairs)[kGroups][2]) {
+    const bool outside[2] = {place_of(t, 0) < 0, place_of(t, 1) < 0};
+    if (!any(outside[0] || outside[1])) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (in_x(here, 16 * warp() + 8 * half + lane() / 4) < 0)
+      if (outside[half])
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) pairs[j][half] = 0u;
   }
@@ -283,19 +296,19 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       const Corner& corner, const char* diagonal, unsigned parities, int group, float (&sum)[4]) const {
     const char* const from = diagonal + group * kDiagonals;
     uint32_t part[4];
-    const auto multiply = [&](int pair, const uint32_t* two) {
+    const auto add = [&](int pair, const uint32_t* two) {
       load_matrices(part, corner.of(pair) + 16 * group);
-      multiply_add(sum, part, two[0], two[1], T{});
+      multiply<T>(pair == 0, sum, part, two[0], two[1]);
     };
     if constexpr (Stride == 1) {
       Vector weight[kUnits];
 #pragma unroll
       for (int i = 0; i < kUnits; ++i) weight[i] = *reinterpret_cast<const Vector*>(from + i * kUnit);
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) multiply(pair, weight[pair / 2].part + pair % 2 * 2);
+      for (int pair = 0; pair < kPairs; ++pair) add(pair, weight[pair / 2].part + pair % 2 * 2);
     } else {
-      multiply(0, reinterpret_cast<const uint32_t*>(from + parities / 2 * kUnit + parities % 2 * 8));
-      if (parities == 3) multiply(4, reinterpret_cast<const uint32_t*>(from + 2 * kUnit));
+      add(0, reinterpret_cast<const uint32_t*>(from + parities / 2 * kUnit + parities % 2 * 8));
+      if (parities == 3) add(4, reinterpret_cast<const uint32_t*>(from + 2 * kUnit));
     }
   }
 
@@ -305,7 +318,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   void expanded_gradient(
       int number, int chunk, const Carried& carried, uint32_t (&gradients)[kGroups][2]) const {
     const unsigned t = thread(), lane = t % kWarp;
-    float slope[kGroups][4] = {};
+    float slope[kGroups][4];
     expand_again(number, chunk, t, carried, slope);
     uint32_t values[kGroups][2];
 #pragma unroll
@@ -322,13 +335,13 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       }
     }
     const bool whole = tile(number).whole;
-    if (!whole) clear_outside(tile(number).place, values);
+    if (!whole) clear_outside(t, values);
     store(value(), t, values);
     const Corner corner(t);
     const char* const diagonal = own_diagonals(lane);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      float sum[4] = {};
+      float sum[4];
       transposed_filter(corner, diagonal, t / (2 * kWarp), j, sum);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -336,7 +349,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
             sum[2 * half] * slope[j][2 * half] + sum[2 * half],
             sum[2 * half + 1] * slope[j][2 * half + 1] + sum[2 * half + 1]);
     }
-    if (!whole) clear_outside(tile(number).place, gradients);
+    if (!kWide && !whole) clear_outside(t, gradients);
   }
 
   // sum += (G * scale) expand of the warp's pixels.
@@ -358,18 +371,17 @@ struct Backward : BackwardSums<T, Stride, Steps> {
 
   // G of the warp's pixels, to memory.
   MVIT3_DEVICE
-  void store_gradient(const Place& here, int chunk, const uint32_t (&pairs)[kGroups][2], const int (&place)[2]) const {
+  void store_gradient(T* map, int chunk, const uint32_t (&pairs)[kGroups][2], const int (&place)[2]) const {
     const unsigned t = thread(), row = t / kWarp * 16 + t % kWarp / 4;
     store(gradient(), t, pairs);
     synchronize_warp();
     const int unit = int(t % 4) * 8, channel = chunk + unit;
-    T* const map = static_cast<T*>(a.gradient) + here.image * m.height * m.width * m.expanded + channel;
     const bool vectors = m.expanded % 8 == 0 && is_aligned(a.gradient);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (place[half] < 0) continue;
       const T* const from = gradient().row(row + 8 * half) + unit;
-      T* const to = map + int64_t(place[half]) * m.expanded;
+      T* const to = map + int64_t(place[half]) * m.expanded + channel;
       if (vectors) {
         if (channel < m.expanded) *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
       } else {
@@ -382,22 +394,27 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   // ---- The whole
 
   MVIT3_DEVICE
-  void store_dx(const Place& here, const float (&sum)[2 * Steps][4]) const {
-    const unsigned g = lane() / 4, t = lane() % 4;
+  void store_dx(T* map, const float (&sum)[2 * Steps][4]) const {
+    const unsigned t = thread(), first = t % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int place = in_x(here, 16 * warp() + 8 * half + g);
+      const int place = place_of(t, half);
       if (place < 0) continue;
-      T* const to = static_cast<T*>(a.dx) + (here.image * m.height * m.width + place) * m.inputs;
+      T* const to = map + int64_t(place) * m.inputs;
 #pragma unroll
-      for (int j = 0; j < 2 * Steps; ++j)
-        store_pair(to, 8 * j + 2 * t, m.inputs, pack<T>(sum[j][2 * half], sum[j][2 * half + 1]));
+      for (int j = 0; j < 2 * Steps; ++j) {
+        const uint32_t pair = pack<T>(sum[j][2 * half], sum[j][2 * half + 1]);
+        if (m.inputs == kInputs)
+          *reinterpret_cast<uint32_t*>(to + first + 8 * j) = pair;
+        else
+          store_pair(to, first + 8 * j, m.inputs, pair);
+      }
     }
   }
 
   // A tile's part of what is carried.
   MVIT3_DEVICE
-  void start(const Place& here, Sums& carried) const {
+  void start(const Tile& here, Sums& carried) const {
     this->load_x(here);
 #pragma unroll
     for (int j = 0; j < 2 * Steps; ++j)
@@ -405,10 +422,10 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       for (int k = 0; k < 4; ++k) carried.dx[j][k] = 0.0f;
   }
   MVIT3_DEVICE
-  void start(const Place& here, Pixels& carried) const {
+  void start(const Tile& here, Pixels& carried) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) carried.place[half] = in_x(here, 16 * warp() + 8 * half + lane() / 4);
-    if (whole_inputs()) load_pixels(here, 0, carried);
+    for (int half = 0; half < 2; ++half) carried.place[half] = place_of(thread(), half);
+    if (whole_inputs()) load_pixels(here.x, 0, carried);
   }
 
   static MVIT3_DEVICE
@@ -423,9 +440,11 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     const int64_t all = Base::tiles(a), begin = all * block() / blocks();
     const int count = int(all * (block() + 1) / blocks() - begin);
     int number = 0, chunk = 0;  // of tile and channel
-    this->enter(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0);
-    this->load_parameters(this->packed(0));
+    if (thread() == 0) this->prepare(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0);
     if (thread() < 4) Base::ones()[thread()] = pack<T>(1.0f, 1.0f);
+    this->load_parameters(this->packed(0));
+    synchronize();
+    this->enter(0);
     synchronize();
     this->load_filtered(0, 0);
     Carried carried;
@@ -433,7 +452,14 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     while (true) {
       copies_arrive();
       synchronize();  // x is free
-      if (chunk == 0) start(tile(number).place, carried);
+      if (chunk == 0) {
+        start(tile(number), carried);
+        if (thread() == 0) {
+          Place there = tile(number).place;
+          this->advance(there);
+          this->prepare(there, number + 1);
+        }
+      }
       filtered_gradient<Silu>(number, chunk);
       copies_arrive();
       synchronize();
@@ -441,20 +467,16 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       expanded_gradient<Silu>(number, chunk, carried, gradients);
       const bool ends = chunk + kChunk >= m.expanded;
       if constexpr (kWide) {
-        store_gradient(tile(number).place, chunk, gradients, carried.place);
+        store_gradient(tile(number).result, chunk, gradients, carried.place);
       } else {
         store(gradient(), thread(), gradients);
         contract(gradients, carried.dx);
-        if (ends) store_dx(tile(number).place, carried.dx);
+        if (ends) store_dx(tile(number).result, carried.dx);
       }
       synchronize();
       const int next = ends ? 0 : chunk + kChunk;
       const bool more = !ends || number + 1 < count;
-      if (ends) {
-        Place there = tile(number).place;
-        this->advance(there);
-        this->enter(there, number + 1);
-      }
+      if (ends) this->enter(number + 1);
       if (more) this->load_parameters(this->packed(next));
       this->multiply_by_values(this->kept_of(chunk), number == 0);
       synchronize();  // z is free

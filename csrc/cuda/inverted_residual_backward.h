@@ -8,6 +8,35 @@
 
 namespace mvit3 {
 
+// multiply_add to zeros, which need no registers then.
+MVIT3_DEVICE
+void multiply_first(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+MVIT3_DEVICE
+void multiply_first(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+// copy_16 of what lies `At` bytes behind, where `wanted`, without a branch and without an address of its own.
+template <int At>
+MVIT3_DEVICE
+void copy_16_behind(bool wanted, void* shared, const void* global) {
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted cp.async.cg.shared.global [%0 + %3], [%1 + %3], 16; }" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(uint32_t(wanted)), "n"(At)
+      : "memory");
+}
+
 // A barrier of a warp.
 MVIT3_DEVICE
 void synchronize_warp() { __syncwarp(); }
@@ -49,6 +78,13 @@ void store_matrices(SharedAddress row, const uint32_t (&in)[4]) {
 #endif
 
 namespace mvit3 {
+
+// sum = A B or, but for the first one, sum += A B.
+template <typename T>
+MVIT3_DEVICE
+void multiply(bool first, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  first ? multiply_first(sum, a, b0, b1, T{}) : multiply_add(sum, a, b0, b1, T{});
+}
 
 // ---- The depth-wise convolution on tensor cores. A product of 16 pixels x 16 with 16 x 8 channels is two taps of 8
 // channels: the second operand is two diagonals of 8, under each other.
@@ -104,7 +140,7 @@ struct StepParameters {
                        kProject = kMiddle + (kFolds ? 0 : kChunk * int(sizeof(MiddleNorm))), kRest = kProject - kExpand;
 
   static MVIT3_BOTH
-  int project(int width) { return width * kChunkPitch * int(sizeof(T)); }
+  constexpr int project(int width) { return width * kChunkPitch * int(sizeof(T)); }
   static StepSizes sizes(const Maps& m, int most_outputs, int row) {
     const int parts = (m.outputs + most_outputs - 1) / most_outputs, slices = (m.inputs + kInputs - 1) / kInputs;
     const int width = round_up((m.outputs + parts - 1) / parts, 16);

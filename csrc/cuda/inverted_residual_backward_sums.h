@@ -44,14 +44,14 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
     for (int k = 0; k < 2 * Steps; ++k) {
       load_transposed(pixels, of_gradient + 32 * k * kChunkPitch);
       load_transposed(inputs, of_x + 32 * k * kPitch);
-      multiply_add(sum[0], pixels, inputs[0], inputs[1], T{});
-      multiply_add(sum[1], pixels, inputs[2], inputs[3], T{});
+      multiply<T>(k == 0, sum[0], pixels, inputs[0], inputs[1]);
+      multiply<T>(k == 0, sum[1], pixels, inputs[2], inputs[3]);
     }
     // The warps of a share divide its pixels for the sum of G, which is a product with ones.
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       load_transposed(pixels, of_gradient + 32 * (2 * (part % Steps) + k) * kChunkPitch);
-      multiply_add(total, pixels, ones, ones, T{});
+      multiply<T>(k == 0, total, pixels, ones, ones);
     }
     const unsigned g = lane / 4, t = lane % 4;
     float* const row = kept + (first_row + g) * kRow;
@@ -80,8 +80,8 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
     uint32_t values[2][4], part[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) load_transposed(values[i], of_value + 64 * i * kChunkPitch);
-    const auto add = [&](int r, float (&to)[4]) {
-      multiply_add(to, part, values[r / 2][r % 2 * 2], values[r / 2][r % 2 * 2 + 1], T{});
+    const auto add = [&](int r, float (&to)[4], bool first) {
+      multiply<T>(first, to, part, values[r / 2][r % 2 * 2], values[r / 2][r % 2 * 2 + 1]);
     };
     if constexpr (Stride == 1) {
       add_rows(group, half, second, pixel, part, sum, add);
@@ -93,10 +93,10 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       for (int r = 0; r < 4; ++r) {
         const unsigned down = bytes(corner_of(16 * (r % 2)));
         load_transposed(part, (r < 2 ? even : odd) + down);
-        add(r, sum[r / 2]);
+        add(r, sum[r / 2], r % 2 == 0);
         if (r >= 2 && half == 1) {
           load_transposed(part, odd + down + bytes(kOutWidth));
-          add(r, sum[2]);
+          add(r, sum[2], r == 2);
         }
       }
     }
@@ -131,12 +131,12 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       load_transposed(part, left + j * kDown);
 #pragma unroll
       for (int ty = 0; ty < 3; ++ty)
-        if (const int r = j + ty - 2; r >= 0 && r < 4) add(r, sum[ty]);
+        if (const int r = j + ty - 2; r >= 0 && r < 4) add(r, sum[ty], r == 0);
       // Rows j and j - 1; there is none above the first one.
       const int above = j == 0 && half == 0 ? 0 : kDown;
       load_transposed(part, right + j * kDown - (second ? above : 0));
-      if (j >= 2) add(j - 2, sum[3]);
-      if (j < 4) add(j, sum[4]);
+      if (j >= 2) add(j - 2, sum[3], j == 2);
+      if (j < 4) add(j, sum[4], j == 0);
     }
   }
 };

@@ -33,10 +33,12 @@ struct BackwardTile {
     const Maps& m = a.front.maps;
     return tiles_of(m.batch, kHeight, kWidth, m.height, m.width, m.dilation);
   }
-  // A tile, and z of its image. There are two in turns: one may be written while the other is read.
+  // A tile, and its image in all maps: `result` is dx, or G of wide inputs. There are two in turns: one may be written
+  // while the other is read.
   struct Tile {
     Place place;
-    const T* z;
+    const T *x, *z, *dp;
+    T* result;
     bool whole;  // nothing of it is outside the map
   };
 
@@ -47,16 +49,16 @@ struct BackwardTile {
   static constexpr int kX = 0, kZ = kX + (kWide ? 0 : kPixels * kPitch * int(sizeof(T))),
                        kValue = kZ + (kOutPixels + 1) * kChunkPitch * int(sizeof(T)), kGradient = kValue + kOfPixels,
                        kPlaces = kGradient + (kWide ? 0 : kOfPixels), kRows = kPlaces + kOutRows * 4,
-                       kTile = kRows + kOutRows * 4, kOnes = kTile + 96, kStep = kOnes + 16,
-                       kDp = kStep + Parameters::kProject;
-  // Behind dp, whose last rows are read beyond its end. G of wide inputs only passes through here.
+                       kOwnPlaces = kRows + kOutRows * 4, kTile = kOwnPlaces + kPixels * 4, kOnes = kTile + 160,
+                       kStep = kOnes + 16, kProject = kStep + Parameters::kProject;
+  // Behind the projection, where G of wide inputs passes through. Its last rows are read and not filled.
   static MVIT3_BOTH
-  int first_project(const Arguments& a) { return kDp + size(kOutPixels, a.sizes.width + 8); }
-  static MVIT3_BOTH
-  int shared(const Arguments& a) {
+  int first_dp(const Arguments& a) {
     const int project = Parameters::project(a.sizes.width);
-    return first_project(a) + (kWide && project < kOfPixels ? kOfPixels : project);
+    return kProject + (kWide && project < kOfPixels ? kOfPixels : project);
   }
+  static MVIT3_BOTH
+  int shared(const Arguments& a) { return first_dp(a) + size(kOutRows, a.sizes.width + 8); }
 
   template <typename V>
   static MVIT3_DEVICE
@@ -67,16 +69,18 @@ struct BackwardTile {
   Matrix<T> z() { return {at<T>(kZ), kChunkPitch}; }
   static MVIT3_DEVICE
   Matrix<T> value() { return {at<T>(kValue), kChunkPitch}; }
-  MVIT3_DEVICE
-  Matrix<T> gradient() const { return {at<T>(kWide ? first_project(a) : kGradient), kChunkPitch}; }
+  static MVIT3_DEVICE
+  Matrix<T> gradient() { return {at<T>(kWide ? kProject : kGradient), kChunkPitch}; }
   static MVIT3_DEVICE
   int* places() { return at<int>(kPlaces); }  // of the filtered pixels in their map, -1 outside
   static MVIT3_DEVICE
   int* rows() { return at<int>(kRows); }  // where their rows of z begin in shared memory, in numbers
   static MVIT3_DEVICE
+  int* own_places() { return at<int>(kOwnPlaces); }  // of the tile's pixels in x, in the order of the warps, -1 outside
+  static MVIT3_DEVICE
   uint32_t* ones() { return at<uint32_t>(kOnes); }
   static MVIT3_DEVICE
-  Tile& tile(int number) { return *at<Tile>(kTile + number % 2 * 48); }
+  Tile& tile(int number) { return *at<Tile>(kTile + number % 2 * 80); }
   static MVIT3_DEVICE
   Matrix<T> expand() { return {at<T>(kStep), kPitch}; }
   static MVIT3_DEVICE
@@ -87,10 +91,10 @@ struct BackwardTile {
   const MiddleNorm* middle_norm() { return at<MiddleNorm>(kStep + Parameters::kMiddle); }
   static MVIT3_DEVICE
   const Affine* first_norm() { return at<Affine>(kStep + Parameters::kNorm); }
+  static MVIT3_DEVICE
+  Matrix<T> project() { return {at<T>(kProject), kChunkPitch}; }
   MVIT3_DEVICE
-  Matrix<T> project() const { return {at<T>(first_project(a)), kChunkPitch}; }
-  MVIT3_DEVICE
-  Matrix<T> dp() const { return {at<T>(kDp), a.sizes.width + 8}; }
+  Matrix<T> dp() const { return {at<T>(first_dp(a)), a.sizes.width + 8}; }
 
   const Arguments& a;
   const Maps& m;
@@ -153,15 +157,24 @@ struct BackwardTile {
   unsigned corner_of(unsigned p) {
     return Stride == 1 ? row_of(p) * kOutWidth + column_of(p) : (p / 16 % 2 * 2 + p % 16 / 8) * kOutWidth + p % 8;
   }
-  // Writes down what belongs to a tile; a barrier must follow.
+  // Writes down a tile; one thread does.
   MVIT3_DEVICE
-  void enter(Place there, int number) const {
-    const Place from = of_z(there);
-    if (thread() == 0)
-      tile(number) = {
-          there, image(a.z, there, m.out_height, m.out_width, m.expanded),
-          there.y(kHeight - 1) < m.height && there.x(kWidth - 1) < m.width};
+  void prepare(const Place& there, int number) const {
+    const int64_t pixels = there.image * m.height * m.width, filtered = there.image * m.out_height * m.out_width;
+    tile(number) = {
+        there,
+        static_cast<const T*>(a.front.x) + pixels * m.inputs,
+        static_cast<const T*>(a.z) + filtered * m.expanded,
+        static_cast<const T*>(a.dp) + filtered * m.outputs,
+        static_cast<T*>(kWide ? a.gradient : a.dx) + pixels * (kWide ? m.expanded : m.inputs),
+        there.y(kHeight - 1) < m.height && there.x(kWidth - 1) < m.width};
+  }
+  // And the places of its pixels; a barrier must follow.
+  MVIT3_DEVICE
+  void enter(int number) const {
+    const Place there = tile(number).place, from = of_z(there);
     const unsigned pixel = thread();
+    if (pixel < kPixels) own_places()[pixel] = in_x(there, pixel);
     if (pixel >= kOutRows) return;
     const int y = from.y(pixel / kOutWidth), column = from.x(pixel % kOutWidth);
     const bool is_there = pixel < kOutPixels && inside(y, column, m.out_height, m.out_width);
@@ -171,74 +184,70 @@ struct BackwardTile {
 
   // ---- Copies
 
-  // Channels first..first+count-1, a multiple of 16, of the pixels of an image; where(i) is the place of pixel i, below
-  // 0 for zeros. 2^shift threads share a pixel, at least one for each 8 channels.
-  template <int Pixels, typename F>
+  // Channels first..first+count-1, a multiple of 16, of the pixels of an image; where[i] is the place of pixel i, below
+  // 0 for zeros. 2^shift threads share a pixel, at least one for each 8 channels; it is Shift, or that is 0.
+  template <int Pixels, int Shift>
   MVIT3_DEVICE
-  void load(Matrix<T> to, const T* from, int channels, int first, int count, int shift, const F& where) const {
+  void load(Matrix<T> to, const T* from, int channels, int first, int count, int shift, const int* where) const {
     if (channels % 8 == 0 && is_aligned(from)) {
-      const unsigned c = unsigned(thread()) % (1u << shift) * 8, pixel = unsigned(thread()) >> shift;
+      const unsigned t = thread(), c = t % (1u << shift) * 8, apart = kThreads >> shift;
       if (c >= unsigned(count)) return;
       const bool there = first + int(c) < channels;
       from += first + c;
-      T* row = to.row(pixel) + c;
+      T* row = to.row(t >> shift) + c;
+      const auto copy = [&](unsigned pixel) {
+        const int place = where[pixel];
+        copy_16_or_zeros(there && place >= 0, row, from + int64_t(place) * channels);
+        row += apart * to.pitch;
+      };
+      if constexpr (Shift > 0) {
 #pragma unroll
-      for (int i = 0; i < (Pixels << shift) / kThreads; ++i) {
-        const int place = where(pixel + (i * kThreads >> shift));
-        copy_16_or_zeros(
-            there && place >= 0, row + (i * kThreads >> shift) * to.pitch, from + int64_t(place) * channels);
-      }
-      const int last = (Pixels << shift) / kThreads * kThreads >> shift;
-      if (last < Pixels && last + pixel < Pixels) {
-        const int place = where(pixel + last);
-        copy_16_or_zeros(there && place >= 0, row + last * to.pitch, from + int64_t(place) * channels);
+        for (unsigned i = 0; i < Pixels; i += kThreads >> Shift)
+          if (i + (kThreads >> Shift) <= Pixels || (t >> Shift) < Pixels - i) copy((t >> Shift) + i);
+      } else {
+#pragma unroll 1
+        for (unsigned pixel = t >> shift; pixel < Pixels; pixel += apart) copy(pixel);
       }
     } else {
 #pragma unroll 1
       for (int i = thread(); i < Pixels * count; i += kThreads) {
-        const int pixel = i / count, c = i % count, place = where(pixel);
+        const int pixel = i / count, c = i % count, place = where[pixel];
         to.row(pixel)[c] = place >= 0 && first + c < channels ? from[int64_t(place) * channels + first + c] : T{0};
       }
     }
   }
 
-  // The image of a tile in a map.
   MVIT3_DEVICE
-  const T* image(const void* map, Place tile, int height, int width, int channels) const {
-    return static_cast<const T*>(map) + tile.image * height * width * channels;
-  }
-  MVIT3_DEVICE
-  void load_x(Place tile) const {
+  void load_x(const Tile& tile) const {
     constexpr int kShift = Steps == 1 ? 1 : Steps == 2 ? 2 : 3;
-    load<kPixels>(
-        x(), image(a.front.x, tile, m.height, m.width, m.inputs), m.inputs, 0, kInputs, kShift,
-        [&](int p) { return in_x(tile, p); });
+    load<kPixels, kShift>(
+        x(), tile.x, m.inputs, 0, kInputs, kShift, own_places());
   }
   MVIT3_DEVICE
-  void load_dp(Place tile, int first) const {
-    load<kOutPixels>(
-        dp(), image(a.dp, tile, m.out_height, m.out_width, m.outputs), m.outputs, first, a.sizes.width, a.sizes.shift,
-        [&](int p) { return places()[p]; });
+  void load_dp(const Tile& tile, int first) const {
+    load<kOutPixels, 0>(dp(), tile.dp, m.outputs, first, a.sizes.width, a.sizes.shift, places());
   }
   // z of a step, and dp of a tile, where it fits.
   MVIT3_DEVICE
   void load_filtered(int number, int chunk) const {
-    load<kOutPixels>(z(), tile(number).z, m.expanded, chunk, kChunk, 2, [&](int p) { return places()[p]; });
-    if (chunk == 0 && whole_outputs()) load_dp(tile(number).place, 0);
+    load<kOutPixels, 2>(z(), tile(number).z, m.expanded, chunk, kChunk, 2, places());
+    if (chunk == 0 && whole_outputs()) load_dp(tile(number), 0);
   }
 
-  template <int Bytes>
+  // At most MostBytes of them, from At bytes on.
+  template <int MostBytes, int At = 0>
   static MVIT3_DEVICE
-  void copy(void* to, const char* from) {
-    const int at = 16 * thread();
-#pragma unroll
-    for (int i = 0; i < Bytes; i += 16 * kThreads)
-      if (i + 16 * kThreads <= Bytes || at < Bytes - i) copy_16(static_cast<char*>(to) + i + at, from + i + at);
+  void copy_all(char* to, const char* from, int bytes) {
+    if constexpr (At < MostBytes) {
+      copy_16_behind<At>(At < bytes, to, from);
+      copy_all<MostBytes, At + 16 * kThreads>(to, from, bytes);
+    }
   }
+  template <int MostBytes>
   static MVIT3_DEVICE
   void copy(void* to, const char* from, int bytes) {
-#pragma unroll 1
-    for (int i = 16 * thread(); i < bytes; i += 16 * kThreads) copy_16(static_cast<char*>(to) + i, from + i);
+    const int at = 16 * thread();
+    copy_all<MostBytes>(static_cast<char*>(to) + at, from + at, bytes - at);
   }
   // The parameters of a step in global memory.
   MVIT3_DEVICE
@@ -246,19 +255,25 @@ struct BackwardTile {
 
   MVIT3_DEVICE
   void load_expand(const char* from, int slice) const {
-    copy<Parameters::kExpand>(expand().data, from + slice * Parameters::kExpand);
+    copy<Parameters::kExpand>(expand().data, from + slice * Parameters::kExpand, Parameters::kExpand);
   }
   MVIT3_DEVICE
   void load_project(const char* from, int part) const {
     const int bytes = Parameters::project(a.sizes.width);
-    copy(project().data, from + a.sizes.slices * Parameters::kExpand + Parameters::kRest + part * bytes, bytes);
+    copy<Parameters::project(kMostOutputs)>(
+        project().data, from + a.sizes.slices * Parameters::kExpand + Parameters::kRest + part * bytes, bytes);
   }
-  // Those of them that stay for the whole step.
+  // Those of them that stay for the whole step: all that it has in shared memory, or what does not come in parts.
   MVIT3_DEVICE
   void load_parameters(const char* from) const {
-    if (whole_inputs()) load_expand(from, 0);
-    copy<Parameters::kRest>(at<char>(kStep + Parameters::kExpand), from + a.sizes.slices * Parameters::kExpand);
-    if (whole_outputs()) load_project(from, 0);
+    if (whole_inputs() && whole_outputs()) {
+      copy<Parameters::kProject + Parameters::project(kMostOutputs)>(at<char>(kStep), from, a.sizes.bytes);
+    } else {
+      if (whole_inputs()) load_expand(from, 0);
+      copy<Parameters::kRest>(
+          at<char>(kStep + Parameters::kExpand), from + a.sizes.slices * Parameters::kExpand, Parameters::kRest);
+      if (whole_outputs()) load_project(from, 0);
+    }
   }
 };
 

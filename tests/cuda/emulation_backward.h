@@ -5,6 +5,17 @@
 
 namespace mvit3 {
 
+template <typename T>
+void multiply_first(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  for (float& number : sum) number = 0.0f;
+  multiply_add(sum, a, b0, b1, T{});
+}
+
+template <int At>
+void copy_16_behind(bool wanted, void* shared, const void* global) {
+  if (wanted) copy_16(static_cast<char*>(shared) + At, static_cast<const char*>(global) + At);
+}
+
 inline void synchronize_warp() {
   emulation::meet([](auto&, int) {});
 }
