@@ -24,23 +24,24 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   using Base = BackwardSums<T, Stride, Steps>;
   using Base::a, Base::m, Base::lane, Base::warp, Base::rows_of, Base::columns_of, Base::whole_inputs,
       Base::whole_outputs;
-  using typename Base::Tile;
   using Base::kHeight, Base::kWidth, Base::kOutWidth, Base::kOutPixels, Base::kInputs, Base::kPitch, Base::kGroups,
       Base::kWide;
   using Base::tile, Base::corner_of;
   using Base::x, Base::dp, Base::z, Base::value, Base::gradient, Base::project, Base::expand, Base::scaled;
   using typename Base::Arguments, typename Base::Parameters;
+  using typename Base::Tile;
 
-  // What a lane keeps of a tile from step to step: sums of dx; or, of wide inputs, its part of x as the products take it,
-  // of pixels lane / 4 and 8 more of the warp, and where these lie in the map, -1 outside.
+  // What a lane keeps of a tile from step to step: sums of dx; or, of wide inputs, its part of x as the products take
+  // it, of pixels lane / 4 and 8 more of the warp.
   struct Sums {
     float dx[2 * Steps][4];
   };
   struct Pixels {
     uint32_t x[Steps][4];
-    int place[2];
   };
   using Carried = std::conditional_t<kWide, Pixels, Sums>;
+
+  static constexpr int kAtOnce = kWide && Stride == 1 ? 1 : 3;  // steps over outputs, as registers allow
 
   // ---- The steps
 
@@ -59,11 +60,12 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     return rises ? value : 0.0f;
   }
 
-  // sum = dp project or, but for the first part of the outputs, sum += dp project: of 16 kRowBlocks filtered pixels x 16
-  // channels, over the outputs in shared memory.
+  // sum = dp project or, but for the first part of the outputs, sum += dp project: of 16 kRowBlocks filtered pixels x
+  // 16 channels, over the outputs in shared memory.
   template <bool First, int RowBlocks>
   MVIT3_DEVICE
-  void multiply_by_project(float (&sum)[RowBlocks][2][4], unsigned lane, unsigned first_row, unsigned first_column) const {
+  void multiply_by_project(
+      float (&sum)[RowBlocks][2][4], unsigned lane, unsigned first_row, unsigned first_column) const {
     SharedAddress of_pixels[RowBlocks], of_weight = rows_of(project(), lane, 0, first_column);
     of_pixels[0] = rows_of(dp(), lane, first_row, 0);
 #pragma unroll
@@ -81,7 +83,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       }
     };
     step(First);
-#pragma unroll 3
+#pragma unroll kAtOnce
     for (int k = 1; k < a.sizes.width / 16; ++k) step(false);
   }
 
@@ -164,31 +166,45 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     }
   }
 
-  // Inputs first..first+kInputs-1 of the warp's pixels.
+  // Where pixel lane / 4 + 8 half of the warp lies in x, -1 outside.
+  static MVIT3_DEVICE
+  int place_of(unsigned t, int half) { return Base::own_places()[t / kWarp * 16 + t % kWarp / 4 + 8 * half]; }
+
+  // Inputs first..first+kInputs-1 of the warp's pixels. What cannot be loaded 16 bytes at a time comes through shared
+  // memory, where act(e) will be.
   MVIT3_DEVICE
   void load_pixels(const T* map, int first, Pixels& to) const {
+    const unsigned t = thread(), lane = t % kWarp, warp_row = t / kWarp * 16;
     const bool vectors = m.inputs % 8 == 0 && is_aligned(map);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool there = to.place[half] >= 0;
-      const T* const from = map + int64_t(there ? to.place[half] : 0) * m.inputs;
-#pragma unroll
-      for (int k = 0; k < Steps; k += 2) {
-        const int channel = first + 16 * k + 8 * int(lane() % 4);
-        Vector v{};
-        if (vectors) {
-          v = *reinterpret_cast<const Vector*>(from + (channel < m.inputs ? channel : 0));
-        } else {
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            if (channel + i < m.inputs) v.part[i / 2] |= uint32_t(from[channel + i].bits) << i % 2 * 16;
+    for (int k = 0; k < Steps; k += 2) {
+      if (!vectors) {
+        const int channel = first + 16 * k + int(lane);
+#pragma unroll 1
+        for (int i = 0; i < 16; ++i) {
+          const int place = Base::own_places()[warp_row + i];
+          value().row(warp_row + i)[lane] =
+              place >= 0 && channel < m.inputs ? map[int64_t(place) * m.inputs + channel] : T{0};
         }
+        synchronize_warp();
+      }
+      const int unit = int(lane % 4) * 8, channel = first + 16 * k + unit;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int place = place_of(t, half);
+        const bool there = place >= 0 && channel < m.inputs;
+        Vector v;
+        if (vectors)
+          v = *reinterpret_cast<const Vector*>(map + (there ? int64_t(place) * m.inputs + channel : 0));
+        else
+          v = *reinterpret_cast<const Vector*>(value().row(warp_row + lane / 4 + 8 * half) + unit);
         // Masked rather than chosen: what a product takes must lie in other registers than what was loaded, and is
         // else moved there by each step.
-        const uint32_t mask = there && channel < m.inputs ? ~0u : 0u;
+        const uint32_t mask = there ? ~0u : 0u;
 #pragma unroll
         for (int i = 0; i < 4; ++i) to.x[k + i / 2][i % 2 * 2 + half] = v.part[i] & mask;
       }
+      if (!vectors) synchronize_warp();
     }
   }
 
@@ -217,7 +233,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     }
   }
   MVIT3_DEVICE
-  void expand_again(int number, int chunk, unsigned t, const Pixels& carried, float (&sum)[kGroups][4]) const {
+  void expand_again(int number, int chunk, unsigned t, Pixels& carried, float (&sum)[kGroups][4]) const {
     const SharedAddress of_weight = columns_of(expand(), t % kWarp, 0, 0);
     if (whole_inputs()) {
 #pragma unroll
@@ -230,20 +246,16 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       for (int k = 0; k < 4; ++k) sum[j][k] = 0.0f;
 #pragma unroll 1
     for (int from = 0; from < a.sizes.slices; ++from) {
-      Pixels slice{{}, {carried.place[0], carried.place[1]}};
       if (from) synchronize();
       this->load_expand(this->packed(chunk), from);
-      load_pixels(tile(number).x, from * kInputs, slice);
+      load_pixels(tile(number).x, from * kInputs, carried);
       copies_arrive();
       synchronize();
 #pragma unroll
-      for (int k = 0; k < Steps; ++k) multiply_by_expand(false, of_weight + 32 * k, slice.x[k], sum);
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(false, of_weight + 32 * k, carried.x[k], sum);
     }
   }
 
-  // Where pixel lane / 4 + 8 half of the warp lies in x, -1 outside.
-  static MVIT3_DEVICE
-  int place_of(unsigned t, int half) { return Base::own_places()[t / kWarp * 16 + t % kWarp / 4 + 8 * half]; }
   static MVIT3_DEVICE
   void clear_outside(unsigned t, uint32_t (&pairs)[kGroups][2]) {
     const bool outside[2] = {place_of(t, 0) < 0, place_of(t, 1) < 0};
@@ -315,8 +327,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   // act(e) of the warp's pixels to shared memory, and their G.
   template <bool Silu>
   MVIT3_DEVICE
-  void expanded_gradient(
-      int number, int chunk, const Carried& carried, uint32_t (&gradients)[kGroups][2]) const {
+  void expanded_gradient(int number, int chunk, Carried& carried, uint32_t (&gradients)[kGroups][2]) const {
     const unsigned t = thread(), lane = t % kWarp;
     float slope[kGroups][4];
     expand_again(number, chunk, t, carried, slope);
@@ -371,7 +382,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
 
   // G of the warp's pixels, to memory.
   MVIT3_DEVICE
-  void store_gradient(T* map, int chunk, const uint32_t (&pairs)[kGroups][2], const int (&place)[2]) const {
+  void store_gradient(T* map, int chunk, const uint32_t (&pairs)[kGroups][2]) const {
     const unsigned t = thread(), row = t / kWarp * 16 + t % kWarp / 4;
     store(gradient(), t, pairs);
     synchronize_warp();
@@ -379,9 +390,10 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     const bool vectors = m.expanded % 8 == 0 && is_aligned(a.gradient);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (place[half] < 0) continue;
+      const int place = place_of(t, half);
+      if (place < 0) continue;
       const T* const from = gradient().row(row + 8 * half) + unit;
-      T* const to = map + int64_t(place[half]) * m.expanded + channel;
+      T* const to = map + int64_t(place) * m.expanded + channel;
       if (vectors) {
         if (channel < m.expanded) *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
       } else {
@@ -423,8 +435,6 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   }
   MVIT3_DEVICE
   void start(const Tile& here, Pixels& carried) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) carried.place[half] = place_of(thread(), half);
     if (whole_inputs()) load_pixels(here.x, 0, carried);
   }
 
@@ -438,9 +448,11 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   MVIT3_DEVICE
   void walk() const {
     const int64_t all = Base::tiles(a), begin = all * block() / blocks();
-    const int count = int(all * (block() + 1) / blocks() - begin);
     int number = 0, chunk = 0;  // of tile and channel
-    if (thread() == 0) this->prepare(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0);
+    if (thread() == 0) {
+      const int left = int(all * (block() + 1) / blocks() - begin);
+      this->prepare(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0, left);
+    }
     if (thread() < 4) Base::ones()[thread()] = pack<T>(1.0f, 1.0f);
     this->load_parameters(this->packed(0));
     synchronize();
@@ -457,7 +469,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
         if (thread() == 0) {
           Place there = tile(number).place;
           this->advance(there);
-          this->prepare(there, number + 1);
+          this->prepare(there, number + 1, tile(number).left - 1);
         }
       }
       filtered_gradient<Silu>(number, chunk);
@@ -467,7 +479,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       expanded_gradient<Silu>(number, chunk, carried, gradients);
       const bool ends = chunk + kChunk >= m.expanded;
       if constexpr (kWide) {
-        store_gradient(tile(number).result, chunk, gradients, carried.place);
+        store_gradient(tile(number).result, chunk, gradients);
       } else {
         store(gradient(), thread(), gradients);
         contract(gradients, carried.dx);
@@ -475,7 +487,7 @@ struct Backward : BackwardSums<T, Stride, Steps> {
       }
       synchronize();
       const int next = ends ? 0 : chunk + kChunk;
-      const bool more = !ends || number + 1 < count;
+      const bool more = !ends || tile(number).left > 1;
       if (ends) this->enter(number + 1);
       if (more) this->load_parameters(this->packed(next));
       this->multiply_by_values(this->kept_of(chunk), number == 0);

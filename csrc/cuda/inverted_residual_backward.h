@@ -124,9 +124,10 @@ struct StepSizes {
   unsigned bytes, kept;
 };
 
-// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs, as it is and,
-// but for wide inputs, times the scale of its norm; diagonals; norms, of which bfloat16 has the first one; the projection,
-// `width` outputs x 32 channels. In global memory there is an expansion for each slice of inputs, and a projection for each part of the outputs.
+// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs, as it is
+// and, but for wide inputs, times the scale of its norm; diagonals; norms, of which bfloat16 has the first one; the
+// projection, `width` outputs x 32 channels. In global memory there is an expansion for each slice of inputs, and a
+// projection for each part of the outputs.
 template <typename T, int Steps>
 struct StepParameters {
   static constexpr bool kWide = Steps == kWideSteps;
@@ -208,8 +209,8 @@ struct PackBackward {
       return tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
     }
     if (unit > kUnits && !Parameters::kFolds) return 0.0f;
-    const float value = unit == kUnits ? 0.5f * (i % 2 ? a.z_shift : a.z_scale)[channel]
-                                       : (i % 2 ? a.c1 : a.c2)[channel];
+    const float value =
+        unit == kUnits ? 0.5f * (i % 2 ? a.z_shift : a.z_scale)[channel] : (i % 2 ? a.c1 : a.c2)[channel];
     return i < 2 ? value : value - to_float(from_float<T>(value));
   }
   // Register `word` of the diagonals of 8 channels, of which one half is on the diagonal.

@@ -39,6 +39,7 @@ struct BackwardTile {
     Place place;
     const T *x, *z, *dp;
     T* result;
+    int left;    // tiles of the block from this one on
     bool whole;  // nothing of it is outside the map
   };
 
@@ -49,7 +50,7 @@ struct BackwardTile {
   static constexpr int kX = 0, kZ = kX + (kWide ? 0 : kPixels * kPitch * int(sizeof(T))),
                        kValue = kZ + (kOutPixels + 1) * kChunkPitch * int(sizeof(T)), kGradient = kValue + kOfPixels,
                        kPlaces = kGradient + (kWide ? 0 : kOfPixels), kRows = kPlaces + kOutRows * 4,
-                       kOwnPlaces = kRows + kOutRows * 4, kTile = kOwnPlaces + kPixels * 4, kOnes = kTile + 160,
+                       kOwnPlaces = kRows + kOutRows * 2, kTile = kOwnPlaces + kPixels * 4, kOnes = kTile + 160,
                        kStep = kOnes + 16, kProject = kStep + Parameters::kProject;
   // Behind the projection, where G of wide inputs passes through. Its last rows are read and not filled.
   static MVIT3_BOTH
@@ -74,7 +75,7 @@ struct BackwardTile {
   static MVIT3_DEVICE
   int* places() { return at<int>(kPlaces); }  // of the filtered pixels in their map, -1 outside
   static MVIT3_DEVICE
-  int* rows() { return at<int>(kRows); }  // where their rows of z begin in shared memory, in numbers
+  uint16_t* rows() { return at<uint16_t>(kRows); }  // where their rows of z begin in shared memory, in numbers
   static MVIT3_DEVICE
   int* own_places() { return at<int>(kOwnPlaces); }  // of the tile's pixels in x, in the order of the warps, -1 outside
   static MVIT3_DEVICE
@@ -104,8 +105,8 @@ struct BackwardTile {
   unsigned lane() { return unsigned(thread()) % kWarp; }
   static MVIT3_DEVICE
   unsigned warp() { return unsigned(thread()) / kWarp; }
-  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round. Each stage
-  // of a step asks once which lane it is (see `thread`).
+  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round. Each
+  // stage of a step asks once which lane it is (see `thread`).
   static MVIT3_DEVICE
   SharedAddress rows_of(Matrix<T> matrix, unsigned lane, int row, int column) {
     return shared_address(matrix.row(row + lane % 16) + column + lane / 16 * 8);
@@ -159,7 +160,7 @@ struct BackwardTile {
   }
   // Writes down a tile; one thread does.
   MVIT3_DEVICE
-  void prepare(const Place& there, int number) const {
+  void prepare(const Place& there, int number, int left) const {
     const int64_t pixels = there.image * m.height * m.width, filtered = there.image * m.out_height * m.out_width;
     tile(number) = {
         there,
@@ -167,6 +168,7 @@ struct BackwardTile {
         static_cast<const T*>(a.z) + filtered * m.expanded,
         static_cast<const T*>(a.dp) + filtered * m.outputs,
         static_cast<T*>(kWide ? a.gradient : a.dx) + pixels * (kWide ? m.expanded : m.inputs),
+        left,
         there.y(kHeight - 1) < m.height && there.x(kWidth - 1) < m.width};
   }
   // And the places of its pixels; a barrier must follow.
@@ -179,7 +181,7 @@ struct BackwardTile {
     const int y = from.y(pixel / kOutWidth), column = from.x(pixel % kOutWidth);
     const bool is_there = pixel < kOutPixels && inside(y, column, m.out_height, m.out_width);
     places()[pixel] = is_there ? y * m.out_width + column : -1;
-    rows()[pixel] = int(is_there ? pixel : kOutPixels) * kChunkPitch;
+    rows()[pixel] = uint16_t((is_there ? pixel : kOutPixels) * kChunkPitch);
   }
 
   // ---- Copies
@@ -220,8 +222,7 @@ struct BackwardTile {
   MVIT3_DEVICE
   void load_x(const Tile& tile) const {
     constexpr int kShift = Steps == 1 ? 1 : Steps == 2 ? 2 : 3;
-    load<kPixels, kShift>(
-        x(), tile.x, m.inputs, 0, kInputs, kShift, own_places());
+    load<kPixels, kShift>(x(), tile.x, m.inputs, 0, kInputs, kShift, own_places());
   }
   MVIT3_DEVICE
   void load_dp(const Tile& tile, int first) const {

@@ -162,6 +162,10 @@ class TestFused(TritonResults):
     # of other kernels
     test_maps_that_are_too_large = test_small_batches = test_nan_and_infinity_reach_the_results = None
 
+    def test_wide_inputs(self):
+        """The fused kernel leaves what their gradient is multiplied by to the kernels of the stored way."""
+        self.test_bound((1, 6, 6, 70, 40, 12), "training", torch.bfloat16)
+
     @pytest.fixture(autouse=True)
     def offered(self, monkeypatch):
         """By their predicate the ops are for a GPU, and for 16 bits."""

@@ -25,7 +25,7 @@ from .inputs import Draw
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler for the launch emulation")
 
 # (B, H, W, C, E, O), stride, dilation, act, dtype of x, dtype of weights. Tiles are 8 x 16 or 4 x 8 outputs, 32 or 64
-# expanded channels; 150 channels come in two slices.
+# expanded channels; 150 channels come in two slices, and the gradient of more than 64 is another kernel's.
 CASES = {
     "odd": ((2, 9, 19, 5, 35, 7), 1, 1, "silu", torch.bfloat16, torch.float32),
     "odd, stride 2": ((2, 9, 19, 5, 35, 7), 2, 1, "silu", torch.bfloat16, torch.float32),
@@ -39,6 +39,9 @@ CASES = {
     "many channels, stride 2": ((1, 9, 7, 136, 40, 264), 2, 1, "silu", torch.bfloat16, torch.float32),
     "48 channels": ((1, 9, 17, 48, 40, 72), 1, 1, "silu", torch.float16, torch.float32),
     "48 channels, stride 2": ((1, 10, 17, 48, 40, 72), 2, 1, "silu", torch.bfloat16, torch.float32),
+    "100 channels": ((1, 9, 17, 100, 72, 24), 1, 1, "silu", torch.bfloat16, torch.float32),
+    "128 channels": ((1, 9, 18, 128, 40, 128), 1, 1, "relu", torch.float16, torch.float32),
+    "104 channels, stride 2": ((1, 10, 17, 104, 44, 72), 2, 1, "silu", torch.bfloat16, torch.bfloat16),
     "one pixel": ((1, 1, 1, 3, 2, 1), 2, 1, "silu", torch.float16, torch.float32),
 }
 INPUTS = (
@@ -220,9 +223,9 @@ def test_moments_of_large_and_of_constant_channels():
     torch.testing.assert_close(found["mean"].double(), rows.mean(0), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["filter", "inference", "backward"])
-def test_unaligned_memory(name):
-    a = arguments((1, 8, 17, 16, 32, 16), 1, 1, "silu", torch.bfloat16, torch.float32)
+@pytest.mark.parametrize("name, inputs", [("filter", 16), ("inference", 16), ("backward", 16), ("backward", 72)])
+def test_unaligned_memory(name, inputs):
+    a = arguments((1, 8, 17, inputs, 32, 16), 1, 1, "silu", torch.bfloat16, torch.float32)
     first = run(name, a)
 
     def moved(t: Tensor) -> Tensor:

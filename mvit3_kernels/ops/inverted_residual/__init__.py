@@ -266,8 +266,8 @@ registry.backward(
 #   g = (dp @ project) * act'(z_scale * z + z_shift), c0 g + c1 + c2 z for the gradient of z,
 # and G for that of the first norm's output:
 #   dx0 = (G * scale) @ expand, products = G^T x, sums = sum of G, ddepthwise = the gradient of the taps,
-# all but dx0 in float32. With more inputs than MOST_INPUTS_IN_BACKWARD these three are empty, and `gradient` is G, which
-# else is empty.
+# all but dx0 in float32. With more inputs than MOST_INPUTS_IN_BACKWARD the first three are empty, and `gradient` is G,
+# which else is empty.
 _SOURCE = "Tensor x, Tensor expand, Tensor scale, Tensor shift, Tensor depthwise"
 _MIDDLE = "Tensor dp, Tensor project, Tensor z, Tensor z_scale, Tensor z_shift, Tensor c0, Tensor c1, Tensor c2"
 

@@ -274,7 +274,11 @@ def _products_backward(
     total = _add_parts(part)
     scale, _ = _folded(norm)
     scaled = (weight.flatten(1).to(x.dtype) * scale[:, None]).to(x.dtype)
-    return (gradient.view(rows, expanded) @ scaled).view(x.shape), total[: expanded * inputs], total[expanded * inputs :]
+    return (
+        (gradient.view(rows, expanded) @ scaled).view(x.shape),
+        total[: expanded * inputs],
+        total[expanded * inputs :],
+    )
 
 
 def _expand_gradient(
