@@ -147,10 +147,10 @@ def inverted_residual(
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
     Passes over memory in training on a GPU: forward reads x twice (statistics of the expansion, product), writes z, the
-    filtered map, and reads it; backward reads x and z twice. The expanded map is on chip only (CUDA C++, for 16 bits)
-    or, in float32, without that extension and where it is cheaper by count, written once and read twice, its gradient
-    written and read once or twice over (Triton). Saved for backward: x, z, the product before the last norm, and the
-    expanded map where it is stored.
+    filtered map, and reads it; backward reads x and z twice. The expanded map is on chip only (CUDA C++, for 16 bits;
+    with more than 64 inputs backward writes its gradient and reads it twice) or, in float32, without that extension and
+    where it is cheaper by count, written once and read twice, its gradient written and read once or twice over
+    (Triton). Saved for backward: x, z, the product before the last norm, and the expanded map where it is stored.
     Source: Sandler et al., arXiv 1801.04381.
     """
     check_map("x", x)
