@@ -16,6 +16,7 @@ from benchmarks.gpu_model import paths
 from benchmarks.gpu_model.device import MULTIPROCESSORS, occupancy
 from benchmarks.gpu_model.sass import Loop, kernels, sections, tool
 from mvit3_kernels import _native
+from mvit3_kernels.ops.inverted_residual.cost import MOST_INPUTS_IN_BACKWARD
 
 WARPS, THREADS, CHUNK = 8, 256, 32  # of a block; expanded channels of a group
 # Of a step of the main loop: the share of its instructions that run (the others belong to other activations, to borders
@@ -24,11 +25,11 @@ RUN, SMALL_LOOPS = 0.75, 1.0
 # Of the depth-wise kernels, by kernel and stride: columns of a thread, and rows of the filtered map in a pass of its
 # loop down the map, as the compiler unrolled it.
 WALKS = {("filter", 1): (2, 2), ("filter", 2): (2, 1), ("filter_backward", 1): (2, 6), ("filter_backward", 2): (1, 1)}
-# Of the gradient of the fused inverted residual, by stride and by 16 inputs: the share of its loop's own instructions
-# that run in each step, and of those that run once a tile. Counted on code without the others (other activations, odd
-# and unaligned maps, wide weights, the first tile).
-BACKWARD_STEP = {(1, 1): 0.55, (1, 2): 0.53, (1, 4): 0.49, (2, 1): 0.49, (2, 2): 0.47, (2, 4): 0.44}
-BACKWARD_TILE = 0.27
+# Of the gradient of the fused inverted residual, instructions of a warp that the way through its loop does not show,
+# counted on code without other activations, odd and unaligned maps, and maps in parts: for a copy of 16 bytes of a map,
+# of parameters, around these; once a tile, and there for 16 inputs; for a pass of its loop over dp.
+BACKWARD_COPY, BACKWARD_PARAMETERS, BACKWARD_AROUND, BACKWARD_TILE, BACKWARD_INPUTS, BACKWARD_DP = 7, 2, 12, 175, 32, 21
+WIDE_TILE = 235  # of more than 64 inputs
 
 
 @dataclass
@@ -44,7 +45,6 @@ class CudaLaunch:
     bytes: float = 0.0
     cached: float = 0.0
     products: float = 0.0
-    executed: float | None = None  # instructions of a warp in a step, where they are counted more closely
     way: paths.Way | None = None
 
 
@@ -120,9 +120,6 @@ def of_steps(launch: CudaLaunch, code: Code) -> tuple[float, float]:
     """Instructions of a warp in all steps of a block, and those of them for exponentials and the like."""
     if launch.way:
         return launch.steps * launch.way.counts["all"], launch.steps * launch.way.counts["special"]
-    if launch.executed is not None:
-        special = max(loop.counts["special"] for loop in code.loop.inner)
-        return launch.steps * launch.executed, launch.steps * special
     main = main_loop(code)
     small = sum(SMALL_LOOPS * loop.counts["all"] for loop in main.walk()[1:])
     return launch.steps * (RUN * main.counts["all"] + small), launch.steps * main.counts["special"]
@@ -273,49 +270,75 @@ def _inference(call: Any) -> list[CudaLaunch]:
     ]  # fmt: skip
 
 
-def _backward_step(code: str, stride: int, blocks16: int, width: int, again: int, chunks: int) -> float:
-    """Instructions of a warp for 32 expanded channels of a tile, with its part of what runs once a tile; `again`: parts
-    of wide weights that each step loads anew."""
-    loop = max(find(code, stride).loop.inner, key=lambda loop: loop.counts["all"])
-    dp_pixels, of_two = (180, 28) if stride == 1 else (45, 14)
-    lanes = 1 << max((width // 8 - 1).bit_length(), 1)
-    own = loop.counts["all"] * (BACKWARD_STEP[stride, blocks16] + BACKWARD_TILE / chunks)
-    inner = of_two * width / 32 + 12 * _ceil(5 * width, 256) + 21 * _ceil(dp_pixels * lanes, 256) / chunks
-    wide = sum(sorted(each.counts["all"] for each in loop.inner)[-2:]) / 2
-    return own + inner + again * wide
+def _backward_step(
+    code: Code, stride: int, inputs16: int, width: int, parameters: int, again: tuple[int, int], chunks: int
+) -> paths.Way:
+    """What a warp runs for 32 expanded channels of a tile, with its part of what runs once a tile. again: parts of the
+    outputs and slices of the inputs that each step loads anew, 0 where there is one."""
+    rows, pixels = (3, 180) if stride == 1 else (1, 45)
+    parts, slices = again
+    loop = max(code.loop.inner, key=lambda loop: sum(inner.counts["special"] for inner in loop.walk()))
+
+    def trips(inner: Loop) -> float:
+        if inner.counts["barriers"]:
+            return sum(again)
+        if not inner.counts["mma"]:
+            return 1
+        at_once = inner.counts["mma"] / (2 * rows)  # of the outputs behind the first 16; what is left comes one by one
+        return max((width / 16 - at_once) / at_once, 0.0)
+
+    way = paths.one_pass(paths.read(code.lines), loop, trips)
+    of_z = _ceil(4 * pixels, THREADS)
+    of_dp = BACKWARD_DP * _ceil(pixels << max((width // 8 - 1).bit_length(), 1), THREADS)
+    more = (
+        BACKWARD_COPY * (of_z - way.counts["copies"])
+        + BACKWARD_AROUND
+        + BACKWARD_PARAMETERS * parameters / 16 / THREADS
+    )
+    more += parts * of_dp + slices * 16 * BACKWARD_COPY
+    tile = WIDE_TILE if inputs16 > 4 else BACKWARD_TILE + BACKWARD_INPUTS * inputs16
+    return way.then(paths.Way(0, Counter(all=more + (tile + (0 if parts else of_dp)) / chunks)))
 
 
 def _filter_backward(call: Any) -> list[CudaLaunch]:
     x, expanded, outputs, stride = call.x, call.expand.shape[0], call.project.shape[0], call.stride
-    inputs, slices, chunks = x.shape[-1], _ceil(x.shape[-1], 64), _ceil(expanded, CHUNK)
+    inputs, chunks = x.shape[-1], _ceil(expanded, CHUNK)
+    wide = inputs > MOST_INPUTS_IN_BACKWARD
+    inputs16 = 8 if wide else 1 if inputs <= 16 else 2 if inputs <= 32 else 4
+    slices, pitch = _ceil(inputs, 16 * inputs16), 2 * (16 * inputs16 + 8)
     most, out_pixels, computed, pairs, sums = (64, 180, 192, 10, 20) if stride == 1 else (128, 45, 48, 2.5, 10)
-    parts = _ceil(outputs, most)
+    parts = _ceil(outputs, most * (2 if wide else 1))
     width = _ceil(_ceil(outputs, parts), 16) * 16
-    blocks16 = 1 if inputs <= 16 else 2 if inputs <= 32 else 4
-    code = f"kernelINS_8BackwardINS_8BFloat16ELi{stride}ELi{blocks16}E"
-    weight = 2 * CHUNK * (16 * blocks16 + 8)
-    parameters = 2 * weight + 4 * 432 + 28 * CHUNK + 80 * width
-    shared = 2 * 128 * (16 * blocks16 + 8) + 80 * (out_pixels + 1) + 2 * 80 * 128 + 4 * out_pixels + 96 + parameters
-    shared += 2 * out_pixels * (width + 8)
+    code = f"kernelINS_8BackwardINS_8BFloat16ELi{stride}ELi{inputs16}E"
+    own = (1 if wide else 2) * CHUNK * pitch + 4 * 720 + 8 * CHUNK  # parameters of a step but for the projection
+    shared = own + 80 * (out_pixels + 1) + 80 * 128 + 6 * computed + 4 * 128 + 176
+    shared += max(80 * width, 80 * 128) if wide else 128 * pitch + 80 * 128 + 80 * width
+    shared += 2 * computed * (width + 8)
     tiles = _tiles(x, 1, (8, 16))
     blocks = _blocks(code, stride, shared, tiles)
-    z, dp = call.z.numel() * 2.0, call.dp.numel() * 2.0
-    moved = 4.0 * x.numel() + z + dp
-    kept = expanded * (72 + sums)
-    again = (parts if parts > 1 else 0) + (slices if slices > 1 else 0)
-    packed = chunks * (parameters + (slices - 1) * 2 * weight + (parts - 1) * 80 * width)
+    z, dp, written = (
+        call.z.numel() * 2.0,
+        call.dp.numel() * 2.0,
+        2.0 * x.numel() / inputs * (expanded if wide else inputs),
+    )
+    moved = 2.0 * x.numel() + written + z + dp
+    kept = expanded * (sums if wide else 72 + sums)
+    packed = own + (slices - 1) * CHUNK * pitch + 80 * width * parts
+    again = (parts if parts > 1 else 0, slices if slices > 1 else 0)
+    anew = (2 * out_pixels * width * parts if parts > 1 else 0) + (2 * 128 * inputs if slices > 1 else 0)
     return [
-        _small("inverted_residual.pack", packed / 4),
+        _small("inverted_residual.pack", chunks * packed / 4),
         CudaLaunch(
-            "inverted_residual.filter_backward", code, blocks * slices, tiles * chunks / blocks, shared,
+            "inverted_residual.filter_backward", code, blocks, tiles * chunks / blocks, shared,
             bytes=moved,
-            cached=slices * (1.5 * moved + tiles * chunks * float(parameters)) + 8.0 * tiles * kept * slices,
-            products=tiles * chunks * slices * (
-                2.0 * CHUNK * (computed * width * parts + 128 * (16 * blocks16) * (slices + 2)) + 32 * 4096.0 * pairs
+            cached=1.5 * moved + tiles * chunks * (packed + anew) + 8.0 * tiles * kept,
+            products=tiles * chunks * CHUNK * (
+                2.0 * (computed * width * parts + 128 * 16 * inputs16 * (slices if wide else 3))
+                + computed * 128 + 4096.0 * pairs
             ),
-            executed=_backward_step(code, stride, blocks16, width, again, chunks),
+            way=_backward_step(find(code, stride), stride, inputs16, width, packed, again, chunks),
         ),
-        _small("inverted_residual.finish_backward", blocks * slices * kept),
+        _small("inverted_residual.finish_backward", blocks * kept),
     ]  # fmt: skip
 
 

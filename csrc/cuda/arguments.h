@@ -90,13 +90,19 @@ void inference(const InferenceArguments& a, void* stream);
 //   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z, da = depth-wise^T dz, pre = norm(x expand^T),
 //   G = da * act'(pre); dx = (G * scale) expand, n1 = G^T x, g1 = sum of G, dtaps = the gradient of the depth-wise
 //   weights.
+// With more than kMostGradientInputs inputs G itself is written, `gradient` (B, H, W, expanded), and neither dx, n1 nor
+// g1.
+constexpr int kMostGradientInputs = 64;
+
 struct BackwardArguments {
   ExpansionArguments front;
   const void *dp, *z;
   Values project;
   const float *z_scale, *z_shift, *c0, *c1, *c2;
   void* dx;
-  float *n1, *g1, *dtaps;
+  float *n1, *g1;
+  void* gradient;
+  float* dtaps;
   float* workspace;  // backward_workspace floats
   int stride;
   bool bfloat16;

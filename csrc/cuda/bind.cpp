@@ -223,14 +223,18 @@ struct FilterBackwardCall {
   BlockArguments block;
 };
 
-std::array<Tensor, 4> inverted_residual_filter_backward(const FilterBackwardCall& call) {
+std::array<Tensor, 5> inverted_residual_filter_backward(const FilterBackwardCall& call) {
   const Tensor& x = call.expansion.x;
   const Maps m = block_maps(x, call.expansion.expand, call.project.size(0), call.block);
   MVIT3_CHECK(x.numel() > 0 && m.outputs > 0, "x and dp must not be empty");
   const DeviceGuard guard(x.get_device_index());
   Inputs in(x);
-  const Tensor dx = torch::stable::new_empty(x, x.sizes()), n1 = empty_floats(x, {m.expanded, m.inputs}),
-               g1 = empty_floats(x, {m.expanded}), dtaps = empty_floats(x, {m.expanded, 1, 3, 3});
+  const bool wide = m.inputs > kMostGradientInputs;
+  const Tensor dx = wide ? torch::stable::new_empty(x, {0}) : torch::stable::new_empty(x, x.sizes()),
+               n1 = empty_floats(x, {wide ? 0 : m.expanded, m.inputs}), g1 = empty_floats(x, {wide ? 0 : m.expanded}),
+               gradient = wide ? torch::stable::new_empty(x, {m.batch, m.height, m.width, m.expanded})
+                               : torch::stable::new_empty(x, {0}),
+               dtaps = empty_floats(x, {m.expanded, 1, 3, 3});
   BackwardArguments a{
       call.expansion.read(in, m, call.block.act),
       in.map("dp", call.dp, out_pixels(m) * m.outputs),
@@ -244,6 +248,7 @@ std::array<Tensor, 4> inverted_residual_filter_backward(const FilterBackwardCall
       dx.mutable_data_ptr(),
       floats_of(n1),
       floats_of(g1),
+      gradient.mutable_data_ptr(),
       floats_of(dtaps),
       nullptr,
       int(call.block.taps.stride),
@@ -251,7 +256,7 @@ std::array<Tensor, 4> inverted_residual_filter_backward(const FilterBackwardCall
   const Tensor workspace = empty_floats(x, {backward_workspace(a)});
   a.workspace = floats_of(workspace);
   backward(a, current_stream(x.get_device_index()));
-  return {dx, n1, g1, dtaps};
+  return {dx, n1, g1, gradient, dtaps};
 }
 
 // ---- depthwise_conv

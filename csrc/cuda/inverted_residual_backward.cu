@@ -1,6 +1,6 @@
 // inverted_residual on tiles in shared memory (identity G of the design), backward.
 
-#include "inverted_residual_backward_sums.h"
+#include "inverted_residual_backward_filtered.h"
 
 namespace mvit3 {
 
@@ -13,165 +13,138 @@ namespace mvit3 {
 // take their operands: only what other warps need goes through shared memory. The depth-wise products are products of
 // matrices too (tap_of).
 //
-// Reads x, dp and z once for each tile of x, dp and z with a border of one pixel (more than 64 inputs and more than 64
-// or 128 outputs once for each 32 expanded channels of a tile), and the packed parameters once for each tile.
-// Writes dx (B, H, W, inputs) once, and adds to the workspace (blocks, slices of inputs, expanded, kRow) for each tile.
-// With more inputs than kInputs each slice of blocks does all but its part of dx and n1 again.
+// Reads x, dp and z once for each tile of x, dp and z with a border of one pixel (x of more than 128 inputs, and dp of
+// more than kMostOutputs outputs, once for each 32 expanded channels of a tile), and the packed parameters once for
+// each tile. Writes dx (B, H, W, inputs) once, and adds to the workspace (blocks, expanded, kRow) for each tile.
+//
+// With wide inputs G (B, H, W, expanded) is written instead, and dx, n1 and g1 are left to products over the whole map:
+// what a block would need for them does not fit beside x.
 template <typename T, int Stride, int Steps>
-struct Backward : BackwardSums<T, Stride, Steps> {
-  using Base = BackwardSums<T, Stride, Steps>;
-  using Base::a, Base::m, Base::lane, Base::warp, Base::rows_of, Base::columns_of, Base::whole_inputs,
-      Base::whole_outputs;
-  using Base::kHeight, Base::kWidth, Base::kOutWidth, Base::kOutPixels, Base::kInputs, Base::kPitch, Base::kGroups;
-  using Base::tile, Base::places, Base::in_x, Base::corner_of;
-  using Base::x, Base::dp, Base::z, Base::value, Base::gradient, Base::project, Base::expand, Base::scaled;
-  using typename Base::Arguments, typename Base::Parameters;
+struct Backward : BackwardFiltered<T, Stride, Steps> {
+  using Base = BackwardFiltered<T, Stride, Steps>;
+  using Base::a, Base::m, Base::lane, Base::rows_of, Base::columns_of, Base::whole_inputs, Base::own_diagonals;
+  using Base::kHeight, Base::kWidth, Base::kOutWidth, Base::kInputs, Base::kPitch, Base::kGroups, Base::kWide;
+  using Base::tile, Base::corner_of;
+  using Base::x, Base::z, Base::value, Base::gradient, Base::expand, Base::scaled;
+  using typename Base::Arguments, typename Base::Tile;
+
+  // What a lane keeps of a tile from step to step: sums of dx; or, of wide inputs, its part of x as the products take
+  // it, of pixels lane / 4 and 8 more of the warp.
+  struct Sums {
+    float dx[2 * Steps][4];
+  };
+  struct Pixels {
+    uint32_t x[Steps][4];
+  };
+  using Carried = std::conditional_t<kWide, Pixels, Sums>;
 
   // ---- The steps
 
-  // Half of an activation's argument becomes r, of which (1 + r) / 2 is the slope. Returns the activation.
-  template <bool Silu>
-  MVIT3_DEVICE
-  float activate(float& half) const {
-    if (Silu) {
-      const float t = approximate_tanh(half), value = half * t + half;
-      half = half * (1.0f - t * t) + t;
-      return value;
-    }
-    const float value = 2.0f * half;
-    const bool rises = a.front.act != kRelu || !(value <= 0.0f);  // as torch: NaN stays
-    half = rises ? 1.0f : -1.0f;
-    return rises ? value : 0.0f;
-  }
+  // Where pixel lane / 4 + 8 half of the warp lies in x, -1 outside.
+  static MVIT3_DEVICE
+  int place_of(unsigned t, int half) { return Base::own_places()[t / kWarp * 16 + t % kWarp / 4 + 8 * half]; }
 
-  // sum += dp project, of 16 kRowBlocks filtered pixels x 16 channels.
-  template <int RowBlocks>
+  // Inputs first..first+kInputs-1 of the warp's pixels. What cannot be loaded 16 bytes at a time comes through shared
+  // memory, where act(e) will be.
   MVIT3_DEVICE
-  void project_back(
-      int number, const char* packed, float (&sum)[RowBlocks][2][4], unsigned first_row, unsigned first_column) const {
+  void load_pixels(const T* map, int first, Pixels& to) const {
+    const unsigned t = thread(), lane = t % kWarp, warp_row = t / kWarp * 16;
+    const bool vectors = m.inputs % 8 == 0 && is_aligned(map);
+#pragma unroll
+    for (int k = 0; k < Steps; k += 2) {
+      if (!vectors) {
+        const int channel = first + 16 * k + int(lane);
 #pragma unroll 1
-    for (int part = 0; part < a.sizes.parts; ++part) {
-      if (!whole_outputs()) {
-        if (part) synchronize();
-        this->load_project(packed, part);
-        this->load_dp(tile(number).place, part * a.sizes.width);
-        copies_arrive();
-        synchronize();
-      }
-      if (first_row >= kOutPixels) continue;
-      SharedAddress of_pixels[RowBlocks], of_weight = rows_of(project(), 0, first_column);
-#pragma unroll
-      for (int i = 0; i < RowBlocks; ++i) {
-        const unsigned row = first_row + 16 * i + lane() % 16;
-        of_pixels[i] = shared_address(dp().row(row < kOutPixels ? row : kOutPixels - 1) + lane() / 16 * 8);
-      }
-#pragma unroll 2
-      for (int k = 0; k < a.sizes.width / 16; ++k) {
-        uint32_t pixels[4], weight[4];
-        load_transposed(weight, of_weight);
-        of_weight += 16 * kChunkPitch * sizeof(T);
-#pragma unroll
-        for (int i = 0; i < RowBlocks; ++i) {
-          load_matrices(pixels, of_pixels[i]);
-          of_pixels[i] += 16 * sizeof(T);
-          multiply_add(sum[i][0], pixels, weight[0], weight[1], T{});
-          multiply_add(sum[i][1], pixels, weight[2], weight[3], T{});
+        for (int i = 0; i < 16; ++i) {
+          const int place = Base::own_places()[warp_row + i];
+          value().row(warp_row + i)[lane] =
+              place >= 0 && channel < m.inputs ? map[int64_t(place) * m.inputs + channel] : T{0};
         }
+        synchronize_warp();
       }
+      const int unit = int(lane % 4) * 8, channel = first + 16 * k + unit;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int place = place_of(t, half);
+        const bool there = place >= 0 && channel < m.inputs;
+        Vector v;
+        if (vectors)
+          v = *reinterpret_cast<const Vector*>(map + (there ? int64_t(place) * m.inputs + channel : 0));
+        else
+          v = *reinterpret_cast<const Vector*>(value().row(warp_row + lane / 4 + 8 * half) + unit);
+        // Masked rather than chosen: what a product takes must lie in other registers than what was loaded, and is
+        // else moved there by each step.
+        const uint32_t mask = there ? ~0u : 0u;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to.x[k + i / 2][i % 2 * 2 + half] = v.part[i] & mask;
+      }
+      if (!vectors) synchronize_warp();
     }
   }
 
-  // z becomes dz; outside the map it stays zero.
-  template <bool Silu>
+  // sum += x expand^T of 16 pixels and 16 inputs.
   MVIT3_DEVICE
-  void filtered_gradient(int number, const char* packed) const {
-    constexpr int kRowBlocks = Stride == 1 ? 3 : 1;  // of a warp; warps stand 4 x 2
-    const unsigned first_row = warp() % 4 * 16 * kRowBlocks, first_column = warp() / 4 * 16;
-    float sum[kRowBlocks][2][4];
-    clear(sum);
-    project_back(number, packed, sum, first_row, first_column);
-    if (first_row >= kOutPixels) return;
-    MiddleNorm by[2][2];
-    float times[2][2];
+  void multiply_by_expand(
+      bool first, SharedAddress of_weight, const uint32_t (&pixels)[4], float (&sum)[kGroups][4]) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const unsigned channel = first_column + 8 * j + lane() % 4 * 2 + k;
-        by[j][k] = Base::middle_norm()[channel];
-        times[j][k] = Parameters::kFolds ? 1.0f : Base::half_c0()[channel];
-      }
-    const unsigned column = first_column + lane() / 16 * 8;
-#pragma unroll
-    for (int i = 0; i < kRowBlocks; ++i) {
-      const unsigned pixel = first_row + 16 * i + lane() % 16;
-      const bool there = pixel < kOutPixels && places()[pixel < kOutPixels ? pixel : 0] >= 0;
-      const SharedAddress row = shared_address(z().row(there ? pixel : kOutPixels) + column);
-      uint32_t part[4];
-      load_matrices(part, row);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const MiddleNorm &one = by[k / 2][0], &two = by[k / 2][1];
-        const Pair old = unpack<T>(part[k]);
-        const auto gradient_of = [&](float old, float g, const MiddleNorm& by, float times) {
-          float half = by.scale * old + by.shift;
-          activate<Silu>(half);
-          if (!Parameters::kFolds) g *= times;
-          return g * half + (g + (by.c2 * old + by.c1));
-        };
-        part[k] = pack<T>(
-            gradient_of(old.first, sum[i][k / 2][k % 2 * 2], one, times[k / 2][0]),
-            gradient_of(old.second, sum[i][k / 2][k % 2 * 2 + 1], two, times[k / 2][1]));
-      }
-      store_matrices(row, part);
+    for (int j = 0; j < kGroups; j += 2) {
+      uint32_t weight[4];
+      load_matrices(weight, of_weight + 16 * j * kPitch);
+      multiply<T>(first, sum[j], pixels, weight[0], weight[1]);
+      multiply<T>(first, sum[j + 1], pixels, weight[2], weight[3]);
     }
   }
-
-  // sum += x expand^T of the warp's pixels. The block's own slice of x remains.
+  // sum = x expand^T of the warp's pixels.
   MVIT3_DEVICE
-  void expand_again(int number, const char* packed, float (&sum)[kGroups][4]) const {
+  void expand_again(int, int, unsigned t, const Sums&, float (&sum)[kGroups][4]) const {
+    const SharedAddress of_x = rows_of(x(), t % kWarp, t / kWarp * 16, 0),
+                        of_weight = columns_of(expand(), t % kWarp, 0, 0);
+#pragma unroll
+    for (int k = 0; k < Steps; ++k) {
+      uint32_t pixels[4];
+      load_matrices(pixels, of_x + 32 * k);
+      multiply_by_expand(k == 0, of_weight + 32 * k, pixels, sum);
+    }
+  }
+  MVIT3_DEVICE
+  void expand_again(int number, int chunk, unsigned t, Pixels& carried, float (&sum)[kGroups][4]) const {
+    const SharedAddress of_weight = columns_of(expand(), t % kWarp, 0, 0);
+    if (whole_inputs()) {
+#pragma unroll
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(k == 0, of_weight + 32 * k, carried.x[k], sum);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[j][k] = 0.0f;
 #pragma unroll 1
-    for (int i = 0; i < a.sizes.slices; ++i) {
-      if (!whole_inputs()) {
-        const int from = (slice() + 1 + i) % a.sizes.slices;
-        if (i) synchronize();
-        this->load_x(tile(number).place, from * kInputs);
-        this->load_expand(packed, from);
-        copies_arrive();
-        synchronize();
-      }
-      const SharedAddress of_x = rows_of(x(), 16 * warp(), 0);
-      const SharedAddress of_weight = columns_of(expand(), 0, 0);
+    for (int from = 0; from < a.sizes.slices; ++from) {
+      if (from) synchronize();
+      this->load_expand(this->packed(chunk), from);
+      load_pixels(tile(number).x, from * kInputs, carried);
+      copies_arrive();
+      synchronize();
 #pragma unroll
-      for (int k = 0; k < Steps; ++k) {
-        uint32_t pixels[4];
-        load_matrices(pixels, of_x + 32 * k);
-#pragma unroll
-        for (int j = 0; j < kGroups; j += 2) {
-          uint32_t weight[4];
-          load_matrices(weight, of_weight + 16 * j * kPitch + 32 * k);
-          multiply_add(sum[j], pixels, weight[0], weight[1], T{});
-          multiply_add(sum[j + 1], pixels, weight[2], weight[3], T{});
-        }
-      }
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(false, of_weight + 32 * k, carried.x[k], sum);
     }
   }
 
-  // Of a whole tile nothing is outside the map.
-  MVIT3_DEVICE
-  void clear_outside(const Place& here, uint32_t (&pairs)[kGroups][2]) const {
-    if (here.y(kHeight - 1) < m.height && here.x(kWidth - 1) < m.width) return;
+  static MVIT3_DEVICE
+  void clear_outside(unsigned t, uint32_t (&pairs)[kGroups][2]) {
+    const bool outside[2] = {place_of(t, 0) < 0, place_of(t, 1) < 0};
+    if (!any(outside[0] || outside[1])) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (in_x(here, 16 * warp() + 8 * half + lane() / 4) < 0)
+      if (outside[half])
 #pragma unroll
         for (int j = 0; j < kGroups; ++j) pairs[j][half] = 0u;
   }
 
   // Pairs of channels of the warp's pixels, to their rows.
   static MVIT3_DEVICE
-  void store(Matrix<T> to, const uint32_t (&pairs)[kGroups][2]) {
-    const SharedAddress row = rows_of(to, 16 * warp(), 0);
+  void store(Matrix<T> to, unsigned t, const uint32_t (&pairs)[kGroups][2]) {
+    const SharedAddress row = rows_of(to, t % kWarp, t / kWarp * 16, 0);
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2)
       store_matrices(row + 16 * j, {pairs[j][0], pairs[j][1], pairs[j + 1][0], pairs[j + 1][1]});
@@ -182,15 +155,15 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     SharedAddress left, right, corner;
 
     MVIT3_DEVICE
-    Corner() {
-      const unsigned l = lane(), second = l / 16, at = corner_of(16 * warp() + l % 16);
+    explicit Corner(unsigned t) {
+      const unsigned second = t / 16 % 2, at = corner_of(t / kWarp * 16 + t % 16);
       const auto pixel = [&](unsigned p) { return shared_address(z().row(p)); };
       if (Stride == 1) {
         left = pixel(at + 2 - second);
         right = pixel(at + (2 - second) * kOutWidth);
         corner = pixel(at);
       } else {
-        const unsigned parities = warp() / 2;
+        const unsigned parities = t / (2 * kWarp);
         left = pixel(at + second * (parities % 2 ? 1 : parities / 2 * kOutWidth));
         right = pixel(at + second);
       }
@@ -205,69 +178,69 @@ struct Backward : BackwardSums<T, Stride, Steps> {
 
   // The gradient of act(e) / 2 of the warp's pixels, 8 channels from 8 group on.
   MVIT3_DEVICE
-  void transposed_filter(const Corner& corner, const char* diagonal, int group, float (&sum)[4]) const {
+  void transposed_filter(
+      const Corner& corner, const char* diagonal, unsigned parities, int group, float (&sum)[4]) const {
     const char* const from = diagonal + group * kDiagonals;
     uint32_t part[4];
-    const auto multiply = [&](int pair, const uint32_t* two) {
+    const auto add = [&](int pair, const uint32_t* two) {
       load_matrices(part, corner.of(pair) + 16 * group);
-      multiply_add(sum, part, two[0], two[1], T{});
+      multiply<T>(pair == 0, sum, part, two[0], two[1]);
     };
     if constexpr (Stride == 1) {
       Vector weight[kUnits];
 #pragma unroll
       for (int i = 0; i < kUnits; ++i) weight[i] = *reinterpret_cast<const Vector*>(from + i * kUnit);
 #pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) multiply(pair, weight[pair / 2].part + pair % 2 * 2);
+      for (int pair = 0; pair < kPairs; ++pair) add(pair, weight[pair / 2].part + pair % 2 * 2);
     } else {
-      const unsigned parities = warp() / 2;
-      multiply(0, reinterpret_cast<const uint32_t*>(from + parities / 2 * kUnit + parities % 2 * 8));
-      if (parities == 3) multiply(4, reinterpret_cast<const uint32_t*>(from + 2 * kUnit));
+      add(0, reinterpret_cast<const uint32_t*>(from + parities / 2 * kUnit + parities % 2 * 8));
+      if (parities == 3) add(4, reinterpret_cast<const uint32_t*>(from + 2 * kUnit));
     }
   }
 
-  // act(e) and G of the warp's pixels, to shared memory; G returned too.
+  // act(e) of the warp's pixels to shared memory, and their G.
   template <bool Silu>
   MVIT3_DEVICE
-  void expanded_gradient(int number, const char* packed, uint32_t (&gradients)[kGroups][2]) const {
-    float slope[kGroups][4] = {};
-    expand_again(number, packed, slope);
+  void expanded_gradient(int number, int chunk, Carried& carried, uint32_t (&gradients)[kGroups][2]) const {
+    const unsigned t = thread(), lane = t % kWarp;
+    float slope[kGroups][4];
+    expand_again(number, chunk, t, carried, slope);
     uint32_t values[kGroups][2];
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const Affine* const norm = Base::first_norm() + 8 * j + lane() % 4 * 2;
+      const Affine* const norm = Base::first_norm() + 8 * j + lane % 4 * 2;
       const Affine one = norm[0], two = norm[1];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float &first = slope[j][2 * half], &second = slope[j][2 * half + 1];
         first = one.scale * first + one.shift;
         second = two.scale * second + two.shift;
-        const float value = activate<Silu>(first);
-        values[j][half] = pack<T>(value, activate<Silu>(second));
+        const float value = this->template activate<Silu>(first);
+        values[j][half] = pack<T>(value, this->template activate<Silu>(second));
       }
     }
-    clear_outside(tile(number).place, values);
-    store(value(), values);
-    const Corner corner;
-    const bool on_diagonal = lane() % 4 == lane() / 8;
-    const char* const diagonal = Base::diagonals() + (on_diagonal ? 16 * (lane() / 4) : kUnit - 16);
+    const bool whole = tile(number).whole;
+    if (!whole) clear_outside(t, values);
+    store(value(), t, values);
+    const Corner corner(t);
+    const char* const diagonal = own_diagonals(lane);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      float sum[4] = {};
-      transposed_filter(corner, diagonal, j, sum);
+      float sum[4];
+      transposed_filter(corner, diagonal, t / (2 * kWarp), j, sum);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         gradients[j][half] = pack<T>(
             sum[2 * half] * slope[j][2 * half] + sum[2 * half],
             sum[2 * half + 1] * slope[j][2 * half + 1] + sum[2 * half + 1]);
     }
-    clear_outside(tile(number).place, gradients);
-    store(gradient(), gradients);
+    if (!kWide && !whole) clear_outside(t, gradients);
   }
 
   // sum += (G * scale) expand of the warp's pixels.
   MVIT3_DEVICE
   void contract(const uint32_t (&gradients)[kGroups][2], float (&sum)[2 * Steps][4]) const {
-    const SharedAddress of_weight = rows_of(scaled(), 0, 0);
+    const SharedAddress of_weight = rows_of(scaled(), lane(), 0, 0);
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2) {
       const uint32_t pixels[4] = {gradients[j][0], gradients[j][1], gradients[j + 1][0], gradients[j + 1][1]};
@@ -281,20 +254,62 @@ struct Backward : BackwardSums<T, Stride, Steps> {
     }
   }
 
+  // G of the warp's pixels, to memory.
+  MVIT3_DEVICE
+  void store_gradient(T* map, int chunk, const uint32_t (&pairs)[kGroups][2]) const {
+    const unsigned t = thread(), row = t / kWarp * 16 + t % kWarp / 4;
+    store(gradient(), t, pairs);
+    synchronize_warp();
+    const int unit = int(t % 4) * 8, channel = chunk + unit;
+    const bool vectors = m.expanded % 8 == 0 && is_aligned(a.gradient);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int place = place_of(t, half);
+      if (place < 0) continue;
+      const T* const from = gradient().row(row + 8 * half) + unit;
+      T* const to = map + int64_t(place) * m.expanded + channel;
+      if (vectors) {
+        if (channel < m.expanded) *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
+      } else {
+        for (int i = 0; i < 8; ++i)
+          if (channel + i < m.expanded) to[i] = from[i];
+      }
+    }
+  }
+
   // ---- The whole
 
   MVIT3_DEVICE
-  void store_dx(const Place& here, const float (&sum)[2 * Steps][4]) const {
-    const unsigned g = lane() / 4, t = lane() % 4;
+  void store_dx(T* map, const float (&sum)[2 * Steps][4]) const {
+    const unsigned t = thread(), first = t % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int place = in_x(here, 16 * warp() + 8 * half + g);
+      const int place = place_of(t, half);
       if (place < 0) continue;
-      T* const to = static_cast<T*>(a.dx) + (here.image * m.height * m.width + place) * m.inputs;
+      T* const to = map + int64_t(place) * m.inputs;
 #pragma unroll
-      for (int j = 0; j < 2 * Steps; ++j)
-        store_pair(to, slice() * kInputs + 8 * j + 2 * t, m.inputs, pack<T>(sum[j][2 * half], sum[j][2 * half + 1]));
+      for (int j = 0; j < 2 * Steps; ++j) {
+        const uint32_t pair = pack<T>(sum[j][2 * half], sum[j][2 * half + 1]);
+        if (m.inputs == kInputs)
+          *reinterpret_cast<uint32_t*>(to + first + 8 * j) = pair;
+        else
+          store_pair(to, first + 8 * j, m.inputs, pair);
+      }
     }
+  }
+
+  // A tile's part of what is carried.
+  MVIT3_DEVICE
+  void start(const Tile& here, Sums& carried) const {
+    this->load_x(here);
+#pragma unroll
+    for (int j = 0; j < 2 * Steps; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) carried.dx[j][k] = 0.0f;
+  }
+  MVIT3_DEVICE
+  void start(const Tile& here, Pixels& carried) const {
+    if (whole_inputs()) load_pixels(here.x, 0, carried);
   }
 
   static MVIT3_DEVICE
@@ -307,45 +322,52 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   MVIT3_DEVICE
   void walk() const {
     const int64_t all = Base::tiles(a), begin = all * block() / blocks();
-    const int count = int(all * (block() + 1) / blocks() - begin);
     int number = 0, chunk = 0;  // of tile and channel
-    this->enter(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0);
+    if (thread() == 0) {
+      const int left = int(all * (block() + 1) / blocks() - begin);
+      this->prepare(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0, left);
+    }
+    if (thread() < 4) Base::ones()[thread()] = pack<T>(1.0f, 1.0f);
     this->load_parameters(this->packed(0));
     synchronize();
+    this->enter(0);
+    synchronize();
     this->load_filtered(0, 0);
-    float sum[2 * Steps][4];
+    Carried carried;
 #pragma unroll 1
     while (true) {
       copies_arrive();
       synchronize();  // x is free
       if (chunk == 0) {
-        if (whole_inputs()) this->load_x(tile(number).place, 0);
-#pragma unroll
-        for (int j = 0; j < 2 * Steps; ++j)
-#pragma unroll
-          for (int k = 0; k < 4; ++k) sum[j][k] = 0.0f;
+        start(tile(number), carried);
+        if (thread() == 0) {
+          Place there = tile(number).place;
+          this->advance(there);
+          this->prepare(there, number + 1, tile(number).left - 1);
+        }
       }
-      filtered_gradient<Silu>(number, this->packed(chunk));
+      this->template filtered_gradient<Silu>(number, chunk);
       copies_arrive();
       synchronize();
       uint32_t gradients[kGroups][2];
-      expanded_gradient<Silu>(number, this->packed(chunk), gradients);
-      contract(gradients, sum);
+      expanded_gradient<Silu>(number, chunk, carried, gradients);
       const bool ends = chunk + kChunk >= m.expanded;
-      if (ends) store_dx(tile(number).place, sum);
+      if constexpr (kWide) {
+        store_gradient(tile(number).result, chunk, gradients);
+      } else {
+        store(gradient(), thread(), gradients);
+        contract(gradients, carried.dx);
+        if (ends) store_dx(tile(number).result, carried.dx);
+      }
       synchronize();
       const int next = ends ? 0 : chunk + kChunk;
-      const bool more = !ends || number + 1 < count;
-      if (ends) {
-        Place there = tile(number).place;
-        this->advance(there);
-        this->enter(there, number + 1);
-      }
+      const bool more = !ends || tile(number).left > 1;
+      if (ends) this->enter(number + 1);
       if (more) this->load_parameters(this->packed(next));
-      if (slice() == 0) this->multiply_by_values(this->kept_of(chunk), number == 0);
+      this->multiply_by_values(this->kept_of(chunk), number == 0);
       synchronize();  // z is free
       if (more) this->load_filtered(number + ends, next);
-      this->multiply_by_x(this->kept_of(chunk), number == 0);
+      if constexpr (!kWide) this->multiply_by_x(this->kept_of(chunk), number == 0);
       if (!more) break;
       chunk = next;
       number += ends;
@@ -353,7 +375,8 @@ struct Backward : BackwardSums<T, Stride, Steps> {
   }
 };
 
-// Calls f with the kernel for a type of map, a stride, and as many steps of 16 inputs as there are, at most 4.
+// Calls f with the kernel for a type of map, a stride, and as many steps of 16 inputs as there are, or that of wide
+// ones.
 template <typename F>
 auto choose_backward(const BackwardArguments& a, const F& f) {
   const auto of_stride = [&](auto type, auto stride) {
@@ -361,7 +384,9 @@ auto choose_backward(const BackwardArguments& a, const F& f) {
     constexpr int kStride = decltype(stride)::value;
     const int inputs = a.front.maps.inputs;
     if (inputs <= 16) return f(Chosen<Backward<T, kStride, 1>>{});
-    return inputs <= 32 ? f(Chosen<Backward<T, kStride, 2>>{}) : f(Chosen<Backward<T, kStride, 4>>{});
+    if (inputs <= 32) return f(Chosen<Backward<T, kStride, 2>>{});
+    return inputs <= kMostGradientInputs ? f(Chosen<Backward<T, kStride, 4>>{})
+                                         : f(Chosen<Backward<T, kStride, kWideSteps>>{});
   };
   const auto of_type = [&](auto type) {
     return a.stride == 1 ? of_stride(type, std::integral_constant<int, 1>{})
@@ -383,7 +408,7 @@ int64_t backward_workspace(const BackwardArguments& a) {
   return choose_backward(a, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
     const BackwardPlan plan = plan_of<K>(a);
-    return K::Pack::count(plan) + int64_t(blocks_for<K>(plan, K::shared(plan))) * plan.sizes.slices * plan.sizes.kept;
+    return K::Pack::count(plan) + int64_t(blocks_for<K>(plan, K::shared(plan))) * plan.sizes.kept;
   });
 }
 
@@ -395,7 +420,7 @@ void backward(const BackwardArguments& a, void* stream) {
     launch<typename K::Pack>(plan, int(ceil_div(packed, kThreads)), 1, 0, stream);
     plan.workspace += packed;
     const int shared = K::shared(plan), parts = blocks_for<K>(plan, shared);
-    launch<K>(plan, parts, plan.sizes.slices, shared, stream);
+    launch<K>(plan, parts, 1, shared, stream);
     using Finish = FinishBackward<K>;
     launch<Finish>({plan, parts}, int(ceil_div(Finish::count(plan), kWarp)), 1, kThreads * 4, stream);
   });

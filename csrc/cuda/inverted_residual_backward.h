@@ -8,21 +8,38 @@
 
 namespace mvit3 {
 
-// Relative error at most 2^-11.
+// multiply_add to zeros, which need no registers then.
 MVIT3_DEVICE
-float approximate_tanh(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+void multiply_first(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, BFloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+MVIT3_DEVICE
+void multiply_first(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Float16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
 }
 
-// copy_16, or 16 bytes of zeros.
+// copy_16 of what lies `At` bytes behind, where `wanted`, without a branch and without an address of its own.
+template <int At>
 MVIT3_DEVICE
-void copy_16_or_zeros(void* shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(there ? 16 : 0)
-               : "memory");
+void copy_16_behind(bool wanted, void* shared, const void* global) {
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.u32 wanted, %2, 0; @wanted cp.async.cg.shared.global [%0 + %3], [%1 + %3], 16; }" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(uint32_t(wanted)), "n"(At)
+      : "memory");
 }
+
+// A barrier of a warp.
+MVIT3_DEVICE
+void synchronize_warp() { __syncwarp(); }
 
 // Adds to two neighbouring numbers in global memory, 8 bytes aligned, without waiting for what they were.
 MVIT3_DEVICE
@@ -62,6 +79,13 @@ void store_matrices(SharedAddress row, const uint32_t (&in)[4]) {
 
 namespace mvit3 {
 
+// sum = A B or, but for the first one, sum += A B.
+template <typename T>
+MVIT3_DEVICE
+void multiply(bool first, float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  first ? multiply_first(sum, a, b0, b1, T{}) : multiply_add(sum, a, b0, b1, T{});
+}
+
 // ---- The depth-wise convolution on tensor cores. A product of 16 pixels x 16 with 16 x 8 channels is two taps of 8
 // channels: the second operand is two diagonals of 8, under each other.
 
@@ -75,42 +99,49 @@ constexpr int tap_of(int pair, int i) {
 }
 constexpr int kNoTap = 15;
 
+// The kernel of so many steps of 16 inputs is that of wide ones, which stores the gradient of the expanded map.
+constexpr int kWideSteps = 8;
+
 // The diagonals of 8 channels: 4 registers of a lane in a unit, of which 8 lanes have one channel each and the others
-// read the zeros behind.
-constexpr int kUnits = (2 * kPairs + 3) / 4, kUnit = 9 * 16, kDiagonals = kUnits * kUnit;
+// read the zeros behind. Behind the taps come those of two functions of z, each one unit.
+constexpr int kUnits = (2 * kPairs + 3) / 4, kUnit = 9 * 16, kDiagonals = (kUnits + 2) * kUnit;
 
 // ---- The parameters of a step
 
-// What a filtered channel is scaled and shifted by: tanh's argument is `scale` z + `shift`, and c1 + c2 z is part of
-// dz.
+// A function slope z + offset of 8 filtered channels is two products of (z, 1) with diagonals of the two: the second is
+// what the first one's rounding to 16 bits leaves. One is half of the activation's argument, the other c1 + c2 z.
+//
+// In float16 the latter might be too small a number, and so might the projection times c0: both are computed.
 struct alignas(16) MiddleNorm {
-  float scale, shift, c1, c2;
+  float half_c0, c1, c2, none;
 };
 
-// Numbers that a launch brings along: of outputs in shared memory at a time and of such parts, of slices of inputs;
-// 2^shift threads have 8 outputs each of a pixel; bytes of the parameters of a step; floats that a block keeps of its
-// tiles.
+// Numbers that a launch brings along: of outputs in shared memory at a time and of such parts, of slices of 16 Steps
+// inputs; 2^shift threads have 8 outputs each of a pixel; bytes of the parameters of a step; floats that a block keeps
+// of its tiles.
 struct StepSizes {
   int width, parts, slices, shift;
   unsigned bytes, kept;
 };
 
-// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs, as it is and
-// times the scale of its norm; diagonals; norms; the projection, `width` outputs x 32 channels. In global memory there
-// is an expansion for each slice of 16 Steps inputs, then for each of them what follows, then a projection for each
-// part of the outputs.
+// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs, as it is
+// and, but for wide inputs, times the scale of its norm; diagonals; norms, of which bfloat16 has the first one; the
+// projection, `width` outputs x 32 channels. In global memory there is an expansion for each slice of inputs, and a
+// projection for each part of the outputs.
 template <typename T, int Steps>
 struct StepParameters {
+  static constexpr bool kWide = Steps == kWideSteps;
   static constexpr int kInputs = 16 * Steps, kPitch = kInputs + 8;
-  // Whether the projection is multiplied by the middle norm's c0. In float16 the product might be too small a number.
+  // Whether the projection is multiplied by the middle norm's c0, and c1 + c2 z a product.
   static constexpr bool kFolds = std::is_same_v<T, BFloat16>;
   static constexpr int kExpand = kChunk * kPitch * int(sizeof(T)), kAllDiagonals = kChunk / 8 * kDiagonals;
-  static constexpr int kDiagonal = 2 * kExpand, kMiddle = kDiagonal + kAllDiagonals,
-                       kC0 = kMiddle + kChunk * int(sizeof(MiddleNorm)), kNorm = kC0 + kChunk * int(sizeof(float)),
-                       kProject = kNorm + kChunk * int(sizeof(Affine)), kRest = kProject - kExpand;
+  static constexpr int kScaled = kWide ? 0 : kExpand;
+  static constexpr int kDiagonal = kExpand + kScaled, kNorm = kDiagonal + kAllDiagonals,
+                       kMiddle = kNorm + kChunk * int(sizeof(Affine)),
+                       kProject = kMiddle + (kFolds ? 0 : kChunk * int(sizeof(MiddleNorm))), kRest = kProject - kExpand;
 
   static MVIT3_BOTH
-  int project(int width) { return width * kChunkPitch * int(sizeof(T)); }
+  constexpr int project(int width) { return width * kChunkPitch * int(sizeof(T)); }
   static StepSizes sizes(const Maps& m, int most_outputs, int row) {
     const int parts = (m.outputs + most_outputs - 1) / most_outputs, slices = (m.inputs + kInputs - 1) / kInputs;
     const int width = round_up((m.outputs + parts - 1) / parts, 16);
@@ -121,10 +152,18 @@ struct StepParameters {
         parts,
         slices,
         shift,
-        unsigned(slices * kProject + parts * project(width)),
+        unsigned(slices * kExpand + kRest + parts * project(width)),
         unsigned(round_up(m.expanded, kChunk) * row)};
   }
 };
+
+// The input in place of column `column` of wide weights, whose products take x as a lane loads it: eight inputs at a
+// time, for two steps of 16.
+MVIT3_BOTH
+int wide_input(int column) {
+  const int step = column / 16 % 2, high = column / 8 % 2, lane = column % 8 / 2;
+  return column / 32 * 32 + 8 * lane + 4 * step + 2 * high + column % 2;
+}
 
 struct BackwardPlan : BackwardArguments {
   StepSizes sizes;
@@ -156,39 +195,42 @@ struct PackBackward {
     return Parameters::kFolds ? weight * (0.5f * a.c0[chunk + c]) : weight;
   }
   MVIT3_DEVICE
-  float expansion(int c, int input, int pad, bool scaled) const {
-    if (pad >= Parameters::kInputs || input >= m.inputs || chunk + c >= m.expanded) return 0.0f;
+  float expansion(int c, int slice, int column, bool scaled) const {
+    const int input = slice * Parameters::kInputs + (Parameters::kWide ? wide_input(column) : column);
+    if (column >= Parameters::kInputs || input >= m.inputs || chunk + c >= m.expanded) return 0.0f;
     const float weight = value_at<T>(a.front.expand, int64_t(chunk + c) * m.inputs + input);
     return scaled ? to_float(from_float<T>(weight)) * first_norm(chunk + c).scale : weight;
   }
-  // Register `word` of the diagonals of 8 channels: half a tap, in the half of the register that is on the diagonal.
+  // Half a tap, or a part of a function of z.
+  MVIT3_DEVICE
+  float on_diagonal(int channel, int unit, int i) const {
+    if (unit < kUnits) {
+      const int pair = 2 * unit + i / 2, tap = pair < kPairs ? tap_of<Stride>(pair, i % 2) : kNoTap;
+      return tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
+    }
+    if (unit > kUnits && !Parameters::kFolds) return 0.0f;
+    const float value =
+        unit == kUnits ? 0.5f * (i % 2 ? a.z_shift : a.z_scale)[channel] : (i % 2 ? a.c1 : a.c2)[channel];
+    return i < 2 ? value : value - to_float(from_float<T>(value));
+  }
+  // Register `word` of the diagonals of 8 channels, of which one half is on the diagonal.
   MVIT3_DEVICE
   uint32_t diagonal(int word) const {
     const int group = word / (kDiagonals / 4), in_group = word % (kDiagonals / 4);
-    const int unit = in_group / (kUnit / 4), lane = in_group % (kUnit / 4) / 4, number = 4 * unit + in_group % 4;
-    const int channel = chunk + 8 * group + lane;
-    if (lane == 8 || number >= 2 * kPairs || channel >= m.expanded) return 0;
-    const int tap = tap_of<Stride>(number / 2, number % 2);
-    const float value = tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
+    const int unit = in_group / (kUnit / 4), lane = in_group % (kUnit / 4) / 4, channel = chunk + 8 * group + lane;
+    if (lane == 8 || channel >= m.expanded) return 0;
+    const float value = on_diagonal(channel, unit, in_group % 4);
     return lane % 2 ? pack<T>(0.0f, value) : pack<T>(value, 0.0f);
   }
   // Number i of the norms of a step. The slope of the activation is (1 + r) / 2, and tanh takes half of what the
   // exponential would.
   MVIT3_DEVICE
   float norms(int i) const {
-    const int of_middle = 4 * kChunk, c = i < of_middle ? i / 4 : i < 5 * kChunk ? i - of_middle : (i - 5 * kChunk) / 2;
-    const int channel = chunk + c;
+    const bool first = i < 2 * kChunk;
+    const int channel = chunk + (first ? i / 2 : i / 4 - kChunk / 2);
     if (channel >= m.expanded) return 0.0f;
-    if (i < of_middle) {
-      const int which = i % 4;
-      return which == 0   ? 0.5f * a.z_scale[channel]
-             : which == 1 ? 0.5f * a.z_shift[channel]
-             : which == 2 ? a.c1[channel]
-                          : a.c2[channel];
-    }
-    if (i < 5 * kChunk) return 0.5f * a.c0[channel];
-    const Affine norm = first_norm(channel);
-    return 0.5f * (i % 2 ? norm.shift : norm.scale);
+    if (first) return 0.5f * (i % 2 ? first_norm(channel).shift : first_norm(channel).scale);
+    return i % 4 == 0 ? 0.5f * a.c0[channel] : i % 4 == 3 ? 0.0f : (i % 4 == 1 ? a.c1 : a.c2)[channel];
   }
 
   MVIT3_DEVICE
@@ -197,20 +239,16 @@ struct PackBackward {
       const int row = word / (pitch / 2), column = word % (pitch / 2) * 2;
       return pack<T>(value(row, column), value(row, column + 1));
     };
-    const int first_rest = a.sizes.slices * Parameters::kExpand / 4,
-              first_project = a.sizes.slices * Parameters::kProject / 4;
-    if (at >= first_project)
-      return matrix(at - first_project, kChunkPitch, [&](int row, int c) { return projection(row, c); });
-    const bool scaled = at >= first_rest;
-    if (scaled) at -= first_rest;
-    const int size = (scaled ? Parameters::kRest : Parameters::kExpand) / 4, slice = at / size, word = at % size;
-    if (word < Parameters::kExpand / 4)
-      return matrix(word, Parameters::kPitch, [&](int c, int input) {
-        return expansion(c, slice * Parameters::kInputs + input, input, scaled);
+    constexpr int kSlice = Parameters::kExpand / 4, kScaled = Parameters::kScaled / 4,
+                  kAllDiagonals = Parameters::kAllDiagonals / 4;
+    const int slices = a.sizes.slices * kSlice;
+    if (at < slices + kScaled)
+      return matrix(at % kSlice, Parameters::kPitch, [&](int c, int column) {
+        return at < slices ? expansion(c, at / kSlice, column, false) : expansion(c, 0, column, true);
       });
-    const int behind = word - Parameters::kExpand / 4;
-    if (behind < Parameters::kAllDiagonals / 4) return diagonal(behind);
-    return float_bits(norms(behind - Parameters::kAllDiagonals / 4));
+    const int rest = at - slices - kScaled, in_project = at - slices - Parameters::kRest / 4;
+    if (in_project >= 0) return matrix(in_project, kChunkPitch, [&](int row, int c) { return projection(row, c); });
+    return rest < kAllDiagonals ? diagonal(rest) : float_bits(norms(rest - kAllDiagonals));
   }
 
   static MVIT3_DEVICE

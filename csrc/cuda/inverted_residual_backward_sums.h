@@ -17,7 +17,7 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   // What the block keeps of a step's channels.
   MVIT3_DEVICE
   float* kept_of(int chunk) const {
-    return a.workspace + unsigned(block() * a.sizes.slices + slice()) * uint64_t(a.sizes.kept) + unsigned(chunk) * kRow;
+    return a.workspace + unsigned(block()) * uint64_t(a.sizes.kept) + unsigned(chunk) * kRow;
   }
 
   // Adds to what the block kept of its tiles before.
@@ -33,27 +33,27 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   // G^T x of the tile, and the sum of G.
   MVIT3_DEVICE
   void multiply_by_x(float* kept, bool first_tile) const {
-    const unsigned first_row = warp() % 2 * 16, part = warp() / 2, columns = part % Steps * 16, share = part / Steps;
+    const unsigned own = thread(), lane = own % kWarp, first_row = own / kWarp % 2 * 16, part = own / (2 * kWarp),
+                   columns = part % Steps * 16, share = part / Steps;
     const unsigned first_pixel = share * (kPixels / kShares);
     float sum[2][4] = {}, total[4] = {};
-    const SharedAddress of_gradient = columns_of(gradient(), first_pixel, first_row);
-    const SharedAddress of_x = rows_of(x(), first_pixel, columns);
-    uint32_t pixels[4], inputs[4];
+    const SharedAddress of_gradient = columns_of(gradient(), lane, first_pixel, first_row);
+    const SharedAddress of_x = rows_of(x(), lane, first_pixel, columns);
+    uint32_t pixels[4], inputs[4], ones = pack<T>(1.0f, 1.0f);
 #pragma unroll
     for (int k = 0; k < 2 * Steps; ++k) {
       load_transposed(pixels, of_gradient + 32 * k * kChunkPitch);
       load_transposed(inputs, of_x + 32 * k * kPitch);
-      multiply_add(sum[0], pixels, inputs[0], inputs[1], T{});
-      multiply_add(sum[1], pixels, inputs[2], inputs[3], T{});
+      multiply<T>(k == 0, sum[0], pixels, inputs[0], inputs[1]);
+      multiply<T>(k == 0, sum[1], pixels, inputs[2], inputs[3]);
     }
     // The warps of a share divide its pixels for the sum of G, which is a product with ones.
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       load_transposed(pixels, of_gradient + 32 * (2 * (part % Steps) + k) * kChunkPitch);
-      const uint32_t ones = lane() / 4 == unsigned(k) ? pack<T>(1.0f, 1.0f) : 0u;
-      multiply_add(total, pixels, ones, ones, T{});
+      multiply<T>(k == 0, total, pixels, ones, ones);
     }
-    const unsigned g = lane() / 4, t = lane() % 4;
+    const unsigned g = lane / 4, t = lane % 4;
     float* const row = kept + (first_row + g) * kRow;
     const auto write = [&](auto first) {
 #pragma unroll
@@ -62,7 +62,7 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           keep<first>(to + share * kInputs + columns + 8 * j + 2 * t, sum[j][2 * half], sum[j][2 * half + 1]);
-        if (t == 0) keep<first>(to + kShares * kInputs + 2 * part, total[2 * half], total[2 * half + 1]);
+        if (t == 0) keep<first>(to + kShares * kInputs + 2 * part, total[2 * half], 0.0f);
       }
     };
     first_tile ? write(std::true_type{}) : write(std::false_type{});
@@ -72,29 +72,31 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   // with act(e), whose diagonals count.
   MVIT3_DEVICE
   void multiply_by_values(float* kept, bool first_tile) const {
-    const unsigned l = lane(), group = warp() % 4, half = warp() / 4, second = l / 8 % 2, pixel = l / 16 * 8 + l % 8;
+    const unsigned own = thread(), l = own % kWarp, group = own / kWarp % 4, half = own / (4 * kWarp),
+                   second = l / 8 % 2, pixel = l / 16 * 8 + l % 8;
     const SharedAddress of_value = shared_address(value().row(64 * half + l) + 8 * group);
     constexpr int kSums = Stride == 1 ? kPairs : 3;
     float sum[kSums][4] = {};
     uint32_t values[2][4], part[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) load_transposed(values[i], of_value + 64 * i * kChunkPitch);
-    const auto add = [&](int r, float (&to)[4]) {
-      multiply_add(to, part, values[r / 2][r % 2 * 2], values[r / 2][r % 2 * 2 + 1], T{});
+    const auto add = [&](int r, float (&to)[4], bool first) {
+      multiply<T>(first, to, part, values[r / 2][r % 2 * 2], values[r / 2][r % 2 * 2 + 1]);
     };
     if constexpr (Stride == 1) {
       add_rows(group, half, second, pixel, part, sum, add);
     } else {
       const auto bytes = [](unsigned pixels) { return pixels * unsigned(kChunkPitch * sizeof(T)); };
+      const SharedAddress corner = shared_address(z().row(corner_of(pixel)) + 8 * group);
+      const SharedAddress even = corner + bytes(second * half * kOutWidth), odd = corner + bytes(second);
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const SharedAddress from = shared_address(z().row(corner_of(64 * half + 16 * r + pixel)) + 8 * group);
-        const unsigned parities = 2 * half + r / 2;
-        load_transposed(part, from + bytes(second * (parities % 2 ? 1 : parities / 2 * kOutWidth)));
-        add(r, sum[r / 2]);
+        const unsigned down = bytes(corner_of(16 * (r % 2)));
+        load_transposed(part, (r < 2 ? even : odd) + down);
+        add(r, sum[r / 2], r % 2 == 0);
         if (r >= 2 && half == 1) {
-          load_transposed(part, from + bytes(second + kOutWidth));
-          add(r, sum[2]);
+          load_transposed(part, odd + down + bytes(kOutWidth));
+          add(r, sum[2], r == 2);
         }
       }
     }
@@ -129,28 +131,31 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       load_transposed(part, left + j * kDown);
 #pragma unroll
       for (int ty = 0; ty < 3; ++ty)
-        if (const int r = j + ty - 2; r >= 0 && r < 4) add(r, sum[ty]);
+        if (const int r = j + ty - 2; r >= 0 && r < 4) add(r, sum[ty], r == 0);
       // Rows j and j - 1; there is none above the first one.
       const int above = j == 0 && half == 0 ? 0 : kDown;
       load_transposed(part, right + j * kDown - (second ? above : 0));
-      if (j >= 2) add(j - 2, sum[3]);
-      if (j < 4) add(j, sum[4]);
+      if (j >= 2) add(j - 2, sum[3], j == 2);
+      if (j < 4) add(j, sum[4], j == 0);
     }
   }
 };
 
 // Adds up what the blocks kept, 32 sums to a block of threads: n1 (expanded, inputs), then of each channel the nine
-// gradients of its taps (expanded, 9) and g1 (expanded). Reads the workspace and writes the sums once.
+// gradients of its taps (expanded, 9) and g1 (expanded); with wide inputs those of the taps. Reads the workspace and
+// writes the sums once.
 template <typename K>
 struct FinishBackward {
   struct Arguments {
     BackwardPlan plan;
     int parts;
   };
-  static constexpr int kBlocksAtOnce = 1;
+  static constexpr int kBlocksAtOnce = 1, kOthers = K::kWide ? 9 : 10;
 
   static MVIT3_BOTH
-  int64_t count(const BackwardPlan& a) { return int64_t(a.front.maps.expanded) * (a.front.maps.inputs + 10); }
+  int64_t products(const Maps& m) { return K::kWide ? 0 : int64_t(m.expanded) * m.inputs; }
+  static MVIT3_BOTH
+  int64_t count(const BackwardPlan& a) { return products(a.front.maps) + int64_t(a.front.maps.expanded) * kOthers; }
 
   // The parts of a sum in a row of the workspace.
   struct Parts {
@@ -169,23 +174,21 @@ struct FinishBackward {
   void run(const Arguments& arguments) {
     const BackwardPlan& a = arguments.plan;
     const Maps& m = a.front.maps;
-    const int64_t i = int64_t(block()) * kWarp + lane(), products = int64_t(m.expanded) * m.inputs;
-    const bool product = i < products;
-    const int width = product ? m.inputs : 10;
-    const int64_t of_kind = product ? i : i - products;
+    const int64_t i = int64_t(block()) * kWarp + lane();
+    const bool product = i < products(m);
+    const int width = product ? m.inputs : kOthers;
+    const int64_t of_kind = product ? i : i - products(m);
     const int channel = int(of_kind / width), k = int(of_kind % width);
-    const Parts row = product ? Parts{k % K::kInputs, K::kShares, K::kInputs}
+    const Parts row = product ? Parts{k, K::kShares, K::kInputs}
                       : k < 9 ? parts_of_tap(k)
                               : Parts{K::kShares * K::kInputs, 8, 1};
-    const int64_t slices = a.sizes.slices;
-    const float* const from =
-        a.workspace + (product ? k / K::kInputs : 0) * a.sizes.kept + int64_t(channel) * K::kRow + row.first;
+    const float* const from = a.workspace + int64_t(channel) * K::kRow + row.first;
     float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
     float sum = 0.0f;
     if (i < count(a))
 #pragma unroll 4
       for (int p = warp(); p < arguments.parts; p += kWarps)
-        for (int j = 0; j < row.count; ++j) sum += from[p * slices * a.sizes.kept + j * row.apart];
+        for (int j = 0; j < row.count; ++j) sum += from[int64_t(p) * a.sizes.kept + j * row.apart];
     sums[thread()] = sum;
     synchronize();
     if (warp() || i >= count(a)) return;

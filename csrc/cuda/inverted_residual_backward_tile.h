@@ -10,46 +10,56 @@ struct BackwardTile {
   using Arguments = BackwardPlan;
   using Pack = PackBackward<T, Stride, Steps>;
   using Parameters = StepParameters<T, Steps>;
+  static constexpr bool kWide = Parameters::kWide;
   static constexpr int kBlocksAtOnce = 2, kStride = Stride;
   static constexpr int kHeight = 8, kWidth = 16, kPixels = kHeight * kWidth;  // a tile of x
   // The filtered pixels that it has a part in. Behind them in shared memory is a row for what is outside the map.
   static constexpr int kOutHeight = Stride == 1 ? kHeight + 2 : kHeight / 2 + 1,
                        kOutWidth = Stride == 1 ? kWidth + 2 : kWidth / 2 + 1;
-  static constexpr int kOutPixels = kOutHeight * kOutWidth;
-  static constexpr int kInputs = 16 * Steps;  // whose gradient the block sums; a launch has a slice of blocks for each
+  static constexpr int kOutPixels = kOutHeight * kOutWidth, kOutRows = (kOutPixels + 15) / 16 * 16;
+  static constexpr int kInputs = 16 * Steps;  // at a time; but for wide ones these are all
   static constexpr int kPitch = kInputs + 8;
   static constexpr int kGroups = kChunk / 8;  // of 8 channels
   // Of n1 a warp has 16 x 16 numbers, over a share of the pixels.
-  static constexpr int kShares = 4 / Steps;
-  // What a block keeps of a channel: n1 of each share, eight parts of g1, and the pairs of taps, of two halves of the
-  // tile.
-  static constexpr int kFirstTap = kShares * kInputs + 8, kHalf = Stride == 1 ? 2 * kPairs : 0,
+  static constexpr int kShares = kWide ? 0 : 4 / Steps;
+  // What a block keeps of a channel: but for wide inputs n1 of each share and eight parts of g1; and the pairs of taps,
+  // of two halves of the tile.
+  static constexpr int kFirstTap = kWide ? 0 : kShares * kInputs + 8, kHalf = Stride == 1 ? 2 * kPairs : 0,
                        kRow = kFirstTap + (Stride == 1 ? 4 : 2) * kPairs;
 
-  static constexpr int kMostOutputs = Stride == 1 ? 64 : 128;  // in shared memory at a time
+  static constexpr int kMostOutputs = (Stride == 1 ? 64 : 128) * (kWide ? 2 : 1);  // in shared memory at a time
   static MVIT3_BOTH
   int64_t tiles(const Arguments& a) {
     const Maps& m = a.front.maps;
     return tiles_of(m.batch, kHeight, kWidth, m.height, m.width, m.dilation);
   }
-  // A tile, and z of its image. There are two in turns: one may be written while the other is read.
+  // A tile, and its image in all maps: `result` is dx, or G of wide inputs. There are two in turns: one may be written
+  // while the other is read.
   struct Tile {
     Place place;
-    const T* z;
+    const T *x, *z, *dp;
+    T* result;
+    int left;    // tiles of the block from this one on
+    bool whole;  // nothing of it is outside the map
   };
 
   // Shared memory, in bytes from its start. What has a fixed size comes first.
   static MVIT3_BOTH
   constexpr int size(int pixels, int pitch) { return pixels * pitch * int(sizeof(T)); }
-  static constexpr int kX = 0, kZ = kX + size(kPixels, kPitch), kValue = kZ + size(kOutPixels + 1, kChunkPitch),
-                       kGradient = kValue + size(kPixels, kChunkPitch),
-                       kPlaces = kGradient + size(kPixels, kChunkPitch),
-                       kTile = kPlaces + (kOutPixels * 4 + 15) / 16 * 16, kStep = kTile + 96,
-                       kProject = kStep + Parameters::kProject;
+  static constexpr int kOfPixels = kPixels * kChunkPitch * int(sizeof(T));
+  static constexpr int kX = 0, kZ = kX + (kWide ? 0 : kPixels * kPitch * int(sizeof(T))),
+                       kValue = kZ + (kOutPixels + 1) * kChunkPitch * int(sizeof(T)), kGradient = kValue + kOfPixels,
+                       kPlaces = kGradient + (kWide ? 0 : kOfPixels), kRows = kPlaces + kOutRows * 4,
+                       kOwnPlaces = kRows + kOutRows * 2, kTile = kOwnPlaces + kPixels * 4, kOnes = kTile + 160,
+                       kStep = kOnes + 16, kProject = kStep + Parameters::kProject;
+  // Behind the projection, where G of wide inputs passes through. Its last rows are read and not filled.
   static MVIT3_BOTH
-  int first_dp(const Arguments& a) { return kProject + Parameters::project(a.sizes.width); }
+  int first_dp(const Arguments& a) {
+    const int project = Parameters::project(a.sizes.width);
+    return kProject + (kWide && project < kOfPixels ? kOfPixels : project);
+  }
   static MVIT3_BOTH
-  int shared(const Arguments& a) { return first_dp(a) + size(kOutPixels, a.sizes.width + 8); }
+  int shared(const Arguments& a) { return first_dp(a) + size(kOutRows, a.sizes.width + 8); }
 
   template <typename V>
   static MVIT3_DEVICE
@@ -61,11 +71,17 @@ struct BackwardTile {
   static MVIT3_DEVICE
   Matrix<T> value() { return {at<T>(kValue), kChunkPitch}; }
   static MVIT3_DEVICE
-  Matrix<T> gradient() { return {at<T>(kGradient), kChunkPitch}; }
+  Matrix<T> gradient() { return {at<T>(kWide ? kProject : kGradient), kChunkPitch}; }
   static MVIT3_DEVICE
   int* places() { return at<int>(kPlaces); }  // of the filtered pixels in their map, -1 outside
   static MVIT3_DEVICE
-  Tile& tile(int number) { return *at<Tile>(kTile + number % 2 * 48); }
+  uint16_t* rows() { return at<uint16_t>(kRows); }  // where their rows of z begin in shared memory, in numbers
+  static MVIT3_DEVICE
+  int* own_places() { return at<int>(kOwnPlaces); }  // of the tile's pixels in x, in the order of the warps, -1 outside
+  static MVIT3_DEVICE
+  uint32_t* ones() { return at<uint32_t>(kOnes); }
+  static MVIT3_DEVICE
+  Tile& tile(int number) { return *at<Tile>(kTile + number % 2 * 80); }
   static MVIT3_DEVICE
   Matrix<T> expand() { return {at<T>(kStep), kPitch}; }
   static MVIT3_DEVICE
@@ -74,8 +90,6 @@ struct BackwardTile {
   const char* diagonals() { return at<char>(kStep + Parameters::kDiagonal); }
   static MVIT3_DEVICE
   const MiddleNorm* middle_norm() { return at<MiddleNorm>(kStep + Parameters::kMiddle); }
-  static MVIT3_DEVICE
-  const float* half_c0() { return at<float>(kStep + Parameters::kC0); }
   static MVIT3_DEVICE
   const Affine* first_norm() { return at<Affine>(kStep + Parameters::kNorm); }
   static MVIT3_DEVICE
@@ -91,14 +105,15 @@ struct BackwardTile {
   unsigned lane() { return unsigned(thread()) % kWarp; }
   static MVIT3_DEVICE
   unsigned warp() { return unsigned(thread()) / kWarp; }
-  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round.
+  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round. Each
+  // stage of a step asks once which lane it is (see `thread`).
   static MVIT3_DEVICE
-  SharedAddress rows_of(Matrix<T> matrix, int row, int column) {
-    return shared_address(matrix.row(row + lane() % 16) + column + lane() / 16 * 8);
+  SharedAddress rows_of(Matrix<T> matrix, unsigned lane, int row, int column) {
+    return shared_address(matrix.row(row + lane % 16) + column + lane / 16 * 8);
   }
   static MVIT3_DEVICE
-  SharedAddress columns_of(Matrix<T> matrix, int row, int column) {
-    return shared_address(matrix.row(row + lane() % 8 + lane() / 16 * 8) + column + lane() / 8 % 2 * 8);
+  SharedAddress columns_of(Matrix<T> matrix, unsigned lane, int row, int column) {
+    return shared_address(matrix.row(row + lane % 8 + lane / 16 * 8) + column + lane / 8 % 2 * 8);
   }
 
   MVIT3_DEVICE
@@ -141,89 +156,99 @@ struct BackwardTile {
   // tap.
   static MVIT3_DEVICE
   unsigned corner_of(unsigned p) {
-    return Stride == 1 ? row_of(p) * kOutWidth + column_of(p) : row_of(p) / 2 * kOutWidth + column_of(p) / 2;
+    return Stride == 1 ? row_of(p) * kOutWidth + column_of(p) : (p / 16 % 2 * 2 + p % 16 / 8) * kOutWidth + p % 8;
   }
-  // Writes down what belongs to a tile; a barrier must follow.
+  // Writes down a tile; one thread does.
   MVIT3_DEVICE
-  void enter(Place there, int number) const {
-    const Place from = of_z(there);
-    if (thread() == 0) tile(number) = {there, image(a.z, there, m.out_height, m.out_width, m.expanded)};
+  void prepare(const Place& there, int number, int left) const {
+    const int64_t pixels = there.image * m.height * m.width, filtered = there.image * m.out_height * m.out_width;
+    tile(number) = {
+        there,
+        static_cast<const T*>(a.front.x) + pixels * m.inputs,
+        static_cast<const T*>(a.z) + filtered * m.expanded,
+        static_cast<const T*>(a.dp) + filtered * m.outputs,
+        static_cast<T*>(kWide ? a.gradient : a.dx) + pixels * (kWide ? m.expanded : m.inputs),
+        left,
+        there.y(kHeight - 1) < m.height && there.x(kWidth - 1) < m.width};
+  }
+  // And the places of its pixels; a barrier must follow.
+  MVIT3_DEVICE
+  void enter(int number) const {
+    const Place there = tile(number).place, from = of_z(there);
     const unsigned pixel = thread();
-    if (pixel >= kOutPixels) return;
+    if (pixel < kPixels) own_places()[pixel] = in_x(there, pixel);
+    if (pixel >= kOutRows) return;
     const int y = from.y(pixel / kOutWidth), column = from.x(pixel % kOutWidth);
-    places()[pixel] = inside(y, column, m.out_height, m.out_width) ? y * m.out_width + column : -1;
+    const bool is_there = pixel < kOutPixels && inside(y, column, m.out_height, m.out_width);
+    places()[pixel] = is_there ? y * m.out_width + column : -1;
+    rows()[pixel] = uint16_t((is_there ? pixel : kOutPixels) * kChunkPitch);
   }
 
   // ---- Copies
 
-  // Channels first..first+count-1, a multiple of 16, of the pixels of an image; where(i) is the place of pixel i, below
-  // 0 for zeros. 2^shift threads share a pixel, at least one for each 8 channels.
-  template <int Pixels, typename F>
+  // Channels first..first+count-1, a multiple of 16, of the pixels of an image; where[i] is the place of pixel i, below
+  // 0 for zeros. 2^shift threads share a pixel, at least one for each 8 channels; it is Shift, or that is 0.
+  template <int Pixels, int Shift>
   MVIT3_DEVICE
-  void load(Matrix<T> to, const T* from, int channels, int first, int count, int shift, const F& where) const {
+  void load(Matrix<T> to, const T* from, int channels, int first, int count, int shift, const int* where) const {
     if (channels % 8 == 0 && is_aligned(from)) {
-      const unsigned c = unsigned(thread()) % (1u << shift) * 8, pixel = unsigned(thread()) >> shift;
+      const unsigned t = thread(), c = t % (1u << shift) * 8, apart = kThreads >> shift;
       if (c >= unsigned(count)) return;
       const bool there = first + int(c) < channels;
       from += first + c;
-      T* row = to.row(pixel) + c;
+      T* row = to.row(t >> shift) + c;
+      const auto copy = [&](unsigned pixel) {
+        const int place = where[pixel];
+        copy_16_or_zeros(there && place >= 0, row, from + int64_t(place) * channels);
+        row += apart * to.pitch;
+      };
+      if constexpr (Shift > 0) {
 #pragma unroll
-      for (int i = 0; i < (Pixels << shift) / kThreads; ++i) {
-        const int place = where(pixel + (i * kThreads >> shift));
-        copy_16_or_zeros(
-            row + (i * kThreads >> shift) * to.pitch, from + int64_t(place) * channels, there && place >= 0);
-      }
-      const int last = (Pixels << shift) / kThreads * kThreads >> shift;
-      if (last < Pixels && last + pixel < Pixels) {
-        const int place = where(pixel + last);
-        copy_16_or_zeros(row + last * to.pitch, from + int64_t(place) * channels, there && place >= 0);
+        for (unsigned i = 0; i < Pixels; i += kThreads >> Shift)
+          if (i + (kThreads >> Shift) <= Pixels || (t >> Shift) < Pixels - i) copy((t >> Shift) + i);
+      } else {
+#pragma unroll 1
+        for (unsigned pixel = t >> shift; pixel < Pixels; pixel += apart) copy(pixel);
       }
     } else {
 #pragma unroll 1
       for (int i = thread(); i < Pixels * count; i += kThreads) {
-        const int pixel = i / count, c = i % count, place = where(pixel);
+        const int pixel = i / count, c = i % count, place = where[pixel];
         to.row(pixel)[c] = place >= 0 && first + c < channels ? from[int64_t(place) * channels + first + c] : T{0};
       }
     }
   }
 
-  // The image of a tile in a map.
   MVIT3_DEVICE
-  const T* image(const void* map, Place tile, int height, int width, int channels) const {
-    return static_cast<const T*>(map) + tile.image * height * width * channels;
-  }
-  MVIT3_DEVICE
-  void load_x(Place tile, int first) const {
+  void load_x(const Tile& tile) const {
     constexpr int kShift = Steps == 1 ? 1 : Steps == 2 ? 2 : 3;
-    load<kPixels>(
-        x(), image(a.front.x, tile, m.height, m.width, m.inputs), m.inputs, first, kInputs, kShift,
-        [&](int p) { return in_x(tile, p); });
+    load<kPixels, kShift>(x(), tile.x, m.inputs, 0, kInputs, kShift, own_places());
   }
   MVIT3_DEVICE
-  void load_dp(Place tile, int first) const {
-    load<kOutPixels>(
-        dp(), image(a.dp, tile, m.out_height, m.out_width, m.outputs), m.outputs, first, a.sizes.width, a.sizes.shift,
-        [&](int p) { return places()[p]; });
+  void load_dp(const Tile& tile, int first) const {
+    load<kOutPixels, 0>(dp(), tile.dp, m.outputs, first, a.sizes.width, a.sizes.shift, places());
   }
   // z of a step, and dp of a tile, where it fits.
   MVIT3_DEVICE
   void load_filtered(int number, int chunk) const {
-    load<kOutPixels>(z(), tile(number).z, m.expanded, chunk, kChunk, 2, [&](int p) { return places()[p]; });
-    if (chunk == 0 && whole_outputs()) load_dp(tile(number).place, 0);
+    load<kOutPixels, 2>(z(), tile(number).z, m.expanded, chunk, kChunk, 2, places());
+    if (chunk == 0 && whole_outputs()) load_dp(tile(number), 0);
   }
 
-  template <int Bytes>
+  // At most MostBytes of them, from At bytes on.
+  template <int MostBytes, int At = 0>
   static MVIT3_DEVICE
-  void copy(void* to, const char* from) {
-    const int at = 16 * thread();
-#pragma unroll
-    for (int i = 0; i < Bytes; i += 16 * kThreads)
-      if (i + 16 * kThreads <= Bytes || at < Bytes - i) copy_16(static_cast<char*>(to) + i + at, from + i + at);
+  void copy_all(char* to, const char* from, int bytes) {
+    if constexpr (At < MostBytes) {
+      copy_16_behind<At>(At < bytes, to, from);
+      copy_all<MostBytes, At + 16 * kThreads>(to, from, bytes);
+    }
   }
+  template <int MostBytes>
   static MVIT3_DEVICE
   void copy(void* to, const char* from, int bytes) {
-#pragma unroll 1
-    for (int i = 16 * thread(); i < bytes; i += 16 * kThreads) copy_16(static_cast<char*>(to) + i, from + i);
+    const int at = 16 * thread();
+    copy_all<MostBytes>(static_cast<char*>(to) + at, from + at, bytes - at);
   }
   // The parameters of a step in global memory.
   MVIT3_DEVICE
@@ -231,19 +256,25 @@ struct BackwardTile {
 
   MVIT3_DEVICE
   void load_expand(const char* from, int slice) const {
-    copy<Parameters::kExpand>(expand().data, from + slice * Parameters::kExpand);
+    copy<Parameters::kExpand>(expand().data, from + slice * Parameters::kExpand, Parameters::kExpand);
   }
   MVIT3_DEVICE
   void load_project(const char* from, int part) const {
     const int bytes = Parameters::project(a.sizes.width);
-    copy(project().data, from + a.sizes.slices * Parameters::kProject + part * bytes, bytes);
+    copy<Parameters::project(kMostOutputs)>(
+        project().data, from + a.sizes.slices * Parameters::kExpand + Parameters::kRest + part * bytes, bytes);
   }
-  // Those of them that stay for the whole step.
+  // Those of them that stay for the whole step: all that it has in shared memory, or what does not come in parts.
   MVIT3_DEVICE
   void load_parameters(const char* from) const {
-    if (whole_inputs()) load_expand(from, 0);
-    copy<Parameters::kRest>(scaled().data, from + a.sizes.slices * Parameters::kExpand + slice() * Parameters::kRest);
-    if (whole_outputs()) load_project(from, 0);
+    if (whole_inputs() && whole_outputs()) {
+      copy<Parameters::kProject + Parameters::project(kMostOutputs)>(at<char>(kStep), from, a.sizes.bytes);
+    } else {
+      if (whole_inputs()) load_expand(from, 0);
+      copy<Parameters::kRest>(
+          at<char>(kStep + Parameters::kExpand), from + a.sizes.slices * Parameters::kExpand, Parameters::kRest);
+      if (whole_outputs()) load_project(from, 0);
+    }
   }
 };
 

@@ -25,7 +25,9 @@ struct Call {
   const void* dp;
   const float *z_scale, *z_shift, *c0, *c1, *c2;
   void* dx;
-  float *n1, *g1, *dtaps;
+  float *n1, *g1;
+  void* gradient;
+  float* dtaps;
 };
 
 struct DepthwiseCall {
@@ -94,10 +96,24 @@ extern "C" void run_inference(const Call* c) {
 
 extern "C" void run_backward(const Call* c) {
   prepare(*c);
-  BackwardArguments a{front_of(*c), c->dp,      c->z,           {c->project, bool(c->single)},
-                      c->z_scale,   c->z_shift, c->c0,          c->c1,
-                      c->c2,        c->dx,      c->n1,          c->g1,
-                      c->dtaps,     nullptr,    int(c->stride), bool(c->bfloat16)};
+  BackwardArguments a{
+      front_of(*c),
+      c->dp,
+      c->z,
+      {c->project, bool(c->single)},
+      c->z_scale,
+      c->z_shift,
+      c->c0,
+      c->c1,
+      c->c2,
+      c->dx,
+      c->n1,
+      c->g1,
+      c->gradient,
+      c->dtaps,
+      nullptr,
+      int(c->stride),
+      bool(c->bfloat16)};
   auto memory = workspace(backward_workspace(a));
   a.workspace = memory.data();
   backward(a, nullptr);

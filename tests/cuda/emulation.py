@@ -40,7 +40,7 @@ class Call(ctypes.Structure):
         ),
         *(
             (name, ctypes.c_void_p)
-            for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "dtaps")
+            for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "gradient", "dtaps")
         ),
     )
 

@@ -5,15 +5,19 @@
 
 namespace mvit3 {
 
-// The largest error that the instruction may have: 11 bits of the result are right.
-inline float approximate_tanh(float x) {
-  const float exact = std::tanh(x), unit = 8193.0f * exact;  // 2^13 + 1: the splitting of a product leaves 24 - 13
-  return unit - (unit - exact);
+template <typename T>
+void multiply_first(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
+  for (float& number : sum) number = 0.0f;
+  multiply_add(sum, a, b0, b1, T{});
 }
 
-inline void copy_16_or_zeros(void* shared, const void* global, bool there) {
-  static const char zeros alignas(16)[16] = {};
-  copy_16(shared, there ? global : zeros);
+template <int At>
+void copy_16_behind(bool wanted, void* shared, const void* global) {
+  if (wanted) copy_16(static_cast<char*>(shared) + At, static_cast<const char*>(global) + At);
+}
+
+inline void synchronize_warp() {
+  emulation::meet([](auto&, int) {});
 }
 
 inline void add_in_memory(float* to, float first, float second) {

@@ -41,7 +41,8 @@ def run(name: str, a: dict) -> dict[str, Tensor]:
     if name == "backward":
         middle = [a[k] for k in ("dp", "project", "z", "z_scale", "z_shift", "c0", "c1", "c2")]
         results = torch.ops.mvit3.inverted_residual_filter_backward(*middle, *front, *geometry)
-        return dict(zip(("dx", "n1", "g1", "dtaps"), results, strict=True))
+        found = dict(zip(("dx", "n1", "g1", "gradient", "dtaps"), results, strict=True))
+        return {key: value for key, value in found.items() if value.numel()}
     fixed, norms = [], a["norms"]
     for weight in (a["expand"], a["depthwise"], a["project"]):
         norm, norms = norms[: 4 * len(weight)].view(4, -1), norms[4 * len(weight) :]

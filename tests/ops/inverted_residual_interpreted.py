@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 import mvit3_kernels
 from mvit3_kernels import ops
 from mvit3_kernels.ops import dispatch
+from mvit3_kernels.ops.inverted_residual.cost import MOST_INPUTS_IN_BACKWARD
 from mvit3_kernels.ops.registry import FORMS
 from tests.bounds import assert_bound, half_a_rounding
 from tests.ops.batch_norm_act_cases import poison
@@ -144,8 +145,11 @@ def _filter_backward(*arguments):
     a, geometry = nchw(_activate(pre, act)), (call.stride, call.dilation, call.dilation, wide)
     ddepthwise = conv2d_weight(a, (wide, 1, 3, 3), dz, *geometry)
     grad = nhwc(conv2d_input(a.shape, call.depthwise.float(), dz, *geometry)) * _slope(pre, act)
+    if x.shape[-1] > MOST_INPUTS_IN_BACKWARD:
+        none = ddepthwise.new_empty
+        return x.new_empty(0), none(0, x.shape[-1]), none(0), grad.to(x.dtype).contiguous(), ddepthwise
     dx = ((grad * call.scale) @ call.expand.flatten(1).to(x.dtype).float()).to(x.dtype)
-    return dx, grad.flatten(0, 2).T @ x.float().flatten(0, 2), grad.sum((0, 1, 2)), ddepthwise
+    return dx, grad.flatten(0, 2).T @ x.float().flatten(0, 2), grad.sum((0, 1, 2)), x.new_empty(0), ddepthwise
 
 
 class TestFused(TritonResults):
@@ -157,6 +161,10 @@ class TestFused(TritonResults):
     registered = staticmethod(lambda given: registered(**given, store=False))
     # of other kernels
     test_maps_that_are_too_large = test_small_batches = test_nan_and_infinity_reach_the_results = None
+
+    def test_wide_inputs(self):
+        """The fused kernel leaves what their gradient is multiplied by to the kernels of the stored way."""
+        self.test_bound((1, 6, 6, 70, 40, 12), "training", torch.bfloat16)
 
     @pytest.fixture(autouse=True)
     def offered(self, monkeypatch):

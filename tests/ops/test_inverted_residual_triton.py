@@ -110,3 +110,6 @@ def test_bytes_moved():
         256 * (2 * 16 + 2 * 64 + z_and_p),
         256 * (5 * 16 + 7 * 64 + 7 * 32),
     )
+    # Of wide inputs backward writes G and reads it twice, and x once more.
+    wide = x.new_empty(2, 8, 8, 128)
+    assert kernels.bytes_moved(wide, 64, 32, 1, False)[1] == 256 * (5 * 128 + 2 * 64 + 7 * 32 + 3 * 64 + 128)

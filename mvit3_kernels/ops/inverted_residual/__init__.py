@@ -14,7 +14,7 @@ from ..registry import Call, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, ConvNorm, Moments
 from . import reference
-from .cost import evaluation_why_not, storing_is_cheaper
+from .cost import MOST_INPUTS_IN_BACKWARD, evaluation_why_not, storing_is_cheaper
 
 __all__ = ["inverted_residual"]
 
@@ -147,10 +147,10 @@ def inverted_residual(
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
     Passes over memory in training on a GPU: forward reads x twice (statistics of the expansion, product), writes z, the
-    filtered map, and reads it; backward reads x and z twice. The expanded map is on chip only (CUDA C++, for 16 bits)
-    or, in float32, without that extension and where it is cheaper by count, written once and read twice, its gradient
-    written and read once or twice over (Triton). Saved for backward: x, z, the product before the last norm, and the
-    expanded map where it is stored.
+    filtered map, and reads it; backward reads x and z twice. The expanded map is on chip only (CUDA C++, for 16 bits;
+    with more than 64 inputs backward writes its gradient and reads it twice) or, in float32, without that extension and
+    where it is cheaper by count, written once and read twice, its gradient written and read once or twice over
+    (Triton). Saved for backward: x, z, the product before the last norm, and the expanded map where it is stored.
     Source: Sandler et al., arXiv 1801.04381.
     """
     check_map("x", x)
@@ -266,7 +266,8 @@ registry.backward(
 #   g = (dp @ project) * act'(z_scale * z + z_shift), c0 g + c1 + c2 z for the gradient of z,
 # and G for that of the first norm's output:
 #   dx0 = (G * scale) @ expand, products = G^T x, sums = sum of G, ddepthwise = the gradient of the taps,
-# all but dx0 in float32.
+# all but dx0 in float32. With more inputs than MOST_INPUTS_IN_BACKWARD the first three are empty, and `gradient` is G,
+# which else is empty.
 _SOURCE = "Tensor x, Tensor expand, Tensor scale, Tensor shift, Tensor depthwise"
 _MIDDLE = "Tensor dp, Tensor project, Tensor z, Tensor z_scale, Tensor z_shift, Tensor c0, Tensor c1, Tensor c2"
 
@@ -279,9 +280,13 @@ def _filter_fake(call: Call) -> tuple[Tensor, ...]:
 
 @registry.kernel(
     "inverted_residual_filter_backward",
-    f"({_MIDDLE}, {_SOURCE}, {_GEOMETRY}) -> (Tensor dx0, Tensor products, Tensor sums, Tensor ddepthwise)",
+    f"({_MIDDLE}, {_SOURCE}, {_GEOMETRY})"
+    " -> (Tensor dx0, Tensor products, Tensor sums, Tensor gradient, Tensor ddepthwise)",
 )
 def _filter_backward_fake(call: Call) -> tuple[Tensor, ...]:
-    expanded, inputs, new = call.depthwise.shape[0], call.x.shape[-1], call.scale.new_empty
-    dx0 = torch.empty_like(call.x, memory_format=torch.contiguous_format)
-    return dx0, new(expanded, inputs), new(expanded), new(expanded, 1, 3, 3)
+    x, expanded, inputs, new = call.x, call.depthwise.shape[0], call.x.shape[-1], call.scale.new_empty
+    taps = new(expanded, 1, 3, 3)
+    if inputs > MOST_INPUTS_IN_BACKWARD:
+        return x.new_empty(0), new(0, inputs), new(0), _empty_map(x, 1, expanded), taps
+    dx0 = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx0, new(expanded, inputs), new(expanded), x.new_empty(0), taps

@@ -21,6 +21,9 @@ HALO = 1.5
 MOST_INPUTS = 128
 LEAST_TILES = 32
 
+# With more, the fused kernel of backward writes the gradient of the expanded map instead of multiplying it on chip.
+MOST_INPUTS_IN_BACKWARD = 64
+
 
 def fits_a_program(x: Tensor, expanded: int) -> bool:
     """Whether the expanded channels of some pixels and the whole weight of the expansion fit a program of the Triton
@@ -41,6 +44,7 @@ def values_moved(
     twice, writes dp and reads it twice, reads z twice and x twice, writes dx, and reads and writes it once more for its
     correction. The Triton way also writes and reads a forward. Backward it writes and reads dz, reads a, and writes and
     reads da; without `one_pass` it also replaces da by another gradient, which it reads twice, and reads x once more.
+    With more than MOST_INPUTS_IN_BACKWARD inputs the fused way writes that gradient too.
     """
     forward, backward = 2 * inputs + inputs * skip, 5 * inputs + inputs * skip
     forward_out, backward_out = 2 * expanded + 3 * outputs, 2 * expanded + 7 * outputs
@@ -48,6 +52,8 @@ def values_moved(
         forward += 2 * expanded
         backward += 3 * expanded if one_pass else 6 * expanded + inputs
         backward_out += 2 * expanded
+    elif inputs > MOST_INPUTS_IN_BACKWARD:
+        backward += 3 * expanded + inputs
     return forward, forward_out, backward, backward_out
 
 

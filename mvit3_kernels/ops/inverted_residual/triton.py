@@ -4,7 +4,8 @@
                       the gradient of its weight.
     fused (CUDA C++)  a exists on chip only: two ops of csrc/cuda, `inverted_residual_filter` and `.._filter_backward`,
                       hold it in shared memory and make it again in backward. What comes before and after them is the
-                      same.
+                      same. With more than 64 inputs the latter writes the gradient of the first norm's output, for the
+                      stored way's products.
 
 In both ways the statistics of the expansion come from the moments of the inputs (identity A of the design), so that the
 product is written after its norm and activation; and what these statistics contribute to the gradient is a correction
@@ -30,7 +31,7 @@ from ..registry import Call
 from ..triton_common import IDENTITY, contiguous, multiplies_from_shared_memory, multiprocessors, on_device, split_rows
 from ..types import BatchNorm
 from . import backward_kernels, kernels
-from .cost import fits_a_program, values_moved
+from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
 
 SUMS_BLOCK = 32  # columns of sums in a program
 
@@ -256,16 +257,28 @@ def _expand_backward(
     config = configuration("expanded_bwd", x, expanded, inputs)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(expanded, config["BLOCK_N"]),)
     backward_kernels.expanded_bwd_kernel[grid](x, weight, *norm[:4], da, rows, norm.eps, ACT=act, **flags, **config)
+    return _products_backward(da, x, weight, norm, mean)
+
+
+def _products_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the gradient G of the first norm's output."""
+    rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     config = configuration("products_bwd", x, expanded, inputs)
     blocks = triton.cdiv(expanded, config["BLOCK_N"]) * triton.cdiv(inputs, config["BLOCK_K"])
     part, rows_per_part = _parts(x, rows, config, blocks, expanded * (inputs + 1))
     backward_kernels.products_bwd_kernel[(blocks * len(part),)](
-        da, x, mean, part, rows, rows_per_part, **flags, **config
+        gradient, x, mean, part, rows, rows_per_part, C=inputs, E=expanded, **config
     )
     total = _add_parts(part)
     scale, _ = _folded(norm)
     scaled = (weight.flatten(1).to(x.dtype) * scale[:, None]).to(x.dtype)
-    return (da.view(rows, expanded) @ scaled).view(x.shape), total[: expanded * inputs], total[expanded * inputs :]
+    return (
+        (gradient.view(rows, expanded) @ scaled).view(x.shape),
+        total[: expanded * inputs],
+        total[expanded * inputs :],
+    )
 
 
 def _expand_gradient(
@@ -308,8 +321,8 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     with on_device(x):
         dp, *dlast = normalize_backward(dy, call.p, last, IDENTITY.value)
         dproject, *dmiddle, coefficients = _project_backward(dp, z, project, middle, act)
-        stored = a.numel() > 0
-        if stored:
+        centred = True
+        if a.numel() > 0:
             # The gradient of z lives no longer than it is read.
             da, ddepthwise = depthwise_backward(
                 _filtered_backward(dp, z, project, coefficients, act), a, depthwise_weight, *geometry
@@ -317,11 +330,14 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
             dx, product, total = _expand_backward(da, x, expand, first, mean, act)
         else:
             scale, shift, offset, slope = coefficients
-            dx, product, total, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
+            dx, product, total, gradient, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
                 dp, project, z, scale, shift, scale, offset, slope,
                 x, expand, *_folded(first), depthwise_weight, *geometry, act,
             )  # fmt: skip
-        dfirst, correction = _expand_gradient((product, total, stored), x, expand, first, mean, call.covariance)
+            centred = x.shape[-1] > MOST_INPUTS_IN_BACKWARD
+            if centred:
+                dx, product, total = _products_backward(gradient, x, expand, first, mean)
+        dfirst, correction = _expand_gradient((product, total, centred), x, expand, first, mean, call.covariance)
         _correct(dx, x, residual, expand, correction, mean)
     ddepthwise = ddepthwise.view(depthwise_weight.shape).to(depthwise_weight.dtype)
     return dx, *dfirst, ddepthwise, *dmiddle, dproject, *dlast
