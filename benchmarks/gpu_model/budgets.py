@@ -137,6 +137,13 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
     ),
+    ("pipeline", "inverted_residual.filter_project"): (
+        "filters channels that lie in the second-level cache, nine loads at a time; Triton copies only what a product"
+        " reads ahead"
+    ),
+    ("blocks", "global_representation.layer_fwd"): (
+        "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
+    ),
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "depthwise_conv.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,

@@ -151,7 +151,7 @@ class TestSpread:
             ((1, 4, 4, 8, 8), {"num_heads": 1, "per_sample": True}, BF16, "take norms of tokens"),
             ((1, 4, 4, 8, 8), {"num_heads": 1, "layers": 0}, BF16, "there is no layer"),
             ((1, 32, 34, 8, 8), {"num_heads": 1, "layers": 1}, BF16, "sequences of at most 256 tokens"),
-            ((9, 32, 32, 4, 4), {"num_heads": 1, "layers": 1}, BF16, "at most 2048 tokens, x has 9216"),
+            ((9, 32, 32, 4, 4), {"num_heads": 1, "layers": 1}, BF16, "at most 1024 tokens, x has 9216"),
             ((1, 2, 2, 257, 8), {"num_heads": 257, "layers": 1}, BF16, "at most 256 channels, x has 257"),
         ],
     )

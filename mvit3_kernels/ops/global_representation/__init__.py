@@ -29,7 +29,7 @@ LONGEST_GROUP = 64  # tokens of a sample that share their position inside a patc
 TILE = 64  # rows of a program of multi-head attention
 # Tokens up to which two launches a layer that are spread over a GPU take less time than the ops of a layer, by the
 # model of benchmarks/gpu_model: with more, what their programs compute again costs more than the launches.
-MOST_SPREAD = 2048
+MOST_SPREAD = 1024
 LONGEST_SPREAD_GROUP = 256  # whose keys a program of these kernels holds at once
 
 
