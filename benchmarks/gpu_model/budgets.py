@@ -96,6 +96,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
+    ("registers", "global_representation.layer_fwd"): (
+        "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
+    ),
     ("registers", "global_representation.*"): (
         "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
     ),
@@ -136,10 +139,6 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
-    ),
-    ("pipeline", "inverted_residual.filter_project"): (
-        "filters channels that lie in the second-level cache, nine loads at a time; Triton copies only what a product"
-        " reads ahead"
     ),
     ("blocks", "global_representation.layer_fwd"): (
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
