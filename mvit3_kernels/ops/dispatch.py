@@ -215,9 +215,14 @@ def triton_32_bit_why_not(x: Tensor) -> str | None:
 def hopper_why_not(x: Tensor) -> str | None:
     """Why kernels whose tiles are chosen for NVIDIA's compute capability 9.0, and need its shared memory, cannot take a
     call on `x`, which Triton's kernels can."""
-    if x.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x.device) != (9, 0)):
+    if x.is_cuda and not _is_hopper(x.device.index):
         return "its tiles are those of a GPU of compute capability 9.0"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(index: int) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def triton_upsampling_why_not(x: Tensor, size: Sequence[int]) -> str | None:
