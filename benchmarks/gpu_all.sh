@@ -2,6 +2,8 @@
 # Every GPU measurement, in pieces that each end within nine minutes; nothing needs to be installed.
 #   benchmarks/gpu_all.sh                 everything
 #   benchmarks/gpu_all.sh PIECE...        first: in eight minutes, whether everything works, and the most telling numbers
+#                                         second: tune, Nsight Compute on the heaviest kernels, sanitizer
+#                                         smoke (every op on every backend against float64), profile (PyTorch's tables), ncu,
 #                                         tests, large (tensors above 2^31 elements), sanitizer, ceilings, ops, memory,
 #                                         tune (records the fastest configuration of each kernel),
 #                                         {train,infer}-MODEL-BATCH: eager and compiled plain modules, ours, ours as a CUDA graph
@@ -19,6 +21,9 @@ export PYTHONPATH=".:python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 models=(mobilevitv3_s mobilevitv3_100 mobilevitv3_xxs mobilevitv3_050 mobilevitv2_100 mobilevit_s)
 timm=(mobilevitv2_100 mobilevit_s)
+# by benchmarks/gpu_model: the ops, and the kernels, that a training step spends its time in
+heaviest=(inverted_residual patch_attention feed_forward norm_linear pointwise_conv batch_norm_act)
+kernels='Backward|Filter|attention|feed_forward|input_bwd|pointwise'
 logs=${OUT:-benchmarks/results}
 results=$logs
 [[ "${ARGUMENTS:-}" =~ --out\ ([^ ]+) ]] && results=${BASH_REMATCH[1]}
@@ -77,13 +82,28 @@ run() {
     local piece model batch extra
     case $1 in
         first)
-            LIMIT=230 run_tests
+            LIMIT=60 baseline smoke
+            LIMIT=110 baseline profile --model mobilevitv3_s
+            LIMIT=60 baseline ops --ops "${heaviest[@]}"
             local telling=(--candidates eager_channels_last ours ours_graph compile compile_graph --host plain --rounds 7 --name first)
             LIMIT=120 baseline train --model mobilevitv3_s --batches 256 "${telling[@]}"
             LIMIT=70 baseline infer --model mobilevitv3_s --batches 256 "${telling[@]}"
             LIMIT=60 baseline infer --model mobilevitv3_s --batches 1 "${telling[@]}"
             ;;
+        second)
+            run tune
+            LIMIT=240 run ncu
+            run sanitizer
+            ;;
         tests) run_tests ;;
+        smoke) baseline smoke ;;
+        profile) baseline profile --model mobilevitv3_s ;;
+        ncu) # what the six heaviest kernels of a step wait for
+            limited ncu ncu --set full --target-processes all --launch-skip 600 --launch-count 120 \
+                --kernel-name "regex:$kernels" --export "$results/gpu_ncu" --force-overwrite \
+                python3 benchmarks/gpu_baselines.py train --model mobilevitv3_s --batches 256 --candidates ours \
+                --host plain --rounds 1 --name ncu ${ARGUMENTS:-}
+            ;;
         large) limited large python3 -m pytest -q -p no:cacheprovider tests/gpu -k 2_to_the_31 ;;
         sanitizer) limited sanitizer python3 -m pytest -q -p no:cacheprovider tests/gpu -m slow ;;
         tune) limited tune python3 benchmarks/tune.py ;;
@@ -118,7 +138,7 @@ network() { # piece model batch: every candidate
 }
 
 summarize() { # one archive, one screen
-    tar -czf "$results/gpu_results.tar.gz" -C "$results" $(cd "$results" && ls gpu_*.json gpu_tests_*.txt 2>/dev/null)
+    tar -czf "$results/gpu_results.tar.gz" -C "$results" $(cd "$results" && ls gpu_*.json gpu_tests_*.txt gpu_profile_*.txt gpu_ncu* 2>/dev/null)
     echo "== everything is in $results/gpu_results.tar.gz"
     python3 benchmarks/gpu_summary.py "$results" || failed+=("results (see above)")
 }

@@ -2,7 +2,9 @@
 peers beside ours.
 
     python benchmarks/gpu_baselines.py ceilings
+    python benchmarks/gpu_baselines.py smoke
     python benchmarks/gpu_baselines.py ops
+    python benchmarks/gpu_baselines.py profile --model mobilevitv3_s
     python benchmarks/gpu_baselines.py memory --model mobilevitv3_s
     python benchmarks/gpu_baselines.py train --model mobilevitv3_s --batches 128 256
     python benchmarks/gpu_baselines.py train --model deeplabv3_mobilevitv3_s --batches 16
@@ -29,11 +31,18 @@ import torch
 from benchmarks.common import Report
 from benchmarks.gpu_networks import networks, saved_memory
 from benchmarks.gpu_ops import ceilings, time_ops
+from benchmarks.gpu_smoke import smoke, tables
 
-PIECES = {"ceilings": ceilings, "ops": time_ops, "memory": saved_memory, "train": networks, "infer": networks}
-
-
-BATCHES = {"tiny": [2], "memory": [32], "train": [128, 256], "infer": [1, 32, 256], "ceilings": [], "ops": []}
+PIECES = {
+    "ceilings": ceilings,
+    "smoke": smoke,
+    "ops": time_ops,
+    "profile": tables,
+    "memory": saved_memory,
+    "train": networks,
+    "infer": networks,
+}
+BATCHES = {"tiny": [2], "memory": [32], "profile": [256], "train": [128, 256], "infer": [1, 32, 256]}
 
 
 def main(arguments: list[str] | None = None) -> Report:
@@ -54,7 +63,7 @@ def main(arguments: list[str] | None = None) -> Report:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; --device cpu --tiny tests the script without one")
-    options.batches = options.batches or BATCHES["tiny" if options.tiny else options.piece]
+    options.batches = options.batches or BATCHES.get("tiny" if options.tiny else options.piece, [])
     torch.manual_seed(0)
     piece = options.piece
     if PIECES[piece] in (networks, saved_memory):

@@ -29,8 +29,10 @@ def summary(folder: Path) -> tuple[list[str], list[str]]:
         where = " ".join(where.split())
         if "failure" in row:
             bad.append(f"failed: {where}: {row['failure'][:120]}")
-        elif row.get("correct") is False and row.get("interleaved"):
+        elif row.get("correct") is False and (row.get("interleaved") or piece == "smoke"):
             bad.append(f"wrong: {where}: {', '.join(row.get('wrong', ['all']))}")
+        elif "smoke" in row:
+            lines.append(f"smoke: {row['smoke']} ops and modes, {row['bad']} calls of them wrong or failed")
         elif row.get("interleaved"):
             lines.append(f"{where:<60} {row['images_per_s']:>12.1f} images/s")
     for path in sorted(folder.glob("gpu_tests_*.txt")):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .inference import FusedNetwork
+from .inference.graphed import SERVES
 from .nn import guard
 from .ops import dispatch
 from .tables import table
@@ -21,8 +22,8 @@ class Row:
     """One line of an explanation: `count` calls of `what` that ran the same way, for the same reason.
 
     kind is "network", "block" or "op"; what is the name of a module inside the model, or of an op; ran is "fused", of
-    a network with products of bfloat16 "fused, bfloat16", "ordinary path", "modules", or a backend; reason is empty
-    where the best way was taken.
+    a network with products of bfloat16 "fused, bfloat16", on a GPU "CUDA graph" (the rows below are of what it holds),
+    "ordinary path", "modules", or a backend; reason is empty where the best way was taken.
     """
 
     kind: str
@@ -76,17 +77,20 @@ def explain(model: nn.Module, *inputs: object, **keywords: object) -> Explanatio
     names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
     with _observed() as (networks, blocks, ops):
         model(*inputs, **keywords)
-    rows = [
-        Row("network", names.get(id(n), "?"), _ran(n) if r is None else "ordinary path", r or "") for n, r in networks
-    ]
+    rows = [Row("network", names.get(id(network), "?"), *_ran(network, reason)) for network, reason in networks]
     rows += [Row("block", names.get(id(b), "?"), "fused" if r is None else "modules", r or "") for b, r in blocks]
     rows += [Row("op", op, backend, reason) for op, backend, reason in ops]
     counted = Counter(rows)
     return Explanation(tuple(Row(row.kind, row.what, row.ran, row.reason, count) for row, count in counted.items()))
 
 
-def _ran(network: FusedNetwork) -> str:
-    return "fused, bfloat16" if network._fused.products is torch.bfloat16 else "fused"
+def _ran(network: FusedNetwork, reason: str | None) -> tuple[str, str]:
+    """How a network ran, and why not as one program or graph."""
+    if reason == SERVES:
+        return "CUDA graph", ""
+    if reason is not None:
+        return "ordinary path", reason
+    return ("fused, bfloat16" if network._fused.products is torch.bfloat16 else "fused"), ""
 
 
 @contextmanager

@@ -19,7 +19,9 @@ MODES = ("inference", "training")
 DTYPES = (torch.float32, torch.bfloat16, "auto")
 
 
-def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = torch.float32) -> nn.Module:
+def fuse(
+    model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = torch.float32, *, graphs: bool = True
+) -> nn.Module:
     """Makes networks of this library, of timm, transformers, torchvision and ml-cvnets, and convolutions of any model,
     faster; returns `model`, changed in place.
 
@@ -36,6 +38,14 @@ def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = t
     mode, under autocast, on inputs or weights that are not float32 on the CPU, under torch.compile, export, torch.func
     and dispatch modes, where a backend is forced that is not "cpu", and where a module has been replaced, hooked or
     changed so that the program would not do what it does.
+
+    On a GPU mode "inference" makes networks of `create_model` run as CUDA graphs, from the third call with images of a
+    shape on: one launch for each call, from memory kept between calls. Weights may be written at any time; what was
+    replaced, hooked or moved is noticed at the next call, which begins anew. At most 8 graphs are kept, the least
+    recently used goes first, and all belong to the stream that the first was made on. Other calls run the ordinary
+    path: in training mode, where gradients are recorded (as above), while the caller records a graph, on another
+    stream, for images of more than 14 million values (which keep a GPU busy), and under what a program gives way to.
+    Whoever wants a graph of hooks and all, or of another model, has `cuda_graph`.
 
     Dropouts of a swapped block drop as often as the host's, in the same places, with other random numbers.
 
@@ -81,7 +91,7 @@ def fuse(model: nn.Module, mode: str = "inference", dtype: torch.dtype | str = t
         raise ValueError(_nothing(model))
     if mode == "inference":
         try:
-            fuse_networks(model, dtype)
+            fuse_networks(model, dtype, graphs)
         except BaseException:
             for module in swapped:
                 module.restore()

@@ -8,6 +8,7 @@ referenced and so is not reused.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,26 @@ from torch.utils import _pytree
 from .ops import dispatch
 
 __all__ = ["CudaGraphError", "cuda_graph", "cuda_graph_step"]
+
+# Inside the ordinary path of a network that makes graphs, and while a caller records one, the networks in it make none.
+_within = threading.local()
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Inside, in this thread, fused networks make and use no graphs of their own."""
+    before = within_a_call()
+    _within.active = True
+    try:
+        yield
+    finally:
+        _within.active = before
+
+
+def within_a_call() -> bool:
+    """Whether this thread is inside of `without_graphs`."""
+    return getattr(_within, "active", False)
+
 
 DDP_WARMUP = 11  # eager steps that DistributedDataParallel needs before it can be recorded, by PyTorch's documentation
 
@@ -45,8 +66,11 @@ class Recorder(Protocol):
 
 
 class _Cuda:
-    def __init__(self) -> None:
-        self._stream, self._pool = None, None
+    """`errors`: which threads' calls that no graph can hold, such as an allocation, make a recording fail; see
+    torch.cuda.graph."""
+
+    def __init__(self, errors: str = "global") -> None:
+        self._stream, self._pool, self._errors = None, None, errors
 
     def why_not(self, device: torch.device) -> str | None:
         if not torch.cuda.is_available():
@@ -67,7 +91,7 @@ class _Cuda:
         with torch.cuda.device(device):
             graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
             # torch's default generator is part of every graph
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=self._errors):
                 outputs = run()
         return graph.replay, outputs
 
@@ -174,7 +198,7 @@ class CudaGraph(_Graphs):
 
     def _forward(self, images: Tensor) -> Any:
         # a graph recorded in inference mode would hold tensors that cannot be written outside of it
-        with torch.inference_mode(False), torch.no_grad(), self._precision():
+        with without_graphs(), torch.inference_mode(False), torch.no_grad(), self._precision():
             return self.model(images)
 
 

@@ -157,7 +157,7 @@ class FusedTimmMobileViT(FusedNetwork, TimmMobileViT):
     """What `fuse` makes of a `TimmMobileViT`."""
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        return self._fused.run(x) if self._runs_program(x) else super().forward(x)
+        return self._fused.run(x) if self._runs_program(x) else self._ordinary(super().forward, x)
 
 
 # torch.fx, as timm uses it, takes a network apart into these and traces into none of them.

@@ -75,6 +75,45 @@ def test_ops(gpu_baselines, tmp_path):
     assert {row["mode"] for row in rows} == {"step", "forward", "evaluation"}
 
 
+def test_smoke(gpu_baselines, tmp_path, monkeypatch):
+    """Every op and mode once; what is wrong or fails is on the last screen."""
+    pytest.importorskip("triton")
+    from benchmarks import gpu_smoke, gpu_summary
+
+    flags = ["smoke", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    rows = gpu_baselines.main(flags).rows
+    assert all(row["correct"] for row in rows[:-1]) and rows[-1] == {"smoke": len(rows) - 1, "bad": 0}
+    assert {row["op"] for row in rows[:-1]} >= {"inverted_residual", "patch_attention", "global_representation"}
+    evidence = gpu_smoke.evidence
+
+    def broken(case, backend, dtype=None):
+        found = evidence(case, backend, dtype)
+        if backend != "free":
+            return found
+        if case.mode != "step":
+            raise RuntimeError("no kernel")
+        return found | {"gradient 1": 0 * found["gradient 1"]}
+
+    monkeypatch.setattr(gpu_smoke, "evidence", broken)
+    rows = gpu_baselines.main([*flags, "--ops", "norm_linear"]).rows
+    assert rows[-1]["bad"] == len(rows) - 1 == 2
+    _, bad = gpu_summary.summary(tmp_path)
+    assert len(bad) == 2 and any("gradient 1" in line for line in bad) and any("no kernel" in line for line in bad)
+
+
+def test_profile(gpu_baselines, tmp_path, monkeypatch):
+    from benchmarks import gpu_smoke
+
+    monkeypatch.delitem(gpu_smoke._STEPS, "compile")  # half a minute
+    flags = ["profile", "--device", "cpu", "--tiny", "--model", "mobilevitv3_xxs", "--out", str(tmp_path)]
+    rows = gpu_baselines.main(flags).rows
+    assert [(row["candidate"], row["mode"]) for row in rows] == [
+        (name, mode) for name in ("eager", "ours", "ours_triton") for mode in ("training", "inference")
+    ]
+    assert all(row["kernels"] > 50 for row in rows)
+    assert "convolution" in (tmp_path / "gpu_profile_eager_training.txt").read_text()
+
+
 def test_shell(tmp_path):
     folder = str(Path(sys.executable).parent)
     environment = {

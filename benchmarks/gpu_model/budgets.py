@@ -96,6 +96,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
+    ("registers", "global_representation.layer_fwd"): (
+        "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
+    ),
     ("registers", "global_representation.*"): (
         "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
     ),
@@ -147,6 +150,9 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
+    ),
+    ("blocks", "global_representation.layer_fwd"): (
+        "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "depthwise_conv.*"): _SMALL_MAP,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from ..nn.guard import (
 )
 from ..ops import dispatch
 from .dense import BOXES, RAW
+from .graphed import SERVES, Graphed
 from .program import Program, Result
 
 __all__ = [
@@ -42,10 +44,10 @@ __all__ = [
 LOGGER = logging.getLogger("mvit3_kernels")
 
 
-def fuse_networks(model: nn.Module, dtype: torch.dtype | str = torch.float32) -> None:
+def fuse_networks(model: nn.Module, dtype: torch.dtype | str = torch.float32, graphs: bool = True) -> None:
     """Makes every network inside `model` that has a fused class, and blocks that run as ops, run as one program where
-    that serves a call, its products of `dtype`; "auto" is bfloat16 where that is faster. Where this fails nothing has
-    changed."""
+    that serves a call, its products of `dtype`; "auto" is bfloat16 where that is faster; and on a GPU, with `graphs`,
+    as a CUDA graph. Where this fails nothing has changed."""
     _watch_optimizers()
     before = []
     try:
@@ -53,9 +55,9 @@ def fuse_networks(model: nn.Module, dtype: torch.dtype | str = torch.float32) ->
             before.append((network, type(network), vars(network).get("_fused")))
             if type(network) in FUSED and any(isinstance(module, Block) for module in network.modules()):
                 network.__class__ = FUSED[type(network)]
-                network._fused = Fused(dtype)
-            elif isinstance(network, FusedNetwork) and network._fused.dtype != dtype:
-                network._fused = Fused(dtype)
+                network._fused = Fused(dtype, graphs)
+            elif isinstance(network, FusedNetwork) and network._fused.asked() != (dtype, graphs):
+                network._fused = Fused(dtype, graphs)
     except BaseException:
         for network, kind, fused in before:
             network.__class__ = kind
@@ -157,6 +159,23 @@ class FusedNetwork:
             self._fused.tell(reason)
         return reason is None
 
+    def _ordinary(self, method: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`method(x)`, of the network as it was written; on a GPU from a CUDA graph, where that serves the call."""
+        if torch.compiler.is_compiling() or dispatch.writes_aten() or _watched(x) is not None:
+            return method(x)
+        fused = self._fused
+        if not fused.makes_graphs:
+            return method(x)
+        if FusedNetwork.observed is not None:  # as it would run otherwise, for `explain` wants to see its ops
+            if not _on_cpu(x):
+                reason = fused.graphed.why_not(self, method, x, fused)
+                FusedNetwork.observed[-1] = (self, reason or SERVES)
+            return method(x)
+        result, reason = fused.graphed.run(self, method, x, fused)
+        if reason is not None and not _on_cpu(x):
+            fused.tell(reason)
+        return result
+
 
 # The classes of networks that can be fused, each with its fused class, and the way back.
 FUSED: dict[type[nn.Module], type[FusedNetwork]] = {}
@@ -185,29 +204,31 @@ known(MobileViT)
 @stands_for_network(MobileViT)
 class FusedMobileViT(FusedNetwork, MobileViT):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        return self._fused.run(x) if self._runs_program(x) else super().forward(x)
+        return self._fused.run(x) if self._runs_program(x) else self._ordinary(super().forward, x)
 
 
 @stands_for_network(SegmentationNetwork)
 class FusedSegmentationNetwork(FusedNetwork, SegmentationNetwork):
     def small_logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (self._fused.run(x), None) if self._runs_program(x) else super().small_logits(x)
+        return (self._fused.run(x), None) if self._runs_program(x) else self._ordinary(super().small_logits, x)
 
 
 @stands_for_network(SSDNetwork)
 class FusedSSDNetwork(FusedNetwork, SSDNetwork):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._fused.run(x, RAW) if self._runs_program(x) else super().forward(x)
+        return self._fused.run(x, RAW) if self._runs_program(x) else self._ordinary(super().forward, x)
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._fused.run(x, BOXES) if self._runs_program(x) else super().predict(x)
+        return self._fused.run(x, BOXES) if self._runs_program(x) else self._ordinary(super().predict, x)
 
 
 class Fused:
     """The program of a network, the weights that it was packed from, and the structure that it was made from."""
 
-    def __init__(self, dtype: torch.dtype | str = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype | str = torch.float32, graphs: bool = True) -> None:
         self.dtype = dtype  # as asked for: "auto" means something else on another machine
+        self.makes_graphs = graphs
+        self.graphed = Graphed()
         self._guard = Guard()
         self.products: torch.dtype | None = None  # of the program, where there is one
         self._program: Program | None = None
@@ -217,10 +238,15 @@ class Fused:
         self._lock = threading.Lock()  # calls come from several threads; one of them packs, the others wait
         self._chosen = threading.local()  # the program of a thread's call, which another thread may replace meanwhile
 
+    def asked(self) -> tuple[torch.dtype | str, bool]:
+        """What `fuse` was asked for."""
+        return self.dtype, self.makes_graphs
+
     def forget(self) -> None:
         """Makes the next call pack the weights; those that have begun end with the program that they began with."""
         with self._lock:
             self._guard.answer = None
+        self.graphed.forget()
 
     def why_not(self, network: nn.Module, x: Tensor) -> str | None:
         """Why the program cannot serve a call on `x`; None where it can."""
@@ -280,13 +306,31 @@ class Fused:
 
     # A copy or a pickle of the network has a program of its own, made at its first call.
     def __reduce__(self) -> tuple:
-        return Fused, (self.dtype,)
+        return Fused, self.asked()
 
 
 def _call_why_not(x: Tensor) -> str | None:
     """Why no program can serve a call on `x` now, whatever the network."""
     if dispatch.forced_backend() not in (None, "cpu"):
         return f"backend {dispatch.forced_backend()!r} is forced"
+    reason = _watched(x)
+    if reason is not None:
+        return reason
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
+        return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if x.requires_grad and torch.is_grad_enabled():
+        return "x requires grad"
+    return None
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _watched(x: Tensor) -> str | None:
+    """Who sees the operators of a call on `x`, or gives them another meaning; None where nobody does."""
     if type(x) not in (Tensor, nn.Parameter):
         return f"x must be a plain tensor, got {type(x).__name__}"
     reason = dispatch.transform()
@@ -297,12 +341,6 @@ def _call_why_not(x: Tensor) -> str | None:
     for i in range(torch._C._len_torch_function_stack()):
         if type(torch._C._get_function_stack_at(i)) is not DeviceContext:  # of `with torch.device(...)`
             return "a mode of torch.overrides watches PyTorch's functions"
-    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
-        return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if x.requires_grad and torch.is_grad_enabled():
-        return "x requires grad"
     return None
 
 

@@ -212,6 +212,19 @@ def triton_32_bit_why_not(x: Tensor) -> str | None:
     return triton_why_not(x)
 
 
+def hopper_why_not(x: Tensor) -> str | None:
+    """Why kernels whose tiles are chosen for NVIDIA's compute capability 9.0, and need its shared memory, cannot take a
+    call on `x`, which Triton's kernels can."""
+    if x.is_cuda and not _is_hopper(x.device.index):
+        return "its tiles are those of a GPU of compute capability 9.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(index: int) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(index) == (9, 0)
+
+
 def triton_upsampling_why_not(x: Tensor, size: Sequence[int]) -> str | None:
     """The same for kernels that up-sample maps to this size, and count outputs and shares of them in 32 bits."""
     axes = zip(x.shape[1:3], size, strict=True)

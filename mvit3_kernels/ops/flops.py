@@ -55,6 +55,10 @@ def _global_representation(call: Call) -> int:
     return _linear(_rows(x), *weights) + attention
 
 
+def _filter_and_project(call: Call) -> int:
+    return _linear(_rows(call.e, call.stride), call.depthwise, call.project)
+
+
 # By the name of a form without "_forward", "_inference", "_backward" and the backend.
 FORMULAS: dict[str, Callable[[Call], int]] = {
     "batch_norm_act": lambda call: 0,
@@ -64,8 +68,10 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "dropout": lambda call: 0,
     "feed_forward": lambda call: _linear(_rows(call.x), call.weight1, call.weight2),
     "global_representation": _global_representation,
+    "global_representation_spread": _global_representation,
     "inverted_residual": _inverted_residual,
     "inverted_residual_filter": _expand_and_filter,
+    "inverted_residual_project": _filter_and_project,
     "norm_linear": lambda call: _linear(_rows(call.x), call.weight),
     "patch_attention": _patch_attention,
     "pointwise_conv": lambda call: _linear(_rows(call.a), call.weight),

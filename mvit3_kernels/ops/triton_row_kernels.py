@@ -229,7 +229,7 @@ def load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAM
 
 
 @triton.jit
-def _normalise(
+def normalise(
     head, tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, DTYPE: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +254,7 @@ def normalise_rows(
     from `x_ptr` on, `row` the same rows counted from the first one of the map."""
     head, tail = load_rows_in_float32(x_ptr, at, valid, C=C, HEAD=HEAD, TAIL=TAIL)
     mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE=PER_SAMPLE)
-    return _normalise(
+    return normalise(
         head, tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, DTYPE=x_ptr.dtype.element_ty, C=C, HEAD=HEAD, TAIL=TAIL
     )
 
@@ -275,6 +275,6 @@ def measure_and_normalise_rows(
             tl.store(mean_ptr + row, row_mean, mask=valid)
             tl.store(rstd_ptr + row, row_rstd, mask=valid)
         mean, rstd = row_mean[:, None], row_rstd[:, None]
-    return _normalise(
+    return normalise(
         head, tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, DTYPE=x_ptr.dtype.element_ty, C=C, HEAD=HEAD, TAIL=TAIL
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvit3_kernels import cuda_graph, cuda_graph_step
+from mvit3_kernels import cuda_graph, cuda_graph_step, explain, fuse
 
 from .test_networks_gpu import data, network
 
@@ -103,3 +103,37 @@ def test_graphs_share_memory():
         taken.append(torch.cuda.memory_reserved())
     gradients = sum(p.numel() * 4 for p in model.parameters())
     assert taken[3] - taken[0] <= 0.3 * taken[0] + 3 * gradients + 64 * 2**20, taken
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fused_network_makes_its_own(name, poisoned):
+    """From the third call of a size on; weights that are written are read, those that are moved are recorded anew."""
+    peer = network(name, False)
+    model = fuse(copy.deepcopy(peer))
+
+    def ran(images):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            torch.testing.assert_close(model(images), peer(images), rtol=1e-3, atol=1e-3)
+            return explain(model, images).rows[0]
+
+    small, large = (data(2, side)[0] for side in SIDES)
+    ways = [ran(images).ran for images in (small, small, large, small, large, large)]
+    assert ways == ["ordinary path", "CUDA graph", "ordinary path", "CUDA graph", "CUDA graph", "CUDA graph"]
+    with torch.no_grad():
+        for p, other in zip(model.parameters(), peer.parameters(), strict=True):
+            other.copy_(p.mul_(1.01))
+    assert ran(small).ran == "CUDA graph"
+    with torch.no_grad():
+        for each in (model, peer):
+            for p in each.parameters():
+                p.data = 0.99 * p.data
+    assert [ran(small).ran, ran(small).ran] == ["CUDA graph"] * 2
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert "another stream" in ran(small).reason
+    graph = torch.cuda.CUDAGraph()
+    static = small.clone()
+    with torch.no_grad(), torch.cuda.graph(graph):  # the caller's own
+        found = model(static)
+    graph.replay()
+    with torch.no_grad():
+        torch.testing.assert_close(found, peer(static), rtol=1e-3, atol=1e-3)

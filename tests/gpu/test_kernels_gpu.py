@@ -221,11 +221,13 @@ class TestInvertedResidualCuda(GpuKernel):
 
 
 class TestGlobalRepresentation(GpuKernel):
-    """The resident kernel, of calls without gradients; smaller batches and all others run as the ops of the layers."""
+    """The resident kernel, of calls without gradients, and those that spread a layer of few tokens over the GPU; all
+    others run as the ops of the layers."""
 
     op = staticmethod(global_representation)
     cpu = test_global_representation_triton.TestGlobalRepresentationTriton
     shapes = ((140, 4, 6, 9, 10), (140, 16, 16, 192, 384), (140, 8, 8, 240, 480), (140, 8, 8, 256, 512))
+    shapes += ((1, 32, 32, 144, 288), (2, 8, 8, 240, 480))
     options = {
         "heads": {"num_heads": 3},
         "separable": {"per_sample": True, "conv": True},

@@ -114,6 +114,60 @@ class TestGlobalRepresentation(TritonResults):
             torch.testing.assert_close(found[name], t, rtol=1e-4, atol=1e-4)
 
 
+class TestSpread:
+    """The kernels that spread a layer over a GPU."""
+
+    @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+    @pytest.mark.parametrize(
+        ("sizes", "options"),
+        [
+            ((1, 4, 4, 12, 10), {"num_heads": 2}),
+            ((2, 4, 6, 20, 130), {"num_heads": 4, "bias": False, "final": False, "patch_size": (1, 2)}),
+            ((1, 8, 12, 33, 18), {"num_heads": 3, "layers": 1}),
+            ((1, 16, 4, 144, 70), {"num_heads": 4, "layers": 1, "patch_size": (2, 1)}),
+        ],
+        ids=str,
+    )
+    def test_bound(self, sizes, options, dtype):
+        """Groups of 4 to 32 tokens, some of several blocks; one share of the hidden channels and two; heads that are no
+        power of 2."""
+        given = mapped(arguments(Draw(), *sizes, **options), lambda _, t: t.to(dtype).double())
+        truth = results("reference", given, torch.float64)
+        for parameters in (dtype, torch.float32):
+            found, reference = (results(name, given, dtype, parameters) for name in ("triton", "reference"))
+            assert_bound(found, reference, truth, half_a_rounding(dtype))
+
+    def test_hostile_values_stay_in_their_group(self):
+        given = in_float32(arguments(Draw(), 1, 4, 4, 12, 10, num_heads=2))
+        given["x"][0, 0, 1, 3] = torch.nan
+        spoiled = results("triton", given, BF16)["y"].isnan().all(-1)[0]
+        assert spoiled[::2, 1::2].all() and spoiled.sum() == 4
+
+    @pytest.mark.parametrize(
+        ("sizes", "options", "dtype", "reason"),
+        [
+            ((1, 4, 4, 8, 8), {"num_heads": 2}, torch.float32, "take maps of 16 bits"),
+            ((1, 4, 4, 8, 8), {}, BF16, "are of multi-head attention"),
+            ((1, 4, 4, 8, 8), {"num_heads": 1, "per_sample": True}, BF16, "take norms of tokens"),
+            ((1, 4, 4, 8, 8), {"num_heads": 1, "layers": 0}, BF16, "there is no layer"),
+            ((1, 32, 34, 8, 8), {"num_heads": 1, "layers": 1}, BF16, "sequences of at most 256 tokens"),
+            ((9, 32, 32, 4, 4), {"num_heads": 1, "layers": 1}, BF16, "at most 1024 tokens, x has 9216"),
+            ((1, 2, 2, 257, 8), {"num_heads": 257, "layers": 1}, BF16, "at most 256 channels, x has 257"),
+        ],
+    )
+    def test_calls_that_run_another_way(self, sizes, options, dtype, reason):
+        given = mapped(arguments(Draw(), *sizes, **options), lambda _, t: t.to(dtype))
+        x, layers, norm, num_heads, patch_size, *_ = given.values()
+        assert reason in OP.SPREAD.why_not(x, layers, norm, num_heads, patch_size, False)
+
+
+def results(name, given, dtype, parameters=None):
+    """y of a call which, on Triton, the spread kernels run."""
+    made = mapped(given, lambda name, t: t.to(dtype if name == "x" else parameters or dtype))
+    with backend(name), torch.no_grad(), mock.patch.object(OP, "KERNELS", (OP.SPREAD,)):
+        return {"y": ops.global_representation(**made)}
+
+
 def refusal(arguments):
     x, layers, norm, num_heads, patch_size, *_ = arguments.values()
     return OP.RESIDENT.why_not(x, layers, norm, num_heads, patch_size, False)

@@ -60,6 +60,22 @@ class TestInvertedResidual(TritonResults):
             found[backend] = {"y": y}
         assert_bound(found[self.backend], found["reference"], {"y": truth}, half_a_rounding(dtype), least=0)
 
+    @pytest.mark.parametrize("options", [{}, {"stride": 2, "act": "relu"}, {"dilation": 2, "act": "identity"}], ids=str)
+    @pytest.mark.parametrize("sizes", [(2, 9, 7, 5, 9, 5), (1, 5, 6, 33, 128, 140)], ids=str)
+    def test_evaluation_of_few_pixels(self, sizes, options, monkeypatch):
+        """Two launches, the second of which filters: channels that fill its steps and that do not, several blocks of
+        outputs."""
+        given = self.arguments(Draw(), *sizes, training=False, **options)
+        given = mapped(given, lambda _, t: t.bfloat16())
+        truth, _ = ops.inverted_residual(**mapped(given, lambda _, t: t.double()))
+        with mvit3_kernels.backend("reference"):
+            reference, _ = ops.inverted_residual(**given)
+        monkeypatch.setattr(OP, "KERNELS", (OP.FEW_PIXELS,))
+        with mvit3_kernels.backend("triton"):
+            y, moments = ops.inverted_residual(**given)
+            assert moments == (None, None, None)
+        assert_bound({"y": y}, {"y": reference}, {"y": truth}, half_a_rounding(torch.bfloat16), least=0)
+
     def test_a_frozen_norm(self):
         """Norms in training beside one that is not: the three ops again."""
         given = in_float32(self.make(self.shapes[0]))

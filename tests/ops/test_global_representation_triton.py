@@ -1,12 +1,15 @@
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mvit3_kernels.ops import global_representation
+from mvit3_kernels.ops.registry import FORMS
 
+from ..triton_tools import SHARED_MEMORY_LIMITS, offline, resources
 from . import test_global_representation as contract
-from .inputs import mapped
+from .inputs import Draw, mapped
 from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
 
 
@@ -65,3 +68,35 @@ class TestGlobalRepresentationTriton(TritonKernel):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(multi_processor_count=132)
         )
+
+
+SPREAD = "global_representation_spread_inference"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "parameters"),
+    [
+        ((1, 32, 32, 144, 288), BF16, F32),
+        ((1, 16, 16, 192, 384), BF16, BF16),
+        ((1, 16, 16, 192, 384), F16, F32),
+        ((1, 8, 8, 240, 480), BF16, F32),
+    ],
+)
+def test_spread_kernels_fit(sizes, dtype, parameters, tmp_path, monkeypatch):
+    """No kernel spills, and each fits sm_90, the one that they are for."""
+    launchers = importlib.import_module("mvit3_kernels.ops.global_representation.triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launchers, "multiprocessors", lambda x: 132)
+    made = mapped(
+        arguments(Draw(), *sizes, num_heads=4, layers=2),
+        lambda name, t: t.to("meta", dtype if name == "x" else parameters),
+    )
+    [(_, inputs)] = registered(made)
+    with offline(90, True) as kernels:
+        getattr(launchers, SPREAD)(FORMS[SPREAD].call(*inputs))
+    assert len(kernels.grids) == 5
+    for kernel in kernels:
+        used = resources(kernel)
+        assert used.stack == 0, f"{kernel.metadata.name} spills: {used}"
+        assert used.shared <= SHARED_MEMORY_LIMITS[90] and used.load_bits == 128, f"{kernel.metadata.name}: {used}"

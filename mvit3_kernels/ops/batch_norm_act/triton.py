@@ -79,7 +79,8 @@ def batch_norm_act_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() > 0 and norm.training:
         return normalize(x, norm, call.act, residual, _moments(x))
     # Two tensors, not two halves of one: the outputs of an op may not share memory.
-    moments = [torch.zeros(channels if norm.training else 0, dtype=torch.float32, device=x.device) for _ in range(2)]
+    make = torch.zeros if x.numel() == 0 else torch.empty
+    moments = [make(channels if norm.training else 0, dtype=torch.float32, device=x.device) for _ in range(2)]
     y = torch.empty_like(x)
     if x.numel() > 0:
         statistics = contiguous(norm.running_mean, norm.running_var)

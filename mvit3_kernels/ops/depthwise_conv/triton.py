@@ -80,8 +80,9 @@ class _Work:
         self.columns, self.depth = x.shape[0] * width, triton.cdiv(rows, dilation)
         self.units = triton.cdiv(self.columns, config["BLOCK_X"]) * min(dilation, rows) * self.depth
         blocks = triton.cdiv(channels, config["BLOCK_C"])
+        fills = blocks * self.units >= MIN_ROWS * multiprocessors(x)  # else rows that are read twice cost no time
         self.parts, self.units_per_part = split_rows(
-            self.units, PROGRAMS_PER_SM * multiprocessors(x) // blocks, MIN_ROWS
+            self.units, PROGRAMS_PER_SM * multiprocessors(x) // blocks, MIN_ROWS if fills else 1
         )
         self.grid = (blocks, self.parts)
 
@@ -169,9 +170,8 @@ def depthwise_conv_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     statistics = (call.running_mean, call.running_var)
     y = x.new_empty(x.shape[0], *_output_size(x, call.stride), x.shape[-1])
     # Two tensors, not two halves of one: the outputs of an op may not share memory.
-    moments = tuple(
-        torch.zeros(x.shape[-1] if call.training else 0, dtype=torch.float32, device=x.device) for _ in range(2)
-    )
+    make = torch.zeros if y.numel() == 0 else torch.empty
+    moments = tuple(make(x.shape[-1] if call.training else 0, dtype=torch.float32, device=x.device) for _ in range(2))
     if y.numel() == 0:
         return y, *moments
     if call.training:

@@ -16,6 +16,7 @@ from ..patch_attention import patch_attention
 from ..pointwise_conv import pointwise_conv
 from ..registry import Call, register
 from ..separable_attention import separable_attention
+from ..sizes import values_per_channel
 from ..types import Layer, LayerNorm, Linear
 from . import reference
 
@@ -26,6 +27,10 @@ WIDEST_ROW = 256  # channels
 WIDEST_HEAD = 64  # channels
 LONGEST_GROUP = 64  # tokens of a sample that share their position inside a patch
 TILE = 64  # rows of a program of multi-head attention
+# Tokens up to which two launches a layer that are spread over a GPU take less time than the ops of a layer, by the
+# model of benchmarks/gpu_model: with more, what their programs compute again costs more than the launches.
+MOST_SPREAD = 1024
+LONGEST_SPREAD_GROUP = 256  # whose keys a program of these kernels holds at once
 
 
 def _flat(layers: Sequence[Layer]) -> list[Tensor | None]:
@@ -55,6 +60,28 @@ def programs(batch: int, patches: int, positions: int, per_sample: bool, num_hea
     return -(-batch * positions * group // TILE)
 
 
+def _layers_why_not(
+    x: Tensor, layers: Sequence[Layer], norm: LayerNorm | None, num_heads: int | None, kernel: str
+) -> str | None:
+    """Why no kernel of whole layers takes these; `kernel` is what the sentence is about."""
+    if not layers:
+        return "there is no layer"
+    take = "take" if kernel.endswith("s") else "takes"
+    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)] + ([] if norm is None else [norm])
+    if len({other[2:] for other in norms}) > 1:
+        return f"the {kernel} {take} norms of one kind and with one eps"
+    kinds = {tuple(None if t is None else t.dtype for t in _flat([layer])) for layer in layers}
+    hidden = {layer.fc1.weight.shape[0] for layer in layers}
+    if len(kinds) > 1 or len(hidden) > 1:
+        return f"the {kernel} {take} layers with the same parameters, in the same dtypes and of the same shapes"
+    channels = x.shape[-1]
+    if channels > WIDEST_ROW:
+        return f"the {kernel} {take} at most {WIDEST_ROW} channels, x has {channels}"
+    if num_heads is not None and channels // num_heads > WIDEST_HEAD:
+        return f"the {kernel} {take} heads of at most {WIDEST_HEAD} channels, these have {channels // num_heads}"
+    return None
+
+
 def _resident_why_not(
     x: Tensor,
     layers: Sequence[Layer],
@@ -69,26 +96,15 @@ def _resident_why_not(
         return reason
     if training:
         return "the resident kernel has neither gradients nor dropout"
-    if not layers:
-        return "there is no layer"
-    batch, height, width, channels = x.shape
-    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)] + ([] if norm is None else [norm])
-    if len({other[2:] for other in norms}) > 1:
-        return "the resident kernel takes norms of one kind and with one eps"
-    kinds = {tuple(None if t is None else t.dtype for t in _flat([layer])) for layer in layers}
-    hidden = {layer.fc1.weight.shape[0] for layer in layers}
-    if len(kinds) > 1 or len(hidden) > 1:
-        return "the resident kernel takes layers with the same parameters, in the same dtypes and of the same shapes"
-    if channels > WIDEST_ROW:
-        return f"the resident kernel takes at most {WIDEST_ROW} channels, x has {channels}"
+    if reason := _layers_why_not(x, layers, norm, num_heads, "resident kernel"):
+        return reason
+    batch, height, width, _ = x.shape
     patches = height * width // (patch_size[0] * patch_size[1])
-    if num_heads is not None and channels // num_heads > WIDEST_HEAD:
-        return f"the resident kernel takes heads of at most {WIDEST_HEAD} channels, these have {channels // num_heads}"
     if num_heads is not None and patches > LONGEST_GROUP:
         return f"the resident kernel takes sequences of at most {LONGEST_GROUP} tokens, these have {patches}"
     # A sample that one multiprocessor works on while others are idle takes longer than ops that spread it.
     needed = _needed(x)
-    count = programs(batch, patches, patch_size[0] * patch_size[1], norms[0].per_sample, num_heads)
+    count = programs(batch, patches, patch_size[0] * patch_size[1], layers[0].norm1.per_sample, num_heads)
     return (
         f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on"
         if count < needed
@@ -96,10 +112,39 @@ def _resident_why_not(
     )
 
 
+def _spread_why_not(
+    x: Tensor,
+    layers: Sequence[Layer],
+    norm: LayerNorm | None,
+    num_heads: int | None,
+    patch_size: tuple[int, int],
+    training: bool,
+) -> str | None:
+    """Why the kernels that spread a layer over a GPU cannot, or should not, run a call."""
+    if reason := dispatch.triton_32_bit_why_not(x) or dispatch.hopper_why_not(x):
+        return reason
+    if training:
+        return "the spread kernels have neither gradients nor dropout"
+    if x.dtype is torch.float32:
+        return "the spread kernels take maps of 16 bits"
+    if num_heads is None:
+        return "the spread kernels are of multi-head attention"
+    if reason := _layers_why_not(x, layers, norm, num_heads, "spread kernels"):
+        return reason
+    if layers[0].norm1.per_sample:
+        return "the spread kernels take norms of tokens"
+    rows, positions = values_per_channel(x), patch_size[0] * patch_size[1]
+    if rows // positions // max(x.shape[0], 1) > LONGEST_SPREAD_GROUP:
+        return f"the spread kernels take sequences of at most {LONGEST_SPREAD_GROUP} tokens"
+    return f"the spread kernels take at most {MOST_SPREAD} tokens, x has {rows}" if rows > MOST_SPREAD else None
+
+
 RESIDENT = dispatch.Kernel("triton", _resident_why_not)
+SPREAD = dispatch.Kernel("triton", _spread_why_not)
 # Every other call is made of ops, on the backend that is forced or on the best that each can have.
 KERNELS = (
     RESIDENT,
+    SPREAD,
     dispatch.Kernel("cpu", lambda x, *_: dispatch.cpu_why_not(x)),
     dispatch.Kernel("triton", lambda x, *_: dispatch.triton_32_bit_why_not(x)),
 )
@@ -171,9 +216,11 @@ def global_representation(
     dropouts = reference.Dropouts(attention_dropout, hidden_dropout, output_dropout, ffn_output_dropout)
     check_dropout(seed, x, **{f"{place}_dropout": p for place, p in dropouts._asdict().items()})
     training = any(p > 0 for p in dropouts) or _needs_grad(x, *_flat(layers), *(norm or ())[:2])
-    if dispatch.select("global_representation", KERNELS, x, layers, norm, num_heads, patch_size, training) is RESIDENT:
+    kernel = dispatch.select("global_representation", KERNELS, x, layers, norm, num_heads, patch_size, training)
+    if kernel is RESIDENT or kernel is SPREAD:
         final, kind = (None, None) if norm is None else norm[:2], layers[0].norm1[2:]
-        op = torch.ops.mvit3.global_representation_inference
+        way = "_spread" if kernel is SPREAD else ""
+        op = getattr(torch.ops.mvit3, f"global_representation{way}_inference")
         return registry.run_without_gradient(op, x, _flat(layers), *final, *kind, num_heads, *patch_size)
     return reference.global_representation(x, layers, norm, num_heads, patch_size, dropouts, seed, OPS)
 
@@ -201,13 +248,15 @@ def _op(call: Call) -> Tensor:
     return global_representation(call.x, layers, final, call.num_heads, tuple(call.patch_size), *dropout)
 
 
-# The kernel of calls without gradients and without dropout.
+# The kernels of calls without gradients and without dropout.
 
 
-@registry.kernel(
-    "global_representation_inference",
-    f"(Tensor x, {_PARAMETERS}, int patch_height, int patch_width) -> Tensor y",
-    triton=__name__,
-)
-def _inference_fake(call: Call) -> Tensor:
-    return torch.empty_like(call.x, memory_format=torch.contiguous_format)
+for _way in ("", "_spread"):
+
+    @registry.kernel(
+        f"global_representation{_way}_inference",
+        f"(Tensor x, {_PARAMETERS}, int patch_height, int patch_width) -> Tensor y",
+        triton=__name__,
+    )
+    def _inference_fake(call: Call) -> Tensor:
+        return torch.empty_like(call.x, memory_format=torch.contiguous_format)

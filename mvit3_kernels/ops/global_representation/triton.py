@@ -21,6 +21,7 @@ buffer, no table of addresses that a CUDA graph would have to upload, and one bi
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,11 +30,14 @@ from torch import Tensor
 from ..registry import Call
 from ..triton_common import contiguous, multiplies_from_shared_memory, multiprocessors, on_device
 from ..triton_rows import two_tiles
-from . import TILE, kernels
+from . import TILE, kernels, spread_kernels
 from .walks import FC1, QKV, TENSORS
 
 _OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
+# Of the kernels that are spread over a GPU: tokens of a program, outputs of qkv and hidden channels at a time, the most
+# shares that the hidden channels are divided into, and tokens of a program of the final norm.
+SPREAD_TOKENS, SPREAD_OUTPUTS, SPREAD_HIDDEN, MOST_SHARES, SPREAD_ROWS = 16, 64, 64, 8, 8
 
 
 def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
@@ -119,3 +123,72 @@ def _launch_transformer(call: Call, inputs: tuple, flags: dict[str, int]) -> Non
         *inputs, qkv, groups, per_program, tokens, pixels, width, tiles, call.eps, scale,
         HEADS=call.num_heads, DIM=dim, GROUP=group, BLOCK_D=max(triton.next_power_of_2(dim), 16), **flags, **config,
     )  # fmt: skip
+
+
+class Spread(NamedTuple):
+    """How the launches of a layer are divided: BLOCK_M tokens, blocks of them and keys in a group; outputs of
+    qkv and hidden channels of a program."""
+
+    block: int
+    blocks: int
+    keys: int
+    outputs: int
+    hidden: int
+
+
+def spread(x: Tensor, tokens: int, groups: int, hidden: int) -> Spread:
+    """Small blocks of tokens, and shares of what they are multiplied by until programs fill a GPU once."""
+    block = SPREAD_TOKENS
+    blocks, tiles = triton.cdiv(tokens, block), triton.cdiv(tokens * groups, block)
+    keys = max(triton.next_power_of_2(tokens), 16)
+
+    def share(channels: int, programs: int, step: int, most: int) -> int:
+        shares = min(max(multiprocessors(x) // programs, 1), most)
+        shares = 1 << (shares.bit_length() - 1)  # few numbers of parts, each of which makes a binary
+        return triton.cdiv(triton.cdiv(channels, step), shares) * step
+
+    outputs = share(3 * x.shape[-1], tiles, SPREAD_OUTPUTS, 16)
+    return Spread(block, blocks, keys, outputs, share(hidden, groups * blocks, SPREAD_HIDDEN, MOST_SHARES))
+
+
+def global_representation_spread_inference(call: Call) -> Tensor:
+    """Launches two kernels a layer, and the final norm."""
+    x = call.x.contiguous()
+    y = torch.empty_like(x)
+    if y.numel() == 0:
+        return y
+    batch, height, width, channels = x.shape
+    pixels, patch = height * width, {"PATCH_H": call.patch_height, "PATCH_W": call.patch_width}
+    groups = batch * call.patch_height * call.patch_width
+    rows, tokens, dim = batch * pixels, batch * pixels // groups, channels // call.num_heads
+    pointers = contiguous(*call.layers)
+    hidden = pointers[FC1.value].shape[0]
+    plan = spread(x, tokens, groups, hidden)
+    parts = triton.cdiv(hidden, plan.hidden)
+    head, tail = two_tiles(channels, even=False)
+    # tiles of more columns than rows, whose products Triton divides among warps by columns
+    tiles = {"C": channels, "HEAD": max(head, 32), "TAIL": max(tail, 32)}
+    heads = {"HEADS": call.num_heads, "DIM": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
+    before, between, qkv = (x.new_empty(rows, n * channels) for n in (1, 1, 3))
+    part = x.new_empty(parts, rows, channels, dtype=torch.float32)
+    last: tuple[Tensor | None, ...] = (x, None, None)
+    with on_device(x):
+        for first in range(0, len(pointers), TENSORS.value):
+            norm1, to_qkv, out, norm2, fc1, fc2 = zip(*[iter(pointers[first : first + TENSORS.value])] * 2, strict=True)
+            spread_kernels.qkv_fwd_kernel[(triton.cdiv(rows, plan.block), triton.cdiv(3 * channels, plan.outputs))](
+                *last, *norm1, *to_qkv, before, qkv, rows, tokens, pixels, width, call.eps,
+                PARTS=parts, SHARE=plan.outputs, BLOCK_M=plan.block, BLOCK_N=SPREAD_OUTPUTS, **patch, **tiles,
+                num_warps=8, num_stages=2,
+            )  # fmt: skip
+            spread_kernels.layer_fwd_kernel[(groups * plan.blocks, parts)](
+                before, qkv, *out, *norm2, *fc1, fc2[0], between, part,
+                rows, tokens, plan.blocks, call.eps, kernels.LOG2E.value / math.sqrt(dim),
+                F=hidden, SHARE=plan.hidden, BLOCK_M=plan.block, BLOCK_K=plan.keys, BLOCK_F=SPREAD_HIDDEN,
+                **heads, **tiles, num_warps=16, num_stages=2,
+            )  # fmt: skip
+            last = (between, part, fc2[1])
+        spread_kernels.finish_fwd_kernel[(triton.cdiv(rows, SPREAD_ROWS),)](
+            *last, *contiguous(call.norm_weight, call.norm_bias), y, rows, tokens, pixels, width, call.eps,
+            PARTS=parts, **patch, **tiles, BLOCK_M=SPREAD_ROWS, num_warps=4,
+        )  # fmt: skip
+    return y

@@ -12,9 +12,9 @@ from ..depthwise_conv import depthwise_conv
 from ..pointwise_conv import pointwise_conv
 from ..registry import Call, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
-from ..types import ACTIVATIONS, ConvNorm, Moments
+from ..types import ACTIVATIONS, ConvNorm, Linear, Moments
 from . import reference
-from .cost import MOST_INPUTS_IN_BACKWARD, evaluation_why_not, storing_is_cheaper
+from .cost import MOST_INPUTS_IN_BACKWARD, evaluation_why_not, few_pixels_why_not, storing_is_cheaper
 
 __all__ = ["inverted_residual"]
 
@@ -68,7 +68,7 @@ def _cuda_why_not(
     if reason is not None:
         return reason
     if not expand.norm.training:
-        return None if dispatch.forced_backend() == "cuda" else evaluation_why_not(x, stride)
+        return None if dispatch.forced_backend() == "cuda" else evaluation_why_not(x, expand.weight.shape[0], stride)
     if _positions(x, stride) < LEAST_POSITIONS:
         return f"training on fewer than {LEAST_POSITIONS} positions is left to separate convolutions"
     (expanded, inputs), outputs = expand.weight.shape[:2], project.weight.shape[0]
@@ -105,11 +105,31 @@ def _triton_training_why_not(
     return None
 
 
-# The three convolutions as ops of their own, each in Triton.
+def _few_pixels_why_not(
+    x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, *_: object
+) -> str | None:
+    """Why evaluation is not two launches, of which the second filters and projects."""
+    reason = _triton_why_not(x, expand) or dispatch.hopper_why_not(x)
+    if reason is not None:
+        return reason
+    if x.dtype is torch.float32:
+        return "two launches evaluate maps of 16 bits"
+    parts = (expand, depthwise, project)
+    if any(part.norm.training for part in parts):
+        return "two launches are of evaluation"
+    parameters = [t for part in parts for t in (part.weight, part.norm.weight, part.norm.bias)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        return "two launches have no gradients"
+    return few_pixels_why_not(x, expand.weight.shape[0], stride)
+
+
+# The expansion, and all that follows, in Triton; the three convolutions as ops of their own, each in Triton.
+FEW_PIXELS = dispatch.Kernel("triton", _few_pixels_why_not)
 SEPARATE = dispatch.Kernel("triton", _triton_why_not)
 KERNELS = (
     dispatch.Kernel("cpu", _cpu_why_not),
     dispatch.Kernel("cuda", _cuda_why_not),
+    FEW_PIXELS,
     dispatch.Kernel("triton", _triton_training_why_not),
     SEPARATE,
 )
@@ -187,6 +207,11 @@ def inverted_residual(
             depthwise_conv=depthwise_conv,
         )
     parts, geometry = (expand, depthwise, project), (stride, dilation, ACTIVATIONS.index(act))
+    if kernel is FEW_PIXELS:
+        e, _ = pointwise_conv(x, Linear(expand.weight), expand.norm, act)
+        fixed = [value for weight, n in parts[1:] for value in (weight, *n[:4], n.eps)]
+        op = torch.ops.mvit3.inverted_residual_project_inference
+        return registry.run_without_gradient(op, e, *fixed, *geometry, x if can_skip else None), (None, None, None)
     if not expand.norm.training:
         fixed = [
             value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)
@@ -207,9 +232,13 @@ _PARTS = ("expand", "depthwise", "project")
 _GEOMETRY = "int stride, int dilation, int act"
 _NORMED = ", ".join(f"Tensor {part}, {batch_norm_schema(f'{part}_')}" for part in _PARTS)
 _LEARNED = ", ".join(f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, float {part}_eps" for part in _PARTS)
-_FIXED = ", ".join(
-    f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, Tensor {part}_mean, Tensor {part}_var, float {part}_eps"
-    for part in _PARTS
+_FIXED, _FOLLOWING = (
+    ", ".join(
+        f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, Tensor {part}_mean, Tensor {part}_var, "
+        f"float {part}_eps"
+        for part in parts
+    )
+    for parts in (_PARTS, _PARTS[1:])
 )
 _MOMENTS = ", ".join(f"Tensor {part}_mean, Tensor {part}_var" for part in _PARTS)
 _GRADIENTS = ", ".join(f"Tensor d{part}, Tensor d{part}_weight, Tensor d{part}_bias" for part in _PARTS)
@@ -229,6 +258,15 @@ def _empty_map(x: Tensor, stride: int, channels: int) -> Tensor:
 @registry.kernel("inverted_residual_inference", f"(Tensor x, {_FIXED}, {_GEOMETRY}) -> Tensor y")
 def _inference_fake(call: Call) -> Tensor:
     return _empty_map(call.x, call.stride, call.project.shape[0])
+
+
+@registry.kernel(
+    "inverted_residual_project_inference",
+    f"(Tensor e, {_FOLLOWING}, {_GEOMETRY}, Tensor? residual) -> Tensor y",
+    triton=__name__,
+)
+def _project_inference_fake(call: Call) -> Tensor:
+    return _empty_map(call.e, call.stride, call.project.shape[0])
 
 
 # What training keeps for backward: z (the filtered map), p (the product before the last norm), and: on the CPU either e

@@ -14,7 +14,9 @@ backward needs it, it is the product of the inputs again. The depth-wise convolu
 of z; norm and activation of z happen in the kernels that read it. Gradients of parameters are sums over parts of the
 rows in a float32 workspace, which one launch adds up in a fixed order.
 
-Evaluation needs no kernel from here: each of the three convolutions is one launch of its own op.
+Evaluation of a map of few pixels is two launches: pointwise_conv's for the expansion, and one for all that follows,
+which filters what it needs anew for each block of outputs. Of other maps each of the three convolutions is one launch
+of its own op.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import Call
 from ..triton_common import IDENTITY, contiguous, multiplies_from_shared_memory, multiprocessors, on_device, split_rows
 from ..types import BatchNorm
-from . import backward_kernels, kernels
+from . import backward_kernels, evaluation_kernels, kernels
 from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
 
 SUMS_BLOCK = 32  # columns of sums in a program
@@ -341,3 +343,28 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
         _correct(dx, x, residual, expand, correction, mean)
     ddepthwise = ddepthwise.view(depthwise_weight.shape).to(depthwise_weight.dtype)
     return dx, *dfirst, ddepthwise, *dmiddle, dproject, *dlast
+
+
+def inverted_residual_project_inference(call: Call) -> Tensor:
+    """Launches all that follows the expansion, in evaluation."""
+    e, outputs, expanded = call.e.contiguous(), call.project.shape[0], call.e.shape[-1]
+    batch, height, width, _ = e.shape
+    out_height, out_width = -(-height // call.stride), -(-width // call.stride)
+    y = e.new_empty(batch, out_height, out_width, outputs)
+    pixels = y.numel() // outputs if y.numel() else 0
+    if pixels == 0:
+        return y
+    norms = [getattr(call, f"{part}_{name}") for part in _FOLLOWING for name in ("weight", "bias", "mean", "var")]
+    # more outputs than pixels, whose products Triton divides among warps by columns
+    config = {"BLOCK_M": 16, "BLOCK_N": min(max(triton.next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
+    with on_device(e):
+        evaluation_kernels.filter_project_kernel[(triton.cdiv(pixels, 16), triton.cdiv(outputs, config["BLOCK_N"]))](
+            e, *contiguous(call.depthwise, call.project, *norms, call.residual), y,
+            pixels, height, width, out_height, out_width, call.depthwise_eps, call.project_eps,
+            STRIDE=call.stride, DILATION=call.dilation, ACT=call.act, E=expanded, OUT=outputs, **config,
+            num_warps=8, num_stages=2,
+        )  # fmt: skip
+    return y
+
+
+_FOLLOWING = ("depthwise", "project")

@@ -46,6 +46,8 @@ from ..types import BatchNorm
 
 _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
 PIVOT_ROWS = tl.constexpr(16)
+# Where tiles of any configuration would leave most of a GPU idle, as at batch 1: by the model of benchmarks/gpu_model.
+FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 
 
 def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
@@ -207,8 +209,12 @@ def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tens
     a, b, weight, residual, bias = contiguous(conv.a, conv.b, conv.weight, conv.residual, conv.bias)
     norm = (None,) * 4 if conv.norm is None else contiguous(*conv.norm[:4])
     outputs, rows, config = weight.shape[0], a.shape[:-1].numel(), configuration(a, b, weight.shape[0])
-    blocks = triton.cdiv(outputs, config["BLOCK_N"])
     measured = y is None
+    if not measured and a.dtype is not torch.float32:
+        tiles = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
+        if 2 * tiles <= multiprocessors(a):
+            config = config | FEW_ROWS
+    blocks = triton.cdiv(outputs, config["BLOCK_N"])
     programs = 2 * multiprocessors(a) // blocks if measured else triton.cdiv(rows, config["BLOCK_M"])
     parts, rows_per_part = split_rows(rows, programs, config["BLOCK_M"])
     part = torch.empty((2, parts, outputs), dtype=torch.float32, device=a.device) if measured else None
