@@ -375,10 +375,7 @@ class Weights:
         for t, version, address in self._counted:
             if t._version != version or t.data_ptr() != address:
                 return True
-        for t, address in self._others:
-            if t.data_ptr() != address:
-                return True
-        return False
+        return any(t.data_ptr() != address for t, address in self._others)
 
     def require_grad(self) -> bool:
         return any(t.requires_grad for t in self._tensors)

@@ -46,7 +46,9 @@ from ..types import BatchNorm
 
 _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
 PIVOT_ROWS = tl.constexpr(16)
-# Where tiles of any configuration would leave most of a GPU idle, as at batch 1: by the model of benchmarks/gpu_model.
+# Where tiles of any configuration would leave most of a GPU idle, as at batch 1, by the model of benchmarks/gpu_model.
+# Of more rows such tiles ask for the weight more often than the idle part of the GPU is worth.
+MOST_FEW_ROWS = 1024
 FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 
 
@@ -212,7 +214,7 @@ def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tens
     measured = y is None
     if not measured and a.dtype is not torch.float32:
         tiles = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
-        if 2 * tiles <= multiprocessors(a):
+        if rows <= MOST_FEW_ROWS and 2 * tiles <= multiprocessors(a):
             config = config | FEW_ROWS
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     programs = 2 * multiprocessors(a) // blocks if measured else triton.cdiv(rows, config["BLOCK_M"])
