@@ -40,6 +40,7 @@ from ..triton_common import (
 from ..triton_math import opaque
 
 LOG2E = 1 / math.log(2)
+LN2 = tl.constexpr(math.log(2))
 
 _NOT_SPECIALIZED = ["pixels_per_sample", "width", "tokens", "blocks", "threshold", "scale", "keep_scale"]
 
@@ -266,17 +267,17 @@ def _gradients(
     if DROPOUT:
         mask = tl.where(dropout_kept(mask_key, element, threshold), keep_scale, 0.0)
         weights, grads = probabilities * mask, grads * mask
-    return weights, probabilities * (grads - delta)
+    return weights.to(theirs.dtype), (probabilities * (grads - delta)).to(theirs.dtype)
 
 
 @triton.jit
-def _query_gradient(
-    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group, channel,
-    mask_key, threshold, scale, keep_scale,
+def _write_query_gradient(
+    dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, dqkv_ptr, mine, my_pixel, position, width, tokens, group,
+    channel, mask_key, threshold, scale, keep_scale,
     CHANNELS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq * sqrt(DIM) of the tokens `mine` of a group, for attention_bwd_kernel."""
+    """Writes dq of the tokens `mine` of a group, for attention_bwd_kernel."""
     valid = mine < tokens
     my_q = _load(qkv_ptr, my_pixel, valid, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
@@ -300,10 +301,11 @@ def _query_gradient(
             my_q, my_dout, k, v, my_lse[:, None], my_delta[:, None], mask_key, element,
             threshold, scale, keep_scale, DROPOUT=seed_ptr is not None,
         )  # fmt: skip
-        dq = dot(dscores.to(k.dtype), k, dq)
+        dq = dot(dscores, k, dq)
         if seed_ptr is None:
             column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-    return dq
+    dq *= scale * LN2
+    _store(dqkv_ptr, my_pixel, valid, channel, dq, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -326,8 +328,6 @@ def _attention_bwd_kernel(
     block once more, as queries, and reads dout and qkv about twice for each block, from cache."""
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
     CHANNELS: tl.constexpr = HEADS * DIM
-    if WHOLE:
-        tl.assume(tokens > 0)  # the loop runs, so there is no second way to its end
     sample, position, block, head = _group(blocks, HEADS=HEADS, POSITIONS=POSITIONS)
     channel = head * DIM
     group = position * HEADS + head
@@ -344,14 +344,14 @@ def _attention_bwd_kernel(
     valid = mine < tokens
     my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
     mask_key = 0 if seed_ptr is None else dropout_key(seed_ptr, sample, SITE=0)
-    score_scale = scale * 0.6931471805599453  # of the natural scores
-
+    score_scale = scale * LN2  # of the natural scores
     # The block as keys, transposed: (keys, queries).
     my_k = _load(qkv_ptr, my_pixel, valid, CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     my_v = _load(qkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     if WHOLE:  # delta of all queries, for the steps, through memory
+        tl.assume(tokens > 0)  # the loop runs, so there is no second way to its end
         my_dout = _load(dout_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         my_out = _load(out_ptr, my_pixel, valid, channel, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
         tl.store(delta_ptr + mine, _product_of_out(my_dout, my_out), mask=valid)
@@ -377,33 +377,26 @@ def _attention_bwd_kernel(
             my_k, my_v, q, dout, lse[None, :], delta[None, :], mask_key, element,
             threshold, scale, keep_scale, DROPOUT=seed_ptr is not None,
         )  # fmt: skip
-        dv = dot(weights.to(dout.dtype), dout, dv)
-        dscores = dscores.to(q.dtype)
+        dv = dot(weights, dout, dv)
         dk = dot(dscores, q, dk)
         if WHOLE:
-            dq = dot(tl.trans(dscores), my_k, tl.zeros((STEP, BLOCK_D), tl.float32))
-            _store(
-                dqkv_ptr, pixel, query < tokens, channel, dq * score_scale,
-                STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D,
-            )  # fmt: skip
-        if not WHOLE and seed_ptr is None:
+            dq = dot(tl.trans(dscores), my_k, tl.zeros((STEP, BLOCK_D), tl.float32)) * score_scale
+            _store(dqkv_ptr, pixel, query < tokens, channel, dq, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+        elif seed_ptr is None:
             column, pixel = next_tokens(column, pixel, step, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     if WHOLE:  # counted again, so that no register holds them through the loop
         mine = opaque(block) * BLOCK + tl.arange(0, BLOCK)
-        valid = mine < tokens
         my_pixel = pixel_of_token(mine, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
-    _store(
-        dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
-    )
+    valid = mine < tokens
+    dk *= score_scale
+    _store(dqkv_ptr, my_pixel, valid, CHANNELS + channel, dk, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
     _store(dqkv_ptr, my_pixel, valid, 2 * CHANNELS + channel, dv, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
-
     if not WHOLE:
-        dq = _query_gradient(
-            dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, mine, my_pixel, position, width, tokens, group,
-            channel, mask_key, threshold, scale, keep_scale,
+        _write_query_gradient(
+            dout_ptr, qkv_ptr, out_ptr, lse_ptr, delta_ptr, seed_ptr, dqkv_ptr, mine, my_pixel, position, width, tokens,
+            group, channel, mask_key, threshold, scale, keep_scale,
             CHANNELS=CHANNELS, DIM=DIM, PATCH_H=PATCH_H, PATCH_W=PATCH_W, BLOCK=BLOCK, STEP=STEP, BLOCK_D=BLOCK_D,
         )  # fmt: skip
-        _store(dqkv_ptr, my_pixel, valid, channel, dq * score_scale, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
 class _Launch:
