@@ -204,14 +204,12 @@ def inverse_std(var, eps):
 
 
 @triton.jit
-def load_folded_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, column, eps, C: tl.constexpr, offset=None):
+def load_folded_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, column, eps, C: tl.constexpr):
     """Scale and shift with which a batch norm of known statistics is x * scale + shift, for channels `column` of
-    parameters and statistics (C,); with an offset, norm(x + offset) is that. On the host: folding.fold_batch_norm."""
+    parameters and statistics (C,). On the host: folding.fold_batch_norm."""
     var = load_vector(var_ptr, column, WIDTH=C, OTHER=1.0)
     scale = load_vector(weight_ptr, column, WIDTH=C) * inverse_std(var, eps)
     bias, mean = load_vector(bias_ptr, column, WIDTH=C), load_vector(mean_ptr, column, WIDTH=C)
-    if offset is not None:
-        mean -= offset
     return scale, bias - mean * scale
 
 
@@ -343,6 +341,12 @@ def on_device(x: Tensor) -> AbstractContextManager[None]:
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as kernels take them; None stays None."""
     return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def multiplied(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Weights, contiguous, as products with `x` read them: rounded to its dtype once, not by every program, which would
+    ask the cache for twice the bytes. A weight of that dtype costs nothing, another one a launch."""
+    return tuple(t.to(x.dtype).contiguous() for t in weights)
 
 
 def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:

@@ -20,10 +20,11 @@ class TestPointwiseConv(TritonResults):
         name: Cpu.options[name] for name in ("training-silu", "training-bias-residual", "training-large-mean", "plain")
     }
     options |= {name: Cpu.options[name] for name in ("frozen-silu-residual", "plain-silu")}
-    options |= {name: Cpu.options[name] for name in ("plain-dropout", "training-silu-dropout")}
+    options |= {name: Cpu.options[name] for name in ("plain-relu", "plain-dropout", "training-silu-dropout")}
     arguments = staticmethod(Cpu.arguments)
     registered = staticmethod(Cpu.registered)
     test_with_and_without_gradients_agree = Cpu.test_with_and_without_gradients_agree
+    test_a_bias_that_cancels_the_product = Cpu.test_a_bias_that_cancels_the_product
     test_a_constant_channel = Cpu.test_a_constant_channel
 
 

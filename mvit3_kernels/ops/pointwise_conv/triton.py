@@ -2,10 +2,12 @@
 
 Forward is one product; for a concatenation [a, b] two products are added up in the same registers. Where the statistics
 of the norm are known, norm, activation and residual are applied before the product leaves the registers. In training a
-program walks down its rows and writes p, the plain product, and the moments of its part of p; batch_norm_act's second
-kernel does the rest, so that p is read once more, not twice. (The moments of the inputs would give the statistics too,
-identity A of the design, without p. But backward needs p, or the product again; and these layers have as many inputs as
-outputs or more, so that another read of the inputs and their product with themselves cost more than p does.)
+program walks down its rows and writes p, the product with its bias, and the moments of its part of p; batch_norm_act's
+second kernel does the rest, so that p is read once more, not twice. p is rounded with the bias: where the two cancel, a
+product rounded alone is wrong by more than their sum is, and by its sign, which is what ReLU asks for. (The moments of
+the inputs would give the statistics too, identity A of the design, without p. But backward needs p, or the product
+again; and these layers have as many inputs as outputs or more, so that another read of the inputs and their product
+with themselves cost more than p does.)
 
 Dropout is that op's kernel, on what the product's returned forward and on dy backward.
 
@@ -103,7 +105,7 @@ def add_product(
 
 @triton.jit
 def _pivot(
-    a_ptr, b_ptr, weight_ptr, begin, length, output,
+    a_ptr, b_ptr, weight_ptr, bias_ptr, begin, length, output,
     CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A value near the mean of each output in a part: the mean over PIVOT_ROWS of its rows. Of an output that is
@@ -116,7 +118,8 @@ def _pivot(
         sums = add_product(
             sums, b_ptr, weight_ptr + CA, row, valid, output, C=CB, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K
         )
-    return (tl.sum(sums, 0) / PIVOT_ROWS).to(a_ptr.dtype.element_ty).to(tl.float32)
+    mean = tl.sum(sums, 0) / PIVOT_ROWS + load_vector(bias_ptr, output, WIDTH=OUT)
+    return mean.to(a_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -130,9 +133,9 @@ def _pointwise_fwd_kernel(
     ACT: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """p = [a, b] weight^T, and what is made of it:
+    """p = [a, b] weight^T + bias, and what is made of it:
 
-        y = act(norm(p + bias)) + residual, by the norm's known mean and variance;
+        y = act(norm(p)) + residual, by the norm's known mean and variance;
         `part_ptr`: means and sums of squared deviations of p in each part of the rows, as p is stored.
 
     A program has BLOCK_N outputs of a part. Reads a and b once for each block of outputs, the weight once for each
@@ -141,17 +144,16 @@ def _pointwise_fwd_kernel(
     blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     output, lane = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
     part = tl.program_id(0) // blocks
-    shift = load_vector(bias_ptr, output, WIDTH=OUT)
+    bias = load_vector(bias_ptr, output, WIDTH=OUT)
     if norm_weight_ptr is not None and y_ptr is not None:
-        scale, shift = load_folded_norm(
-            norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, output, eps, C=OUT, offset=shift
-        )
+        scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, output, eps, C=OUT)
     begin = part * rows_per_part
     length = tl.minimum(rows - begin, rows_per_part)
     if part_ptr is not None:
         pivot = _pivot(
-            a_ptr, b_ptr, weight_ptr, begin, length, output, CA=CA, CB=CB, OUT=OUT, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K
-        )
+            a_ptr, b_ptr, weight_ptr, bias_ptr, begin, length, output,
+            CA=CA, CB=CB, OUT=OUT, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
         total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         squares = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     for first in range(0, length, BLOCK_M):
@@ -165,6 +167,8 @@ def _pointwise_fwd_kernel(
             sums = add_product(
                 sums, b, weight_of_b, lane, valid, output, C=CB, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K
             )
+        if bias_ptr is not None:
+            sums += bias[None, :]
         if p_ptr is not None:
             store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
         if part_ptr is not None:
@@ -174,8 +178,8 @@ def _pointwise_fwd_kernel(
             squares += pairs(deviation * deviation)
         if y_ptr is not None:
             if norm_weight_ptr is not None:
-                sums *= scale[None, :]
-            y = activate(sums + shift[None, :], ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
+                sums = sums * scale[None, :] + shift[None, :]
+            y = activate(sums, ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
             if residual_ptr is not None:
                 y += load_tile(residual_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
             store_tile(y_ptr + start * OUT, lane, valid, output, y, WIDTH=OUT)
@@ -258,10 +262,8 @@ def pointwise_conv_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if y.numel() > 0:
             _launch(conv, p if p.numel() > 0 else None, y)
         return y, mean, var, p
-    # The moments are those of p; a bias moves the mean only.
-    partials = _launch(conv._replace(bias=None, norm=None, residual=None), p, None)
-    y, mean, var = normalize(p, conv.norm, call.act, call.residual, partials)
-    return y, mean if call.bias is None else mean + call.bias, var, p
+    partials = _launch(conv._replace(norm=None, residual=None), p, None)
+    return *normalize(p, conv.norm, call.act, call.residual, partials), p
 
 
 def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
@@ -295,8 +297,7 @@ def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None,
     nothing is launched for its sake."""
     dy, bias, training, eps = call.dy, call.bias, call.training, call.eps
     if call.norm_weight is not None:
-        mean = call.mean if bias is None else call.mean - bias.float()
-        norm = BatchNorm(call.norm_weight, call.norm_bias, mean, call.var, training, eps)
+        norm = BatchNorm(call.norm_weight, call.norm_bias, call.mean, call.var, training, eps)
         dp, dnorm_weight, dnorm_bias = normalize_backward(dy, call.p, norm, call.act)
         if bias is None:
             dbias = None
@@ -307,8 +308,8 @@ def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None,
         return dp, dbias, dnorm_weight, dnorm_bias
     if call.act != IDENTITY.value:
         one = dy.new_ones(dy.shape[-1], dtype=torch.float32)
-        shift = torch.zeros_like(one)
-        norm = BatchNorm(one, shift, shift if bias is None else -bias.float(), one, False, 0.0)
+        zero = torch.zeros_like(one)
+        norm = BatchNorm(one, zero, zero, one, False, 0.0)
         dp, _, dbias = normalize_backward(dy, call.p, norm, call.act)
         return dp, None if bias is None else dbias, None, None
     dp = dy.contiguous()
