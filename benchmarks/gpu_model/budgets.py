@@ -86,10 +86,7 @@ _PREPARES = (
     "reads one weight of a few hundred kilobytes once a call, in few blocks: it takes about 5 us beside the hundreds of"
     " the product that it prepares"
 )
-_PARAMETERS = (
-    "has as many blocks as blocks of channels, whatever the batch: a grid over both sides of the gradient is to be"
-    " written"
-)
+_PARAMETERS = "has as many blocks as tiles of its parameters, whatever the batch"
 
 REASONS: dict[tuple[str, str], str] = {
     ("registers", "feed_forward.*"): _WHOLE_ROWS,

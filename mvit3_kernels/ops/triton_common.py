@@ -34,12 +34,14 @@ BLOCK_PARTS = tl.constexpr(128)
 
 
 @triton.jit
-def load_tile(ptr, row, valid, column, WIDTH: tl.constexpr, STRIDE: tl.constexpr = None):
+def load_tile(ptr, row, valid, column, WIDTH: tl.constexpr, STRIDE: tl.constexpr = None, AGAIN: tl.constexpr = False):
     """Rows `row` and columns `column` of a matrix (.., WIDTH), in its dtype; zeros in rows that are not valid and in
-    columns from WIDTH on. STRIDE, if not WIDTH, is the number of values from one row to the next."""
+    columns from WIDTH on. STRIDE, if not WIDTH, is the number of values from one row to the next. AGAIN: read anew,
+    from cache, what was read before; without it the compiler would keep the first tile in registers."""
     ROW: tl.constexpr = WIDTH if STRIDE is None else STRIDE
     mask = valid[:, None] & (column < WIDTH)[None, :]
-    return tl.load(ptr + row[:, None] * ROW + column[None, :], mask=mask, other=0.0)
+    policy: tl.constexpr = "evict_first" if AGAIN else ""
+    return tl.load(ptr + row[:, None] * ROW + column[None, :], mask=mask, other=0.0, eviction_policy=policy)
 
 
 @triton.jit
@@ -241,6 +243,17 @@ def pairs(x):
 def sum_of_pairs(x):
     """The sums of the columns of a tile, from its `pairs`."""
     return tl.sum(tl.sum(x, 0), 0)
+
+
+@triton.jit
+def folded_rows(x):
+    """A tile whose rows are added up as far apart as eight warps load at once, 16 bytes a thread: each thread adds what
+    it holds of a tile in 16 bits. Sums that go on through a loop need fewer registers so, and no exchange of
+    threads."""
+    ROWS: tl.constexpr = max(2048 // x.shape[1], 16)
+    if x.shape[0] > ROWS:
+        x = tl.sum(tl.reshape(x, (x.shape[0] // ROWS, ROWS, x.shape[1])), 0)
+    return x
 
 
 @triton.jit

@@ -9,11 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_common import dot, load_tile, load_vector, store_tile, store_vector
+from .triton_common import dot, folded_rows, load_sums, load_tile, load_vector, store_tile, store_vector
 from .triton_row_kernels import (
     NOT_SPECIALIZED,
     drop_rows,
     load_row_statistics,
+    load_row_vector,
     load_rows,
     load_rows_in_float32,
     load_weight,
@@ -63,10 +64,12 @@ def input_bwd_kernel(
 ):  # fmt: skip
     """The gradient of x where y = norm(x) weight^T: g = norm_weight * (dy weight), then as in store_norm_gradient.
 
-    A program has BLOCK_M rows. Reads dy, x and the residual once, the weight once for each program; writes dx once."""
+    A program has BLOCK_M rows. It leaves dy weight in dx, rounded as a library's product would hand it to the norm, and
+    reads it again from cache, ROWS rows at a time: the product as it is made, x and a residual would be more than the
+    registers of half a multiprocessor. Reads dy, x and the residual once, the weight once for each program."""
+    ROWS: tl.constexpr = min(BLOCK_M, 32)
     lane = tl.arange(0, BLOCK_M)
-    row = tl.program_id(0) * BLOCK_M + lane
-    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
+    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(0) * BLOCK_M + lane < rows
     head = tl.zeros((BLOCK_M, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for first in range(0, OUT, BLOCK_N):
@@ -75,18 +78,25 @@ def input_bwd_kernel(
         head_weight, tail_weight = load_weight(weight_ptr, output, dy, C=C, OUT=OUT, HEAD=HEAD, TAIL=TAIL)
         head = dot(dy, head_weight, head)
         tail = dot(dy, tail_weight, tail)
-    mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, valid, rows_per_sample, PER_SAMPLE=PER_SAMPLE)
-    head_column, tail_column = row_columns(HEAD=HEAD, TAIL=TAIL)
-    head_normal = (load_tile(x_ptr + start * C, lane, valid, head_column, WIDTH=C).to(tl.float32) - mean) * rstd
-    tail_normal = (load_tile(x_ptr + start * C, lane, valid, tail_column, WIDTH=C).to(tl.float32) - mean) * rstd
-    head *= load_vector(norm_weight_ptr, head_column, WIDTH=C)[None, :]
-    tail *= load_vector(norm_weight_ptr, tail_column, WIDTH=C)[None, :]
+    x_ptr += start * C
+    dx_ptr += start * C
+    store_rows(dx_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
     if residual_ptr is not None:
         residual_ptr += start * C
-    store_norm_gradient(
-        residual_ptr, dx_ptr + start * C, sums_ptr, lane, row, valid, head, tail, head_normal, tail_normal, rstd, rows,
-        PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
-    )  # fmt: skip
+    tl.debug_barrier()
+    head_scale, tail_scale = load_row_vector(norm_weight_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
+    for begin in range(0, BLOCK_M, ROWS):
+        at = begin + tl.arange(0, ROWS)
+        token = tl.program_id(0) * BLOCK_M + at
+        here = token < rows
+        mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, token, here, rows_per_sample, PER_SAMPLE=PER_SAMPLE)
+        head_grad, tail_grad = load_rows_in_float32(dx_ptr, at, here, C=C, HEAD=HEAD, TAIL=TAIL)
+        head_x, tail_x = load_rows_in_float32(x_ptr, at, here, C=C, HEAD=HEAD, TAIL=TAIL)
+        store_norm_gradient(
+            residual_ptr, dx_ptr, sums_ptr, at, token, here, head_grad * head_scale, tail_grad * tail_scale,
+            (head_x - mean) * rstd, (tail_x - mean) * rstd, rstd, rows,
+            PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -133,17 +143,43 @@ def sample_gradient_kernel(
 # The gradients of the parameters
 
 
+@triton.jit
+def _store_norm_sums(
+    norm_ptr, weight_ptr, product_ptr, sums_ptr, begin, OUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_N outputs from `begin` on, whose product and sums this program has written, contribute to the
+    gradients of the norm's parameters. They are read again, some at a time: a program has no registers for the weight
+    beside its product."""
+    column = tl.arange(0, BLOCK_C)
+    BLOCK: tl.constexpr = min(BLOCK_N, 16)
+    dweight = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    dbias = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    tl.debug_barrier()
+    for first in range(begin, begin + BLOCK_N, BLOCK):
+        output = first + tl.arange(0, BLOCK)
+        weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=C).to(tl.float32)
+        dweight += weight * load_tile(product_ptr, output, output < OUT, column, WIDTH=C)
+        dbias += weight * load_vector(sums_ptr, output, WIDTH=OUT)[:, None]
+    store_vector(norm_ptr, column, tl.sum(dweight, 0), WIDTH=C)
+    store_vector(norm_ptr + C, column, tl.sum(dbias, 0), WIDTH=C)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def normalised_products_kernel(
     a_ptr, extra_ptr,  # (rows, OUT); (rows,), float32, or None
     x_ptr, mean_ptr, rstd_ptr,  # (rows, C); (rows,) or, PER_SAMPLE, (samples,), float32
+    weight_ptr,  # (OUT, C) or None
     product_ptr, sums_ptr,  # written: (parts, OUT or OUT + 1, C) and (parts, OUT or OUT + 1), float32
+    norm_ptr,  # written with a weight: (parts, blocks, 2, C), float32
     rows, rows_per_sample, rows_per_part,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """product = a^T n for the normalised rows n = (x - mean) * rstd of a part, and sums = the sums of the columns of a.
-    `extra_ptr` is one more column of a: the last row of the product, the last of the sums.
+    `extra_ptr` is one more column of a: the last row of the product, the last of the sums. With the weight of
+    y = norm(x) weight^T, of which a is the gradient, `norm_ptr` receives what a block contributes to the gradients of
+    the norm's parameters, the sums of the columns of weight * product and weight^T sums.
 
     The grid is (blocks of BLOCK_N columns of a, parts). Reads a and `extra_ptr` once, x once for each block; writes all
     of the workspaces."""
@@ -152,7 +188,7 @@ def normalised_products_kernel(
     part = tl.program_id(1)
     head = tl.zeros((BLOCK_N, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    total = folded_rows(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     extra_total = tl.zeros((BLOCK_M,), tl.float32)
     head_extra = tl.zeros((HEAD,), tl.float32)
     tail_extra = tl.zeros((TAIL,), tl.float32)
@@ -162,10 +198,13 @@ def normalised_products_kernel(
         start, row = begin.to(tl.int64) + first, begin + first + lane
         a = load_tile(a_ptr + start * OUT, lane, row < end, output, WIDTH=OUT)
         head_x, tail_x = load_rows(x_ptr + start * C, lane, row < end, C=C, HEAD=HEAD, TAIL=TAIL)
-        total += a.to(tl.float32)
+        total += folded_rows(a.to(tl.float32))
         mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, row, row < end, rows_per_sample, PER_SAMPLE=PER_SAMPLE)
-        head_normal = (head_x.to(tl.float32) - mean) * rstd
-        tail_normal = (tail_x.to(tl.float32) - mean) * rstd
+        if x_ptr.dtype.element_ty == tl.float32:
+            head_normal, tail_normal = (head_x - mean) * rstd, (tail_x - mean) * rstd
+        else:  # one instruction, as exact as what it is rounded to
+            shift = mean * rstd
+            head_normal, tail_normal = head_x.to(tl.float32) * rstd - shift, tail_x.to(tl.float32) * rstd - shift
         if extra_ptr is not None and tl.program_id(0) == 0:
             extra = tl.load(extra_ptr + row, mask=row < end, other=0.0)
             extra_total += extra
@@ -178,6 +217,11 @@ def normalised_products_kernel(
     sums_ptr += part * OUTPUTS
     store_rows(product_ptr, output, output < OUT, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
     store_vector(sums_ptr, output, tl.sum(total, 0), WIDTH=OUT)
+    if weight_ptr is not None:
+        _store_norm_sums(
+            norm_ptr + (part * tl.num_programs(0) + tl.program_id(0)) * (2 * C), weight_ptr, product_ptr, sums_ptr,
+            tl.program_id(0) * BLOCK_N, OUT=OUT, C=C, BLOCK_C=2 * HEAD, BLOCK_N=BLOCK_N,
+        )  # fmt: skip
     if extra_ptr is not None and tl.program_id(0) == 0:
         store_vector(product_ptr + OUT * C, head_column, head_extra, WIDTH=C)
         store_vector(product_ptr + OUT * C, tail_column, tail_extra, WIDTH=C)
@@ -202,8 +246,8 @@ def dropped_products_kernel(
     part = tl.program_id(1)
     head = tl.zeros((BLOCK_N, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
-    head_total = tl.zeros((HEAD,), tl.float32)
-    tail_total = tl.zeros((TAIL,), tl.float32)
+    head_total = folded_rows(tl.zeros((BLOCK_M, HEAD), tl.float32))
+    tail_total = folded_rows(tl.zeros((BLOCK_M, TAIL), tl.float32))
     begin = part * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
     for first in range(0, end - begin, BLOCK_M):
@@ -217,14 +261,14 @@ def dropped_products_kernel(
             )  # fmt: skip
             head_x, tail_x = head_dropped.to(a.dtype), tail_dropped.to(a.dtype)
         if tl.program_id(0) == 0:
-            head_total += tl.sum(head_x.to(tl.float32), 0)
-            tail_total += tl.sum(tail_x.to(tl.float32), 0)
+            head_total += folded_rows(head_x.to(tl.float32))
+            tail_total += folded_rows(tail_x.to(tl.float32))
         head = dot(tl.trans(a), head_x, head)
         tail = dot(tl.trans(a), tail_x, tail)
     store_rows(product_ptr + part * (OUT * C), output, output < OUT, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
     if tl.program_id(0) == 0:
-        store_vector(sums_ptr + part * C, head_column, head_total, WIDTH=C)
-        store_vector(sums_ptr + part * C, tail_column, tail_total, WIDTH=C)
+        store_vector(sums_ptr + part * C, head_column, tl.sum(head_total, 0), WIDTH=C)
+        store_vector(sums_ptr + part * C, tail_column, tl.sum(tail_total, 0), WIDTH=C)
 
 
 # Below, loops over parts are unrolled: a load that waits for the one before it takes half a microsecond.
@@ -272,24 +316,33 @@ def add_up_outputs(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_linear_gradient_kernel(
-    product_ptr, sums_ptr,  # (parts, OUT, C) and (parts, OUT), float32
-    norm_weight_ptr, norm_bias_ptr, weight_ptr,  # (C,), (C,), (OUT, C)
+    product_ptr, sums_ptr, norm_ptr,  # (parts, OUT, C), (parts, OUT) and (norm_parts, 2, C), float32
+    norm_weight_ptr, norm_bias_ptr,  # (C,)
     dnorm_weight_ptr, dnorm_bias_ptr, dweight_ptr, dbias_ptr,  # written: like the parameters; (OUT,) or None
-    parts,
+    parts, norm_parts,
     OUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the parameters of y = norm(x) weight^T + bias, by add_up_outputs. A program has BLOCK_C columns;
-    everything is read and written once."""
+    """The gradients of the parameters of y = norm(x) weight^T + bias, as in add_up_outputs, from what
+    normalised_products_kernel wrote. The grid is (blocks of columns, blocks of outputs); the first program of a block
+    of columns adds up those of the norm too."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     norm_weight, norm_bias = load_vector(norm_weight_ptr, column, WIDTH=C), load_vector(norm_bias_ptr, column, WIDTH=C)
-    nothing = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
-    dnorm_weight, dnorm_bias = add_up_outputs(
-        product_ptr, sums_ptr, weight_ptr, dweight_ptr, dbias_ptr, nothing, nothing,
-        column, norm_weight, norm_bias, parts, parts,
-        PRODUCT_SIZE=OUT * C, PRODUCT_STRIDE=C, SUMS_SIZE=OUT, OUT=OUT, C=C, BLOCK_C=BLOCK_C, BLOCK_O=BLOCK_O,
-    )  # fmt: skip
-    store_vector(dnorm_weight_ptr, column, tl.sum(dnorm_weight, 0), WIDTH=C)
-    store_vector(dnorm_bias_ptr, column, tl.sum(dnorm_bias, 0), WIDTH=C)
+    product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_O,), tl.float32)
+    for part in tl.range(0, parts, loop_unroll_factor=4):
+        product += load_tile(product_ptr + part * (OUT * C), output, output < OUT, column, WIDTH=C)
+        total += load_vector(sums_ptr + part * OUT, output, WIDTH=OUT)
+    dweight = product * norm_weight[None, :] + total[:, None] * norm_bias[None, :]
+    store_tile(dweight_ptr, output, output < OUT, column, dweight, WIDTH=C)
+    if dbias_ptr is not None and tl.program_id(0) == 0:
+        store_vector(dbias_ptr, output, total, WIDTH=OUT)
+    if tl.program_id(1) == 0:
+        valid = column < C
+        dnorm_weight = load_sums(norm_ptr, norm_parts, column, valid, C=2 * C, BLOCK_C=BLOCK_C)
+        store_vector(dnorm_weight_ptr, column, dnorm_weight, WIDTH=C)
+        dnorm_bias = load_sums(norm_ptr + C, norm_parts, column, valid, C=2 * C, BLOCK_C=BLOCK_C)
+        store_vector(dnorm_bias_ptr, column, dnorm_bias, WIDTH=C)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

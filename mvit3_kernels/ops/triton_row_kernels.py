@@ -32,7 +32,8 @@ NOT_SPECIALIZED = [
     "rows_per_sample",
     "rows_per_part",
     "parts",
-    "outputs_per_program",
+    "norm_parts",
+    "blocks_per_program",
     "eps",
     "keep",
     "keep_scale",
@@ -57,10 +58,13 @@ def load_rows(ptr, row, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.con
 
 
 @triton.jit
-def load_rows_in_float32(ptr, row, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+def load_rows_in_float32(
+    ptr, row, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """The same in float32."""
     head_column, tail_column = row_columns(HEAD=HEAD, TAIL=TAIL)
-    head = load_tile(ptr, row, valid, head_column, WIDTH=C).to(tl.float32)
-    return head, load_tile(ptr, row, valid, tail_column, WIDTH=C).to(tl.float32)
+    head = load_tile(ptr, row, valid, head_column, WIDTH=C, AGAIN=AGAIN).to(tl.float32)
+    return head, load_tile(ptr, row, valid, tail_column, WIDTH=C, AGAIN=AGAIN).to(tl.float32)
 
 
 @triton.jit
@@ -275,6 +279,7 @@ def measure_and_normalise_rows(
             tl.store(mean_ptr + row, row_mean, mask=valid)
             tl.store(rstd_ptr + row, row_rstd, mask=valid)
         mean, rstd = row_mean[:, None], row_rstd[:, None]
+        head, tail = load_rows_in_float32(x_ptr, at, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
     return normalise(
         head, tail, mean, rstd, norm_weight_ptr, norm_bias_ptr, DTYPE=x_ptr.dtype.element_ty, C=C, HEAD=HEAD, TAIL=TAIL
     )

@@ -13,6 +13,7 @@ from . import triton_row_kernels as kernels
 from . import tuning
 from .triton_common import (
     dropout_threshold,
+    multiplied,
     multiplies_from_shared_memory,
     multiprocessors,
     on_device,
@@ -27,22 +28,42 @@ def two_tiles(channels: int, even: bool) -> tuple[int, int]:
     return head, head if even else max(triton.next_power_of_2(max(channels - head, 1)), 16)
 
 
-def products_configurations(rows: Rows) -> list[dict[str, int]]:
-    """Of the products that sum over rows: BLOCK_M rows at a time, BLOCK_N columns of the other factor in a program."""
+def products_configurations(rows: Rows, drops: bool) -> list[dict[str, int]]:
+    """Of the products that sum over rows: BLOCK_M rows at a time, BLOCK_N columns of the other factor in a program;
+    `drops`: of rows after dropout."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}]
     short = rows.width() <= 256
     # Where operands are held in registers, two stages spill a few bytes on Triton 3.6 (norm_linear), and three as well
     # (separable_attention).
     stages = 1 if short and not rows.from_shared_memory else 2
-    block = 64 if short and rows.from_shared_memory else 32
-    first = {"BLOCK_M": 32, "BLOCK_N": block, "num_warps": 8, "num_stages": stages}
+    first = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": stages}
     others = ({"num_stages": 3 - stages}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
+    if short and rows.from_shared_memory:
+        first |= {"BLOCK_N": 64} if drops else {"BLOCK_N": 128 if rows.width() <= 160 else 64, "maxnreg": 128}
+        others = ({"num_stages": 3}, {"num_stages": 1}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
     return [first, *(first | other for other in others)]
 
 
-def products_configuration(rows: Rows, outputs: int) -> dict[str, int]:
-    return tuning.choose("row_products_bwd", rows.x, (rows.channels, outputs), lambda: products_configurations(rows))
+def products_configuration(rows: Rows, outputs: int, drops: bool) -> dict[str, int]:
+    name = f"row_products_bwd{'_dropout' if drops else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, drops))
+
+
+def input_configurations(rows: Rows) -> list[dict[str, int]]:
+    """Of the gradient of the input: BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
+    if rows.x.dtype is torch.float32:
+        return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}]
+    if not rows.from_shared_memory or rows.width() > 256:
+        first = {"BLOCK_M": 32, "BLOCK_N": 32 if rows.width() <= 256 else 16, "num_warps": 8, "num_stages": 2}
+        return [first]
+    block = 128 if rows.width() <= 192 else 64
+    first = {"BLOCK_M": block, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    return [first, first | {"BLOCK_N": 64}, first | {"num_stages": 3}, first | {"BLOCK_M": 64, "num_warps": 4}]
+
+
+def input_configuration(rows: Rows, outputs: int) -> dict[str, int]:
+    return tuning.choose("row_input_bwd", rows.x, (rows.channels, outputs), lambda: input_configurations(rows))
 
 
 class Rows(NamedTuple):
@@ -108,13 +129,11 @@ class Rows(NamedTuple):
         dx = torch.empty_like(self.x)
         if not self.rows:
             return dx
-        block = self.block()
-        few = self.x.dtype is torch.float32 or self.width() > 256
+        config = input_configuration(self, weight.shape[0])
         sums = self.float32(2, self.rows) if norm.per_sample else None
-        gradients.input_bwd_kernel[(triton.cdiv(self.rows, block),)](
+        gradients.input_bwd_kernel[(triton.cdiv(self.rows, config["BLOCK_M"]),)](
             dy, self.x, residual, norm.weight, weight, mean, rstd, dx, sums, self.rows, self.rows_per_sample,
-            PER_SAMPLE=norm.per_sample, OUT=weight.shape[0], **self.tiles, BLOCK_M=block, BLOCK_N=16 if few else 32,
-            num_warps=8, num_stages=2,
+            PER_SAMPLE=norm.per_sample, OUT=weight.shape[0], **self.tiles, **config,
         )  # fmt: skip
         if sums is not None:
             self.finish_input_gradient(dx, residual, mean, rstd, sums)
@@ -132,24 +151,33 @@ class Rows(NamedTuple):
         )  # fmt: skip
 
     def normalised_products(
-        self, a: Tensor, mean: Tensor, rstd: Tensor, per_sample: bool, extra: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        a: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        per_sample: bool,
+        extra: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Parts of a^T n, (parts, OUT, C), for the normalised rows n and a (.., OUT), and of the sums of a, (parts,
-        OUT). `extra` (rows,), float32, is one more column of a; there is one output more then."""
+        OUT). `extra` (rows,), float32, is one more column of a; there is one output more then. With the `weight` (OUT,
+        C) of which a is the gradient also parts of the gradients of the norm's weight and bias, (.., 2, C)."""
         grid, rows_per_part, config = self._products(a)
         outputs, columns = a.shape[-1], a.shape[-1] + (extra is not None)
         product, sums = self.float32(grid[1], columns, self.channels), self.float32(grid[1], columns)
+        norm = None if weight is None else self.float32(grid[0] * grid[1], 2, self.channels)
         if self.rows:
             gradients.normalised_products_kernel[grid](
-                a, extra, self.x, mean, rstd, product, sums, self.rows, self.rows_per_sample, rows_per_part,
+                a, extra, self.x, mean, rstd, weight, product, sums, norm,
+                self.rows, self.rows_per_sample, rows_per_part,
                 PER_SAMPLE=per_sample, OUT=outputs, **self.tiles, **config,
             )  # fmt: skip
-        return product, sums
+        return (product, sums) if norm is None else (product, sums, norm)
 
     def products(self, a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parts of a^T d, (parts, OUT, C), where d is x after its dropout and a is (.., OUT), and of the sums of d,
         (parts, C)."""
-        grid, rows_per_part, config = self._products(a)
+        grid, rows_per_part, config = self._products(a, dropout > 0)
         product, sums = self.float32(grid[1], a.shape[-1], self.channels), self.float32(grid[1], self.channels)
         if self.rows:
             gradients.dropped_products_kernel[grid](
@@ -159,28 +187,38 @@ class Rows(NamedTuple):
             )  # fmt: skip
         return product, sums
 
-    def _products(self, a: Tensor) -> tuple[tuple[int, int], int, dict[str, int]]:
+    def _products(self, a: Tensor, drops: bool = False) -> tuple[tuple[int, int], int, dict[str, int]]:
         """Grid (blocks of columns of a, parts), rows of a part and configuration of the products that sum over rows."""
-        config = products_configuration(self, a.shape[-1])
+        config = products_configuration(self, a.shape[-1], drops)
         blocks = triton.cdiv(a.shape[-1], config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // blocks, config["BLOCK_M"])
         return (blocks, parts), rows_per_part, config
 
     def norm_linear_backward(
-        self, dy: Tensor, norm: LayerNorm, linear: Linear, mean: Tensor, rstd: Tensor, residual: Tensor | None = None
+        self,
+        dy: Tensor,
+        norm: LayerNorm,
+        linear: Linear,
+        mean: Tensor,
+        rstd: Tensor,
+        residual: Tensor | None = None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of x (with that of a residual on top), norm weight, norm bias, weight and bias (empty without
-        one), where `dy` is that of linear(norm(x))."""
+        one), where `dy` is that of linear(norm(x)). `rounded`: the weight as `multiplied`, where that is at hand."""
         norm = norm._replace(weight=norm.weight.contiguous(), bias=norm.bias.contiguous())
         weight = linear.weight.contiguous()
         dweight, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
         dbias = _gradient_like(linear.bias)
         with on_device(self.x):
-            dx = self.input_gradient(dy, residual, norm, weight, mean, rstd)
-            product, sums = self.normalised_products(dy, mean, rstd, norm.per_sample)
-            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 16),)](
-                product, sums, norm.weight, norm.bias, weight, dnorm_weight, dnorm_bias, dweight, dbias, len(product),
-                OUT=weight.shape[0], C=self.channels, BLOCK_C=16, BLOCK_O=64, num_warps=4,
+            if rounded is None:
+                (rounded,) = multiplied(self.x, weight)
+            dx = self.input_gradient(dy, residual, norm, rounded, mean, rstd)
+            product, sums, parts = self.normalised_products(dy, mean, rstd, norm.per_sample, weight=rounded)
+            outputs = weight.shape[0]
+            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 16))](
+                product, sums, parts, norm.weight, norm.bias, dnorm_weight, dnorm_bias, dweight, dbias,
+                len(product), len(parts), OUT=outputs, C=self.channels, BLOCK_C=32, BLOCK_O=16, num_warps=4,
             )  # fmt: skip
         return dx, dnorm_weight, dnorm_bias, dweight, self.x.new_empty(0) if dbias is None else dbias
 

@@ -26,6 +26,7 @@ from ..triton_common import (
     dropout_threshold,
     dropped,
     load_vector,
+    multiplied,
     on_device,
     store_tile,
 )
@@ -49,25 +50,36 @@ from ..types import LayerNorm, Linear
 _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_keep", "output_scale"]
 
 
-def configurations(rows: Rows) -> list[dict[str, int]]:
-    """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over. One group of 4 warps
-    multiplies 64 rows from shared memory: of two groups, each would do the same work for half of the columns."""
+def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int]]:
+    """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over; `drops`: with dropout,
+    whose words leave no registers for more rows. One group of 4 warps multiplies 64 rows from shared memory: of two
+    groups, each would do the same work for half of the columns, unless there are 128 rows."""
+    width = rows.width()
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
-    few = rows.block() == 64 and rows.width() <= 192  # a wider row spills with 4 warps
-    block_f, warps = 32 if rows.block() == 64 else 16, 4 if few else 8
-    first = {"BLOCK_M": rows.block(), "BLOCK_F": block_f, "num_warps": warps, "num_stages": 1}
+    if not rows.from_shared_memory or width > 256:
+        first = {"BLOCK_M": 32, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
+    elif drops:
+        first = {"BLOCK_M": 64, "BLOCK_F": 32, "num_warps": 4 if width <= 192 else 8, "num_stages": 1}
+    elif not forward:
+        block = 128 if width <= 192 else 64
+        first = {"BLOCK_M": block, "BLOCK_F": 32, "num_warps": block // 16, "num_stages": 1}
+    elif width <= 160:
+        first = {"BLOCK_M": 128, "BLOCK_F": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 128}
+    else:
+        first = {"BLOCK_M": 64, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
     others = (
-        {"num_stages": 2, "num_warps": 8},
-        {"num_warps": 12 - warps},
+        {"num_stages": 3 - first["num_stages"]},
+        {"BLOCK_M": 64, "num_warps": 4},
         {"BLOCK_F": 16, "num_warps": 8},
         {"BLOCK_M": 32, "BLOCK_F": 32, "num_warps": 4},
     )
     return [first, *(first | other for other in others)]
 
 
-def configuration(kernel: str, rows: Rows, hidden: int) -> dict[str, int]:
-    return tuning.choose(f"feed_forward_{kernel}", rows.x, (rows.channels, hidden), lambda: configurations(rows))
+def configuration(kernel: str, rows: Rows, hidden: int, drops: bool) -> dict[str, int]:
+    name = f"feed_forward_{kernel}{'_dropout' if drops else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, kernel == "fwd", drops))
 
 
 def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
@@ -92,18 +104,29 @@ def _feed_forward_fwd_kernel(
 ):  # fmt: skip
     """y = x + dropout(dropout(SiLU(norm(x) weight1^T + bias1)) weight2^T + bias2).
 
-    A program has BLOCK_M rows. Reads x once and again at its end, from cache, and both weights once for each program;
-    writes y once."""
+    A program has BLOCK_M rows. It leaves norm(x) in y, ROWS rows at a time, and reads it as one operand from there:
+    normalised rows in registers would be multiplied from registers, which a program has not. Reads x once and again
+    from cache, and both weights once for each program."""
+    ROWS: tl.constexpr = min(BLOCK_M, 64)
     lane = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * BLOCK_M + lane
     start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
     x_ptr += start * C
-    head_normed, tail_normed = measure_and_normalise_rows(
-        x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps,
-        PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
-    )  # fmt: skip
-    head = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    y_ptr += start * C
+    for begin in range(0, BLOCK_M, ROWS):
+        at = begin + tl.arange(0, ROWS)
+        token = tl.program_id(0) * BLOCK_M + at
+        head_rows, tail_rows = measure_and_normalise_rows(
+            x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, at, token, token < rows, rows_per_sample, eps,
+            PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
+        )  # fmt: skip
+        store_rows(y_ptr, at, token < rows, head_rows, tail_rows, C=C, HEAD=HEAD, TAIL=TAIL)
+    tl.debug_barrier()
+    head_normed, tail_normed = load_rows(y_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL)
+    if output_seed_ptr is None:
+        head, tail = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
+    else:
+        head, tail = tl.zeros((BLOCK_M, HEAD), tl.float32), tl.zeros((BLOCK_M, TAIL), tl.float32)
     for first in range(0, F, BLOCK_F):
         column = first + tl.arange(0, BLOCK_F)
         head_weight, tail_weight = load_weight(weight1_ptr, column, head_normed, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
@@ -123,8 +146,10 @@ def _feed_forward_fwd_kernel(
             head, tail, output_seed_ptr, row, rows_per_sample, output_keep, output_scale,
             SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip
-    head_x, tail_x = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL)
-    store_rows(y_ptr + start * C, lane, valid, head + head_x, tail + tail_x, C=C, HEAD=HEAD, TAIL=TAIL)
+        head_x, tail_x = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
+        head += head_x
+        tail += tail_x
+    store_rows(y_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -197,12 +222,13 @@ def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(rows.x)
     mean, rstd = rows.statistics(call.eps, call.per_sample)
     if rows.rows:
-        config = configuration("fwd", rows, hidden)
         seeds, dropouts = _dropouts(call)
-        parameters = (call.norm_weight, call.norm_bias, call.weight1, call.bias1, call.weight2, call.bias2)
+        config = configuration("fwd", rows, hidden, any(t is not None for t in seeds))
+        norm_weight, norm_bias, bias1, bias2 = contiguous(call.norm_weight, call.norm_bias, call.bias1, call.bias2)
+        weight1, weight2 = multiplied(rows.x, call.weight1, call.weight2)
         with on_device(rows.x):
             _feed_forward_fwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                rows.x, *contiguous(*parameters), *seeds, y, mean, rstd,
+                rows.x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, *seeds, y, mean, rstd,
                 rows.rows, rows.rows_per_sample, call.eps, *dropouts,
                 PER_SAMPLE=call.per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip
@@ -213,21 +239,21 @@ def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
     """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty
     without one)."""
     rows, features = Rows.of(call.x), call.weight1.shape[0]
-    config = configuration("bwd", rows, features)
-    dy, weight2 = contiguous(call.dy, call.weight2)
-    parameters = contiguous(call.norm_weight, call.norm_bias, call.weight1, call.bias1)
+    dy, norm_weight, norm_bias, bias1 = contiguous(call.dy, call.norm_weight, call.norm_bias, call.bias1)
+    weight1, weight2 = multiplied(rows.x, call.weight1, call.weight2)
     seeds, dropouts = _dropouts(call)
+    config = configuration("bwd", rows, features, any(t is not None for t in seeds))
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
     if rows.rows:
         with on_device(rows.x):
             _hidden_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                dy, rows.x, *parameters, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
+                dy, rows.x, norm_weight, norm_bias, weight1, bias1, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
                 rows.rows, rows.rows_per_sample, *dropouts,
                 PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
-    norm = LayerNorm(call.norm_weight, call.norm_bias, per_sample=call.per_sample)
-    linear1, linear2 = Linear(call.weight1, call.bias1), Linear(weight2, call.bias2)
+    norm = LayerNorm(norm_weight, norm_bias, per_sample=call.per_sample)
+    linear1, linear2 = Linear(call.weight1, call.bias1), Linear(call.weight2, call.bias2)
     return (
-        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, residual=dy),
+        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, dy, weight1),
         *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
     )

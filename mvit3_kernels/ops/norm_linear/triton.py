@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..triton_common import contiguous, load_vector, multiprocessors, on_device, store_tile
+from ..triton_common import contiguous, load_vector, multiplied, multiprocessors, on_device, store_tile
 from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_normalise_rows, multiply_rows
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
@@ -31,6 +31,10 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
     first = {"BLOCK_M": rows.block(), "BLOCK_N": block, "num_warps": 8, "num_stages": 2}
     if float32:
         return [first]
+    if rows.from_shared_memory and rows.width() <= 256:
+        few = rows.width() <= 192
+        first = {"BLOCK_M": 128 if few else 64, "BLOCK_N": 64 if few else 32, "num_warps": 8, "num_stages": 2}
+        first["maxnreg"] = 128
     others = ({"num_warps": 4}, {"num_stages": 1}, {"BLOCK_M": 32, "num_warps": 4}, {"num_stages": 3})
     return [first, *(first | other for other in others)]
 
@@ -53,14 +57,14 @@ def _norm_linear_fwd_kernel(
     norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,  # (C,), (C,), (OUT, C), (OUT,) or None
     y_ptr,  # written: (rows, OUT), like x
     mean_ptr, rstd_ptr,  # (rows,), written, or, PER_SAMPLE, (samples,), read; float32
-    rows, rows_per_sample, outputs_per_program, eps,
+    rows, rows_per_sample, blocks_per_program, eps,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) weight^T + bias, where norm(x) = (x - mean) * rstd * norm_weight + norm_bias.
 
-    A program has BLOCK_M rows and `outputs_per_program` outputs. Reads x once for each program of its rows, the weight
-    once for each block of rows; writes y once."""
+    A program has BLOCK_M rows and `blocks_per_program` blocks of outputs. Reads x once for each program of its rows,
+    and again from cache, the weight once for each block of rows; writes y once."""
     lane = tl.arange(0, BLOCK_M)
     row = tl.program_id(0) * BLOCK_M + lane
     start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
@@ -68,9 +72,9 @@ def _norm_linear_fwd_kernel(
         x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample, eps,
         PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
     )  # fmt: skip
-    begin = tl.program_id(1) * outputs_per_program
-    for first in range(begin, tl.minimum(begin + outputs_per_program, OUT), BLOCK_N):
-        output = first + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * blocks_per_program
+    for block in range(begin, tl.minimum(begin + blocks_per_program, tl.cdiv(OUT, BLOCK_N))):
+        output = block * BLOCK_N + tl.arange(0, BLOCK_N)  # a multiple that is known: 16 bytes are written at a time
         head_weight, tail_weight = load_weight(weight_ptr, output, head, C=C, OUT=OUT, HEAD=HEAD, TAIL=TAIL)
         sums = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias_ptr, output, WIDTH=OUT)[None, :]
         store_tile(y_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
@@ -87,11 +91,11 @@ def norm_linear_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
         # Where rows alone do not fill the GPU, programs share a block of rows, and each takes some of the outputs.
         shares = min(pieces, max(1, multiprocessors(x) // blocks))
-        per_program = triton.cdiv(pieces, shares) * config["BLOCK_N"]
-        parameters = contiguous(call.norm_weight, call.norm_bias, weight, call.bias)
+        per_program = triton.cdiv(pieces, shares)
+        norm_weight, norm_bias, bias = contiguous(call.norm_weight, call.norm_bias, call.bias)
         with on_device(x):
-            _norm_linear_fwd_kernel[(blocks, triton.cdiv(outputs, per_program))](
-                rows.x, *parameters, y, mean, rstd,
+            _norm_linear_fwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
+                rows.x, norm_weight, norm_bias, *multiplied(x, weight), bias, y, mean, rstd,
                 rows.rows, rows.rows_per_sample, per_program, call.eps,
                 PER_SAMPLE=call.per_sample, OUT=outputs, **rows.tiles, **config,
             )  # fmt: skip

@@ -37,6 +37,8 @@ from ..triton_common import (
     load_tile,
     load_vector,
     moments_from_pivot,
+    multiplied,
+    multiplies_from_shared_memory,
     multiprocessors,
     on_device,
     pairs,
@@ -60,9 +62,11 @@ def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
         return [{"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}]  # two spill on sm_80
     even = a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
     first = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
+    if multiplies_from_shared_memory(a):
+        first |= {"BLOCK_K": 32, "num_stages": 3, "maxnreg": 128}
     others = (
         {"num_warps": 4},
-        {"num_stages": 3},
+        {"BLOCK_K": 64} if even else {"num_stages": 2},
         {"BLOCK_M": 64, "num_warps": 4},
         {"BLOCK_N": 128},
         {"BLOCK_M": 64, "BLOCK_N": 128},
@@ -154,6 +158,10 @@ def _pointwise_fwd_kernel(
             a_ptr, b_ptr, weight_ptr, bias_ptr, begin, length, output,
             CA=CA, CB=CB, OUT=OUT, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
         )  # fmt: skip
+        # It lies where the mean will: a program has no registers to keep it.
+        part_ptr += part * OUT
+        store_vector(part_ptr, output, pivot, WIDTH=OUT)
+        tl.debug_barrier()
         total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
         squares = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     for first in range(0, length, BLOCK_M):
@@ -172,7 +180,8 @@ def _pointwise_fwd_kernel(
         if p_ptr is not None:
             store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
         if part_ptr is not None:
-            deviation = sums.to(p_ptr.dtype.element_ty).to(tl.float32) - pivot[None, :]
+            deviation = sums.to(p_ptr.dtype.element_ty).to(tl.float32)
+            deviation -= load_vector(part_ptr, output, WIDTH=OUT)[None, :]
             deviation = tl.where(valid[:, None], deviation, 0.0)
             total += pairs(deviation)
             squares += pairs(deviation * deviation)
@@ -184,9 +193,11 @@ def _pointwise_fwd_kernel(
                 y += load_tile(residual_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
             store_tile(y_ptr + start * OUT, lane, valid, output, y, WIDTH=OUT)
     if part_ptr is not None:
+        pivot = load_vector(part_ptr, output, WIDTH=OUT)
         mean, m2 = moments_from_pivot(total, squares, pivot, length.to(tl.float32))
-        store_vector(part_ptr + part * OUT, output, mean, WIDTH=OUT)
-        store_vector(part_ptr + (parts + part) * OUT, output, m2, WIDTH=OUT)
+        tl.debug_barrier()
+        store_vector(part_ptr, output, mean, WIDTH=OUT)
+        store_vector(part_ptr + parts * OUT, output, m2, WIDTH=OUT)
 
 
 class Convolution(NamedTuple):
@@ -212,7 +223,8 @@ class Convolution(NamedTuple):
 def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, int, int]:
     """Fills p and y, where given, y by a norm's running statistics; without y, for a norm in training, returns p's
     partial moments: (workspace, parts, rows of each)."""
-    a, b, weight, residual, bias = contiguous(conv.a, conv.b, conv.weight, conv.residual, conv.bias)
+    a, b, residual, bias = contiguous(conv.a, conv.b, conv.residual, conv.bias)
+    (weight,) = multiplied(a, conv.weight)
     norm = (None,) * 4 if conv.norm is None else contiguous(*conv.norm[:4])
     outputs, rows, config = weight.shape[0], a.shape[:-1].numel(), configuration(a, b, weight.shape[0])
     measured = y is None
