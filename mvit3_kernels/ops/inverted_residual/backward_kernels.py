@@ -332,7 +332,7 @@ def expand_gradient_kernel(
         dW = scale * (N - dnorm_weight * rstd * W S)
         correction = (scale * rstd * dnorm_weight / rows, scale * g / rows), for correction_bwd_kernel
 
-    A program has BLOCK_E expanded channels."""
+    The grid is (blocks of expanded channels, blocks of inputs): each program adds up its rows of W * N for itself."""
     output = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = load_vector(sums_ptr, output, WIDTH=E)
     rstd = inverse_std(load_vector(var_ptr, output, WIDTH=E, OTHER=1.0), eps)
@@ -344,21 +344,21 @@ def expand_gradient_kernel(
         weight = load_rounded_weight(weight_ptr, x_ptr, output, column, OUT=E, WIDTH=C)
         dnorm_weight += tl.sum(product * weight, 1)
     dnorm_weight *= rstd
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
+    weight_covariance = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
     for first in range(0, C, BLOCK_C):
-        column = first + tl.arange(0, BLOCK_C)
-        product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
-        weight_covariance = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
-        for second in range(0, C, BLOCK_C):
-            inner = second + tl.arange(0, BLOCK_C)
-            covariance = load_tile(covariance_ptr, inner, inner < C, column, WIDTH=C)
-            weight = load_rounded_weight(weight_ptr, x_ptr, output, inner, OUT=E, WIDTH=C)
-            weight_covariance = dot(weight, covariance, weight_covariance)
-        dweight = scale[:, None] * (product - (dnorm_weight * rstd)[:, None] * weight_covariance)
-        store_tile(dweight_ptr, output, output < E, column, dweight, WIDTH=C)
-    store_vector(dnorm_weight_ptr, output, dnorm_weight, WIDTH=E)
-    store_vector(dnorm_bias_ptr, output, total, WIDTH=E)
-    store_vector(correction_ptr, output, scale * rstd * dnorm_weight / rows, WIDTH=E)
-    store_vector(correction_ptr + E, output, scale * total / rows, WIDTH=E)
+        inner = first + tl.arange(0, BLOCK_C)
+        covariance = load_tile(covariance_ptr, inner, inner < C, column, WIDTH=C)
+        weight = load_rounded_weight(weight_ptr, x_ptr, output, inner, OUT=E, WIDTH=C)
+        weight_covariance = dot(weight, covariance, weight_covariance)
+    dweight = scale[:, None] * (product - (dnorm_weight * rstd)[:, None] * weight_covariance)
+    store_tile(dweight_ptr, output, output < E, column, dweight, WIDTH=C)
+    if tl.program_id(1) == 0:
+        store_vector(dnorm_weight_ptr, output, dnorm_weight, WIDTH=E)
+        store_vector(dnorm_bias_ptr, output, total, WIDTH=E)
+        store_vector(correction_ptr, output, scale * rstd * dnorm_weight / rows, WIDTH=E)
+        store_vector(correction_ptr + E, output, scale * total / rows, WIDTH=E)
 
 
 @triton.jit

@@ -30,7 +30,15 @@ from ..batch_norm_act.triton import normalize, normalize_backward
 from ..depthwise_conv.triton import depthwise, depthwise_backward
 from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import Call
-from ..triton_common import IDENTITY, contiguous, multiplies_from_shared_memory, multiprocessors, on_device, split_rows
+from ..triton_common import (
+    IDENTITY,
+    contiguous,
+    multiplied,
+    multiplies_from_shared_memory,
+    multiprocessors,
+    on_device,
+    split_rows,
+)
 from ..types import BatchNorm
 from . import backward_kernels, evaluation_kernels, kernels
 from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
@@ -70,7 +78,7 @@ _TILES = {
     "project": ((128, 64, 32, 8, 2, 128), (128, 64, 64, 8, 2, 128), (128, 64, 32, 8), (128, 128, 32, 8)),
     "project_bwd": ((32, 64, 64, 4), (32, 64, 128, 8), (64, 64, 128, 8), (64, 64, 64, 8)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
-    "expanded_bwd": ((128, 64, 32, 8), (64, 64, 64, 8)),
+    "expanded_bwd": ((128, 64, 32, 8, 3, 128), (128, 64, 32, 8), (64, 64, 64, 8)),
     "expand_bwd": ((16, 256, 64, 8),),
     "products_bwd": ((64, 128, 64, 8), (64, 64, 64, 4)),
     "correct_bwd": ((64, 64, 64, 4), (128, 64, 32, 8)),
@@ -216,7 +224,8 @@ def _project_backward(
     if blocks == 1:
         backward_kernels.project_bwd_kernel[(columns * len(part),)](dp, z, weight, *rest, **flags)
     else:
-        backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, weight, *rest, **flags)
+        rounded = multiplied(z, weight)
+        backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, *rounded, *rest, **flags)
         backward_kernels.project_product_bwd_kernel[(columns * blocks * len(part),)](dp, z, *rest, **flags)
     total = _add_parts(part)
     dweight, dbias = (torch.empty_like(t) for t in norm[:2])
@@ -235,7 +244,7 @@ def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tens
     config = configuration("filtered_bwd", z, expanded, outputs)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(expanded, config["BLOCK_N"]),)
     backward_kernels.filtered_bwd_kernel[grid](
-        dp, z, weight, coefficients, dz, rows, ACT=act, E=expanded, OUT=outputs, **config
+        dp, z, *multiplied(z, weight), coefficients, dz, rows, ACT=act, E=expanded, OUT=outputs, **config
     )
     return dz
 
@@ -258,8 +267,9 @@ def _expand_backward(
         return dx, total[: expanded * inputs], total[expanded * inputs :]
     config = configuration("expanded_bwd", x, expanded, inputs)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(expanded, config["BLOCK_N"]),)
-    backward_kernels.expanded_bwd_kernel[grid](x, weight, *norm[:4], da, rows, norm.eps, ACT=act, **flags, **config)
-    return _products_backward(da, x, weight, norm, mean)
+    (rounded,) = multiplied(x, weight)
+    backward_kernels.expanded_bwd_kernel[grid](x, rounded, *norm[:4], da, rows, norm.eps, ACT=act, **flags, **config)
+    return _products_backward(da, x, rounded, norm, mean)
 
 
 def _products_backward(
@@ -292,7 +302,7 @@ def _expand_gradient(
     product, total, centred = sums
     gradients = tuple(torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
     correction = _float32(x, 2, expanded)
-    backward_kernels.expand_gradient_kernel[(triton.cdiv(expanded, 16),)](
+    backward_kernels.expand_gradient_kernel[(triton.cdiv(expanded, 16), triton.cdiv(inputs, 16))](
         x, product, total, weight, norm.weight, mean, covariance, norm.running_var, *gradients, correction,
         rows, norm.eps, CENTRED=centred, C=inputs, E=expanded,
         BLOCK_E=16, BLOCK_C=16, num_warps=4,  # larger tiles spill at some widths
@@ -304,8 +314,8 @@ def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, cor
     """Completes dx in place: what the first norm's statistics contribute, and a residual's gradient."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     matrix, shift = _float32(x, inputs, inputs), _float32(x, inputs)
-    backward_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 32) ** 2,)](
-        x, weight, correction, matrix, shift, C=inputs, E=expanded, BLOCK_E=32, BLOCK_C=32, num_warps=4
+    backward_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
+        x, weight, correction, matrix, shift, C=inputs, E=expanded, BLOCK_E=64, BLOCK_C=16, num_warps=4
     )
     config = configuration("correct_bwd", x, inputs, inputs)
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(inputs, config["BLOCK_N"]),)
