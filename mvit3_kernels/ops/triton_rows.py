@@ -28,9 +28,9 @@ def two_tiles(channels: int, even: bool) -> tuple[int, int]:
     return head, head if even else max(triton.next_power_of_2(max(channels - head, 1)), 16)
 
 
-def products_configurations(rows: Rows, drops: bool) -> list[dict[str, int]]:
+def products_configurations(rows: Rows, more: bool) -> list[dict[str, int]]:
     """Of the products that sum over rows: BLOCK_M rows at a time, BLOCK_N columns of the other factor in a program;
-    `drops`: of rows after dropout."""
+    `more`: of rows after dropout or with one more column, which takes registers."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}]
     short = rows.width() <= 256
@@ -40,14 +40,14 @@ def products_configurations(rows: Rows, drops: bool) -> list[dict[str, int]]:
     first = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": stages}
     others = ({"num_stages": 3 - stages}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
     if short and rows.from_shared_memory:
-        first |= {"BLOCK_N": 64} if drops else {"BLOCK_N": 128 if rows.width() <= 160 else 64, "maxnreg": 128}
+        first |= {"BLOCK_N": 64} if more else {"BLOCK_N": 128 if rows.width() <= 160 else 64, "maxnreg": 128}
         others = ({"num_stages": 3}, {"num_stages": 1}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
     return [first, *(first | other for other in others)]
 
 
-def products_configuration(rows: Rows, outputs: int, drops: bool) -> dict[str, int]:
-    name = f"row_products_bwd{'_dropout' if drops else ''}"
-    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, drops))
+def products_configuration(rows: Rows, outputs: int, more: bool) -> dict[str, int]:
+    name = f"row_products_bwd{'_more' if more else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, more))
 
 
 def input_configurations(rows: Rows) -> list[dict[str, int]]:
@@ -162,7 +162,7 @@ class Rows(NamedTuple):
         """Parts of a^T n, (parts, OUT, C), for the normalised rows n and a (.., OUT), and of the sums of a, (parts,
         OUT). `extra` (rows,), float32, is one more column of a; there is one output more then. With the `weight` (OUT,
         C) of which a is the gradient also parts of the gradients of the norm's weight and bias, (.., 2, C)."""
-        grid, rows_per_part, config = self._products(a)
+        grid, rows_per_part, config = self._products(a, extra is not None)
         outputs, columns = a.shape[-1], a.shape[-1] + (extra is not None)
         product, sums = self.float32(grid[1], columns, self.channels), self.float32(grid[1], columns)
         norm = None if weight is None else self.float32(grid[0] * grid[1], 2, self.channels)
@@ -187,9 +187,9 @@ class Rows(NamedTuple):
             )  # fmt: skip
         return product, sums
 
-    def _products(self, a: Tensor, drops: bool = False) -> tuple[tuple[int, int], int, dict[str, int]]:
+    def _products(self, a: Tensor, more: bool) -> tuple[tuple[int, int], int, dict[str, int]]:
         """Grid (blocks of columns of a, parts), rows of a part and configuration of the products that sum over rows."""
-        config = products_configuration(self, a.shape[-1], drops)
+        config = products_configuration(self, a.shape[-1], more)
         blocks = triton.cdiv(a.shape[-1], config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // blocks, config["BLOCK_M"])
         return (blocks, parts), rows_per_part, config
