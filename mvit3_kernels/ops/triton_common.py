@@ -345,6 +345,15 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, its sums rounded once, to `dtype`: that of a and b, or float32."""
+    if dtype is a.dtype:
+        return a @ b
+    if interpreted() or torch.version.hip:  # PyTorch has it for NVIDIA's alone
+        return (a.float() @ b.float()).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
+
+
 def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:
     """`x` and the number of elements from one row to the next. Some channels of a map with more, as the gradient of a
     concatenation is, stay where they are; a map whose rows do not follow each other at one distance is copied."""

@@ -167,36 +167,76 @@ class Rows(NamedTuple):
         return (blocks, parts), rows_per_part, config
 
     def norm_linear_backward(
-        self, dy: Tensor, norm: LayerNorm, linear: Linear, mean: Tensor, rstd: Tensor, residual: Tensor | None = None
+        self,
+        dy: Tensor,
+        norm: LayerNorm,
+        linear: Linear,
+        mean: Tensor,
+        rstd: Tensor,
+        residual: Tensor | None = None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of x (with that of a residual on top), norm weight, norm bias, weight and bias (empty without
-        one), where `dy` is that of linear(norm(x))."""
+        one), where `dy` is that of linear(norm(x)). `rounded`: the weight in the dtype of x, where there is one."""
+        dx, parts = self.norm_linear_parts(dy, norm, linear, mean, rstd, residual, rounded)
+        with on_device(self.x):
+            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 16),)](
+                *parts.tensors, parts.count,
+                OUT=linear.weight.shape[0], C=self.channels, BLOCK_C=16, BLOCK_O=64, num_warps=4,
+            )  # fmt: skip
+        return dx, *parts.gradients(dx)
+
+    def norm_linear_parts(
+        self,
+        dy: Tensor,
+        norm: LayerNorm,
+        linear: Linear,
+        mean: Tensor,
+        rstd: Tensor,
+        residual: Tensor | None = None,
+        rounded: Tensor | None = None,
+    ) -> tuple[Tensor, Parts]:
+        """The gradient of x, and what norm_linear_gradient_kernel makes those of the parameters of."""
         norm = norm._replace(weight=norm.weight.contiguous(), bias=norm.bias.contiguous())
         weight = linear.weight.contiguous()
-        dweight, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
-        dbias = _gradient_like(linear.bias)
         with on_device(self.x):
-            dx = self.input_gradient(dy, residual, norm, weight, mean, rstd)
+            dx = self.input_gradient(dy, residual, norm, weight if rounded is None else rounded, mean, rstd)
             product, sums = self.normalised_products(dy, mean, rstd, norm.per_sample)
-            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 16),)](
-                product, sums, norm.weight, norm.bias, weight, dnorm_weight, dnorm_bias, dweight, dbias, len(product),
-                OUT=weight.shape[0], C=self.channels, BLOCK_C=16, BLOCK_O=64, num_warps=4,
-            )  # fmt: skip
-        return dx, dnorm_weight, dnorm_bias, dweight, self.x.new_empty(0) if dbias is None else dbias
+        written = (*(torch.empty_like(t) for t in (norm.weight, norm.bias, weight)), _gradient_like(linear.bias))
+        return dx, Parts((product, sums, norm.weight, norm.bias, weight, *written), len(product), 4)
 
     def second_weight_backward(
         self, dy: Tensor, hidden: Tensor, linear: Linear, dropout: float, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The gradients of weight and bias (empty without one) of dropout(linear(hidden)), `hidden` being (rows, F)."""
-        dweight = torch.empty_like(linear.weight, memory_format=torch.contiguous_format)
-        dbias, outputs = _gradient_like(linear.bias), hidden.shape[1]
+        parts, outputs = self.second_weight_parts(dy, hidden, linear, dropout, seed), hidden.shape[1]
+        with on_device(self.x):
+            gradients.second_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 32))](
+                *parts.tensors, parts.count, F=outputs, C=self.channels, BLOCK_C=32, BLOCK_F=32, num_warps=4
+            )
+        return parts.gradients(dy)
+
+    def second_weight_parts(
+        self, dy: Tensor, hidden: Tensor, linear: Linear, dropout: float, seed: Tensor | None
+    ) -> Parts:
+        """What second_gradient_kernel makes these of."""
         with on_device(self.x):
             product, sums = self._replace(x=dy).products(hidden, dropout, seed)
-            gradients.second_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 32))](
-                product, sums, dweight, dbias, len(product),
-                F=outputs, C=self.channels, BLOCK_C=32, BLOCK_F=32, num_warps=4,
-            )  # fmt: skip
-        return dweight, self.x.new_empty(0) if dbias is None else dbias
+        dweight = torch.empty_like(linear.weight, memory_format=torch.contiguous_format)
+        return Parts((product, sums, dweight, _gradient_like(linear.bias)), len(product), 2)
+
+
+class Parts(NamedTuple):
+    """What a kernel finishes gradients of parameters from: its tensors, of which the last `written` are these
+    gradients (None: there is no such parameter), and the number of parts."""
+
+    tensors: tuple[Tensor | None, ...]
+    count: int
+    written: int
+
+    def gradients(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Those that it writes; empty without a parameter."""
+        return tuple(like.new_empty(0) if t is None else t for t in self.tensors[-self.written :])
 
 
 def _gradient_like(parameter: Tensor | None) -> Tensor | None:

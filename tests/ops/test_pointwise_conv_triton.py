@@ -35,7 +35,7 @@ class TestPointwiseConvTriton(TritonKernel):
 
 @needs_triton
 def test_backward_launches_nothing_for_a_bias_that_is_not_there():
-    """Beside the norm's kernels there are two products and the casts of the weight and of its gradient."""
+    """Beside the norm's kernels there are two products, the second to float32, and a cast of the weight."""
     launcher = importlib.import_module("mvit3_kernels.ops.pointwise_conv.triton").pointwise_conv_backward
     given = {name: torch.empty(9, device="meta") for name in ("norm_weight", "norm_bias", "mean", "var")}
     maps = {name: torch.empty(2, 4, 4, 9, device="meta", dtype=BF16) for name in ("dy", "a", "p")}
@@ -44,4 +44,4 @@ def test_backward_launches_nothing_for_a_bias_that_is_not_there():
     with offline(90, compiling=False), Counted() as counted:
         launcher(call(**values | {"training": True, "eps": 1e-5, "act": 1, "dropout": 0.0}))
     launched = [name for name in counted.names if name.partition("::")[2] not in VIEWS]
-    assert launched == ["aten::_to_copy", "aten::mm", "aten::mm", "aten::_to_copy"]
+    assert launched == ["aten::_to_copy", "aten::mm", "aten::mm"]

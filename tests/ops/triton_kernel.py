@@ -109,7 +109,9 @@ class TritonKernel:
         with offline(case.architecture, compiling) as kernels:
             for op, inputs in self.registered(arguments):
                 name = op._schema.name.removeprefix("mvit3::")
-                module = importlib.import_module(f"mvit3_kernels.ops.{name.rpartition('_')[0]}.triton")  # <op>_<pass>
+                package = name.rpartition("_")[0]  # <op>_<pass>, or <op>_<part>_<pass>
+                package = package.removesuffix("_layer").removesuffix("_norm")
+                module = importlib.import_module(f"mvit3_kernels.ops.{package}.triton")
                 getattr(module, name)(FORMS[name].call(*inputs))
         assert kernels.grids
         return kernels

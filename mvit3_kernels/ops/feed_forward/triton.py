@@ -212,22 +212,34 @@ def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
     """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty
     without one)."""
-    rows, features = Rows.of(call.x), call.weight1.shape[0]
+    rows, dy = Rows.of(call.x), call.dy.contiguous()
+    norm, linear1, linear2 = parameters(call)
+    hidden, dpre = hidden_backward(call, dy, *contiguous(call.weight1, call.weight2))
+    return (
+        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, dy),
+        *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
+    )
+
+
+def parameters(call: Call) -> tuple[LayerNorm, Linear, Linear]:
+    """Those of a backward pass."""
+    norm = LayerNorm(call.norm_weight, call.norm_bias, per_sample=call.per_sample)
+    return norm, Linear(call.weight1, call.bias1), Linear(call.weight2, call.bias2)
+
+
+def hidden_backward(call: Call, dy: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden tensor after its dropout, and the gradient of it before its activation, (rows, F), for both weights as
+    they are to be read."""
+    rows, features = Rows.of(call.x), weight1.shape[0]
     config = configuration("bwd", rows, features)
-    dy, weight2 = contiguous(call.dy, call.weight2)
-    parameters = contiguous(call.norm_weight, call.norm_bias, call.weight1, call.bias1)
+    norm_weight, norm_bias, bias1 = contiguous(call.norm_weight, call.norm_bias, call.bias1)
     seeds, dropouts = _dropouts(call)
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
     if rows.rows:
         with on_device(rows.x):
             _hidden_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                dy, rows.x, *parameters, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
+                dy, rows.x, norm_weight, norm_bias, weight1, bias1, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
                 rows.rows, rows.rows_per_sample, *dropouts,
                 PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
-    norm = LayerNorm(call.norm_weight, call.norm_bias, per_sample=call.per_sample)
-    linear1, linear2 = Linear(call.weight1, call.bias1), Linear(weight2, call.bias2)
-    return (
-        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, residual=dy),
-        *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
-    )
+    return hidden, dpre

@@ -38,6 +38,7 @@ from ..triton_common import (
     multiprocessors,
     on_device,
     pairs,
+    product_in,
     split_rows,
     store_tile,
     store_vector,
@@ -271,21 +272,21 @@ def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
         return pointwise_conv_backward(call._replace(dropout=0.0, dy=dy))
     weight = call.weight
     dp, dbias, dnorm_weight, dnorm_bias = _product_backward(call)
-    dp, matrix = dp.view(-1, weight.shape[0]), weight.flatten(1)
+    dp, matrix = dp.view(-1, weight.shape[0]), weight.flatten(1).to(dp.dtype)
     dinputs, dmatrix, first = [], [], 0
     for x in (call.a, call.b):
         if x is None:
             dinputs.append(dp.new_empty(0))
             continue
         channels = x.shape[-1]
-        dinputs.append((dp @ matrix[:, first : first + channels].to(dp.dtype)).view(x.shape))
-        dmatrix.append(dp.t() @ x.reshape(-1, channels))
+        dinputs.append((dp @ matrix[:, first : first + channels]).view(x.shape))
+        dmatrix.append(product_in(weight.dtype, dp.t(), x.reshape(-1, channels)))
         first += channels
     dweight = dmatrix[0] if call.b is None else torch.cat(dmatrix, 1)
     given = ((dbias, call.bias), (dnorm_weight, call.norm_weight), (dnorm_bias, call.norm_bias))
     return (
         *dinputs,
-        dweight.view(weight.shape).to(weight.dtype),
+        dweight.view(weight.shape),
         *(dp.new_empty(0) if t is None else g.to(t.dtype) for g, t in given),
     )
 
