@@ -135,6 +135,27 @@ def test_the_way_through_a_loop_is_the_shortest_of_those_that_compute_most():
     assert way.work == 4 and way.counts == Counter({"all": 1 + 3 * 2 + 2 + 1 + 1, "mma": 3, "special": 1})
 
 
+VOTE = """
+.text.kernel:
+.L_x_1:
+        /*0000*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0010*/                   VOTE.ANY P1, P1 ;
+        /*0020*/                   STG.E desc[UR6][R8.64], R4 ;
+        /*0030*/              @!P1 BRA `(.L_x_2) ;
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R8, R4 ;
+        /*0050*/                   STG.E.U16 desc[UR6][R8.64], R4 ;
+.L_x_2:
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_what_is_made_again_after_a_vote_is_no_part_of_the_way():
+    [outer] = sass.kernels(VOTE)["kernel"].inner
+    way = paths.one_pass(paths.read(sass.sections(VOTE)["kernel"]), outer, lambda inner: 1)
+    assert way.work == 2 and way.counts == Counter({"all": 5, "mma": 1, "stores": 1})
+
+
 def loop(*inner: sass.Loop, **counts: int) -> sass.Loop:
     return sass.Loop(0, 0, Counter(counts), list(inner))
 

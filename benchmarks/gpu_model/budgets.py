@@ -120,6 +120,7 @@ REASONS: dict[tuple[str, str], str] = {
         "a group of at most 16 tokens is one step, whose loads have nothing to wait behind; a second stage costs"
         " instructions"
     ),
+    ("pipeline", "inverted_residual.project_gradient"): _PARTS,
     ("pipeline", "row_gradients.*_gradient"): _PARTS,
     ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
     ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,
@@ -145,6 +146,8 @@ REASONS: dict[tuple[str, str], str] = {
         "loads element by element from maps that are not aligned, or of channels that are no multiple of 8, in loops"
         " that other maps skip"
     ),
+    ("pipeline", "global_representation.norm_bwd"): _NO_PRODUCT,
+    ("pipeline", "global_representation.norm_gradient"): _PARTS,
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
     ),
@@ -154,6 +157,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "depthwise_conv.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
+    ("blocks", "global_representation.norm_gradient"): _PARTS,
     ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
     ("blocks", "inverted_residual.prepare_project"): _PREPARES,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,

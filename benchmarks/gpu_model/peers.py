@@ -51,7 +51,7 @@ def aten(op: Aten, kind: str = "aten") -> Prediction:
             share, products = DEPTHWISE_REACHED, 0.0  # which torch counts as if every channel met every other
     elif "attention" in op.name:
         rate, launches = ATTENTION, 2 if op.name.endswith("backward") else 1
-    if products and all(t.dtype is torch.float32 for t in op.outputs):
+    if products and all(t.dtype is torch.float32 for t in op.tensors):
         rate = device.FLOAT32
     limits = {"memory": more * moved / share / device.MEMORY, "tensor cores": products / rate}
     limit = max(limits, key=limits.get)

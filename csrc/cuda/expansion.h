@@ -140,10 +140,9 @@ void normalise(float (&sum)[4], const Added& by) {
 // The parameters of a step of `Channels` expanded channels, in bytes from its start: what is added to the expansion,
 // its weights for each slice of inputs; diagonals, what is added to their products; the weights of the projection, an
 // output to a row. Rows are as long as in shared memory, so that parts are copied as they are.
-template <typename T, int Channels, int Inputs>
+template <typename T, int Channels, int Inputs, bool Folds>
 struct ForwardStep {
-  // Whether norms scale the weights in front of them. In float16 the product might be too small a number.
-  static constexpr bool kFolds = std::is_same<T, BFloat16>::value;
+  static constexpr bool kFolds = Folds;
   static constexpr int kChannels = Channels, kPitch = Inputs + 8, kProjectPitch = Channels + 8;
   static constexpr int kNorm = Channels * int(sizeof(Affine)), kWeights = Channels * kPitch * int(sizeof(T)),
                        kDiagonals = Channels / 4 * kTapWords * 4, kTaps = kDiagonals + kNorm,
@@ -171,7 +170,10 @@ void copy_run(void* to, const char* from) {
 template <typename T, int Stride, int Channels, int Inputs>
 struct Expansion {
   using Tile = OutputTile<Stride>;
-  using Step = ForwardStep<T, Channels, Inputs>;
+  // Whether norms scale the weights in front of them. In float16 the product might be too small a number; with stride 1
+  // and 32 channels sums of 128 outputs leave too few registers for what is added.
+  static constexpr bool kFolds = std::is_same<T, BFloat16>::value && (Stride == 2 || Channels > kChunk);
+  using Step = ForwardStep<T, Channels, Inputs, kFolds>;
   static constexpr int kGroups = Channels / kChunk, kPitch = Step::kPitch;
   // Warps stand 4 x 2, or 2 x 4 where that shares the tile evenly: each has every fourth or second block of 16 pixels,
   // and half or a quarter of the channels.

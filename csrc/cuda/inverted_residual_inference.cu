@@ -117,16 +117,16 @@ struct Inference {
   MVIT3_DEVICE
   void filter() const {
     constexpr int kStrips = Own::kStrips, kAtOnce = Own::kBlocks < 2 ? 1 : 2;  // four take too many registers
-    const Added* const norms = middle + Own::channel() / 2;
+    const auto added = [&](int block) { return middle[Own::channel() / 2 + block]; };
     mvit3::filter<T, Stride, kStrips, kAtOnce, Own::kBlocks>(
-        taps, [&](int block) { return Step::kFolds ? norms[block] : Added{}; },
+        taps, [&](int block) { return Step::kFolds ? added(block) : Added{}; },
         [&](int block, float (&out)[kStrips][kAtOnce][4], uint32_t nothing) {
           if (!Step::kFolds)
 #pragma unroll
             for (int i = 0; i < kStrips * kAtOnce; ++i)
-              normalise(out[i / kAtOnce][i % kAtOnce], norms[block + i % kAtOnce]);
+              normalise(out[i / kAtOnce][i % kAtOnce], added(block + i % kAtOnce));
           activate_halved<4 * kAtOnce * kStrips>(&out[0][0][0], a.front.act);
-          // Made anew for each block: there is no register left for it.
+          // Made anew for each block, like what is added: there is no register left for them.
           T* const to = filtered.row(16 * Own::strip() + lane() / 4) + Own::channel();
 #pragma unroll
           for (int i = 0; i < 2 * kStrips; ++i) {
@@ -186,8 +186,7 @@ struct Inference {
 
   // Whether the residual is in the sums from the start: x is in shared memory, and the last norm's scale in the
   // weights.
-  MVIT3_DEVICE
-  bool adds_early() const { return Step::kFolds && front.whole(); }
+  static constexpr bool kAddsEarly = Stride == 1 && Step::kFolds && Front::kWhole;
 
   // sum += x of the tile's outputs, as a product with the identity.
   MVIT3_DEVICE
@@ -203,8 +202,7 @@ struct Inference {
 #pragma unroll
       for (int i = 0; i < kRowBlocks; ++i) {
         uint32_t part[4];
-        const int below = Stride == 1 ? i * Tile::kInWidth : 0;
-        load_matrices(part, from + (below * Front::kPitch + next(j)) * int(sizeof(T)));
+        load_matrices(part, from + (i * Tile::kInWidth * Front::kPitch + next(j)) * int(sizeof(T)));
         multiply_add(sum[i][j], part[0], part[1], one, T{});
         multiply_add(sum[i][j + 1], part[2], part[3], one, T{});
       }
@@ -226,7 +224,7 @@ struct Inference {
     T* const first = static_cast<T*>(a.y) + place;
     const T* const first_x = static_cast<const T*>(a.front.x) + place;
     const int pixel = m.dilation * m.outputs;
-    const bool add = Stride == 1 && !(Step::kFolds && Front::kWhole) && a.residual && !adds_early();
+    const bool add = Stride == 1 && !kAddsEarly && a.residual;
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) {
       // Eight outputs of a row of the tile: half a row, or all of one.
@@ -287,7 +285,7 @@ struct Inference {
       const Stop& stop = front.stop(at);
       Sums sum;
       begin_sums(sum);
-      if (Stride == 1 && a.residual && adds_early()) add_residual(sum);
+      if (kAddsEarly && a.residual) add_residual(sum);
 #pragma unroll 1
       for (int number = 0; number < steps; ++number) {
         load_taps(step(number));

@@ -59,6 +59,11 @@ def _filter_and_project(call: Call) -> int:
     return _linear(_rows(call.e, call.stride), call.depthwise, call.project)
 
 
+def _layer(call: Call) -> int:
+    weights = (call.qkv_weight, call.out_weight, call.weight1, call.weight2)
+    return _linear(_rows(call.x), *weights) + _attention(*call.x.shape, (call.patch_height, call.patch_width))
+
+
 # By the name of a form without "_forward", "_inference", "_backward" and the backend.
 FORMULAS: dict[str, Callable[[Call], int]] = {
     "batch_norm_act": lambda call: 0,
@@ -69,6 +74,8 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "feed_forward": lambda call: _linear(_rows(call.x), call.weight1, call.weight2),
     "global_representation": _global_representation,
     "global_representation_spread": _global_representation,
+    "global_representation_layer": _layer,
+    "global_representation_norm": lambda call: 0,
     "inverted_residual": _inverted_residual,
     "inverted_residual_filter": _expand_and_filter,
     "inverted_residual_project": _filter_and_project,

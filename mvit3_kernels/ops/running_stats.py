@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +13,10 @@ from .sizes import values_per_channel
 from .types import Moments
 
 Batch = tuple[nn.BatchNorm2d, Moments | None, Tensor]
+Measured = tuple[nn.BatchNorm2d, Moments, int]  # the last: values of a channel
+
+# What was measured inside of `written_together` and is not written yet.
+_waiting: ContextVar[list[Measured] | None] = ContextVar("mvit3_running_stats", default=None)
 
 
 def update_running_stats(norm: nn.BatchNorm2d, moments: Moments | None, y: Tensor) -> None:
@@ -24,25 +32,49 @@ def update_running_stats(norm: nn.BatchNorm2d, moments: Moments | None, y: Tenso
     update_all_running_stats((norm, moments, y))
 
 
-@torch.no_grad()
+@contextmanager
+def written_together() -> Iterator[None]:
+    """Buffers of all norms that are measured inside are written at the end, in launches that do not grow with their
+    number; where an error ends it, those that were measured before. Nothing inside may read or write these buffers."""
+    token = _waiting.set([])
+    try:
+        yield
+    finally:
+        waiting = _waiting.get()
+        _waiting.reset(token)
+        _write(waiting)
+
+
 def update_all_running_stats(*batches: Batch) -> None:
     """`update_running_stats` of each, in three launches on a GPU where the norms are different ones of one momentum:
     counts, unbiased variances, and all buffers."""
-    batches = tuple(b for b in batches if b[1] is not None and b[0].training and b[0].track_running_stats)
+    measured = [
+        (norm, moments, values_per_channel(y) if y.numel() > 0 else 0)
+        for norm, moments, y in batches
+        if moments is not None and norm.training and norm.track_running_stats
+    ]
+    waiting = None if torch.compiler.is_compiling() else _waiting.get()
+    if waiting is None:
+        _write(measured)
+    else:
+        waiting += measured
+
+
+@torch.no_grad()
+def _write(batches: list[Measured]) -> None:
     norms = {id(norm): norm for norm, *_ in batches}
     if len(norms) < len(batches) or len({norm.momentum for norm in norms.values()}) > 1:
         for batch in batches:  # what one of them writes another may read
-            update_all_running_stats(batch)
+            _write([batch])
         return
     counts = [norm.num_batches_tracked for norm in norms.values() if norm.num_batches_tracked is not None]
     if counts:  # an empty batch counts, too
         torch._foreach_add_(counts, 1)
-    batches = tuple(b for b in batches if b[0].running_mean is not None and b[2].numel() > 0)
+    batches = [batch for batch in batches if batch[0].running_mean is not None and batch[2] > 0]
     if not batches:
         return
-    rows = [values_per_channel(y) for *_, y in batches]
     means = [moments.mean.to(norm.running_mean.dtype) for norm, moments, _ in batches]
-    variances = torch._foreach_mul([moments.var for _, moments, _ in batches], [n / (n - 1) for n in rows])
+    variances = torch._foreach_mul([moments.var for _, moments, _ in batches], [n / (n - 1) for *_, n in batches])
     variances = [var.to(norm.running_var.dtype) for (norm, *_), var in zip(batches, variances, strict=True)]
     buffers = [norm.running_mean for norm, *_ in batches] + [norm.running_var for norm, *_ in batches]
     momentum = batches[0][0].momentum

@@ -28,6 +28,9 @@ GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (r
 # Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors
 # has at most 264 partials: three trips.
 BLOCK_PARTS = tl.constexpr(128)
+# As of a call at batch 1. Of more rows small tiles ask for a weight more often than the idle part of a GPU is worth, by
+# the model of benchmarks/gpu_model.
+MOST_FEW_ROWS = 1024
 
 
 # Tiles
@@ -358,8 +361,18 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def multiplied(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """Weights, contiguous, as products with `x` read them: rounded to its dtype once, not by every program, which would
-    ask the cache for twice the bytes. A weight of that dtype costs nothing, another one a launch."""
+    ask the cache for twice the bytes. A weight of that dtype costs nothing, another one a launch, which is
+    more than it saves in a forward pass of few rows."""
     return tuple(t.to(x.dtype).contiguous() for t in weights)
+
+
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, its sums rounded once, to `dtype`: that of a and b, or float32."""
+    if dtype is a.dtype:
+        return a @ b
+    if interpreted() or torch.version.hip:  # PyTorch has it for NVIDIA's alone
+        return (a.float() @ b.float()).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
 
 
 def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:

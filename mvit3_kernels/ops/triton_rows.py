@@ -12,6 +12,8 @@ from . import triton_row_gradients as gradients
 from . import triton_row_kernels as kernels
 from . import tuning
 from .triton_common import (
+    MOST_FEW_ROWS,
+    contiguous,
     dropout_threshold,
     multiplied,
     multiplies_from_shared_memory,
@@ -28,9 +30,9 @@ def two_tiles(channels: int, even: bool) -> tuple[int, int]:
     return head, head if even else max(triton.next_power_of_2(max(channels - head, 1)), 16)
 
 
-def products_configurations(rows: Rows, more: bool) -> list[dict[str, int]]:
+def products_configurations(rows: Rows, outputs: int, more: bool) -> list[dict[str, int]]:
     """Of the products that sum over rows: BLOCK_M rows at a time, BLOCK_N columns of the other factor in a program;
-    `more`: of rows after dropout or with one more column, which takes registers."""
+    `outputs`: how many it has; `more`: of rows after dropout or with one more column, which takes registers."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}]
     short = rows.width() <= 256
@@ -40,14 +42,15 @@ def products_configurations(rows: Rows, more: bool) -> list[dict[str, int]]:
     first = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": stages}
     others = ({"num_stages": 3 - stages}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
     if short and rows.from_shared_memory:
-        first |= {"BLOCK_N": 64} if more else {"BLOCK_N": 128 if rows.width() <= 160 else 64, "maxnreg": 128}
+        tall = rows.width() <= 160 and not 128 < outputs <= 192  # which are three blocks of 64, less than two of 128
+        first |= {"BLOCK_N": 64} if more else {"BLOCK_N": 128 if tall else 64, "maxnreg": 128}
         others = ({"num_stages": 3}, {"num_stages": 1}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
     return [first, *(first | other for other in others)]
 
 
 def products_configuration(rows: Rows, outputs: int, more: bool) -> dict[str, int]:
     name = f"row_products_bwd{'_more' if more else ''}"
-    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, more))
+    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, outputs, more))
 
 
 def input_configurations(rows: Rows) -> list[dict[str, int]]:
@@ -90,6 +93,14 @@ class Rows(NamedTuple):
         if self.x.dtype is torch.float32:
             return 16
         return 64 if self.from_shared_memory and self.width() <= 256 else 32
+
+    def few(self) -> bool:
+        """A forward pass of so few rows takes smaller tiles, and weights as they are."""
+        return self.rows <= MOST_FEW_ROWS
+
+    def weights(self, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Of a forward pass, as its kernel reads them."""
+        return contiguous(*weights) if self.few() else multiplied(self.x, *weights)
 
     def width(self) -> int:
         """Columns of both tiles."""
@@ -206,35 +217,65 @@ class Rows(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The gradients of x (with that of a residual on top), norm weight, norm bias, weight and bias (empty without
         one), where `dy` is that of linear(norm(x)). `rounded`: the weight as `multiplied`, where that is at hand."""
+        dx, parts = self.norm_linear_parts(dy, norm, linear, mean, rstd, residual, rounded)
+        outputs = linear.weight.shape[0]
+        with on_device(self.x):
+            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 16))](
+                *parts.tensors, *parts.counts, OUT=outputs, C=self.channels, BLOCK_C=32, BLOCK_O=16, num_warps=4
+            )
+        return dx, *parts.gradients(dx)
+
+    def norm_linear_parts(
+        self,
+        dy: Tensor,
+        norm: LayerNorm,
+        linear: Linear,
+        mean: Tensor,
+        rstd: Tensor,
+        residual: Tensor | None = None,
+        rounded: Tensor | None = None,
+    ) -> tuple[Tensor, Parts]:
+        """The gradient of x, and what norm_linear_gradient_kernel makes those of the parameters of."""
         norm = norm._replace(weight=norm.weight.contiguous(), bias=norm.bias.contiguous())
-        weight = linear.weight.contiguous()
-        dweight, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
-        dbias = _gradient_like(linear.bias)
         with on_device(self.x):
             if rounded is None:
-                (rounded,) = multiplied(self.x, weight)
+                (rounded,) = multiplied(self.x, linear.weight)
             dx = self.input_gradient(dy, residual, norm, rounded, mean, rstd)
-            product, sums, parts = self.normalised_products(dy, mean, rstd, norm.per_sample, weight=rounded)
-            outputs = weight.shape[0]
-            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 16))](
-                product, sums, parts, norm.weight, norm.bias, dnorm_weight, dnorm_bias, dweight, dbias,
-                len(product), len(parts), OUT=outputs, C=self.channels, BLOCK_C=32, BLOCK_O=16, num_warps=4,
-            )  # fmt: skip
-        return dx, dnorm_weight, dnorm_bias, dweight, self.x.new_empty(0) if dbias is None else dbias
+            sums = self.normalised_products(dy, mean, rstd, norm.per_sample, weight=rounded)
+        written = tuple(_gradient_like(t) for t in (norm.weight, norm.bias, *linear))
+        return dx, Parts((*sums, norm.weight, norm.bias, *written), (len(sums[0]), len(sums[2])), 4)
 
     def second_weight_backward(
         self, dy: Tensor, hidden: Tensor, linear: Linear, dropout: float, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The gradients of weight and bias (empty without one) of dropout(linear(hidden)), `hidden` being (rows, F)."""
-        dweight = torch.empty_like(linear.weight, memory_format=torch.contiguous_format)
-        dbias, outputs = _gradient_like(linear.bias), hidden.shape[1]
+        parts, outputs = self.second_weight_parts(dy, hidden, linear, dropout, seed), hidden.shape[1]
+        with on_device(self.x):
+            gradients.second_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 32))](
+                *parts.tensors, *parts.counts, F=outputs, C=self.channels, BLOCK_C=32, BLOCK_F=32, num_warps=4
+            )
+        return parts.gradients(dy)
+
+    def second_weight_parts(
+        self, dy: Tensor, hidden: Tensor, linear: Linear, dropout: float, seed: Tensor | None
+    ) -> Parts:
+        """What second_gradient_kernel makes these of."""
         with on_device(self.x):
             product, sums = self._replace(x=dy).products(hidden, dropout, seed)
-            gradients.second_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 32))](
-                product, sums, dweight, dbias, len(product),
-                F=outputs, C=self.channels, BLOCK_C=32, BLOCK_F=32, num_warps=4,
-            )  # fmt: skip
-        return dweight, self.x.new_empty(0) if dbias is None else dbias
+        return Parts((product, sums, *(_gradient_like(t) for t in linear)), (len(product),), 2)
+
+
+class Parts(NamedTuple):
+    """What a kernel finishes gradients of parameters from: its tensors, of which the last `written` are these
+    gradients (None: there is no such parameter), and its numbers of parts."""
+
+    tensors: tuple[Tensor | None, ...]
+    counts: tuple[int, ...]
+    written: int
+
+    def gradients(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Those that it writes; empty without a parameter."""
+        return tuple(like.new_empty(0) if t is None else t for t in self.tensors[-self.written :])
 
 
 def _gradient_like(parameter: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from tests.bounds import assert_bound, half_a_rounding
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.inputs import Draw, mapped
 from tests.ops.kernel import in_float32
-from tests.ops.test_global_representation_triton import arguments, registered
+from tests.ops.test_global_representation_triton import arguments, registered, registered_layer
 from tests.ops.triton_kernel import BF16, TritonResults
 from tests.triton_tools import compute_like_a_gpu
 
@@ -168,6 +168,50 @@ def results(name, given, dtype, parameters=None):
         return {"y": ops.global_representation(**made)}
 
 
-def refusal(arguments):
+class TestLayers(TritonResults):
+    """Layers of multi-head attention in training, of which each is one node of autograd."""
+
+    op = staticmethod(ops.global_representation)
+    shapes = ((2, 2, 4, 18, 10),)
+    options = {
+        "heads": {"num_heads": 3, "layers": 1, "bias": False},
+        "dropouts-per-sample": {
+            "num_heads": 1,
+            "per_sample": True,
+            "layers": 1,
+            "final": False,
+            "patch_size": (1, 2),
+            "dropouts": (0.1, 0.3, 0.5),
+            "ffn_dropout": 0.2,
+        },
+    }
+    one_pixel = {"patch_size": (1, 1)}
+    arguments = staticmethod(arguments)
+    registered = staticmethod(registered_layer)
+    # What the ops of a layer are held to is not done again.
+    test_nan_and_infinity_reach_the_results = test_strides_do_not_matter = test_runs_are_identical = None
+    test_arguments_are_not_changed = test_compiles_whole = test_maps_that_are_too_large = None
+
+    def results(self, backend, *arguments, **named):
+        """As of every op, where Triton must not run a layer as its ops."""
+        plain = (
+            nullcontext() if backend == "reference" else mock.patch.object(OP.reference, "global_representation", None)
+        )
+        with plain:
+            return super().results(backend, *arguments, **named)
+
+    def test_what_runs_as_ops(self):
+        arguments = in_float32(self.arguments(Draw(), *self.shapes[0], num_heads=1))
+        first, second = arguments["layers"]
+        for other, reason in (
+            (second._replace(norm2=second.norm2._replace(eps=1e-3)), "norms of one kind"),
+            (second._replace(fc1=Linear(second.fc1.weight.bfloat16())), "weights of one dtype"),
+        ):
+            assert reason in refusal({**arguments, "layers": [first, other]}, OP.LAYERWISE, True)
+        assert "gradients" in refusal(arguments, OP.LAYERWISE, False)
+        assert "separable" in refusal({**arguments, "num_heads": None}, OP.LAYERWISE, True)
+
+
+def refusal(arguments, kernel=OP.RESIDENT, training=False):
     x, layers, norm, num_heads, patch_size, *_ = arguments.values()
-    return OP.RESIDENT.why_not(x, layers, norm, num_heads, patch_size, False)
+    return kernel.why_not(x, layers, norm, num_heads, patch_size, training)

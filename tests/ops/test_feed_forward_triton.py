@@ -13,22 +13,29 @@ class TestFeedForwardTriton(TritonKernel):
     op = staticmethod(feed_forward)
     arguments = staticmethod(cpu.TestFeedForwardCpu.arguments)
     registered = staticmethod(partial(cpu.TestFeedForwardCpu.registered, keep=False))
-    # A configuration is decided by the two tiles of a row. Those of sm_90 run nowhere else.
+    # A configuration is decided by the two tiles of a row and whether rows are few. Those of sm_90 run nowhere else.
     alone = (90,)
     cases = (
+        Case(90, BF16, (2, 32, 32, 144, 288), {}, 128),
+        Case(90, BF16, (2, 32, 32, 144, 288), DROPOUTS, 128),
+        Case(90, F16, (2, 32, 32, 192, 384), {}, 128),
+        Case(90, BF16, (2, 32, 32, 240, 480), {}, 128),
+        Case(90, BF16, (2, 32, 32, 240, 480), {"per_sample": True, **DROPOUTS}, 128),
+        Case(90, F16, (2, 32, 32, 512, 1024), {}, 128),
+        Case(90, BF16, (2, 32, 32, 9, 18), {"bias": False}),
         Case(90, BF16, (2, 8, 8, 144, 288), {}, 128),
-        Case(90, BF16, (2, 8, 8, 144, 288), DROPOUTS, 128),
-        Case(90, F16, (2, 8, 8, 192, 384), {}, 128),
-        Case(90, BF16, (2, 8, 8, 240, 480), {}, 128),
-        Case(90, BF16, (2, 8, 8, 240, 480), {"per_sample": True, **DROPOUTS}, 128),
-        Case(90, F16, (2, 8, 8, 512, 1024), {}, 128),
-        Case(90, BF16, (2, 8, 8, 9, 18), {"bias": False}),
-        Case(90, F32, (2, 8, 8, 144, 288), DROPOUTS, 128),
-        Case(90, F32, (2, 8, 8, 256, 512), {}, 128),
-        Case(80, BF16, (2, 8, 8, 192, 384), DROPOUTS, 128),
-        Case(80, BF16, (2, 8, 8, 512, 1024), {"per_sample": True}, 128),
-        Case(80, F32, (2, 8, 8, 240, 480), DROPOUTS, 128),
-        Case(86, BF16, (2, 8, 8, 240, 480), DROPOUTS, 128),
-        Case("gfx942", F16, (2, 8, 8, 64, 128)),
+        Case(90, F16, (2, 8, 8, 192, 384), DROPOUTS, 128),
+        Case(90, BF16, (2, 8, 8, 240, 480), {"per_sample": True}, 128),
+        Case(90, F32, (2, 32, 32, 144, 288), DROPOUTS, 128),
+        Case(90, F32, (2, 32, 32, 256, 512), {}, 128),
+        Case(80, BF16, (2, 32, 32, 192, 384), DROPOUTS, 128),
+        Case(80, BF16, (2, 32, 32, 512, 1024), {"per_sample": True}, 128),
+        Case(80, F32, (2, 32, 32, 240, 480), DROPOUTS, 128),
+        Case(86, BF16, (2, 32, 32, 240, 480), DROPOUTS, 128),
+        Case("gfx942", F16, (2, 32, 32, 64, 128)),
     )
-    larger = (3, 9, 11, 144, 288)
+    larger = (3, 29, 31, 144, 288)
+
+    def test_forward_rounds_weights_of_many_rows(self):
+        few, many = (self.cases[0]._replace(sizes=(2, size, size, *self.larger[3:])) for size in (8, 32))
+        assert (self.casts(few), self.casts(many)) == (2, 4)

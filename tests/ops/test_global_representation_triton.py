@@ -1,8 +1,10 @@
 import importlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mvit3_kernels.ops import global_representation
 from mvit3_kernels.ops.registry import FORMS
@@ -10,6 +12,7 @@ from mvit3_kernels.ops.registry import FORMS
 from ..triton_tools import SHARED_MEMORY_LIMITS, offline, resources
 from . import test_global_representation as contract
 from .inputs import Draw, mapped
+from .test_running_stats import Counted
 from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
 
 
@@ -27,8 +30,30 @@ def registered(arguments):
     )
 
 
+def registered_layer(arguments):
+    """The forms of a layer in training and of the final norm, forward and backward."""
+    x, layers, norm, num_heads, patch_size, attention, hidden, output, seed, ffn = arguments.values()
+    layer = layers[0]
+    parameters = [t for norm_or_linear in layer for t in norm_or_linear[:2]]
+    eps, per_sample = layer.norm1[2:]
+    settings = (per_sample, num_heads, *patch_size, attention, hidden, output, output if ffn is None else ffn, seed)
+    forms = [("layer", (x, *parameters, eps, *settings), (x, *parameters), settings)]
+    if norm is not None and not per_sample:
+        forms.append(("norm", (x, *norm[:3]), (x, *norm[:2]), ()))
+    for name, inputs, given, rest in forms:
+        op = getattr(torch.ops.mvit3, f"global_representation_{name}_forward")
+        yield op.default, inputs
+        with FakeTensorMode(allow_non_fake_inputs=True) if x.is_meta else nullcontext():
+            _, *kept = op(*inputs)
+        kept = [torch.empty_like(t, device="meta") for t in kept] if x.is_meta else kept
+        backward = getattr(torch.ops.mvit3, f"global_representation_{name}_backward")
+        yield backward.default, (torch.ones_like(x), *given, *kept, *rest)
+
+
 V1, V2 = {"num_heads": 4, "layers": 3}, {"per_sample": True, "layers": 3, "conv": True}
 SAME = {"parameters": "of the dtype of x"}
+OTHERS = ("aten::_to_copy", "aten::copy_", "aten::clone", "aten::add", "aten::sum")
+TRAINING = {"num_heads": 4, "layers": 1, "dropouts": (0.0, 0.0, 0.1)}
 
 
 @needs_triton
@@ -100,3 +125,27 @@ def test_spread_kernels_fit(sizes, dtype, parameters, tmp_path, monkeypatch):
         used = resources(kernel)
         assert used.stack == 0, f"{kernel.metadata.name} spills: {used}"
         assert used.shared <= SHARED_MEMORY_LIMITS[90] and used.load_bits == 128, f"{kernel.metadata.name}: {used}"
+
+
+@needs_triton
+class TestLayerTriton(TritonKernel):
+    """The kernels of a layer in training, which read weights in the dtype of x."""
+
+    op = staticmethod(global_representation)
+    arguments = staticmethod(arguments)
+    registered = staticmethod(registered_layer)
+    cases = (
+        Case(90, BF16, (4, 8, 8, 144, 288), TRAINING),
+        Case(86, F16, (4, 8, 8, 240, 480), TRAINING),
+    )
+    # in the tests of the ops of a layer, but for the interpreter, which the class above runs
+    test_interpreter = test_compiles_without_a_graph_break = test_one_binary_for_every_map_size = None
+
+    def test_weights_are_rounded_once(self):
+        """For both passes, and nothing else is launched but kernels and the product with out_proj's weight."""
+        case = self.cases[0]._replace(options={"num_heads": 4, "layers": 1})
+        arguments = self.make(case, "meta")
+        with Counted() as counted:
+            self.launched(case, arguments, compiling=False)
+        launched = [name for name in counted.names if name in ("aten::_foreach_copy_", "aten::mm", *OTHERS)]
+        assert launched == ["aten::_foreach_copy_", "aten::mm"]

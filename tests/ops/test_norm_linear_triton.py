@@ -9,20 +9,26 @@ class TestNormLinearTriton(TritonKernel):
     op = staticmethod(norm_linear)
     arguments = staticmethod(cpu.TestNormLinearCpu.arguments)
     registered = staticmethod(cpu.TestNormLinearCpu.registered)
-    # A configuration is decided by the two tiles of a row. Those of sm_90 run nowhere else.
+    # A configuration is decided by the two tiles of a row and whether rows are few. Those of sm_90 run nowhere else.
     alone = (90,)
     cases = (
+        Case(90, BF16, (2, 32, 32, 144, 432), {}, 128),
+        Case(90, BF16, (2, 32, 32, 192, 576), {}, 128),
+        Case(90, BF16, (2, 32, 32, 240, 720), {"per_sample": True}, 128),
+        Case(90, F16, (2, 32, 32, 512, 512), {}, 128),
+        Case(90, BF16, (2, 32, 32, 9, 27), {"bias": False}),
         Case(90, BF16, (2, 8, 8, 144, 432), {}, 128),
-        Case(90, BF16, (2, 8, 8, 192, 576), {}, 128),
         Case(90, BF16, (2, 8, 8, 240, 720), {"per_sample": True}, 128),
-        Case(90, F16, (2, 8, 8, 512, 512), {}, 128),
-        Case(90, BF16, (2, 8, 8, 9, 27), {"bias": False}),
-        Case(90, F32, (2, 8, 8, 144, 432), {}, 128),
-        Case(90, F32, (2, 8, 8, 512, 64), {}, 128),
-        Case(80, BF16, (2, 8, 8, 192, 576), {}, 128),
-        Case(80, BF16, (2, 8, 8, 512, 512), {"per_sample": True}, 128),
-        Case(80, F32, (2, 8, 8, 240, 720), {}, 128),
-        Case(86, BF16, (2, 8, 8, 240, 720), {}, 128),
-        Case("gfx942", F16, (2, 8, 8, 64, 192)),
+        Case(90, F32, (2, 32, 32, 144, 432), {}, 128),
+        Case(90, F32, (2, 32, 32, 512, 64), {}, 128),
+        Case(80, BF16, (2, 32, 32, 192, 576), {}, 128),
+        Case(80, BF16, (2, 32, 32, 512, 512), {"per_sample": True}, 128),
+        Case(80, F32, (2, 32, 32, 240, 720), {}, 128),
+        Case(86, BF16, (2, 32, 32, 240, 720), {}, 128),
+        Case("gfx942", F16, (2, 32, 32, 64, 192)),
     )
-    larger = (3, 9, 11, 144, 432)
+    larger = (3, 29, 31, 144, 432)
+
+    def test_forward_rounds_weights_of_many_rows(self):
+        few, many = (self.cases[0]._replace(sizes=(2, size, size, *self.larger[3:])) for size in (8, 32))
+        assert (self.casts(few), self.casts(many)) == (1, 2)

@@ -23,6 +23,7 @@ from ..triton_tools import SHARED_MEMORY_LIMITS, Compiled, offline, resources, r
 from .inputs import Arguments, Draw, mapped
 from .kernel import KernelTester, in_float32
 from .measure import tensors
+from .test_running_stats import Counted
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -109,10 +110,19 @@ class TritonKernel:
         with offline(case.architecture, compiling) as kernels:
             for op, inputs in self.registered(arguments):
                 name = op._schema.name.removeprefix("mvit3::")
-                module = importlib.import_module(f"mvit3_kernels.ops.{name.rpartition('_')[0]}.triton")  # <op>_<pass>
+                package = name.rpartition("_")[0]  # <op>_<pass>, or <op>_<part>_<pass>
+                package = package.removesuffix("_layer").removesuffix("_norm")
+                module = importlib.import_module(f"mvit3_kernels.ops.{package}.triton")
                 getattr(module, name)(FORMS[name].call(*inputs))
         assert kernels.grids
         return kernels
+
+    def casts(self, case: Case) -> int:
+        """Launches beside the kernels that only change a dtype."""
+        arguments = self.make(case, "meta")
+        with Counted() as counted:
+            self.launched(case, arguments, compiling=False)
+        return counted.names.count("aten::_to_copy")
 
     def compiled(self, case: Case) -> Compiled:
         return self.launched(case, self.make(case, "meta"))

@@ -6,7 +6,7 @@ the sums. Nothing of it is saved. Backward makes it again and writes it, beside 
 follow: norm_linear's backward, and the second weight's. Making both again inside each of those instead would cost 8
 products where these are 5, and save 10 passes over C channels (about as long, by count, at C = 144); but a row, two
 weights and sums together do not fit the registers of any configuration that was tried. Launches: 1 forward and 6
-backward, for a norm of samples 2 and 7.
+backward, for a norm of samples 2 and 7; and those of `multiplied`, where weights have another dtype than x.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
     if not rows.from_shared_memory or width > 256:
         first = {"BLOCK_M": 32, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
-    elif drops:
+    elif drops or (forward and rows.few()):
         first = {"BLOCK_M": 64, "BLOCK_F": 32, "num_warps": 4 if width <= 192 else 8, "num_stages": 1}
     elif not forward:
         block = 128 if width <= 192 else 64
@@ -78,8 +78,9 @@ def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int
 
 
 def configuration(kernel: str, rows: Rows, hidden: int, drops: bool) -> dict[str, int]:
-    name = f"feed_forward_{kernel}{'_dropout' if drops else ''}"
-    return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, kernel == "fwd", drops))
+    forward = kernel == "fwd"
+    name = f"feed_forward_{kernel}{'_few' if forward and rows.few() else ''}{'_dropout' if drops else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, forward, drops))
 
 
 def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
@@ -225,7 +226,7 @@ def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         seeds, dropouts = _dropouts(call)
         config = configuration("fwd", rows, hidden, any(t is not None for t in seeds))
         norm_weight, norm_bias, bias1, bias2 = contiguous(call.norm_weight, call.norm_bias, call.bias1, call.bias2)
-        weight1, weight2 = multiplied(rows.x, call.weight1, call.weight2)
+        weight1, weight2 = rows.weights(call.weight1, call.weight2)
         with on_device(rows.x):
             _feed_forward_fwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
                 rows.x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, *seeds, y, mean, rstd,
@@ -238,9 +239,27 @@ def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
     """Launches the backward pass: the gradients of x, norm weight, norm bias, weight1, bias1, weight2 and bias2 (empty
     without one)."""
-    rows, features = Rows.of(call.x), call.weight1.shape[0]
-    dy, norm_weight, norm_bias, bias1 = contiguous(call.dy, call.norm_weight, call.norm_bias, call.bias1)
+    rows, dy = Rows.of(call.x), call.dy.contiguous()
+    norm, linear1, linear2 = parameters(call)
     weight1, weight2 = multiplied(rows.x, call.weight1, call.weight2)
+    hidden, dpre = hidden_backward(call, dy, weight1, weight2)
+    return (
+        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, dy, weight1),
+        *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
+    )
+
+
+def parameters(call: Call) -> tuple[LayerNorm, Linear, Linear]:
+    """Those of a backward pass."""
+    norm = LayerNorm(call.norm_weight, call.norm_bias, per_sample=call.per_sample)
+    return norm, Linear(call.weight1, call.bias1), Linear(call.weight2, call.bias2)
+
+
+def hidden_backward(call: Call, dy: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden tensor after its dropout, and the gradient of it before its activation, (rows, F), for both weights as
+    `multiplied`."""
+    rows, features = Rows.of(call.x), weight1.shape[0]
+    norm_weight, norm_bias, bias1 = contiguous(call.norm_weight, call.norm_bias, call.bias1)
     seeds, dropouts = _dropouts(call)
     config = configuration("bwd", rows, features, any(t is not None for t in seeds))
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
@@ -251,9 +270,4 @@ def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
                 rows.rows, rows.rows_per_sample, *dropouts,
                 PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
-    norm = LayerNorm(norm_weight, norm_bias, per_sample=call.per_sample)
-    linear1, linear2 = Linear(call.weight1, call.bias1), Linear(call.weight2, call.bias2)
-    return (
-        *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, dy, weight1),
-        *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
-    )
+    return hidden, dpre

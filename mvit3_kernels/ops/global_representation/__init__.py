@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import cycle
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from .. import dispatch, registry
 from ..checks import check_dropout, check_group, check_layer_norm, check_linear, check_map, check_patches
 from ..feed_forward import feed_forward
-from ..norm_linear import norm_linear
+from ..feed_forward import triton_why_not as feed_forward_why_not
+from ..norm_linear import empty_statistics, norm_linear
 from ..patch_attention import patch_attention
+from ..patch_attention import triton_why_not as attention_why_not
 from ..pointwise_conv import pointwise_conv
 from ..registry import Call, register
 from ..separable_attention import separable_attention
@@ -139,12 +142,37 @@ def _spread_why_not(
     return f"the spread kernels take at most {MOST_SPREAD} tokens, x has {rows}" if rows > MOST_SPREAD else None
 
 
+def _layerwise_why_not(
+    x: Tensor,
+    layers: Sequence[Layer],
+    norm: LayerNorm | None,
+    num_heads: int | None,
+    patch_size: tuple[int, int],
+    training: bool,
+) -> str | None:
+    """Why the layers of a call cannot be one node of autograd each; it runs as their ops then."""
+    if not training:
+        return "layers are one node of autograd each, and there are no gradients and no dropout"
+    if num_heads is None or not layers:
+        return "layers of separable attention train as their ops"
+    for layer in layers:
+        if len({norm[2:] for norm in (layer.norm1, layer.norm2)}) > 1:
+            return "one node of autograd takes norms of one kind and with one eps"
+        if len({linear.weight.dtype for linear in (layer.qkv, layer.out_proj, layer.fc1, layer.fc2)}) > 1:
+            return "one node of autograd takes weights of one dtype"
+    if 3 * math.prod(x.shape[1:]) >= 2**31:
+        return "one node of autograd takes queries, keys and values of less than 2^31 elements a sample"
+    return feed_forward_why_not(x) or attention_why_not(x, num_heads, x.shape[-1])
+
+
 RESIDENT = dispatch.Kernel("triton", _resident_why_not)
 SPREAD = dispatch.Kernel("triton", _spread_why_not)
+LAYERWISE = dispatch.Kernel("triton", _layerwise_why_not)
 # Every other call is made of ops, on the backend that is forced or on the best that each can have.
 KERNELS = (
     RESIDENT,
     SPREAD,
+    LAYERWISE,
     dispatch.Kernel("cpu", lambda x, *_: dispatch.cpu_why_not(x)),
     dispatch.Kernel("triton", lambda x, *_: dispatch.triton_32_bit_why_not(x)),
 )
@@ -222,6 +250,14 @@ def global_representation(
         way = "_spread" if kernel is SPREAD else ""
         op = getattr(torch.ops.mvit3, f"global_representation{way}_inference")
         return registry.run_without_gradient(op, x, _flat(layers), *final, *kind, num_heads, *patch_size)
+    if kernel is LAYERWISE:
+        for i, layer in enumerate(layers):
+            own = None if seed is None else seed + 3 * i
+            settings = (*layer.norm1[2:], num_heads, *patch_size, *dropouts, own)
+            x = torch.ops.mvit3.global_representation_layer_forward(x, *_flat([layer]), *settings)[0]
+        if norm is None or norm.per_sample:
+            return x if norm is None else reference.final_norm(x, norm)
+        return torch.ops.mvit3.global_representation_norm_forward(x, *norm[:3])[0]
     return reference.global_representation(x, layers, norm, num_heads, patch_size, dropouts, seed, OPS)
 
 
@@ -260,3 +296,84 @@ for _way in ("", "_spread"):
     )
     def _inference_fake(call: Call) -> Tensor:
         return torch.empty_like(call.x, memory_format=torch.contiguous_format)
+
+
+# A layer of multi-head attention in training as one node of autograd: its weights are rounded to the dtype of x in one
+# launch for all kernels of both passes, and the gradients of its residuals are added where the kernels of the norms
+# write. Backward needs beside the inputs what the ops of the layer keep, the tokens between its two branches and the
+# rounded weights, one behind the other (empty where they have that dtype).
+
+_LAYER = (
+    "Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, "
+    "Tensor norm2_weight, Tensor norm2_bias, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
+)
+_SETTINGS = (
+    "bool per_sample, int num_heads, int patch_height, int patch_width, float attention_dropout, "
+    "float hidden_dropout, float output_dropout, float ffn_output_dropout, Tensor? seed"
+)
+_LAYER_KEPT = (
+    "Tensor qkv, Tensor out, Tensor lse, Tensor mean1, Tensor rstd1, Tensor middle, Tensor mean2, Tensor rstd2, "
+    "Tensor packed"
+)
+
+
+def weights_of_layer(call: Call) -> tuple[Tensor, ...]:
+    """Of its four linear maps."""
+    return call.qkv_weight, call.out_weight, call.weight1, call.weight2
+
+
+def packed_sizes(x: Tensor, weights: Sequence[Tensor]) -> list[int]:
+    """Elements that each weight takes among the rounded ones, which begin on 128 bytes; none where nothing is
+    rounded."""
+    return [0 if weight.dtype is x.dtype else -(-weight.numel() // 64) * 64 for weight in weights]
+
+
+@registry.forward(
+    "global_representation_layer_forward",
+    f"(Tensor x, {_LAYER}, float eps, {_SETTINGS}) -> (Tensor y, {_LAYER_KEPT})",
+    triton=__name__,
+)
+def _layer_forward_fake(call: Call) -> tuple[Tensor, ...]:
+    x, positions = call.x, call.patch_height * call.patch_width
+    batch, height, width, channels = x.shape
+    tokens = (height // call.patch_height) * (width // call.patch_width)
+    y, out, middle = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
+    qkv = x.new_empty(batch, height, width, 3 * channels)
+    lse = x.new_empty(batch, positions, call.num_heads, tokens, dtype=torch.float32)
+    first, second = (empty_statistics(x, call.per_sample) for _ in range(2))
+    return y, qkv, out, lse, *first, middle, *second, x.new_empty(sum(packed_sizes(x, weights_of_layer(call))))
+
+
+registry.backward(
+    "global_representation_layer_backward",
+    f"(Tensor dy, Tensor x, {_LAYER}, {_LAYER_KEPT}, {_SETTINGS}) -> (Tensor dx, "
+    + ", ".join(
+        f"Tensor d{name}"
+        for name in (
+            *("norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias"),
+            *("norm2_weight", "norm2_bias", "weight1", "bias1", "weight2", "bias2"),
+        )
+    )
+    + ")",
+    triton=__name__,
+)
+
+
+# The final norm in training, of tokens.
+
+
+@registry.forward(
+    "global_representation_norm_forward",
+    "(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    triton=__name__,
+)
+def _norm_forward_fake(call: Call) -> tuple[Tensor, ...]:
+    return torch.empty_like(call.x, memory_format=torch.contiguous_format), *empty_statistics(call.x, False)
+
+
+registry.backward(
+    "global_representation_norm_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    triton=__name__,
+)

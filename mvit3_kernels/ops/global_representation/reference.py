@@ -38,7 +38,7 @@ class Dropouts(NamedTuple):
 REFERENCES = Ops(norm_linear, patch_attention, pointwise_conv, separable_attention, feed_forward)
 
 
-def _final_norm(x: Tensor, norm: LayerNorm) -> Tensor:
+def final_norm(x: Tensor, norm: LayerNorm) -> Tensor:
     # Of a sample not by group_norm, which on a GPU wants the other layout and hands it back: two copies of the map.
     shape = x.shape[1:] if norm.per_sample else x.shape[-1:]
     weight, bias = (t.to(x.dtype).expand(shape) for t in norm[:2])
@@ -67,4 +67,4 @@ def global_representation(
             )
             x, _ = ops.pointwise_conv(tokens, layer.out_proj, None, "identity", x, p.output, seeds[1])
         x = ops.feed_forward(x, layer.norm2, layer.fc1, layer.fc2, p.hidden, p.ffn_output, seeds[2])
-    return x if norm is None else _final_norm(x, norm)
+    return x if norm is None else final_norm(x, norm)

@@ -1,4 +1,7 @@
-"""Triton kernels of global_representation without gradients: all layers of a stage and its final norm in one launch.
+"""Triton kernels of global_representation: without gradients all layers of a stage and its final norm in one launch;
+with them the launches of a layer, which are those of its ops.
+
+Without gradients:
 
 A program owns tokens on which nothing else of the map has an effect, takes them through all layers, and walks over them
 a tile of rows at a time. Between two walks they lie in y, and the queries, keys and values of one layer in a small
@@ -27,10 +30,23 @@ import torch
 import triton
 from torch import Tensor
 
-from ..registry import Call
-from ..triton_common import contiguous, multiplies_from_shared_memory, multiprocessors, on_device
-from ..triton_rows import two_tiles
-from . import TILE, kernels, spread_kernels
+from ..dropout.triton import drop
+from ..feed_forward.triton import feed_forward_forward, hidden_backward, parameters
+from ..norm_linear.triton import norm_linear_forward
+from ..patch_attention.triton import patch_attention_backward, patch_attention_forward
+from ..pointwise_conv.triton import Convolution, convolve
+from ..registry import FORMS, Call
+from ..triton_common import (
+    IDENTITY,
+    contiguous,
+    multiplies_from_shared_memory,
+    multiprocessors,
+    on_device,
+    split_rows,
+)
+from ..triton_rows import Rows, two_tiles
+from ..types import LayerNorm, Linear
+from . import TILE, kernels, layer_kernels, norm_kernels, packed_sizes, spread_kernels, weights_of_layer
 from .walks import FC1, QKV, TENSORS
 
 _OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
@@ -192,3 +208,135 @@ def global_representation_spread_inference(call: Call) -> Tensor:
             PARTS=parts, **patch, **tiles, BLOCK_M=SPREAD_ROWS, num_warps=4,
         )  # fmt: skip
     return y
+
+
+# A layer in training
+
+
+def _pack(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+    """The weights in the dtype of x, one behind the other, in one launch."""
+    sizes = packed_sizes(x, weights)
+    packed = x.new_empty(sum(sizes))
+    if packed.numel():
+        torch._foreach_copy_(list(_unpack(packed, weights)), list(weights))
+    return packed
+
+
+def _unpack(packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The weights as products read them."""
+    if not packed.numel():
+        return weights
+    rounded = packed.split(packed_sizes(packed, weights))
+    return tuple(t[: weight.numel()].view(weight.shape) for t, weight in zip(rounded, weights, strict=True))
+
+
+def _seeds(call: Call) -> tuple[Tensor | None, ...]:
+    """Of attention, its output and the feed-forward network."""
+    rates = ((call.attention_dropout,), (call.output_dropout,), (call.hidden_dropout, call.ffn_output_dropout))
+    return tuple(call.seed + i if i and any(p) else call.seed for i, p in enumerate(rates))
+
+
+def _attention(call: Call, seed: Tensor | None) -> tuple:
+    """The last arguments of patch_attention."""
+    return call.num_heads, call.patch_height, call.patch_width, call.attention_dropout, seed
+
+
+def _feed_forward(call: Call, weight1: Tensor, weight2: Tensor, seed: Tensor | None) -> tuple:
+    """The last arguments of feed_forward but for what backward keeps."""
+    dropouts = call.hidden_dropout, call.ffn_output_dropout
+    return weight1, call.bias1, weight2, call.bias2, *dropouts, seed
+
+
+def global_representation_layer_forward(call: Call) -> tuple[Tensor, ...]:
+    """Launches the forward pass of a layer: y, and what backward needs."""
+    x, weights = call.x.contiguous(), contiguous(*weights_of_layer(call))
+    packed = _pack(x, weights)
+    qkv_weight, out_weight, weight1, weight2 = _unpack(packed, weights)
+    seed, output_seed, ffn_seed = _seeds(call)
+    kind = (call.eps, call.per_sample)
+    norm = (call.norm1_weight, call.norm1_bias, *kind)
+    qkv, *first = norm_linear_forward(FORMS["norm_linear_forward"].call(x, *norm, qkv_weight, call.qkv_bias))
+    out, lse = patch_attention_forward(FORMS["patch_attention_forward"].call(qkv, *_attention(call, seed)))
+    residual = x if call.output_dropout == 0 else None
+    middle = convolve(Convolution(out, None, out_weight, call.out_bias, None, IDENTITY.value, residual))
+    if residual is None:
+        middle = drop(middle, call.output_dropout, output_seed, x)
+    norm = (call.norm2_weight, call.norm2_bias, *kind)
+    rest = (*_feed_forward(call, weight1, weight2, ffn_seed), False)
+    y, *second, _ = feed_forward_forward(FORMS["feed_forward_forward"].call(middle, *norm, *rest))
+    return y, qkv, out, lse, *first, middle, *second, packed
+
+
+def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
+    """Launches the backward pass of a layer: the gradients of x and of its parameters (empty where there is none)."""
+    dy, x, out, packed = contiguous(call.dy, call.x, call.out, call.packed)
+    weights = contiguous(*weights_of_layer(call))
+    qkv_weight, out_weight, weight1, weight2 = _unpack(packed, weights)
+    seed, output_seed, ffn_seed = _seeds(call)
+    rows, channels = Rows.of(x), x.shape[-1]
+
+    norm = (call.norm2_weight, call.norm2_bias, call.per_sample)
+    rest = (*_feed_forward(call, *weights[2:], ffn_seed), call.mean2, call.rstd2, x.new_empty(0))
+    ffn = FORMS["feed_forward_backward"].call(dy, call.middle, *norm, *rest)
+    norm, linear1, linear2 = parameters(ffn)
+    hidden, dpre = hidden_backward(ffn, dy, weight1, weight2)
+    dmiddle, fc1 = Rows.of(call.middle).norm_linear_parts(dpre, norm, linear1, ffn.mean, ffn.rstd, dy, weight1)
+    fc2 = rows.second_weight_parts(dy, hidden, linear2, call.ffn_output_dropout, ffn_seed)
+    del hidden, dpre
+
+    dout = dmiddle if call.output_dropout == 0 else drop(dmiddle, call.output_dropout, output_seed, None)
+    projection = Linear(weights[1], call.out_bias)
+    out_proj = rows.second_weight_parts(dout, out.view(-1, channels), projection, 0.0, None)
+    dout = (dout.view(-1, channels) @ out_weight.flatten(1)).view(x.shape)
+    dqkv = patch_attention_backward(
+        FORMS["patch_attention_backward"].call(dout, call.qkv, out, call.lse, *_attention(call, seed))
+    )
+    norm = LayerNorm(call.norm1_weight, call.norm1_bias, per_sample=call.per_sample)
+    linear, statistics = Linear(weights[0], call.qkv_bias), contiguous(call.mean1, call.rstd1)
+    dx, qkv = rows.norm_linear_parts(dqkv, norm, linear, *statistics, dmiddle, qkv_weight)
+    parts, features = (qkv, fc1, out_proj, fc2), weight1.shape[0]
+    blocks = triton.cdiv(channels, 32), triton.cdiv(max(3 * channels, features), 16)
+    with on_device(x):
+        layer_kernels.layer_gradient_kernel[(*blocks, len(parts))](
+            *(p.tensors for p in parts), *(count for p in parts for count in p.counts),
+            C=channels, F=features, BLOCK_C=32, BLOCK_O=16, BLOCK_F=32, num_warps=4,
+        )  # fmt: skip
+    first, second, third, fourth = (p.gradients(x) for p in parts)
+    return dx, *first, *third, *second, *fourth
+
+
+# The final norm in training
+
+
+def global_representation_norm_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward pass: y, and mean and rstd = 1 / sqrt(variance + eps) of each token."""
+    rows = Rows.of(call.x)
+    y = torch.empty_like(rows.x)
+    mean, rstd = (rows.float32(rows.rows) for _ in range(2))
+    if rows.rows:
+        with on_device(y):
+            norm_kernels.norm_fwd_kernel[(triton.cdiv(rows.rows, 16),)](
+                rows.x, *contiguous(call.weight, call.bias), y, mean, rstd, rows.rows, call.eps,
+                **rows.tiles, BLOCK_M=16, num_warps=4,
+            )  # fmt: skip
+    return y, mean, rstd
+
+
+def global_representation_norm_backward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the backward pass: the gradients of x, weight and bias."""
+    rows, channels = Rows.of(call.x), call.x.shape[-1]
+    dy, weight, mean, rstd = contiguous(call.dy, call.weight, call.mean, call.rstd)
+    dx, dweight, dbias = torch.empty_like(rows.x), torch.empty_like(weight), torch.empty_like(weight)
+    if not rows.rows:
+        return dx, dweight.zero_(), dbias.zero_()
+    parts, rows_per_part = split_rows(rows.rows, 2 * multiprocessors(dx), 16)
+    part = rows.float32(parts, 2, channels)
+    with on_device(dx):
+        norm_kernels.norm_bwd_kernel[(parts,)](
+            dy, rows.x, weight, mean, rstd, dx, part, rows.rows, rows_per_part,
+            **rows.tiles, BLOCK_M=16, num_warps=8,
+        )  # fmt: skip
+        norm_kernels.norm_gradient_kernel[(triton.cdiv(channels, 32),)](
+            part, dweight, dbias, parts, C=channels, BLOCK=32, num_warps=4
+        )
+    return dx, dweight, dbias

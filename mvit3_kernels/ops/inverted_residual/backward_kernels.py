@@ -22,7 +22,7 @@ from ..triton_common import (
     store_vector,
     sum_of_pairs,
 )
-from .kernels import NOT_SPECIALIZED, load_deviations, load_rounded_weight
+from .kernels import NOT_SPECIALIZED, add_up, load_deviations, load_rounded_weight
 
 
 @triton.jit
@@ -144,38 +144,55 @@ def project_product_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def middle_norm_bwd_kernel(
-    sums_ptr,  # (2, E), float32: of g and of g * (z - mean)
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (E,)
-    dweight_ptr, dbias_ptr, coefficients_ptr,  # written: (E,), like the norm's; (4, E), float32
-    rows, eps,
-    E: tl.constexpr, BLOCK: tl.constexpr,
+def project_gradient_kernel(
+    part_ptr,  # (parts, OUT + 2, E), float32, of project_bwd_kernel
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
+    first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr,  # of the first norm, (E,)
+    dproject_ptr, dweight_ptr, dbias_ptr,  # written: (OUT, E) and (E,), like the parameters
+    coefficients_ptr, folded_ptr,  # written: (4, E), (2, E), float32
+    rows, parts, eps, first_eps,
+    E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the middle norm's weight and bias, and four coefficients of each channel: scale and shift of the
-    folded norm, and offset and slope, with which dz = scale * g + offset + slope * z.
+    """What the parts add up to: the gradients of the projection's weight and of the middle norm's weight and bias. And
+    what the passes behind it need of both norms: scale and shift of the first, folded; and for each channel of the
+    middle one scale and shift, and offset and slope, with which dz = scale * g + offset + slope * z:
 
         dbias = sum g;  dweight = rstd * sum(g * (z - mean))
         slope = -scale * rstd * dweight / rows;  offset = -scale * dbias / rows - slope * mean
 
-    A program has BLOCK channels."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
-    rstd = inverse_std(load_vector(var_ptr, column, WIDTH=E, OTHER=1.0), eps)
-    dbias, dweight = load_vector(sums_ptr, column, WIDTH=E), load_vector(sums_ptr + E, column, WIDTH=E) * rstd
-    slope = -scale * rstd * dweight / rows
-    offset = -scale * dbias / rows - slope * load_vector(mean_ptr, column, WIDTH=E)
-    store_vector(dweight_ptr, column, dweight, WIDTH=E)
-    store_vector(dbias_ptr, column, dbias, WIDTH=E)
-    store_vector(coefficients_ptr, column, scale, WIDTH=E)
-    store_vector(coefficients_ptr + E, column, shift, WIDTH=E)
-    store_vector(coefficients_ptr + 2 * E, column, offset, WIDTH=E)
-    store_vector(coefficients_ptr + 3 * E, column, slope, WIDTH=E)
+    The first programs have BLOCK channels of the norms each, the others BLOCK values of the weight."""
+    blocks: tl.constexpr = (E + BLOCK - 1) // BLOCK
+    SIZE: tl.constexpr = (OUT + 2) * E
+    if tl.program_id(0) < blocks:
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        valid = column < E
+        scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+        rstd = inverse_std(load_vector(var_ptr, column, WIDTH=E, OTHER=1.0), eps)
+        dbias = add_up(part_ptr + OUT * E, parts, column, valid, N=SIZE, FEW=FEW)
+        dweight = add_up(part_ptr + (OUT + 1) * E, parts, column, valid, N=SIZE, FEW=FEW) * rstd
+        slope = -scale * rstd * dweight / rows
+        offset = -scale * dbias / rows - slope * load_vector(mean_ptr, column, WIDTH=E)
+        store_vector(dweight_ptr, column, dweight, WIDTH=E)
+        store_vector(dbias_ptr, column, dbias, WIDTH=E)
+        store_vector(coefficients_ptr, column, scale, WIDTH=E)
+        store_vector(coefficients_ptr + E, column, shift, WIDTH=E)
+        store_vector(coefficients_ptr + 2 * E, column, offset, WIDTH=E)
+        store_vector(coefficients_ptr + 3 * E, column, slope, WIDTH=E)
+        scale, shift = load_folded_norm(
+            first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr, column, first_eps, C=E
+        )
+        store_vector(folded_ptr, column, scale, WIDTH=E)
+        store_vector(folded_ptr + E, column, shift, WIDTH=E)
+    else:
+        column = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)
+        total = add_up(part_ptr, parts, column, column < OUT * E, N=SIZE, FEW=FEW)
+        store_vector(dproject_ptr, column, total, WIDTH=OUT * E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def filtered_bwd_kernel(
     dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
-    weight_ptr, coefficients_ptr,  # (OUT, E); (4, E), float32, of middle_norm_bwd_kernel
+    weight_ptr, coefficients_ptr,  # (OUT, E); (4, E), float32, of project_gradient_kernel
     dz_ptr,  # written: (rows, E), like z
     rows,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,

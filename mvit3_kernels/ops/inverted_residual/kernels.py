@@ -14,6 +14,7 @@ from ..triton_common import (
     activate,
     at_least_zero,
     dot,
+    inverse_std,
     load_folded_norm,
     load_sums,
     load_tile,
@@ -42,16 +43,29 @@ def load_rounded_weight(weight_ptr, x_ptr, output, column, OUT: tl.constexpr, WI
     return weight.to(x_ptr.dtype.element_ty).to(tl.float32)
 
 
+@triton.jit
+def add_up(part_ptr, parts, column, valid, N: tl.constexpr, FEW: tl.constexpr):
+    """The sums of columns `column` of (parts, N), float32; where there are FEW parts one after the other, else many at
+    a time."""
+    if FEW:
+        total = tl.zeros((column.shape[0],), tl.float32)
+        for part in tl.range(0, parts, loop_unroll_factor=4):
+            total += tl.load(part_ptr + part * N + column, mask=valid, other=0.0)
+    else:
+        total = load_sums(part_ptr, parts, column, valid, C=N, BLOCK_C=column.shape[0])
+    return total
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def add_parts_kernel(
     part_ptr,  # (parts, N), float32
     total_ptr,  # written: (N,), float32
     parts,
-    N: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of the parts. A program has BLOCK columns."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    store_vector(total_ptr, column, load_sums(part_ptr, parts, column, column < N, C=N, BLOCK_C=BLOCK), WIDTH=N)
+    store_vector(total_ptr, column, add_up(part_ptr, parts, column, column < N, N=N, FEW=FEW), WIDTH=N)
 
 
 @triton.jit
@@ -104,15 +118,15 @@ def moments_fwd_kernel(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def expanded_moments_kernel(
     x_ptr,  # only its dtype is used
-    weight_ptr,  # W, (E, C)
+    weight_ptr, norm_weight_ptr, norm_bias_ptr,  # W, (E, C); of the first norm, (E,)
     total_ptr, pivot_ptr,  # (C + 1, C) and (C,), float32, of moments_fwd_kernel
     mean_ptr, covariance_ptr,  # written: (C,) and (C, C), float32
-    expanded_mean_ptr, expanded_var_ptr,  # written: (E,), float32
-    rows,
+    expanded_mean_ptr, expanded_var_ptr, folded_ptr,  # written: (E,), (E,), (2, E), float32
+    rows, eps,
     C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean m and covariance S of x, and from them those of the expansion (identity A): channel w x, for a row w of W,
-    has the mean w m and the variance w S w^T.
+    has the mean w m and the variance w S w^T. And scale and shift of the norm of these.
 
     A program has BLOCK_E expanded channels. Reads the moments of x once for each program, and W C / BLOCK_C times."""
     output = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -136,22 +150,12 @@ def expanded_moments_kernel(
         var += tl.sum(weight * product, 1)
         if tl.program_id(0) == 0:
             store_vector(mean_ptr, right, right_mean, WIDTH=C)
+    var = at_least_zero(var)
     store_vector(expanded_mean_ptr, output, mean, WIDTH=E)
-    store_vector(expanded_var_ptr, output, at_least_zero(var), WIDTH=E)
-
-
-@triton.jit
-def fold_norm_kernel(
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (E,)
-    scale_ptr, shift_ptr,  # written: (E,), float32
-    eps,
-    E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scale and shift of a norm of known statistics, in one launch. A program has BLOCK channels."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
-    store_vector(scale_ptr, column, scale, WIDTH=E)
-    store_vector(shift_ptr, column, shift, WIDTH=E)
+    store_vector(expanded_var_ptr, output, var, WIDTH=E)
+    scale = load_vector(norm_weight_ptr, output, WIDTH=E) * inverse_std(var, eps)
+    store_vector(folded_ptr, output, scale, WIDTH=E)
+    store_vector(folded_ptr + E, output, load_vector(norm_bias_ptr, output, WIDTH=E) - mean * scale, WIDTH=E)
 
 
 @triton.jit

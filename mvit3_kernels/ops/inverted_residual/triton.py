@@ -43,7 +43,7 @@ from ..types import BatchNorm
 from . import backward_kernels, evaluation_kernels, kernels
 from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
 
-SUMS_BLOCK = 32  # columns of sums in a program
+MOST_FEW = 72  # parts up to which a program adds up one after the other
 
 
 def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dict[str, int]]:
@@ -119,16 +119,6 @@ def _norm_backward(call: Call, part: str) -> BatchNorm:
     return _norm(call, part, *contiguous(getattr(call, f"{part}_mean"), getattr(call, f"{part}_var")))
 
 
-def _folded(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift, float32, in one launch."""
-    channels = len(norm.weight)
-    scale, shift = (_float32(norm.weight, channels) for _ in range(2))
-    kernels.fold_norm_kernel[(triton.cdiv(channels, 128),)](
-        *norm[:4], scale, shift, norm.eps, E=channels, BLOCK=128, num_warps=4
-    )
-    return scale, shift
-
-
 def _parts(x: Tensor, rows: int, config: dict[str, int], blocks: int, count: int) -> tuple[Tensor, int]:
     """A workspace for `count` values of each part of the rows, and the rows of a part, where a part is `blocks`
     programs."""
@@ -137,33 +127,37 @@ def _parts(x: Tensor, rows: int, config: dict[str, int], blocks: int, count: int
     return _float32(x, parts, count), rows_per_part
 
 
+def _sums(parts: int) -> dict[str, int | bool]:
+    """How programs add up so many parts: BLOCK columns each."""
+    few = parts <= MOST_FEW
+    return {"FEW": few, "BLOCK": 256 if few else 32, "num_warps": 4}
+
+
 def _add_parts(part: Tensor) -> Tensor:
     """(parts, N) to (N,)."""
-    parts, count = part.shape
+    (parts, count), config = part.shape, _sums(len(part))
     total = _float32(part, count)
-    kernels.add_parts_kernel[(triton.cdiv(count, SUMS_BLOCK),)](
-        part, total, parts, N=count, BLOCK=SUMS_BLOCK, num_warps=4
-    )
+    kernels.add_parts_kernel[(triton.cdiv(count, config["BLOCK"]),)](part, total, parts, N=count, **config)
     return total
 
 
 # Forward
 
 
-def _expansion_moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and covariance of x, mean and variance of its expansion."""
+def _expansion_moments(x: Tensor, weight: Tensor, norm: BatchNorm) -> tuple[Tensor, ...]:
+    """Mean and covariance of x, mean and variance of its expansion, and scale and shift of the norm by these."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     config = configuration("moments", x, inputs, inputs)
     blocks = triton.cdiv(inputs, config["BLOCK_N"]) ** 2
     part, rows_per_part = _parts(x, rows, config, blocks, inputs * (inputs + 1))
     pivot, mean, covariance = _float32(x, inputs), _float32(x, inputs), _float32(x, inputs, inputs)
-    expanded_mean, expanded_var = _float32(x, expanded), _float32(x, expanded)
+    expanded_mean, expanded_var, folded = _float32(x, expanded), _float32(x, expanded), _float32(x, 2, expanded)
     kernels.moments_fwd_kernel[(blocks * len(part),)](x, pivot, part, rows, rows_per_part, C=inputs, **config)
     kernels.expanded_moments_kernel[(triton.cdiv(expanded, 16),)](
-        x, weight, _add_parts(part), pivot, mean, covariance, expanded_mean, expanded_var, rows,
-        C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=32, num_warps=4,
+        x, weight, *norm[:2], _add_parts(part), pivot, mean, covariance, expanded_mean, expanded_var, folded,
+        rows, norm.eps, C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=32, num_warps=4,
     )  # fmt: skip
-    return mean, covariance, expanded_mean, expanded_var
+    return mean, covariance, expanded_mean, expanded_var, folded
 
 
 def _project(z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> tuple[Tensor, tuple[Tensor, int, int]]:
@@ -191,16 +185,14 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
     x, expand, depthwise_weight, project = contiguous(call.x, call.expand, call.depthwise, call.project)
     act, geometry = call.act, (call.stride, call.dilation)
     with on_device(x):
-        mean, covariance, *first = _expansion_moments(x, expand)
+        mean, covariance, *first, folded = _expansion_moments(x, expand, _norm(call, "expand", None, None))
         norm = _norm(call, "expand", *first)
         if call.store:
             a = convolve(Convolution(x, None, expand, None, norm, act, None))
             z, *middle = depthwise(a, depthwise_weight, *geometry)
         else:
             a = x.new_empty(0)
-            z, *middle = torch.ops.mvit3.inverted_residual_filter(
-                x, expand, *_folded(norm), depthwise_weight, *geometry, act
-            )
+            z, *middle = torch.ops.mvit3.inverted_residual_filter(x, expand, *folded, depthwise_weight, *geometry, act)
         p, partials = _project(z, project, _norm(call, "depthwise", *middle), act)
         residual = x if call.stride == 1 and x.shape[-1] == p.shape[-1] else None
         y, *last = normalize(p, _norm(call, "project", None, None), IDENTITY.value, residual, partials)
@@ -211,10 +203,10 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
 
 
 def _project_backward(
-    dp: Tensor, z: Tensor, weight: Tensor, norm: BatchNorm, act: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the projection's weight and of the middle norm's weight and bias, and that norm's coefficients
-    (4, E)."""
+    dp: Tensor, z: Tensor, weight: Tensor, first: BatchNorm, norm: BatchNorm, act: int
+) -> tuple[Tensor, ...]:
+    """The gradients of the projection's weight and of the middle norm's weight and bias, that norm's coefficients (4,
+    E), and scale and shift of the first norm."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     config = configuration("project_bwd", z, expanded, outputs)
     columns, blocks = triton.cdiv(expanded, config["BLOCK_N"]), triton.cdiv(outputs, config["BLOCK_K"])
@@ -227,14 +219,15 @@ def _project_backward(
         rounded = multiplied(z, weight)
         backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, *rounded, *rest, **flags)
         backward_kernels.project_product_bwd_kernel[(columns * blocks * len(part),)](dp, z, *rest, **flags)
-    total = _add_parts(part)
-    dweight, dbias = (torch.empty_like(t) for t in norm[:2])
-    coefficients = _float32(z, 4, expanded)
-    backward_kernels.middle_norm_bwd_kernel[(triton.cdiv(expanded, SUMS_BLOCK),)](
-        total[outputs * expanded :], *norm[:4], dweight, dbias, coefficients, rows, norm.eps,
-        E=expanded, BLOCK=SUMS_BLOCK, num_warps=1,
+    gradients = tuple(torch.empty_like(t) for t in (weight, *norm[:2]))
+    coefficients, folded = _float32(z, 4, expanded), _float32(z, 2, expanded)
+    config = _sums(len(part))
+    grid = (triton.cdiv(expanded, config["BLOCK"]) + triton.cdiv(outputs * expanded, config["BLOCK"]),)
+    backward_kernels.project_gradient_kernel[grid](
+        part, *norm[:4], *first[:4], *gradients, coefficients, folded, rows, len(part), norm.eps, first.eps,
+        E=expanded, OUT=outputs, **config,
     )  # fmt: skip
-    return total[: outputs * expanded].view(weight.shape).to(weight.dtype), dweight, dbias, coefficients
+    return *gradients, coefficients, folded
 
 
 def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tensor, act: int) -> Tensor:
@@ -250,10 +243,10 @@ def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tens
 
 
 def _expand_backward(
-    da: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, mean: Tensor, act: int
+    da: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, scale: Tensor, mean: Tensor, act: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx without the norm's correction, and G^T (x - mean) and sum G for the gradient G of the first norm's output,
-    which may replace da."""
+    which may replace da. `scale`: of the folded norm."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     flags = {"C": inputs, "E": expanded}
     if fits_a_program(x, expanded):
@@ -269,11 +262,11 @@ def _expand_backward(
     grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(expanded, config["BLOCK_N"]),)
     (rounded,) = multiplied(x, weight)
     backward_kernels.expanded_bwd_kernel[grid](x, rounded, *norm[:4], da, rows, norm.eps, ACT=act, **flags, **config)
-    return _products_backward(da, x, rounded, norm, mean)
+    return _products_backward(da, x, rounded, scale, mean)
 
 
 def _products_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, mean: Tensor
+    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the gradient G of the first norm's output."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
@@ -284,7 +277,6 @@ def _products_backward(
         gradient, x, mean, part, rows, rows_per_part, C=inputs, E=expanded, **config
     )
     total = _add_parts(part)
-    scale, _ = _folded(norm)
     scaled = (weight.flatten(1).to(x.dtype) * scale[:, None]).to(x.dtype)
     return (
         (gradient.view(rows, expanded) @ scaled).view(x.shape),
@@ -332,23 +324,23 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     residual = dy if call.stride == 1 and x.shape[-1] == call.p.shape[-1] else None
     with on_device(x):
         dp, *dlast = normalize_backward(dy, call.p, last, IDENTITY.value)
-        dproject, *dmiddle, coefficients = _project_backward(dp, z, project, middle, act)
+        dproject, *dmiddle, coefficients, folded = _project_backward(dp, z, project, first, middle, act)
         centred = True
         if a.numel() > 0:
             # The gradient of z lives no longer than it is read.
             da, ddepthwise = depthwise_backward(
                 _filtered_backward(dp, z, project, coefficients, act), a, depthwise_weight, *geometry
             )
-            dx, product, total = _expand_backward(da, x, expand, first, mean, act)
+            dx, product, total = _expand_backward(da, x, expand, first, folded[0], mean, act)
         else:
             scale, shift, offset, slope = coefficients
             dx, product, total, gradient, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
                 dp, project, z, scale, shift, scale, offset, slope,
-                x, expand, *_folded(first), depthwise_weight, *geometry, act,
+                x, expand, *folded, depthwise_weight, *geometry, act,
             )  # fmt: skip
             centred = x.shape[-1] > MOST_INPUTS_IN_BACKWARD
             if centred:
-                dx, product, total = _products_backward(gradient, x, expand, first, mean)
+                dx, product, total = _products_backward(gradient, x, expand, folded[0], mean)
         dfirst, correction = _expand_gradient((product, total, centred), x, expand, first, mean, call.covariance)
         _correct(dx, x, residual, expand, correction, mean)
     ddepthwise = ddepthwise.view(depthwise_weight.shape).to(depthwise_weight.dtype)

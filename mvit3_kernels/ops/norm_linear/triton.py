@@ -6,7 +6,7 @@ are not folded into weight and bias beforehand, which would cost a launch for ev
 products: the gradient of x over whole rows, with the norm's own gradient at its end, and the weight's, in parts of the
 rows, from which the gradients of the norm's parameters follow as sums over the weight's rows (identity C). Launches: 1
 forward and 3 backward where the norm is of tokens, 2 and 4 where it is of samples, whose statistics and sums need all
-rows first.
+rows first; and those of `multiplied`, where the weight has another dtype than x.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..triton_common import contiguous, load_vector, multiplied, multiprocessors, on_device, store_tile
+from ..triton_common import contiguous, load_vector, multiprocessors, on_device, store_tile
 from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_normalise_rows, multiply_rows
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
@@ -31,7 +31,7 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
     first = {"BLOCK_M": rows.block(), "BLOCK_N": block, "num_warps": 8, "num_stages": 2}
     if float32:
         return [first]
-    if rows.from_shared_memory and rows.width() <= 256:
+    if rows.from_shared_memory and rows.width() <= 256 and not rows.few():
         few = rows.width() <= 192
         first = {"BLOCK_M": 128 if few else 64, "BLOCK_N": 64 if few else 32, "num_warps": 8, "num_stages": 2}
         first["maxnreg"] = 128
@@ -40,7 +40,8 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
 
 
 def configuration(rows: Rows, outputs: int) -> dict[str, int]:
-    return tuning.choose("norm_linear_fwd", rows.x, (rows.channels, outputs), lambda: configurations(rows))
+    name = f"norm_linear_fwd{'_few' if rows.few() else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: configurations(rows))
 
 
 def bytes_moved(x: Tensor, outputs: int, per_sample: bool) -> tuple[int, int]:
@@ -95,7 +96,7 @@ def norm_linear_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         norm_weight, norm_bias, bias = contiguous(call.norm_weight, call.norm_bias, call.bias)
         with on_device(x):
             _norm_linear_fwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
-                rows.x, norm_weight, norm_bias, *multiplied(x, weight), bias, y, mean, rstd,
+                rows.x, norm_weight, norm_bias, *rows.weights(weight), bias, y, mean, rstd,
                 rows.rows, rows.rows_per_sample, per_program, call.eps,
                 PER_SAMPLE=call.per_sample, OUT=outputs, **rows.tiles, **config,
             )  # fmt: skip

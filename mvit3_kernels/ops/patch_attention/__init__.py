@@ -15,16 +15,18 @@ __all__ = ["patch_attention"]
 WIDEST_HEAD = 128  # of the Triton kernels: two tiles of wider heads do not fit the registers
 
 
-def _triton_why_not(qkv: Tensor, num_heads: int) -> str | None:
-    dim = qkv.shape[-1] // (3 * num_heads)
+def triton_why_not(x: Tensor, num_heads: int, width: int) -> str | None:
+    """Why the Triton kernels cannot take heads of maps of `width` channels; `x`: such a map, or that of the queries,
+    keys and values."""
+    dim = width // num_heads
     if dim > WIDEST_HEAD:
         return f"its kernels take heads of at most {WIDEST_HEAD} channels, these have {dim}"
-    return dispatch.triton_32_bit_why_not(qkv)
+    return dispatch.triton_32_bit_why_not(x)
 
 
 KERNELS = (
     dispatch.Kernel("cpu", lambda qkv, num_heads: dispatch.cpu_why_not(qkv)),
-    dispatch.Kernel("triton", _triton_why_not),
+    dispatch.Kernel("triton", lambda qkv, num_heads: triton_why_not(qkv, num_heads, qkv.shape[-1] // 3)),
 )
 
 

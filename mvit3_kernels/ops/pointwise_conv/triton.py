@@ -30,6 +30,7 @@ from ..dropout.triton import drop
 from ..registry import Call
 from ..triton_common import (
     IDENTITY,
+    MOST_FEW_ROWS,
     activate,
     contiguous,
     dot,
@@ -42,6 +43,7 @@ from ..triton_common import (
     multiprocessors,
     on_device,
     pairs,
+    product_in,
     split_rows,
     store_tile,
     store_vector,
@@ -50,17 +52,13 @@ from ..types import BatchNorm
 
 _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
 PIVOT_ROWS = tl.constexpr(16)
-# Where tiles of any configuration would leave most of a GPU idle, as at batch 1, by the model of benchmarks/gpu_model.
-# Of more rows such tiles ask for the weight more often than the idle part of the GPU is worth.
-MOST_FEW_ROWS = 1024
-FEW_ROWS = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 3}
 
 
 def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
     """Of the product: BLOCK_M rows, BLOCK_N outputs, BLOCK_K inputs at a time."""
     if a.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
         return [{"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}]  # two spill on sm_80
-    even = a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
+    even = _even(a, b)
     first = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
     if multiplies_from_shared_memory(a):
         first |= {"BLOCK_K": 32, "num_stages": 3, "maxnreg": 128}
@@ -72,6 +70,15 @@ def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
         {"BLOCK_M": 64, "BLOCK_N": 128},
     )
     return [first, *(first | other for other in others)]
+
+
+def _even(a: Tensor, b: Tensor | None) -> bool:
+    return a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
+
+
+def _few_configuration(a: Tensor, b: Tensor | None) -> dict[str, int]:
+    """Where tiles of any other would leave most of a GPU idle."""
+    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64 if _even(a, b) else 32, "num_warps": 4, "num_stages": 3}
 
 
 def configuration(a: Tensor, b: Tensor | None, outputs: int) -> dict[str, int]:
@@ -224,14 +231,14 @@ def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tens
     """Fills p and y, where given, y by a norm's running statistics; without y, for a norm in training, returns p's
     partial moments: (workspace, parts, rows of each)."""
     a, b, residual, bias = contiguous(conv.a, conv.b, conv.residual, conv.bias)
-    (weight,) = multiplied(a, conv.weight)
     norm = (None,) * 4 if conv.norm is None else contiguous(*conv.norm[:4])
-    outputs, rows, config = weight.shape[0], a.shape[:-1].numel(), configuration(a, b, weight.shape[0])
-    measured = y is None
-    if not measured and a.dtype is not torch.float32:
-        tiles = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
-        if rows <= MOST_FEW_ROWS and 2 * tiles <= multiprocessors(a):
-            config = config | FEW_ROWS
+    outputs, rows = conv.weight.shape[0], a.shape[:-1].numel()
+    config, measured = configuration(a, b, outputs), y is None
+    tiles = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
+    few = not measured and a.dtype is not torch.float32 and rows <= MOST_FEW_ROWS and 2 * tiles <= multiprocessors(a)
+    if few:
+        config = _few_configuration(a, b)
+    (weight,) = contiguous(conv.weight) if few else multiplied(a, conv.weight)
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     programs = 2 * multiprocessors(a) // blocks if measured else triton.cdiv(rows, config["BLOCK_M"])
     parts, rows_per_part = split_rows(rows, programs, config["BLOCK_M"])
@@ -285,21 +292,21 @@ def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
         return pointwise_conv_backward(call._replace(dropout=0.0, dy=dy))
     weight = call.weight
     dp, dbias, dnorm_weight, dnorm_bias = _product_backward(call)
-    dp, matrix = dp.view(-1, weight.shape[0]), weight.flatten(1)
+    dp, matrix = dp.view(-1, weight.shape[0]), weight.flatten(1).to(dp.dtype)
     dinputs, dmatrix, first = [], [], 0
     for x in (call.a, call.b):
         if x is None:
             dinputs.append(dp.new_empty(0))
             continue
         channels = x.shape[-1]
-        dinputs.append((dp @ matrix[:, first : first + channels].to(dp.dtype)).view(x.shape))
-        dmatrix.append(dp.t() @ x.reshape(-1, channels))
+        dinputs.append((dp @ matrix[:, first : first + channels]).view(x.shape))
+        dmatrix.append(product_in(weight.dtype, dp.t(), x.reshape(-1, channels)))
         first += channels
     dweight = dmatrix[0] if call.b is None else torch.cat(dmatrix, 1)
     given = ((dbias, call.bias), (dnorm_weight, call.norm_weight), (dnorm_bias, call.norm_bias))
     return (
         *dinputs,
-        dweight.view(weight.shape).to(weight.dtype),
+        dweight.view(weight.shape),
         *(dp.new_empty(0) if t is None else g.to(t.dtype) for g, t in given),
     )
 
