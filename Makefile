@@ -140,7 +140,7 @@ $(WHEELS): | $(INSTALLED)
 
 wheel: $(INSTALLED) $(WHEELS)
 	rm -rf dist/*.whl build/lib.* # which would keep files that are no longer in the sources
-	@$(STAGE) "wheel (some 3 minutes)" $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@$(STAGE) "wheel" $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 	$(BIN)/python -m tests.wheels.check dist/*.whl
 
 wheels-test: $(INSTALLED)

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -122,8 +123,8 @@ class BuildOrExplain(BuildExtension):
         self.failures: list[str] = []
         self.cuda_failure: str | None = None
         editable = getattr(self, "editable_mode", False)
-        if editable:
-            self.build_temp = str(Path("build", "editable"))  # kept, so that a change compiles what it changes
+        if not sanitized:  # kept, so that a change compiles what it changes, and a wheel what no install had
+            self.build_temp = str(Path("build", f"objects.{sysconfig.get_platform()}"))
         if self.inplace or editable:
             for old in Path(PACKAGE).glob("_*.so"):  # what is not built now would be loaded beside what is
                 old.unlink()

@@ -11,7 +11,7 @@ float64 before it is timed.
 
 With `--dtype bfloat16`, `fuse` with that dtype and training steps under autocast, beside float32 peers and beside eager
 autocast, torch.compile under autocast and OpenVINO told to compute in bfloat16. Recorded in
-results/models_bfloat16_cpu.json.
+results/models_bfloat16_cpu.json, and what it has of float32 in results/models_cpu.json, too.
 
 A training step is forward, cross-entropy, backward and AdamW, with the dropouts of the recipe; gradients are compared
 without them, so that all compute the same function.
@@ -92,6 +92,12 @@ def with_ratios(row: dict[str, object]) -> dict[str, object]:
     return {**row, "best_peer": peer, "best_ours": best, "ratio": peers[peer] / ours[best]}
 
 
+def of_float32(row: dict[str, object]) -> dict[str, object]:
+    """What a row would have been without the candidates of bfloat16, which took their turns beside the others."""
+    half = ("bfloat16_", "float32_ratio", "best_", *(f"{c}_" for c in HALF))
+    return with_ratios({name: value for name, value in row.items() if not name.startswith(half)})
+
+
 def record(rows: list[dict[str, object]], facts: dict[str, object], name: str) -> None:
     """Writes the rows to results/<name>.json, beside the other rows there of what this benchmark still measures."""
 
@@ -107,7 +113,7 @@ def record(rows: list[dict[str, object]], facts: dict[str, object], name: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="record in results/models_cpu.json, or that of the dtype")
+    parser.add_argument("--json", action="store_true", help="record in results/models_cpu.json, and that of the dtype")
     parser.add_argument("--quick", action="store_true", help="a third of the rounds, no memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -153,7 +159,9 @@ def main() -> None:
                 sep=", ",
             )
             if options.json:  # row by row: a run that is cut short loses its last row only
-                record(rows[-1:], facts, "models_bfloat16_cpu" if half else "models_cpu")
+                if half:
+                    record(rows[-1:], facts, "models_bfloat16_cpu")
+                record([of_float32(rows[-1])], facts, "models_cpu")
 
 
 if __name__ == "__main__":

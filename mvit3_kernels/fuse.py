@@ -35,9 +35,9 @@ def fuse(
     kernels, and a forward pass is one call that works in memory kept between calls. A call takes the ordinary path,
     with the same result, where the program cannot serve it: where gradients are recorded (inputs or weights require
     grad, outside of `torch.no_grad()` and `torch.inference_mode()`), with a batch norm or an active dropout in training
-    mode, under autocast, on inputs or weights that are not float32 on the CPU, under torch.compile, export, torch.func
-    and dispatch modes, where a backend is forced that is not "cpu", and where a module has been replaced, hooked or
-    changed so that the program would not do what it does.
+    mode, under autocast, where images and weights are not on the CPU and of one dtype, float32, float16 or bfloat16,
+    under torch.compile, export, torch.func and dispatch modes, where a backend is forced that is not "cpu",
+    and where a module has been replaced, hooked or changed so that the program would not do what it does.
 
     On a GPU mode "inference" makes networks of `create_model` run as CUDA graphs, from the third call with images of a
     shape on: one launch for each call, from memory kept between calls. Weights may be written at any time; what was
@@ -56,8 +56,9 @@ def fuse(
 
     With `dtype=torch.bfloat16` the matrix products and dense convolutions of a program read both operands rounded to
     bfloat16, as under autocast. Sums, maps, norms, softmax, activations, depth-wise taps and the convolution that reads
-    the images stay float32, as do weights, images and outputs. Outputs err at most twice as much as the network's under
-    `torch.autocast("cpu", torch.bfloat16)` in plain PyTorch, both against float64.
+    the images stay float32, as do weights, images and outputs. A network of half precision (`model.half()`) is computed
+    as if it were float32, and its outputs are rounded to its dtype. Outputs err at most twice as much as the network's
+    under `torch.autocast("cpu", torch.bfloat16)` in plain PyTorch, both against float64.
 
     A model may be called from several threads at once. They share its packed weights, each call works in memory of its
     own. So n streams on a server with many cores are n Python threads: let each of them call

@@ -146,8 +146,10 @@ struct Inference {
   template <int Pairs>
   MVIT3_DEVICE
   void multiply_project(Sums& sum, int count) const {
-    if constexpr (Pairs > 1)
-      if (count < Pairs) return multiply_project<Pairs - 1>(sum, count);
+    if (count < Pairs) {
+      if constexpr (Pairs > 1) multiply_project<Pairs - 1>(sum, count);
+      return;
+    }
     const SharedAddress from_a = operand_a<T, Rows::kOwn>(filtered, first_row(), kPixels),
                         from_b = operand_b<T, Rows::kOwn>(project, column(0));
     constexpr int kRow = kPitch * int(sizeof(T));
@@ -247,6 +249,7 @@ struct Inference {
       }
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
+        if (next(j) >= most) continue;
         const float* const product = &sum[i / 2][j][i % 2 * 2];
         Pair value{product[0], product[1]};
         if (!Step::kFolds) {
@@ -259,7 +262,6 @@ struct Inference {
           value = {value.first + pair.first, value.second + pair.second};
         }
         const uint32_t bits = pack<T>(value.first, value.second);
-        if (next(j) >= most) continue;
         if (Pairs)
           *reinterpret_cast<uint32_t*>(to + next(j)) = bits;
         else

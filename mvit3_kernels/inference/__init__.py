@@ -29,7 +29,7 @@ from ..nn.guard import (
 from ..ops import dispatch
 from .dense import BOXES, RAW
 from .graphed import SERVES, Graphed
-from .program import Program, Result
+from .program import WEIGHTS, Program, Result
 
 __all__ = [
     "FusedNetwork",
@@ -266,6 +266,8 @@ class Fused:
                 "gradients are recorded and weights of the network require grad: call it under torch.no_grad() or "
                 "inference_mode()"
             )
+        if reason is None and x.dtype is not program.images:
+            reason = f"x is {x.dtype}, the network's weights are {program.images}"
         self._chosen.program = program
         return reason or program.misfit(x)
 
@@ -316,8 +318,8 @@ def _call_why_not(x: Tensor) -> str | None:
     reason = _watched(x)
     if reason is not None:
         return reason
-    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.ndim != 4:
-        return f"x must be float32 images on the CPU, got {x.dtype} of {x.ndim} dimensions on {x.device}"
+    if x.device.type != "cpu" or x.dtype not in WEIGHTS or x.ndim != 4:
+        return f"x must be images on the CPU, float32 or half, got {x.dtype} of {x.ndim} dimensions on {x.device}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if x.requires_grad and torch.is_grad_enabled():

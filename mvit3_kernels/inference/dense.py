@@ -56,7 +56,7 @@ def _(network: SSDNetwork, program: Program) -> None:
     sizes = [torch.tensor(shapes, dtype=torch.float64).float().clamp(0, 1) for shapes in anchor_shapes()]
     boxes = program.add("boxes", outputs, sizes, [values, len(sizes)], [CENTER_VARIANCE, SIZE_VARIANCE])
     program.finish([raw], split)  # RAW
-    program.finish([boxes], split)  # BOXES
+    program.finish([boxes], split, rounds=False)  # BOXES, float32 whatever the network's dtype
 
 
 @emit.register

@@ -36,6 +36,9 @@ class Step(NamedTuple):
     numbers: tuple[float, ...]
 
 
+WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)  # types that a program's weights may have
+
+
 class Program:
     """Steps in the order in which they run. A map is known by its number; `add` returns the number of the map that a
     step writes. The engine gets them together, at `pack` or at the first call: a step whose map nobody reads in the end
@@ -47,7 +50,9 @@ class Program:
         self._steps: list[Step] = []
         self._endings: list[tuple[int, ...]] = []
         self._convert: list[Callable[[list[Tensor]], Result]] = []
+        self._rounds: list[bool] = []
         self._packed = False
+        self.images = torch.float32  # type of the images and of the results: that of the network's weights
         self.pooled: set[int] = set()  # maps of one pixel, on which a Linear works
         # Why the network does something else with these very images, where that depends on them.
         self.misfit: Callable[[Tensor], str | None] = lambda images: None
@@ -69,6 +74,7 @@ class Program:
         if stem is None:
             return "the network has no convolution"
         program = Program(stem.weight.shape[1], dtype)
+        program.images = stem.weight.dtype
         try:
             assemble(network, program)
         except Refused as refusal:
@@ -84,7 +90,7 @@ class Program:
         integers: Sequence[int] = (),
         numbers: Sequence[float] = (),
     ) -> int:
-        step = Step(kind, tuple(inputs), tuple(t.detach() for t in weights), tuple(integers), tuple(numbers))
+        step = Step(kind, tuple(inputs), tuple(t.detach().float() for t in weights), tuple(integers), tuple(numbers))
         self._steps.append(step)
         return len(self._steps)
 
@@ -94,9 +100,11 @@ class Program:
             return None
         return self._steps[x - 1]
 
-    def finish(self, outputs: Sequence[int], convert: Callable[[list[Tensor]], Result]) -> int:
-        """An ending: maps (B, H, W, C) that a call returns, as `convert` makes them of these. Returns its number."""
+    def finish(self, outputs: Sequence[int], convert: Callable[[list[Tensor]], Result], rounds: bool = True) -> int:
+        """An ending: maps (B, H, W, C) that a call returns, as `convert` makes them of these; rounded to the
+        images' dtype where it `rounds`, else float32. Returns its number."""
         self._convert.append(convert)
+        self._rounds.append(rounds)
         self._endings.append(tuple(outputs))
         return len(self._endings) - 1
 
@@ -123,7 +131,10 @@ class Program:
     def __call__(self, x: Tensor, ending: int = 0) -> Result:
         if not self._packed:
             self.pack()
-        return self._convert[ending](torch.ops.mvit3.engine_run(self._engine, x.detach(), ending))
+        results = torch.ops.mvit3.engine_run(self._engine, x.detach().float(), ending)
+        if self._rounds[ending] and x.dtype is not torch.float32:
+            results = [y.to(x.dtype) for y in results]
+        return self._convert[ending](results)
 
 
 @singledispatch
@@ -163,9 +174,15 @@ def _stages(network: MobileViT, program: Program) -> list[int]:
 
 
 def _weights_why_not(network: nn.Module) -> str | None:
+    others = None
     for name, t in (*network.named_parameters(), *network.named_buffers()):
-        if t.is_floating_point() and (t.device.type != "cpu" or t.dtype is not torch.float32):
-            return f"the network's {name} is {t.dtype} on {t.device}, not float32 on the CPU"
+        if not t.is_floating_point():
+            continue
+        if t.device.type != "cpu" or t.dtype not in WEIGHTS:
+            return f"the network's {name} is {t.dtype} on {t.device}, not float32 or of half precision on the CPU"
+        others = others or t.dtype
+        if t.dtype is not others:
+            return f"the network's {name} is {t.dtype}, others are {others}"
     return None
 
 
@@ -374,7 +391,7 @@ def pointwise(
     maps = inputs if residual is None else [*inputs, residual]
     norm = program.step_of(maps[0]) if len(maps) == 1 and act == "identity" else None
     if norm is not None and norm.kind == "layer_norm":  # the product is all that reads it: no map between the two
-        weights = [*norm.weights, (weight.flatten(1).double() * scale.double()[:, None]).to(weight.dtype), shift]
+        weights = [*norm.weights, (weight.flatten(1).double() * scale.double()[:, None]).float(), shift]
         return program.add("norm_linear", norm.inputs, weights, norm.integers, norm.numbers)
     integers = [ACTIVATIONS.index(act), int(residual is not None)]
     return program.add("pointwise_conv", maps, [weight.flatten(1), scale, shift], integers)
@@ -395,9 +412,9 @@ def _affine(weight: Tensor, bias: Tensor | None, norm: nn.Module | None) -> tupl
     outputs = weight.shape[0]
     shift = weight.new_zeros(outputs, dtype=torch.float64) if bias is None else bias.double()
     if norm is None:
-        return weight, weight.new_ones(outputs), shift.to(weight.dtype)
+        return weight, weight.new_ones(outputs), shift.float()
     if norm.training or norm.running_mean is None:
         raise Refused("a BatchNorm2d is in training mode or keeps no statistics")
     mean = norm.running_mean.double() - shift  # a bias in front of the norm is taken off its mean
     scale, shift = fold_batch_norm(norm.weight, norm.bias, mean, norm.running_var, norm.eps, torch.float64)
-    return weight, scale.to(weight.dtype), shift.to(weight.dtype)
+    return weight, scale.float(), shift.float()

@@ -294,8 +294,10 @@ def test_a_network_is_one_program(name, options):
     found = fuse(copy.deepcopy(host))(x.float())
     lists = (t if isinstance(t, list) else [t] for t in (found, reference, want))
     assert_bound(*({str(i): t for i, t in enumerate(of)} for of in lists), 1e-6, group=each, least=0)
-    rows = list(explain(fuse(host), x.float()))
-    assert rows[0].kind == "network" and rows[0].ran == "fused"
+    for host, x in ((host, x.float()), (copy.deepcopy(host).half(), x.half())):
+        rows, y = list(explain(fuse(host), x)), host(x)
+        assert rows[0].kind == "network" and rows[0].ran == "fused"
+        assert {t.dtype for t in (y if isinstance(y, list) else [y])} == {x.dtype}
 
 
 @built

@@ -278,16 +278,38 @@ def test_a_map_of_bfloat16_is_read_by_attention_alone():
             assert made(images(1, 6, 4, 4))[0].shape == (1, 4, 4, 6)
 
 
+def tensors(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [y for y in result if y is not None]
+
+
+CALLS = {
+    "logits": ("mobilevitv3_xxs", {}, "forward"),
+    "features": ("mobilevitv2_050", {"features_only": True}, "forward"),
+    "segmentation": ("deeplabv3_mobilevitv3_xxs", {}, "small_logits"),
+    "boxes": ("ssdlite_mobilevitv3_xxs", {}, "predict"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options", "method"), CALLS.values(), ids=CALLS)
 @torch.no_grad()
-def test_weights_of_float16_run_as_modules():
-    """Their results are of float16, which the engine does not write."""
-    model, x = network("mobilevitv3_xxs").half(), images(1, 3, 64, 64).half()
-    want = model(x)
-    assert "x must be float32 images on the CPU, got torch.float16 of 4 dimensions on cpu" in (
-        explain(fuse(model), x).reasons()
-    )
-    assert "conv_1.block.conv.weight is torch.float16 on cpu, not float32" in model._fused.why_not(model, x.float())
-    assert torch.equal(model(x), want)
+def test_networks_of_half_precision(name, options, method, dtype):
+    """Results have the dtype of the modules', and err no more against the float64 network of the same weights."""
+    model = with_statistics(create_model(name, **options).eval()).to(dtype)
+    x = images(2, 3, 64, 64).to(dtype)
+    with mvit3_kernels.backend("reference"):
+        exact = tensors(getattr(copy.deepcopy(model).double(), method)(x.double()))
+        want = tensors(getattr(model, method)(x))
+    fused = fuse(model)
+    assert model._fused.why_not(model, x) is None
+    found = tensors(getattr(fused, method)(x))
+    assert [y.dtype for y in found] == [y.dtype for y in want]
+    for mine, theirs, true in zip(found, want, exact, strict=True):
+        assert (mine.double() - true).norm() <= (theirs.double() - true).norm()
+    assert f"x is torch.float32, the network's weights are {dtype}" in model._fused.why_not(model, x.float())
+    *_, last = model.parameters()
+    last.data = last.data.float()
+    assert f"is torch.float32, others are {dtype}" in model._fused.why_not(model, x)
 
 
 PRODUCTS = """

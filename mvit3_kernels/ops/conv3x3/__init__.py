@@ -24,9 +24,10 @@ def _cpu_why_not(x: Tensor, weight: Tensor, stride: int, dilation: int, training
 
 
 # Channels below which PyTorch's convolution is faster, in evaluation and in training; and pixels of a map above which
-# it is as fast in training, undilated.
+# it is as fast in training, undilated; and input channels above which it is as fast undilated.
 LEAST_CHANNELS = {False: 32, True: 96}
 MOST_PIXELS = 256
+MOST_INPUTS = 512
 
 
 def _slower(x: Tensor, weight: Tensor, dilation: int, training: bool) -> str | None:
@@ -40,6 +41,8 @@ def _slower(x: Tensor, weight: Tensor, dilation: int, training: bool) -> str | N
         return f"PyTorch's convolution of fewer than {least} channels is faster, weight is {tuple(weight.shape)}"
     if training and dilation == 1 and x.shape[1] * x.shape[2] > MOST_PIXELS:
         return f"in training PyTorch's convolution is as fast on more than {MOST_PIXELS} pixels, x is {tuple(x.shape)}"
+    if dilation == 1 and weight.shape[1] > MOST_INPUTS:
+        return f"PyTorch's convolution of more than {MOST_INPUTS} channels is as fast, weight is {tuple(weight.shape)}"
     return None
 
 
@@ -75,8 +78,8 @@ def conv3x3(
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
     Kernels: on the CPU, for stride 1. PyTorch's convolution runs elsewhere (cuDNN on a GPU), for stride 2, and where it
-    is as fast on the CPU (`explain` tells): in bfloat16; in float32 with fewer than 32 channels, and in training with
-    fewer than 96 or undilated on maps of more than 256 pixels.
+    is as fast on the CPU (`explain` tells): in bfloat16; in float32 with fewer than 32 channels, in training with
+    fewer than 96, and undilated from more than 512 channels or, in training, on maps of more than 256 pixels.
     Products: those of taps inside of the map alone, (H - dilation) * (W - dilation) pixels for a corner tap, in forward
     and backward; a library that pads multiplies H * W pixels at each tap.
     Source: Chen et al., arXiv 1706.05587 (the dilated branches of ASPP); the ConvLayer of the MobileViT releases.
