@@ -84,13 +84,20 @@ def test_the_way_through_training_follows_the_count(widths, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "batch, side, inputs, stride, said",
-    [(4, 32, 128, 1, None), (4, 32, 129, 1, "129 input channels"), (3, 32, 64, 1, "24 tiles"), (1, 64, 32, 2, None)],
+    "batch, side, inputs, expanded, stride, said",
+    [
+        (4, 32, 128, 257, 1, None),
+        (4, 32, 129, 257, 1, "129 input channels"),
+        (3, 32, 64, 257, 1, "24 tiles"),
+        (1, 64, 32, 257, 2, None),
+        (8, 32, 64, 256, 1, "64 tiles"),
+        (9, 32, 64, 256, 1, None),
+    ],
 )
-def test_the_way_through_evaluation_follows_the_count(batch, side, inputs, stride, said, monkeypatch):
+def test_the_way_through_evaluation_follows_the_count(batch, side, inputs, expanded, stride, said, monkeypatch):
     op = importlib.import_module("mvit3_kernels.ops.inverted_residual")
     monkeypatch.setattr(op._native, "cuda_why_not", lambda x: None)
-    given = mapped(arguments(Draw(), batch, side, side, inputs, 32, 32), lambda _, t: t.bfloat16())
+    given = mapped(arguments(Draw(), batch, side, side, inputs, expanded, 32), lambda _, t: t.bfloat16())
     parts = [given[k]._replace(norm=given[k].norm._replace(training=False)) for k in ("expand", "depthwise", "project")]
     with torch.no_grad():
         reason = op._cuda_why_not(given["x"], *parts, stride, 1)
