@@ -165,7 +165,8 @@ def inverted_residual(
     Raises:
         TypeError, ValueError: an argument does not fit.
 
-    Bound: error <= 2 x that of the reference in the same dtype, both against float64.
+    Bound: error <= 2 x that of the reference in the same dtype, both against float64; more in training on maps of which
+    one pixel is some 300 times as large as the others (docs/algebra.md, A).
     Passes over memory in training on a GPU: forward reads x twice (statistics of the expansion, product), writes z, the
     filtered map, and reads it; backward reads x and z twice. The expanded map is on chip only (CUDA C++, for 16 bits;
     with more than 64 inputs backward writes its gradient and reads it twice) or, in float32, without that extension and
