@@ -92,7 +92,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "feed_forward.*"): _WHOLE_ROWS,
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
-    ("registers", "pointwise_conv.pointwise_fwd"): _LARGE_TILE,
+    ("registers", "inverted_residual.project_sums_bwd"): _LARGE_TILE,
     ("registers", "global_representation.layer_fwd"): (
         "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
     ),
@@ -122,6 +122,13 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "inverted_residual.project_gradient"): _PARTS,
     ("pipeline", "row_gradients.*_gradient"): _PARTS,
+    ("pipeline", "row_gradients.input_bwd"): (
+        "its second loop reads back, a few rows at a time, the product that it has just left in the caches: product, x"
+        " and a residual of all rows at once would be more than its registers"
+    ),
+    ("pipeline", "row_gradients.normalised_products"): (
+        "its second loop, behind that over rows, reads once what the block has just written"
+    ),
     ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
     ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,
     ("pipeline", "row_gradients.dropped_products"): (
@@ -142,10 +149,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "cuda.Inference"): (
         "its loop over tiles adds the residual, which the tile's first product read: it lies in the second-level cache"
     ),
-    ("pipeline", "cuda.Backward"): (
-        "loads element by element from maps that are not aligned, or of channels that are no multiple of 8, in loops"
-        " that other maps skip"
-    ),
     ("pipeline", "global_representation.norm_bwd"): _NO_PRODUCT,
     ("pipeline", "global_representation.norm_gradient"): _PARTS,
     ("pipeline", "global_representation.*"): (
@@ -157,8 +160,8 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "depthwise_conv.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
-    ("blocks", "global_representation.norm_gradient"): _PARTS,
     ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
+    ("blocks", "inverted_residual.filter_project"): _SMALL_MAP,
     ("blocks", "inverted_residual.prepare_project"): _PREPARES,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
     ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,
@@ -168,8 +171,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "row_gradients.input_bwd"): _SMALL_MAP,
     ("blocks", "row_kernels.sample_statistics"): _SAMPLE,
     ("blocks", "separable_attention.*"): _SMALL_MAP,
-    ("blocks", "row_gradients.*_gradient"): _PARAMETERS,
+    ("blocks", "row_gradients.normalised_products"): (
+        "divides the rows of a map of batch 1 among few parts: the launch that adds them up would have more to read"
+    ),
     ("blocks", "inverted_residual.correction_bwd"): _PARAMETERS,
-    ("blocks", "inverted_residual.expand_gradient"): _PARAMETERS,
     ("blocks", "inverted_residual.expanded_moments"): _PARAMETERS,
 }

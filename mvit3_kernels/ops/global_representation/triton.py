@@ -200,7 +200,7 @@ def global_representation_spread_inference(call: Call) -> Tensor:
                 before, qkv, *out, *norm2, *fc1, fc2[0], between, part,
                 rows, tokens, plan.blocks, call.eps, kernels.LOG2E.value / math.sqrt(dim),
                 F=hidden, SHARE=plan.hidden, BLOCK_M=plan.block, BLOCK_K=plan.keys, BLOCK_F=SPREAD_HIDDEN,
-                **heads, **tiles, num_warps=16, num_stages=2,
+                **heads, **tiles, num_warps=16 if channels > 64 else 8, num_stages=2,
             )  # fmt: skip
             last = (between, part, fc2[1])
         spread_kernels.finish_fwd_kernel[(triton.cdiv(rows, SPREAD_ROWS),)](
