@@ -212,9 +212,9 @@ def enumerated(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def errors(found: Evidence, exact: Evidence) -> dict[str, float]:
-    """The relative error of each tensor, and of all of them as one vector. A gradient of hardly any size is measured by
-    the size of the others; by a tenth of it where it is zero but for rounding, as that of a bias in front of a norm: in
-    half precision its noise is as large as chance has it, and has no ratio to that of another candidate."""
+    """The relative error of each tensor, and of all of them as one vector. A gradient of hardly any size is measured
+    by a thousandth of that of the others; by all of it where it is zero but for rounding, as that of a bias in front of
+    a norm: in half precision its noise is as large as chance has it, and has no ratio to another candidate's."""
     exact = {name: exact[name].flatten() for name in found}
     apart = {name: float((t.flatten() - exact[name]).norm()) for name, t in found.items()}
     gradients = [t for name, t in exact.items() if name.startswith("gradient")]
@@ -222,7 +222,7 @@ def errors(found: Evidence, exact: Evidence) -> dict[str, float]:
 
     def size(name: str, t: Tensor) -> float:
         norm, others = float(t.norm()), usual * t.numel() ** 0.5 if name.startswith("gradient") else 0.0
-        return max(norm, (0.1 if norm < 1e-4 * others else 1e-3) * others, 1e-30)
+        return max(norm, (1.0 if norm < 1e-4 * others else 1e-3) * others, 1e-30)
 
     sizes = {name: size(name, t) for name, t in exact.items()}
     whole = sum(a * a for a in apart.values()) ** 0.5 / sum(s * s for s in sizes.values()) ** 0.5
