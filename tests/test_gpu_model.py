@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,3 +331,18 @@ def test_only_one_kernel_of_a_step():
     made = single.lines("mobilevitv3_xxs", False, 1, "normalize_fwd")
     assert len(made) == 1 and made[0][0].startswith("batch_norm_act.normalize_fwd") and made[0][1] > 0
     assert single.lines("mobilevitv3_xxs", False, 1, "no such kernel") == []
+
+
+def test_readme_says_what_is_predicted():
+    """Its one sentence of figures is typed by hand."""
+    found = record.read(record.ROWS)["rows"]
+    times = {(r["network"], r["mode"], r["candidate"]): r["predicted_ms"] for r in found if r["batch"] == 256}
+
+    def span(mode: str, peer: str) -> str:
+        ratios = [times[n, m, peer] / t for (n, m, c), t in times.items() if m == mode and c == "ours"]
+        return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+    said = " ".join(Path(__file__).parents[1].joinpath("README.md").read_text().split())
+    assert f"inference {span('infer', 'eager')} times as fast as eager PyTorch" in said
+    assert f"{span('infer', 'compile')} times as fast as `torch.compile`" in said
+    assert f"training steps {span('train', 'eager')} and {span('train', 'compile')} times" in said
