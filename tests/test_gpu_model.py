@@ -273,9 +273,10 @@ def kernels():
 
 def test_every_shipped_kernel_keeps_its_budget_or_says_why(kernels):
     assert len(kernels) > 100
-    over = [f"{e.budget}: {e.kernel}: {e.found}" for e in budgets.unexplained(kernels)]
+    rows = record.read(record.ROWS)["rows"]
+    over = [f"{e.budget}: {e.kernel}: {e.found}" for e in budgets.unexplained(kernels, rows)]
     assert not over, "\n".join(over)
-    assert not budgets.unused(kernels)
+    assert not budgets.unused(kernels, rows)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,24 @@ def test_a_kernel_over_a_budget_fails(budget, changed):
     within = {"registers": 128, "warps": 8, "stack": 0, "loops": [{"all": 50, "loads": 1, "copies": 4}]}
     assert not budgets.unexplained({"new.kernel[C=16]": within})
     assert [e.budget for e in budgets.unexplained({"new.kernel[C=16]": within | changed})] == [budget]
+
+
+@pytest.mark.parametrize(
+    "ms, share, candidate, over",
+    [(2.6, 1, "ours", 1), (2.4, 1, "ours", 0), (2.6, 200, "ours", 0), (2.6, 1, "eager", 0)],
+)
+def test_a_kernel_far_from_its_floor_fails(ms, share, candidate, over):
+    """Unless it is a small share of a step, or a peer's."""
+    row = {"network": "n", "mode": "train", "batch": 256, "candidate": candidate, "gpu_ms": ms * share}
+    rows = [row | {"kernels": [{"kernel": "new.kernel", "ms": ms, "floor_ms": 1.0}]}]
+    assert [e.budget for e in budgets.unexplained({}, rows)] == ["floor"] * over
+
+
+def test_a_floor_is_of_bytes_or_products_and_the_start():
+    p = model.Prediction("k", "triton", 1.0, "issue", bytes=4.3e9, products=1.4e12, launches=2)
+    assert predict.floor(p) == pytest.approx(2e-3 + 4e-6)
+    p.products = 0
+    assert predict.floor(p) == pytest.approx(1e-3 + 4e-6)
 
 
 def test_kernels_are_recorded_as_they_are(kernels):

@@ -5,12 +5,17 @@ A kernel over a budget without a reason fails the tests; so does a reason that n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 REGISTERS = 32768  # of a block: half of a multiprocessor's
 LEAST_BLOCKS, MOST_MICROSECONDS = 64, 5.0  # of a launch that leaves most of the GPU idle
+MOST_FLOORS, LEAST_SHARE = 2.5, 0.01  # of a kernel's own floor, where it is at least this share of its network's time
+
+
+Kernels = Mapping[str, Mapping[str, Any]]  # of benchmarks/results/gpu_kernels.json
+Rows = Iterable[Mapping[str, Any]]  # of benchmarks/results/gpu_model.json
 
 
 class Excess(NamedTuple):
@@ -21,7 +26,9 @@ class Excess(NamedTuple):
     found: str
 
 
-def excesses(kernels: Mapping[str, Mapping[str, Any]]) -> Iterator[Excess]:
+def excesses(kernels: Kernels, rows: Rows = ()) -> Iterator[Excess]:
+    """Of the recorded kernels, and of them in the predictions of networks."""
+    yield from far_from_floor(rows)
     for name, k in kernels.items():
         registers = k["registers"] * k["warps"] * 32
         if registers > REGISTERS:
@@ -36,8 +43,24 @@ def excesses(kernels: Mapping[str, Mapping[str, Any]]) -> Iterator[Excess]:
             yield Excess("blocks", name, f"{few['us']} us in {few['blocks']} blocks ({few['where']})")
 
 
-def unexplained(kernels: Mapping[str, Mapping[str, Any]]) -> list[Excess]:
-    return [excess for excess in excesses(kernels) if reason(excess) is None]
+def far_from_floor(rows: Rows) -> Iterator[Excess]:
+    """Our kernels that take more than MOST_FLOORS times what their bytes, their products and their start take, for each
+    the network where that is worst."""
+    worst: dict[str, tuple[float, str]] = {}
+    for row in rows:
+        if row["candidate"] != "ours":
+            continue
+        for k in row["kernels"]:
+            ratio = k["ms"] / k["floor_ms"]
+            if ratio > MOST_FLOORS and k["ms"] > LEAST_SHARE * row["gpu_ms"] and "." in k["kernel"]:
+                found = f"{ratio:.1f} times its floor ({row['network']} {row['mode']} {row['batch']}, {k['ms']:.2f} ms)"
+                worst[k["kernel"]] = max(worst.get(k["kernel"], (0.0, "")), (ratio, found))
+    for kernel, (_, found) in worst.items():
+        yield Excess("floor", kernel, found)
+
+
+def unexplained(kernels: Kernels, rows: Rows = ()) -> list[Excess]:
+    return [excess for excess in excesses(kernels, rows) if reason(excess) is None]
 
 
 def reason(excess: Excess) -> str | None:
@@ -47,9 +70,9 @@ def reason(excess: Excess) -> str | None:
     return None
 
 
-def unused(kernels: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def unused(kernels: Kernels, rows: Rows = ()) -> list[tuple[str, str]]:
     """Reasons that no kernel needs."""
-    found = {(e.budget, e.kernel.partition("[")[0]) for e in excesses(kernels)}
+    found = {(e.budget, e.kernel.partition("[")[0]) for e in excesses(kernels, rows)}
     return [
         (budget, pattern)
         for budget, pattern in REASONS

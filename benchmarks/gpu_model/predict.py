@@ -80,13 +80,18 @@ def row(name: str, mode: str, batch: int, candidate: str, made: list[Prediction]
     }
 
 
+def floor(p: Prediction) -> float:
+    """Seconds that no kernel of the same bytes and products could do without, of as many launches."""
+    return max(p.bytes / device.MEMORY, p.products / device.WGMMA) + p.launches * device.START
+
+
 def _part(name: str, group: list[Prediction]) -> dict[str, Any]:
     longest = max(group, key=lambda p: p.seconds)
     return {
         "kernel": name,
         "launches": sum(p.launches for p in group),
         "ms": round(sum(p.seconds for p in group) * 1e3, 4),
-        "floor_ms": round(sum(p.bytes for p in group) / device.MEMORY * 1e3, 4),
+        "floor_ms": round(sum(floor(p) for p in group) * 1e3, 4),
         "limit": longest.limit,
         "blocks": longest.blocks,
         "resident": longest.resident,

@@ -190,8 +190,8 @@ def normalised_products_kernel(
     tail = tl.zeros((BLOCK_N, TAIL), tl.float32)
     total = folded_rows(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     extra_total = tl.zeros((BLOCK_M,), tl.float32)
-    head_extra = tl.zeros((HEAD,), tl.float32)
-    tail_extra = tl.zeros((TAIL,), tl.float32)
+    head_extra = folded_rows(tl.zeros((BLOCK_M, HEAD), tl.float32))
+    tail_extra = folded_rows(tl.zeros((BLOCK_M, TAIL), tl.float32))
     begin = part * rows_per_part
     end = tl.minimum(begin + rows_per_part, rows)
     for first in range(0, end - begin, BLOCK_M):
@@ -208,8 +208,8 @@ def normalised_products_kernel(
         if extra_ptr is not None and tl.program_id(0) == 0:
             extra = tl.load(extra_ptr + row, mask=row < end, other=0.0)
             extra_total += extra
-            head_extra += tl.sum(extra[:, None] * head_normal, 0)
-            tail_extra += tl.sum(extra[:, None] * tail_normal, 0)
+            head_extra += folded_rows(extra[:, None] * head_normal)
+            tail_extra += folded_rows(extra[:, None] * tail_normal)
         head = dot(tl.trans(a), head_normal.to(a.dtype), head)
         tail = dot(tl.trans(a), tail_normal.to(a.dtype), tail)
     OUTPUTS: tl.constexpr = OUT if extra_ptr is None else OUT + 1
@@ -223,8 +223,8 @@ def normalised_products_kernel(
             tl.program_id(0) * BLOCK_N, OUT=OUT, C=C, BLOCK_C=2 * HEAD, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     if extra_ptr is not None and tl.program_id(0) == 0:
-        store_vector(product_ptr + OUT * C, head_column, head_extra, WIDTH=C)
-        store_vector(product_ptr + OUT * C, tail_column, tail_extra, WIDTH=C)
+        store_vector(product_ptr + OUT * C, head_column, tl.sum(head_extra, 0), WIDTH=C)
+        store_vector(product_ptr + OUT * C, tail_column, tl.sum(tail_extra, 0), WIDTH=C)
         tl.store(sums_ptr + OUT, tl.sum(extra_total, 0))
 
 

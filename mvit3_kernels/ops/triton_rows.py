@@ -30,9 +30,9 @@ def two_tiles(channels: int, even: bool) -> tuple[int, int]:
     return head, head if even else max(triton.next_power_of_2(max(channels - head, 1)), 16)
 
 
-def products_configurations(rows: Rows, outputs: int, more: bool) -> list[dict[str, int]]:
+def products_configurations(rows: Rows, outputs: int, more: str) -> list[dict[str, int]]:
     """Of the products that sum over rows: BLOCK_M rows at a time, BLOCK_N columns of the other factor in a program;
-    `outputs`: how many it has; `more`: of rows after dropout or with one more column, which takes registers."""
+    `outputs`: how many it has; `more`: what takes registers beside them, of "", "column" or "dropout"."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}]
     short = rows.width() <= 256
@@ -43,13 +43,15 @@ def products_configurations(rows: Rows, outputs: int, more: bool) -> list[dict[s
     others = ({"num_stages": 3 - stages}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
     if short and rows.from_shared_memory:
         tall = rows.width() <= 160 and not 128 < outputs <= 192  # which are three blocks of 64, less than two of 128
-        first |= {"BLOCK_N": 64} if more else {"BLOCK_N": 128 if tall else 64, "maxnreg": 128}
+        first |= {"BLOCK_N": 128 if tall and not more else 64}
+        if more != "dropout":  # which would spill
+            first |= {"maxnreg": 128, "BLOCK_M": 16 if more and rows.width() > 192 else 32}
         others = ({"num_stages": 3}, {"num_stages": 1}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
     return [first, *(first | other for other in others)]
 
 
-def products_configuration(rows: Rows, outputs: int, more: bool) -> dict[str, int]:
-    name = f"row_products_bwd{'_more' if more else ''}"
+def products_configuration(rows: Rows, outputs: int, more: str) -> dict[str, int]:
+    name = f"row_products_bwd{'_' if more else ''}{more}"
     return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, outputs, more))
 
 
@@ -173,7 +175,7 @@ class Rows(NamedTuple):
         """Parts of a^T n, (parts, OUT, C), for the normalised rows n and a (.., OUT), and of the sums of a, (parts,
         OUT). `extra` (rows,), float32, is one more column of a; there is one output more then. With the `weight` (OUT,
         C) of which a is the gradient also parts of the gradients of the norm's weight and bias, (.., 2, C)."""
-        grid, rows_per_part, config = self._products(a, extra is not None)
+        grid, rows_per_part, config = self._products(a, "" if extra is None else "column")
         outputs, columns = a.shape[-1], a.shape[-1] + (extra is not None)
         product, sums = self.float32(grid[1], columns, self.channels), self.float32(grid[1], columns)
         norm = None if weight is None else self.float32(grid[0] * grid[1], 2, self.channels)
@@ -188,7 +190,7 @@ class Rows(NamedTuple):
     def products(self, a: Tensor, dropout: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parts of a^T d, (parts, OUT, C), where d is x after its dropout and a is (.., OUT), and of the sums of d,
         (parts, C)."""
-        grid, rows_per_part, config = self._products(a, dropout > 0)
+        grid, rows_per_part, config = self._products(a, "dropout" if dropout > 0 else "")
         product, sums = self.float32(grid[1], a.shape[-1], self.channels), self.float32(grid[1], self.channels)
         if self.rows:
             gradients.dropped_products_kernel[grid](
@@ -198,7 +200,7 @@ class Rows(NamedTuple):
             )  # fmt: skip
         return product, sums
 
-    def _products(self, a: Tensor, more: bool) -> tuple[tuple[int, int], int, dict[str, int]]:
+    def _products(self, a: Tensor, more: str) -> tuple[tuple[int, int], int, dict[str, int]]:
         """Grid (blocks of columns of a, parts), rows of a part and configuration of the products that sum over rows."""
         config = products_configuration(self, a.shape[-1], more)
         blocks = triton.cdiv(a.shape[-1], config["BLOCK_N"])
