@@ -92,8 +92,8 @@ def over_budget(kernels: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return (
         "## Budgets\nChecked by `tests/test_gpu_model.py` on every recorded kernel: at most "
         f"{budgets.REGISTERS:,} registers a block (two blocks a multiprocessor), no spill, loads in loops copied "
-        f"ahead, no launch of fewer than {budgets.LEAST_BLOCKS} blocks above {budgets.MOST_MICROSECONDS:.0f} us; and on "
-        f"every network's: at most {budgets.MOST_FLOORS} times what a kernel's bytes, products and start alone take, "
+        f"ahead, no launch of fewer than {budgets.LEAST_BLOCKS} blocks above {budgets.MOST_MICROSECONDS:.0f} us; and "
+        f"in every network: at most {budgets.MOST_FLOORS} times what a kernel's bytes, products and start alone take, "
         f"where it takes {budgets.LEAST_SHARE:.0%} of a step or more. "
         f"{len(kernels)} kernels are recorded; those over a budget, and why:\n\n"
         + table(["budget", "kernel", "variants", "reason"], lines)
