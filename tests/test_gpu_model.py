@@ -74,6 +74,43 @@ def test_work_of_a_program():
     assert empty.loops[0].trips == 0 and empty.products == 0 and not any(empty.read.values())
 
 
+TWO_WAYS = """
+  tt.func public @kernel(%x_ptr: !tt.ptr<bf16>, %y_ptr: !tt.ptr<f32>, %parts: i32) {
+    %c0 = arith.constant 0 : i32 loc(#loc1)
+    %c1 = arith.constant 1 : i32 loc(#loc1)
+    %c8 = arith.constant 8 : i32 loc(#loc1)
+    %0 = tt.get_program_id x : i32 loc(#loc2)
+    %1 = arith.cmpi eq, %0, %c0 : i32 loc(#loc2)
+    %whole = arith.divui %parts, %c8 : i32 loc(#loc2)
+    %p = tt.splat %x_ptr : !tt.ptr<bf16> -> tensor<16x!tt.ptr<bf16>> loc(#loc2)
+    scf.if %1 {
+      %s = scf.for %i = %c0 to %whole step %c1 iter_args(%a = %b) -> (tensor<16xf32>)  : i32 {
+        %v = tt.load %p, %m, %o : tensor<16x!tt.ptr<bf16>> loc(#loc3)
+      } loc(#loc3)
+    } else {
+      %z = tt.splat %y_ptr : !tt.ptr<f32> -> tensor<8x!tt.ptr<f32>> loc(#loc2)
+      tt.store %z, %c, %m : tensor<8x!tt.ptr<f32>> loc(#loc5)
+    } loc(#loc3)
+    tt.return loc(#loc5)
+  }
+"""
+
+
+def test_programs_that_go_different_ways():
+    values = {"x_ptr": torch.empty(0), "y_ptr": torch.empty(0), "parts": 27}
+    one, other = (ttir.work(TWO_WAYS, values, (i,)) for i in (0, 1))
+    assert one.branches and other.branches
+    assert (one.read, one.written) == ({"x_ptr": 3 * 16 * 2}, {"y_ptr": 0})
+    assert (other.read, other.written) == ({"x_ptr": 0}, {"y_ptr": 8 * 4})
+    code = loop(loop(all=4))
+    assert [times for _, times, _ in model.passes(one.loops, code)] == [3]
+    assert [times for _, times, _ in model.passes(other.loops, code)] == [0]
+    works = model.works_of(TWO_WAYS, values, (4,))
+    assert [bool(w.read["x_ptr"]) for w in works] == [True, False, False, False]
+    assert ttir.mean(works).read == {"x_ptr": 3 * 16 * 2 / 4} and ttir.mean(works).written == {"y_ptr": 8 * 4 * 3 / 4}
+    assert len(model.works_of(SOURCE, {"rows": 64, "each": 64}, (100,))) == 1
+
+
 CODE = """
 .text.kernel:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -182,7 +219,7 @@ def test_a_loop_of_unknown_length_is_said():
 
 def demand(**changed: float) -> Demand:
     usual = {
-        "blocks": 10_000, "warps": 8, "resident": 4, "instructions": 100.0, "special": 0.0, "alone": 100.0,
+        "blocks": 10_000, "warps": 8, "resident": 4, "instructions": 100.0, "special": 0.0, "alone": [100.0],
         "bytes": 1e6, "cached": 1e6, "products": 1e6, "wgmma": True,
     }  # fmt: skip
     return Demand(**usual | changed)
@@ -195,7 +232,7 @@ def demand(**changed: float) -> Demand:
         ("l2", {"cached": 1e11}),
         ("tensor cores", {"products": 1e14}),
         ("issue", {"instructions": 1e6}),
-        ("latency", {"alone": 1e6, "blocks": 3}),
+        ("latency", {"alone": [1e6, 2.0], "blocks": 3}),
     ],
 )
 def test_the_longest_limit_is_named(limit, changed):

@@ -7,6 +7,7 @@ of them waits and computes by itself (latency).
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import subprocess
@@ -90,7 +91,7 @@ def passes(source: list[ttir.Loop], code: sass.Loop, times: float = 1.0) -> Pass
     machine, guess = list(code.inner), False
     while source and machine:
         loop, here = source.pop(0), machine.pop(0)
-        trips = 1 if loop.trips is None else loop.trips
+        trips = (1 if loop.trips is None else loop.trips) if loop.taken else 0
         guess = loop.trips is None
         if len(machine) > len(source) and (factor := _unrolled(here, machine[0])) > 1:
             rest = machine.pop(0)
@@ -129,6 +130,8 @@ def _unrolled(here: sass.Loop, rest: sass.Loop) -> int:
 
 # The time of a launch
 
+SAMPLED = 6  # programs along each axis of a grid whose programs go different ways
+
 
 @dataclass
 class Demand:
@@ -139,7 +142,7 @@ class Demand:
     resident: int
     instructions: float  # of warps, of one block
     special: float  # of these, on the unit for exponentials and roots
-    alone: float  # cycles that a block waits and computes where nothing else runs
+    alone: list[float]  # cycles that a block waits and computes where nothing else runs, of each kind of block
     bytes: float
     cached: float
     products: float
@@ -160,7 +163,7 @@ def duration(d: Demand) -> tuple[float, str, float]:
         "l2": d.cached / device.L2,
         "tensor cores": d.products / (device.WGMMA if d.wgmma else device.MMA_SYNC),
         "issue": work / issued / device.CLOCK,
-        "latency": rounds * d.alone / device.CLOCK,
+        "latency": max(rounds * sum(d.alone) / len(d.alone), max(d.alone)) / device.CLOCK,
     }
     limit = max(limits, key=limits.get)
     return limits[limit], limit, waves
@@ -219,26 +222,41 @@ def triton(launch: Launch) -> Prediction:
     code = code_of(launch.compiled)
     blocks = math.prod(launch.grid)
     values = {k: v for k, v in launch.values.items() if v is not None}
-    program = tuple(size // 2 for size in launch.grid) if blocks > 2 else (0,) * len(launch.grid)
-    work = ttir.work(launch.compiled.asm["ttir"], values, program)
-    own = passes(work.loops, code.loop)
+    works = works_of(launch.compiled.asm["ttir"], values, launch.grid)
+    ways = [passes(work.loops, code.loop) for work in works]
     count = Counter(code.loop.counts)
-    for loop, times, _ in own:
-        for kind, number in loop.counts.items():
-            count[kind] += number * times
+    for own in ways:
+        for loop, times, _ in own:
+            for kind, number in loop.counts.items():
+                count[kind] += number * times / len(ways)
+    work = ttir.mean(works)
     moved, cached = moved_bytes(launch, work, blocks)
     latency = device.L2_LATENCY if moved < device.L2_HOLDS else device.MEMORY_LATENCY
     resident = device.occupancy(code.registers, code.warps, code.shared).blocks
     demand = Demand(
         blocks, code.warps, resident, count["all"] * code.warps, count["special"] * code.warps,
-        _cycles_alone(own, code, latency), moved, cached, work.products * blocks, code.wgmma,
+        [_cycles_alone(own, code, latency) for own in ways], moved, cached, work.products * blocks, code.wgmma,
     )  # fmt: skip
     seconds, limit, waves = duration(demand)
     return Prediction(
         launch.name, "triton", seconds + device.START, limit, blocks, resident, waves, moved,
         32.0 * demand.instructions * blocks, work.products * blocks, key=key_of(launch),
-        sure=not any(guess for *_, guess in own),
+        sure=not any(guess for own in ways for *_, guess in own),
     )  # fmt: skip
+
+
+def works_of(source: str, values: dict[str, Any], grid: tuple[int, ...]) -> list[ttir.Work]:
+    """The work of the program in the middle of a launch; where programs go different ways, that of programs all over
+    its grid, a few along each axis."""
+    middle = ttir.work(source, values, tuple(size // 2 for size in grid) if math.prod(grid) > 2 else (0,) * len(grid))
+    if not middle.branches:
+        return [middle]
+    along = ([at * size // min(size, SAMPLED) for at in range(min(size, SAMPLED))] for size in grid)
+    shift = [size // (2 * SAMPLED) for size in grid]
+    return [
+        ttir.work(source, values, tuple(at + half for at, half in zip(program, shift, strict=True)))
+        for program in itertools.product(*along)
+    ]
 
 
 def cuda(launch: cuda_kernels.CudaLaunch, stride: int) -> Prediction:
@@ -256,7 +274,7 @@ def cuda(launch: cuda_kernels.CudaLaunch, stride: int) -> Prediction:
     issued = device.SCHEDULERS * min(device.ISSUED_AT_MOST, warps / device.SCHEDULERS * device.ISSUED_BY_A_WARP)
     demand = Demand(
         launch.blocks, warps, resident, instructions * warps, special * warps,
-        instructions * warps / issued + device.MEMORY_LATENCY,
+        [instructions * warps / issued + device.MEMORY_LATENCY],
         launch.bytes, launch.cached, launch.products, False,
     )  # fmt: skip
     seconds, limit, waves = duration(demand)

@@ -22,6 +22,7 @@ CAST = re.compile(rf"(%\w+) = arith\.(?:ext\w+|trunci|index_cast) ({VALUE})")
 PROGRAM = re.compile(r"(%\w+) = tt\.get_program_id (\w)")
 POINTER = re.compile(rf"(%\w+) = tt\.(?:splat|broadcast|expand_dims|addptr|bitcast|reshape) ({VALUE})")
 FOR = re.compile(rf"scf\.for (%\w+) = ({VALUE}) to ({VALUE}) step ({VALUE})")
+IF = re.compile(rf"scf\.if ({VALUE})")
 CARRIED = re.compile(rf"(%\w+) = ({VALUE})")
 ACCESS = re.compile(rf"tt\.(load|store) ({VALUE})\b.*: tensor<([\dx]+)x!tt\.ptr<(\w+)>>")
 DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x\w+>")
@@ -32,6 +33,8 @@ INTEGERS = {
     "muli": lambda a, b: a * b,
     "divsi": lambda a, b: int(a / b) if b else None,
     "remsi": lambda a, b: a - b * int(a / b) if b else None,
+    "divui": lambda a, b: a // b if b else None,
+    "remui": lambda a, b: a % b if b else None,
     "minsi": min,
     "maxsi": max,
     "andi": lambda a, b: a & b,
@@ -50,11 +53,12 @@ COMPARISONS = {
 @dataclass
 class Loop:
     """A loop of the source. trips: of one pass through it, None where its bounds come from memory; constant: known to
-    the compiler, which may have unrolled it."""
+    the compiler, which may have unrolled it; taken: whether the program comes to it."""
 
     trips: int | None
     constant: bool
     inner: list[Loop] = field(default_factory=list)
+    taken: bool = True
 
 
 @dataclass
@@ -66,6 +70,17 @@ class Work:
     written: dict[str, float] = field(default_factory=dict)
     products: float = 0.0  # operations of products in 16 bits or TF32
     exact_products: float = 0.0  # of products in float32, which are made by ordinary instructions
+    branches: bool = False  # whether it went one way of several, by its position or an argument
+
+
+@dataclass
+class Region:
+    """Lines in braces. taken: whether the program comes here; condition: of the `if` that it is a branch of, None where
+    that is not known or this is none."""
+
+    loop: Loop | None = None
+    taken: bool = True
+    condition: bool | None = None
 
 
 def work(ttir: str, values: Mapping[str, object], program: tuple[int, ...]) -> Work:
@@ -76,6 +91,17 @@ def work(ttir: str, values: Mapping[str, object], program: tuple[int, ...]) -> W
     return reader.work
 
 
+def mean(works: list[Work]) -> Work:
+    """The work of one program of several, on average; the loops are those of the first."""
+
+    def bytes_of(parts: list[dict[str, float]]) -> dict[str, float]:
+        return {name: sum(p.get(name, 0.0) for p in parts) / len(parts) for name in set().union(*parts)}
+
+    read, written = bytes_of([w.read for w in works]), bytes_of([w.written for w in works])
+    products, exact = (sum(getattr(w, kind) for w in works) / len(works) for kind in ("products", "exact_products"))
+    return Work(works[0].loops, read, written, products, exact, works[0].branches)
+
+
 class _Reader:
     def __init__(self, values: Mapping[str, object], program: tuple[int, ...]) -> None:
         self.work = Work()
@@ -83,26 +109,36 @@ class _Reader:
         self.constants: set[str] = set()
         self.base = {f"%{name}": name for name in values}  # the argument that a pointer comes from
         self.program = dict(zip("xyz", program, strict=False))
-        self.open: list[Loop | None] = []  # regions around the line; None is not a loop
+        self.open: list[Region] = []  # around the line
 
     def take(self, line: str) -> None:
         text = line.strip()
-        if text.startswith("}") and self.open:
-            self.open.pop()
+        closed = self.open.pop() if text.startswith("}") and self.open else Region()
         if text.endswith(("{", "({")):
-            self.open.append(self.loop(text))
+            self.open.append(self.region(text, closed))
         elif not self.scalar(text):
             self.tensor(text)
 
-    def loop(self, text: str) -> Loop | None:
+    def region(self, text: str, closed: Region) -> Region:
+        """What begins with a line; `closed`: what ends with it."""
+        condition = None
+        if found := IF.search(text):
+            condition = self.known.get(found[1])
+        elif text.startswith("} else") and closed.condition is not None:
+            condition = not closed.condition
+        self.work.branches |= condition is not None
+        around = all(region.taken for region in self.open)
+        return Region(self.loop(text, around), around and condition in (None, True), condition)
+
+    def loop(self, text: str, taken: bool) -> Loop | None:
         found = FOR.search(text)
         if not found:
             return None
         index, *bounds = found.groups()
         low, high, step = (self.known.get(name) for name in bounds)
         trips = None if None in (low, high, step) else max(math.ceil((high - low) / step), 0)
-        loop = Loop(trips, all(name in self.constants for name in bounds))
-        around = [other for other in self.open if other is not None]
+        loop = Loop(trips, all(name in self.constants for name in bounds), taken=taken)
+        around = [region.loop for region in self.open if region.loop is not None]
         (around[-1].inner if around else self.work.loops).append(loop)
         self.known[index] = low
         for name, first in CARRIED.findall(text.partition("iter_args(")[2]):
@@ -141,8 +177,9 @@ class _Reader:
         self.known[name] = None if function is None or None in numbers else function(*numbers)
 
     def tensor(self, text: str) -> None:
-        times = math.prod(loop.trips or 1 for loop in self.open if loop is not None)
-        if any(loop is not None and loop.trips == 0 for loop in self.open):
+        loops = [region.loop for region in self.open if region.loop is not None]
+        times = math.prod(1 if loop.trips is None else loop.trips for loop in loops)
+        if not all(region.taken for region in self.open):
             times = 0
         if found := ACCESS.search(text):
             kind, pointer, shape, element = found.groups()

@@ -330,7 +330,7 @@ def norm_linear_gradient_kernel(
     norm_weight, norm_bias = load_vector(norm_weight_ptr, column, WIDTH=C), load_vector(norm_bias_ptr, column, WIDTH=C)
     product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_O,), tl.float32)
-    for part in tl.range(0, parts, loop_unroll_factor=4):
+    for part in tl.range(0, parts, loop_unroll_factor=8):
         product += load_tile(product_ptr + part * (OUT * C), output, output < OUT, column, WIDTH=C)
         total += load_vector(sums_ptr + part * OUT, output, WIDTH=OUT)
     dweight = product * norm_weight[None, :] + total[:, None] * norm_bias[None, :]
@@ -358,7 +358,7 @@ def second_gradient_kernel(
     hidden = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     product = tl.zeros((BLOCK_F, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for part in tl.range(0, parts, loop_unroll_factor=2):
+    for part in tl.range(0, parts, loop_unroll_factor=8):
         product += load_tile(product_ptr + part * (F * C), hidden, hidden < F, column, WIDTH=C)
         total += load_vector(sums_ptr + part * C, column, WIDTH=C)
     store_tile(dweight_ptr, column, column < C, hidden, tl.trans(product), WIDTH=F)
