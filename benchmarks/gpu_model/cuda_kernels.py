@@ -310,8 +310,8 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
     parts = _ceil(outputs, most * (2 if wide else 1))
     width = _ceil(_ceil(outputs, parts), 16) * 16
     code = f"kernelINS_8BackwardINS_8BFloat16ELi{stride}ELi{inputs16}E"
-    own = (1 if wide else 2) * CHUNK * pitch + 4 * 720 + 8 * CHUNK  # parameters of a step but for the projection
-    shared = own + 80 * (out_pixels + 1) + 80 * 128 + 6 * computed + 4 * 128 + 176
+    own = CHUNK * pitch + 4 * 624 + 16 * CHUNK  # parameters of a step but for the projection
+    shared = own + 80 * (out_pixels + 1) + 80 * 128 + 6 * computed + 4 * 128 + 160
     shared += max(80 * width, 80 * 128) if wide else 128 * pitch + 80 * 128 + 80 * width
     shared += 2 * computed * (width + 8)
     tiles = _tiles(x, 1, (8, 16))
@@ -322,7 +322,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
         2.0 * x.numel() / inputs * (expanded if wide else inputs),
     )
     moved = 2.0 * x.numel() + written + z + dp
-    kept = expanded * (sums if wide else 72 + sums)
+    kept = expanded * (sums if wide else 68 + sums)
     packed = own + (slices - 1) * CHUNK * pitch + 80 * width * parts
     again = (parts if parts > 1 else 0, slices if slices > 1 else 0)
     anew = (2 * out_pixels * width * parts if parts > 1 else 0) + (2 * 128 * inputs if slices > 1 else 0)
@@ -334,7 +334,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
             cached=1.5 * moved + tiles * chunks * (packed + anew) + 8.0 * tiles * kept,
             products=tiles * chunks * CHUNK * (
                 2.0 * (computed * width * parts + 128 * 16 * inputs16 * (slices if wide else 3))
-                + computed * 128 + 4096.0 * pairs
+                + computed * 80 + 4096.0 * pairs
             ),
             way=_backward_step(find(code, stride), stride, inputs16, width, packed, again, chunks),
         ),

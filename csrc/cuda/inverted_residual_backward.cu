@@ -22,11 +22,13 @@ namespace mvit3 {
 template <typename T, int Stride, int Steps>
 struct Backward : BackwardFiltered<T, Stride, Steps> {
   using Base = BackwardFiltered<T, Stride, Steps>;
-  using Base::a, Base::m, Base::lane, Base::rows_of, Base::columns_of, Base::whole_inputs, Base::own_diagonals;
+  using Base::Base, Base::a, Base::m, Base::warp, Base::whole_inputs;
   using Base::kHeight, Base::kWidth, Base::kOutWidth, Base::kInputs, Base::kPitch, Base::kGroups, Base::kWide;
+  using Base::kRowBytes;
   using Base::tile, Base::corner_of;
   using Base::x, Base::z, Base::value, Base::gradient, Base::expand, Base::scaled;
-  using typename Base::Arguments, typename Base::Tile;
+  using typename Base::Arguments, typename Base::Parameters, typename Base::Tile;
+  using typename Base::OfExpanded, typename Base::OfFiltered, typename Base::OfProducts;
 
   // What a lane keeps of a tile from step to step: sums of dx; or, of wide inputs, its part of x as the products take
   // it, of pixels lane / 4 and 8 more of the warp.
@@ -44,80 +46,83 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
   static MVIT3_DEVICE
   int place_of(unsigned t, int half) { return Base::own_places()[t / kWarp * 16 + t % kWarp / 4 + 8 * half]; }
 
-  // Inputs first..first+kInputs-1 of the warp's pixels. What cannot be loaded 16 bytes at a time comes through shared
-  // memory, where act(e) will be.
+  // Eight inputs from `channel` on that cannot be loaded at once.
+  MVIT3_DEVICE
+  Vector load_one_by_one(const T* from, int channel) const {
+    Vector v{};
+#pragma unroll 1
+    for (int i = 0; i < 8 && channel + i < m.inputs; ++i) {
+      const uint32_t bits = uint32_t(from[i].bits) << 16 * (i % 2);
+#pragma unroll
+      for (int part = 0; part < 4; ++part) v.part[part] |= part == i / 2 ? bits : 0u;
+    }
+    return v;
+  }
+  // Inputs first..first+kInputs-1 of the warp's pixels.
   MVIT3_DEVICE
   void load_pixels(const T* map, int first, Pixels& to) const {
-    const unsigned t = thread(), lane = t % kWarp, warp_row = t / kWarp * 16;
+    const unsigned t = thread();
     const bool vectors = m.inputs % 8 == 0 && is_aligned(map);
 #pragma unroll
     for (int k = 0; k < Steps; k += 2) {
-      if (!vectors) {
-        const int channel = first + 16 * k + int(lane);
-#pragma unroll 1
-        for (int i = 0; i < 16; ++i) {
-          const int place = Base::own_places()[warp_row + i];
-          value().row(warp_row + i)[lane] =
-              place >= 0 && channel < m.inputs ? map[int64_t(place) * m.inputs + channel] : T{0};
-        }
-        synchronize_warp();
-      }
-      const int unit = int(lane % 4) * 8, channel = first + 16 * k + unit;
+      const int channel = first + 16 * k + int(t % 4) * 8;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int place = place_of(t, half);
         const bool there = place >= 0 && channel < m.inputs;
-        Vector v;
-        if (vectors)
-          v = *reinterpret_cast<const Vector*>(map + (there ? int64_t(place) * m.inputs + channel : 0));
-        else
-          v = *reinterpret_cast<const Vector*>(value().row(warp_row + lane / 4 + 8 * half) + unit);
+        const T* const from = map + (there ? int64_t(place) * m.inputs + channel : 0);
+        const Vector v =
+            vectors ? *reinterpret_cast<const Vector*>(from) : load_one_by_one(from, there ? channel : m.inputs);
         // Masked rather than chosen: what a product takes must lie in other registers than what was loaded, and is
         // else moved there by each step.
         const uint32_t mask = there ? ~0u : 0u;
 #pragma unroll
         for (int i = 0; i < 4; ++i) to.x[k + i / 2][i % 2 * 2 + half] = v.part[i] & mask;
       }
-      if (!vectors) synchronize_warp();
     }
   }
 
+  // Where a lane begins its sums of the expansion: the shifts of bfloat16.
+  static MVIT3_DEVICE
+  void shift(float (&sum)[kGroups][4], int of_norm) {
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const Added by = Parameters::kFolds ? Base::added(Parameters::kNorm, 8 * j, of_norm) : Added{};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[j][k] = by.part[k];
+    }
+  }
   // sum += x expand^T of 16 pixels and 16 inputs.
   MVIT3_DEVICE
-  void multiply_by_expand(
-      bool first, SharedAddress of_weight, const uint32_t (&pixels)[4], float (&sum)[kGroups][4]) const {
+  void multiply_by_expand(SharedAddress of_weight, const uint32_t (&pixels)[4], float (&sum)[kGroups][4]) const {
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2) {
       uint32_t weight[4];
       load_matrices(weight, of_weight + 16 * j * kPitch);
-      multiply<T>(first, sum[j], pixels, weight[0], weight[1]);
-      multiply<T>(first, sum[j + 1], pixels, weight[2], weight[3]);
+      multiply_add(sum[j], pixels, weight[0], weight[1], T{});
+      multiply_add(sum[j + 1], pixels, weight[2], weight[3], T{});
     }
   }
-  // sum = x expand^T of the warp's pixels.
+  // sum += x expand^T of the warp's pixels.
   MVIT3_DEVICE
-  void expand_again(int, int, unsigned t, const Sums&, float (&sum)[kGroups][4]) const {
-    const SharedAddress of_x = rows_of(x(), t % kWarp, t / kWarp * 16, 0),
-                        of_weight = columns_of(expand(), t % kWarp, 0, 0);
+  void expand_again(int, int, const OfExpanded& lane, const Sums&, float (&sum)[kGroups][4]) const {
+    const SharedAddress of_x = shared_address(x().row(16 * warp)) + lane.x,
+                        of_weight = shared_address(expand().data) + lane.expand;
 #pragma unroll
     for (int k = 0; k < Steps; ++k) {
       uint32_t pixels[4];
       load_matrices(pixels, of_x + 32 * k);
-      multiply_by_expand(k == 0, of_weight + 32 * k, pixels, sum);
+      multiply_by_expand(of_weight + 32 * k, pixels, sum);
     }
   }
   MVIT3_DEVICE
-  void expand_again(int number, int chunk, unsigned t, Pixels& carried, float (&sum)[kGroups][4]) const {
-    const SharedAddress of_weight = columns_of(expand(), t % kWarp, 0, 0);
+  void expand_again(int number, int chunk, const OfExpanded& lane, Pixels& carried, float (&sum)[kGroups][4]) const {
+    const SharedAddress of_weight = shared_address(expand().data) + lane.expand;
     if (whole_inputs()) {
 #pragma unroll
-      for (int k = 0; k < Steps; ++k) multiply_by_expand(k == 0, of_weight + 32 * k, carried.x[k], sum);
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(of_weight + 32 * k, carried.x[k], sum);
       return;
     }
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[j][k] = 0.0f;
 #pragma unroll 1
     for (int from = 0; from < a.sizes.slices; ++from) {
       if (from) synchronize();
@@ -126,7 +131,7 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
       copies_arrive();
       synchronize();
 #pragma unroll
-      for (int k = 0; k < Steps; ++k) multiply_by_expand(false, of_weight + 32 * k, carried.x[k], sum);
+      for (int k = 0; k < Steps; ++k) multiply_by_expand(of_weight + 32 * k, carried.x[k], sum);
     }
   }
 
@@ -141,10 +146,10 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
         for (int j = 0; j < kGroups; ++j) pairs[j][half] = 0u;
   }
 
-  // Pairs of channels of the warp's pixels, to their rows.
-  static MVIT3_DEVICE
-  void store(Matrix<T> to, unsigned t, const uint32_t (&pairs)[kGroups][2]) {
-    const SharedAddress row = rows_of(to, t % kWarp, t / kWarp * 16, 0);
+  // Pairs of channels of the warp's pixels, to their rows, of which the lane's begins `of_lane` bytes behind the first.
+  MVIT3_DEVICE
+  void store(Matrix<T> to, int of_lane, const uint32_t (&pairs)[kGroups][2]) const {
+    const SharedAddress row = shared_address(to.row(16 * warp)) + of_lane;
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2)
       store_matrices(row + 16 * j, {pairs[j][0], pairs[j][1], pairs[j + 1][0], pairs[j + 1][1]});
@@ -155,17 +160,15 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
     SharedAddress left, right, corner;
 
     MVIT3_DEVICE
-    explicit Corner(unsigned t) {
-      const unsigned second = t / 16 % 2, at = corner_of(t / kWarp * 16 + t % 16);
-      const auto pixel = [&](unsigned p) { return shared_address(z().row(p)); };
+    Corner(unsigned warp, const OfExpanded& lane) {
+      corner = shared_address(z().row(corner_of(16 * warp))) + lane.at;
       if (Stride == 1) {
-        left = pixel(at + 2 - second);
-        right = pixel(at + (2 - second) * kOutWidth);
-        corner = pixel(at);
+        left = corner + 2 * kRowBytes - lane.second;
+        right = corner + 2 * kOutWidth * kRowBytes - kOutWidth * lane.second;
       } else {
-        const unsigned parities = t / (2 * kWarp);
-        left = pixel(at + second * (parities % 2 ? 1 : parities / 2 * kOutWidth));
-        right = pixel(at + second);
+        const unsigned parities = warp / 2;
+        left = corner + lane.second * int(parities % 2 ? 1 : parities / 2 * kOutWidth);
+        right = corner + lane.second;
       }
     }
     MVIT3_DEVICE
@@ -202,45 +205,48 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
   template <bool Silu>
   MVIT3_DEVICE
   void expanded_gradient(int number, int chunk, Carried& carried, uint32_t (&gradients)[kGroups][2]) const {
-    const unsigned t = thread(), lane = t % kWarp;
+    const OfExpanded lane = this->template of_lane<OfExpanded>();
+    const OfFiltered& other = this->template of_lane<OfFiltered>();
+    const int of_norm = this->template of_lane<OfProducts>().norm, of_row = other.weight;
     float slope[kGroups][4];
-    expand_again(number, chunk, t, carried, slope);
+    shift(slope, of_norm);
+    expand_again(number, chunk, lane, carried, slope);
     uint32_t values[kGroups][2];
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const Affine* const norm = Base::first_norm() + 8 * j + lane % 4 * 2;
-      const Affine one = norm[0], two = norm[1];
+      if (!Parameters::kFolds) normalise(slope[j], Base::added(Parameters::kNorm, 8 * j, of_norm));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float &first = slope[j][2 * half], &second = slope[j][2 * half + 1];
-        first = one.scale * first + one.shift;
-        second = two.scale * second + two.shift;
         const float value = this->template activate<Silu>(first);
         values[j][half] = pack<T>(value, this->template activate<Silu>(second));
       }
     }
     const bool whole = tile(number).whole;
-    if (!whole) clear_outside(t, values);
-    store(value(), t, values);
-    const Corner corner(t);
-    const char* const diagonal = own_diagonals(lane);
+    if (!whole) clear_outside(thread(), values);
+    store(value(), of_row, values);
+    const Corner corner(warp, lane);
+    const char* const diagonal = Base::diagonals() + other.diagonal;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       float sum[4];
-      transposed_filter(corner, diagonal, t / (2 * kWarp), j, sum);
+      transposed_filter(corner, diagonal, warp / 2, j, sum);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         gradients[j][half] = pack<T>(
             sum[2 * half] * slope[j][2 * half] + sum[2 * half],
             sum[2 * half + 1] * slope[j][2 * half + 1] + sum[2 * half + 1]);
     }
-    if (!kWide && !whole) clear_outside(t, gradients);
+    if constexpr (!kWide) {
+      if (!whole) clear_outside(thread(), gradients);
+      store(gradient(), of_row, gradients);
+    }
   }
 
   // sum += (G * scale) expand of the warp's pixels.
   MVIT3_DEVICE
   void contract(const uint32_t (&gradients)[kGroups][2], float (&sum)[2 * Steps][4]) const {
-    const SharedAddress of_weight = rows_of(scaled(), lane(), 0, 0);
+    const SharedAddress of_weight = shared_address(scaled().data) + this->template of_lane<OfExpanded>().x;
 #pragma unroll
     for (int j = 0; j < kGroups; j += 2) {
       const uint32_t pixels[4] = {gradients[j][0], gradients[j][1], gradients[j + 1][0], gradients[j + 1][1]};
@@ -258,7 +264,7 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
   MVIT3_DEVICE
   void store_gradient(T* map, int chunk, const uint32_t (&pairs)[kGroups][2]) const {
     const unsigned t = thread(), row = t / kWarp * 16 + t % kWarp / 4;
-    store(gradient(), t, pairs);
+    store(gradient(), this->template of_lane<OfFiltered>().weight, pairs);
     synchronize_warp();
     const int unit = int(t % 4) * 8, channel = chunk + unit;
     const bool vectors = m.expanded % 8 == 0 && is_aligned(a.gradient);
@@ -312,27 +318,31 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
     if (whole_inputs()) load_pixels(here.x, 0, carried);
   }
 
-  static MVIT3_DEVICE
-  void run(const Arguments& a) {
-    const Backward self{{{a, a.front.maps}}};
-    a.front.act == kSilu ? self.walk<true>() : self.walk<false>();
-  }
-
-  template <bool Silu>
+  // What a block does in front of its first tile. Returns how many tiles it has.
   MVIT3_DEVICE
-  void walk() const {
-    const int64_t all = Base::tiles(a), begin = all * block() / blocks();
-    int number = 0, chunk = 0;  // of tile and channel
-    if (thread() == 0) {
-      const int left = int(all * (block() + 1) / blocks() - begin);
-      this->prepare(place<kHeight, kWidth>(begin, m.height, m.width, m.dilation), 0, left);
-    }
-    if (thread() < 4) Base::ones()[thread()] = pack<T>(1.0f, 1.0f);
+  int begin() const {
+    const int64_t all = Base::tiles(a), first = all * block() / blocks();
+    if (thread() == 0) this->prepare(place<kHeight, kWidth>(first, m.height, m.width, m.dilation), 0);
+    this->write_of_lane();
     this->load_parameters(this->packed(0));
     synchronize();
     this->enter(0);
     synchronize();
     this->load_filtered(0, 0);
+    return int(all * (block() + 1) / blocks() - first);
+  }
+
+  static MVIT3_DEVICE
+  void run(const Arguments& a) {
+    const Backward self(a);
+    const int count = self.begin();
+    a.front.act == kSilu ? self.walk<true>(count) : self.walk<false>(count);
+  }
+
+  template <bool Silu>
+  MVIT3_DEVICE
+  void walk(int count) const {
+    int number = 0, chunk = 0;  // of tile and channel
     Carried carried;
 #pragma unroll 1
     while (true) {
@@ -343,7 +353,7 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
         if (thread() == 0) {
           Place there = tile(number).place;
           this->advance(there);
-          this->prepare(there, number + 1, tile(number).left - 1);
+          this->prepare(there, number + 1);
         }
       }
       this->template filtered_gradient<Silu>(number, chunk);
@@ -355,13 +365,12 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
       if constexpr (kWide) {
         store_gradient(tile(number).result, chunk, gradients);
       } else {
-        store(gradient(), thread(), gradients);
         contract(gradients, carried.dx);
         if (ends) store_dx(tile(number).result, carried.dx);
       }
       synchronize();
       const int next = ends ? 0 : chunk + kChunk;
-      const bool more = !ends || tile(number).left > 1;
+      const bool more = !ends || number + 1 < count;
       if (ends) this->enter(number + 1);
       if (more) this->load_parameters(this->packed(next));
       this->multiply_by_values(this->kept_of(chunk), number == 0);

@@ -41,6 +41,14 @@ void copy_16_behind(bool wanted, void* shared, const void* global) {
 MVIT3_DEVICE
 void synchronize_warp() { __syncwarp(); }
 
+// A number in a way that hides from the compiler that it was known before: what follows from it is computed where it is
+// needed, as with `thread`.
+MVIT3_DEVICE
+unsigned anew(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
 // Adds to two neighbouring numbers in global memory, 8 bytes aligned, without waiting for what they were.
 MVIT3_DEVICE
 void add_in_memory(float* to, float first, float second) {
@@ -103,15 +111,19 @@ constexpr int kNoTap = 15;
 constexpr int kWideSteps = 8;
 
 // The diagonals of 8 channels: 4 registers of a lane in a unit, of which 8 lanes have one channel each and the others
-// read the zeros behind. Behind the taps come those of two functions of z, each one unit.
-constexpr int kUnits = (2 * kPairs + 3) / 4, kUnit = 9 * 16, kDiagonals = (kUnits + 2) * kUnit;
+// read the zeros behind. Behind the taps come those of the slopes of two functions of z, a unit, and one register of
+// the constant of the second one.
+constexpr int kUnits = (2 * kPairs + 3) / 4, kUnit = 9 * 16, kConstant = (kUnits + 1) * kUnit,
+              kDiagonals = kConstant + 48;
 
 // ---- The parameters of a step
 
-// A function slope z + offset of 8 filtered channels is two products of (z, 1) with diagonals of the two: the second is
-// what the first one's rounding to 16 bits leaves. One is half of the activation's argument, the other c1 + c2 z.
+// A function slope z + constant of 8 filtered channels is a product of (z, z) with two diagonals of the slope, the
+// second of what the first one's rounding to 16 bits leaves. One is half of the activation's argument, the other
+// c1 + c2 z. The first constant is what the product is added to; the second comes as a product of ones, in two parts
+// too.
 //
-// In float16 the latter might be too small a number, and so might the projection times c0: both are computed.
+// In float16 c1 + c2 z might be too small a number, and so might the projection times c0: both are computed.
 struct alignas(16) MiddleNorm {
   float half_c0, c1, c2, none;
 };
@@ -124,21 +136,26 @@ struct StepSizes {
   unsigned bytes, kept;
 };
 
-// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs, as it is
-// and, but for wide inputs, times the scale of its norm; diagonals; norms, of which bfloat16 has the first one; the
-// projection, `width` outputs x 32 channels. In global memory there is an expansion for each slice of inputs, and a
-// projection for each part of the outputs.
+// The parameters of a step, in bytes from its start in shared memory: the expansion, 32 x 16 Steps inputs; diagonals;
+// norms; the projection, `width` outputs x 32 channels. In global memory there is an expansion for each slice of
+// inputs, and a projection for each part of the outputs.
+//
+// In bfloat16 the expansion is multiplied by half of its norm's scale, as forward has it (Pack), and the norms are the
+// shifts of both. Float16, where that might be too small a number, has the expansion as it is and, but for wide inputs,
+// times the scale; of the first norm both numbers, and a MiddleNorm.
 template <typename T, int Steps>
 struct StepParameters {
   static constexpr bool kWide = Steps == kWideSteps;
   static constexpr int kInputs = 16 * Steps, kPitch = kInputs + 8;
-  // Whether the projection is multiplied by the middle norm's c0, and c1 + c2 z a product.
-  static constexpr bool kFolds = std::is_same_v<T, BFloat16>;
+  // Whether scales are multiplied into the factors of products, and c1 + c2 z is a product. dx is then one of the
+  // halved expansion with G doubled, which comes of taps that are not halved.
+  static constexpr bool kFolds = std::is_same_v<T, BFloat16>, kDoubles = kFolds && !kWide;
   static constexpr int kExpand = kChunk * kPitch * int(sizeof(T)), kAllDiagonals = kChunk / 8 * kDiagonals;
-  static constexpr int kScaled = kWide ? 0 : kExpand;
-  static constexpr int kDiagonal = kExpand + kScaled, kNorm = kDiagonal + kAllDiagonals,
-                       kMiddle = kNorm + kChunk * int(sizeof(Affine)),
-                       kProject = kMiddle + (kFolds ? 0 : kChunk * int(sizeof(MiddleNorm))), kRest = kProject - kExpand;
+  static constexpr int kScaled = kWide || kFolds ? 0 : kExpand;
+  static constexpr int kNorms = kChunk / 2 * int(sizeof(Added));
+  static constexpr int kDiagonal = kExpand + kScaled, kNorm = kDiagonal + kAllDiagonals, kShift = kNorm + kNorms,
+                       kMiddle = kShift + kNorms, kProject = kMiddle + (kFolds ? 0 : kChunk * int(sizeof(MiddleNorm))),
+                       kRest = kProject - kExpand;
 
   static MVIT3_BOTH
   constexpr int project(int width) { return width * kChunkPitch * int(sizeof(T)); }
@@ -199,37 +216,46 @@ struct PackBackward {
     const int input = slice * Parameters::kInputs + (Parameters::kWide ? wide_input(column) : column);
     if (column >= Parameters::kInputs || input >= m.inputs || chunk + c >= m.expanded) return 0.0f;
     const float weight = value_at<T>(a.front.expand, int64_t(chunk + c) * m.inputs + input);
+    if (Parameters::kFolds) return 0.5f * first_norm(chunk + c).scale * weight;
     return scaled ? to_float(from_float<T>(weight)) * first_norm(chunk + c).scale : weight;
   }
-  // Half a tap, or a part of a function of z.
+  // What the rounding of a number to 16 bits leaves of it.
+  static MVIT3_DEVICE
+  float left_of(float value) { return value - to_float(from_float<T>(value)); }
+  // A tap, or half of it, or a part of a slope of z.
   MVIT3_DEVICE
   float on_diagonal(int channel, int unit, int i) const {
     if (unit < kUnits) {
       const int pair = 2 * unit + i / 2, tap = pair < kPairs ? tap_of<Stride>(pair, i % 2) : kNoTap;
-      return tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
+      constexpr float kFactor = Parameters::kDoubles ? 1.0f : 0.5f;
+      return tap == kNoTap ? 0.0f : kFactor * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
     }
-    if (unit > kUnits && !Parameters::kFolds) return 0.0f;
-    const float value =
-        unit == kUnits ? 0.5f * (i % 2 ? a.z_shift : a.z_scale)[channel] : (i % 2 ? a.c1 : a.c2)[channel];
-    return i < 2 ? value : value - to_float(from_float<T>(value));
+    if (i > 1 && !Parameters::kFolds) return 0.0f;
+    const float value = i < 2 ? 0.5f * a.z_scale[channel] : a.c2[channel];
+    return i % 2 ? left_of(value) : value;
   }
-  // Register `word` of the diagonals of 8 channels, of which one half is on the diagonal.
+  // Register `word` of the diagonals of 8 channels, of which one half is on the diagonal; both parts of c1.
   MVIT3_DEVICE
   uint32_t diagonal(int word) const {
-    const int group = word / (kDiagonals / 4), in_group = word % (kDiagonals / 4);
-    const int unit = in_group / (kUnit / 4), lane = in_group % (kUnit / 4) / 4, channel = chunk + 8 * group + lane;
-    if (lane == 8 || channel >= m.expanded) return 0;
+    const int group = word / (kDiagonals / 4), in_group = word % (kDiagonals / 4), of_c1 = in_group - kConstant / 4;
+    const int unit = in_group / (kUnit / 4), lane = of_c1 < 0 ? in_group % (kUnit / 4) / 4 : of_c1;
+    const int channel = chunk + 8 * group + lane;
+    if (lane >= 8 || channel >= m.expanded) return 0;
+    if (of_c1 >= 0) return Parameters::kFolds ? pack<T>(a.c1[channel], left_of(a.c1[channel])) : 0;
     const float value = on_diagonal(channel, unit, in_group % 4);
     return lane % 2 ? pack<T>(0.0f, value) : pack<T>(value, 0.0f);
   }
-  // Number i of the norms of a step. The slope of the activation is (1 + r) / 2, and tanh takes half of what the
-  // exponential would.
+  // Number i of the norms of a step: of the first one, of shifts of the middle one, of MiddleNorm. The slope of the
+  // activation is (1 + r) / 2, and tanh takes half of what the exponential would.
   MVIT3_DEVICE
   float norms(int i) const {
-    const bool first = i < 2 * kChunk;
-    const int channel = chunk + (first ? i / 2 : i / 4 - kChunk / 2);
+    constexpr int kOfOne = Parameters::kNorms / 4;
+    const int kind = i < 2 * kOfOne ? i / kOfOne : 2, in_kind = i - kind * kOfOne;
+    const bool adds = kind == 1 || (kind == 0 && Parameters::kFolds);
+    const int channel = chunk + (adds ? in_kind / 4 * 2 + in_kind % 2 : kind == 0 ? in_kind / 2 : in_kind / 4);
     if (channel >= m.expanded) return 0.0f;
-    if (first) return 0.5f * (i % 2 ? first_norm(channel).shift : first_norm(channel).scale);
+    if (kind == 1) return 0.5f * a.z_shift[channel];
+    if (kind == 0) return 0.5f * (adds || i % 2 ? first_norm(channel).shift : first_norm(channel).scale);
     return i % 4 == 0 ? 0.5f * a.c0[channel] : i % 4 == 3 ? 0.0f : (i % 4 == 1 ? a.c1 : a.c2)[channel];
   }
 

@@ -8,9 +8,9 @@ namespace mvit3 {
 template <typename T, int Stride, int Steps>
 struct BackwardFiltered : BackwardSums<T, Stride, Steps> {
   using Base = BackwardSums<T, Stride, Steps>;
-  using Base::a, Base::rows_of, Base::whole_outputs, Base::kOutPixels, Base::kWide;
+  using Base::Base, Base::a, Base::warp, Base::whole_outputs, Base::kOutPixels, Base::kWide;
   using Base::tile, Base::dp, Base::z, Base::project;
-  using typename Base::Parameters;
+  using typename Base::Parameters, typename Base::OfFiltered, typename Base::OfProducts;
 
   static constexpr int kAtOnce = kWide && Stride == 1 ? 1 : 3;  // steps over outputs, as registers allow
 
@@ -34,9 +34,9 @@ struct BackwardFiltered : BackwardSums<T, Stride, Steps> {
   template <bool First, int RowBlocks>
   MVIT3_DEVICE
   void multiply_by_project(
-      float (&sum)[RowBlocks][2][4], unsigned lane, unsigned first_row, unsigned first_column) const {
-    SharedAddress of_pixels[RowBlocks], of_weight = rows_of(project(), lane, 0, first_column);
-    of_pixels[0] = rows_of(dp(), lane, first_row, 0);
+      float (&sum)[RowBlocks][2][4], const OfFiltered& lane, unsigned first_row, unsigned first_column) const {
+    SharedAddress of_pixels[RowBlocks], of_weight = shared_address(project().data + first_column) + lane.weight;
+    of_pixels[0] = shared_address(dp().row(first_row)) + lane.dp;
 #pragma unroll
     for (int i = 1; i < RowBlocks; ++i) of_pixels[i] = of_pixels[i - 1] + 16 * dp().pitch * int(sizeof(T));
     const auto step = [&](bool first) {
@@ -56,20 +56,14 @@ struct BackwardFiltered : BackwardSums<T, Stride, Steps> {
     for (int k = 1; k < a.sizes.width / 16; ++k) step(false);
   }
 
-  // The lane's part of the diagonals.
-  static MVIT3_DEVICE
-  const char* own_diagonals(unsigned lane) {
-    return Base::diagonals() + (lane % 4 == lane / 8 ? 16 * (lane / 4) : kUnit - 16);
-  }
-
   // z becomes dz; outside the map it stays zero.
   template <bool Silu>
   MVIT3_DEVICE
   void filtered_gradient(int number, int chunk) const {
     constexpr int kRowBlocks = Stride == 1 ? 3 : 1;  // of a warp; warps stand 4 x 2
-    const unsigned t = thread(), lane = t % kWarp, first_row = t / kWarp % 4 * 16 * kRowBlocks,
-                   first_column = t / (4 * kWarp) * 16;
+    const unsigned first_row = warp % 4 * 16 * kRowBlocks, first_column = warp / 4 * 16;
     const bool some = first_row < kOutPixels;
+    const OfFiltered lane = this->template of_lane<OfFiltered>();
     float sum[kRowBlocks][2][4];
     if (whole_outputs()) {
       if (some) multiply_by_project<true>(sum, lane, first_row, first_column);
@@ -86,52 +80,53 @@ struct BackwardFiltered : BackwardSums<T, Stride, Steps> {
       }
     }
     if (!some) return;
-    Vector norm[2], rest[2];
+    const OfProducts& other = this->template of_lane<OfProducts>();
+    const int of_norm = other.norm, of_column = other.column;
+    Vector slope[2];
+    uint32_t c1[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const char* const from = own_diagonals(lane) + (first_column / 8 + j) * kDiagonals + kUnits * kUnit;
-      norm[j] = *reinterpret_cast<const Vector*>(from);
-      rest[j] = *reinterpret_cast<const Vector*>(from + kUnit);
+      const char* const from = Base::diagonals() + (first_column / 8 + j) * kDiagonals;
+      slope[j] = *reinterpret_cast<const Vector*>(from + kUnits * kUnit + lane.diagonal);
+      c1[j] = *reinterpret_cast<const uint32_t*>(from + kConstant + lane.diagonal / 4);
     }
-    // A product's factor is 8 channels of z and ones.
-    const bool of_z = lane < 16;
-    const SharedAddress column = shared_address(z().data + first_column + lane / 16 * 8),
-                        ones = shared_address(Base::ones());
+    const SharedAddress column = shared_address(z().data + first_column);
+    const uint32_t ones = pack<T>(1.0f, 1.0f);
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
-      const SharedAddress row = column + Base::rows()[first_row + 16 * i + lane % 16] * int(sizeof(T));
+      const SharedAddress row =
+          column + *Base::template at<uint16_t>(Base::kRows + int(first_row + 16 * i) * 2 + lane.row);
       uint32_t part[4];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        uint32_t pixels[4];
-        load_matrices(pixels, of_z ? row + 16 * j : ones);
+        uint32_t pixels[4];  // 8 channels of z, twice
+        load_matrices(pixels, row + 16 * j);
         float (&g)[4] = sum[i][j];
-        float half[4], dz[4];
-        multiply_first(half, pixels, norm[j].part[0], norm[j].part[1], T{});
-        multiply_add(half, pixels, norm[j].part[2], norm[j].part[3], T{});
+        float dz[4];
+        // Loaded anew for each 16 pixels: a product takes it in place, where kept ones would cost 8 registers.
+        Added half = Base::added(Parameters::kShift, first_column + 8 * j, of_norm);
+        multiply_add(half.part, pixels, slope[j].part[0], slope[j].part[1], T{});
         if (!Parameters::kFolds) {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
-            const MiddleNorm& by = Base::middle_norm()[first_column + 8 * j + lane % 4 * 2 + k % 2];
+            const MiddleNorm& by = Base::middle_norm()[first_column + 8 * j + of_norm / 8 + k % 2];
             const Pair old = unpack<T>(pixels[k / 2]);
             g[k] *= by.half_c0;
             dz[k] = g[k] + (by.c2 * (k % 2 ? old.second : old.first) + by.c1);
           }
         } else {
-#pragma unroll
-          for (int k = 0; k < 4; ++k) dz[k] = g[k];
-          multiply_add(dz, pixels, rest[j].part[0], rest[j].part[1], T{});
-          multiply_add(dz, pixels, rest[j].part[2], rest[j].part[3], T{});
+          multiply_and_add(dz, pixels, slope[j].part[2], slope[j].part[3], g, T{});
+          multiply_add(dz, ones, ones, c1[j], T{});
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          activate<Silu>(half[k]);
-          dz[k] += g[k] * half[k];
+          activate<Silu>(half.part[k]);
+          dz[k] += g[k] * half.part[k];
         }
         part[2 * j] = pack<T>(dz[0], dz[1]);
         part[2 * j + 1] = pack<T>(dz[2], dz[3]);
       }
-      store_matrices(row, part);
+      store_matrices(row + of_column, part);
     }
   }
 };

@@ -9,10 +9,11 @@ namespace mvit3 {
 template <typename T, int Stride, int Steps>
 struct BackwardSums : BackwardTile<T, Stride, Steps> {
   using Base = BackwardTile<T, Stride, Steps>;
-  using Base::a, Base::lane, Base::warp, Base::rows_of, Base::columns_of, Base::corner_of;
+  using Base::Base, Base::a, Base::warp, Base::own, Base::corner_of;
   using Base::kPixels, Base::kOutWidth, Base::kInputs, Base::kPitch, Base::kShares, Base::kFirstTap, Base::kHalf,
-      Base::kRow;
+      Base::kRow, Base::kRowBytes, Base::kPart;
   using Base::x, Base::z, Base::value, Base::gradient;
+  using typename Base::OfExpanded, typename Base::OfProducts, typename Base::OfTaps;
 
   // What the block keeps of a step's channels.
   MVIT3_DEVICE
@@ -30,15 +31,21 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       add_in_memory(to, first, second);
   }
 
+  static MVIT3_DEVICE
+  float* moved(float* from, int bytes) {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(from) + unsigned(bytes));
+  }
+
   // G^T x of the tile, and the sum of G.
   MVIT3_DEVICE
   void multiply_by_x(float* kept, bool first_tile) const {
-    const unsigned own = thread(), lane = own % kWarp, first_row = own / kWarp % 2 * 16, part = own / (2 * kWarp),
+    const unsigned warp = Stride == 1 ? anew(this->warp) : this->warp, first_row = warp % 2 * 16, part = warp / 2,
                    columns = part % Steps * 16, share = part / Steps;
     const unsigned first_pixel = share * (kPixels / kShares);
+    const OfProducts lane = this->template of_lane<OfProducts>();
     float sum[2][4] = {}, total[4] = {};
-    const SharedAddress of_gradient = columns_of(gradient(), lane, first_pixel, first_row);
-    const SharedAddress of_x = rows_of(x(), lane, first_pixel, columns);
+    const SharedAddress of_gradient = shared_address(gradient().row(first_pixel) + first_row) + lane.gradient;
+    const SharedAddress of_x = shared_address(x().row(first_pixel) + columns) + this->template of_lane<OfExpanded>().x;
     uint32_t pixels[4], inputs[4], ones = pack<T>(1.0f, 1.0f);
 #pragma unroll
     for (int k = 0; k < 2 * Steps; ++k) {
@@ -53,17 +60,13 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       load_transposed(pixels, of_gradient + 32 * (2 * (part % Steps) + k) * kChunkPitch);
       multiply<T>(k == 0, total, pixels, ones, ones);
     }
-    const unsigned g = lane / 4, t = lane % 4;
-    float* const row = kept + (first_row + g) * kRow;
+    float* const to = moved(kept + first_row * kRow + part * kPart, lane.kept);
     const auto write = [&](auto first) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* const to = row + 8 * half * kRow;
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          keep<first>(to + share * kInputs + columns + 8 * j + 2 * t, sum[j][2 * half], sum[j][2 * half + 1]);
-        if (t == 0) keep<first>(to + kShares * kInputs + 2 * part, total[2 * half], 0.0f);
-      }
+        for (int j = 0; j < 2; ++j) keep<first>(to + 8 * half * kRow + 8 * j, sum[j][2 * half], sum[j][2 * half + 1]);
+      if (lane.norm == 0) keep<first>(to + 16, total[0], total[2]);
     };
     first_tile ? write(std::true_type{}) : write(std::false_type{});
   }
@@ -72,9 +75,9 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   // with act(e), whose diagonals count.
   MVIT3_DEVICE
   void multiply_by_values(float* kept, bool first_tile) const {
-    const unsigned own = thread(), l = own % kWarp, group = own / kWarp % 4, half = own / (4 * kWarp),
-                   second = l / 8 % 2, pixel = l / 16 * 8 + l % 8;
-    const SharedAddress of_value = shared_address(value().row(64 * half + l) + 8 * group);
+    const unsigned warp = Base::kWide && Stride == 1 ? anew(this->warp) : this->warp, group = warp % 4, half = warp / 4;
+    const OfTaps lane = this->template of_lane<OfTaps>();
+    const SharedAddress of_value = shared_address(value().row(64 * half) + 8 * group) + own;
     constexpr int kSums = Stride == 1 ? kPairs : 3;
     float sum[kSums][4] = {};
     uint32_t values[2][4], part[4];
@@ -84,11 +87,11 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       multiply<T>(first, to, part, values[r / 2][r % 2 * 2], values[r / 2][r % 2 * 2 + 1]);
     };
     if constexpr (Stride == 1) {
-      add_rows(group, half, second, pixel, part, sum, add);
+      add_rows(group, half, lane, part, sum, add);
     } else {
-      const auto bytes = [](unsigned pixels) { return pixels * unsigned(kChunkPitch * sizeof(T)); };
-      const SharedAddress corner = shared_address(z().row(corner_of(pixel)) + 8 * group);
-      const SharedAddress even = corner + bytes(second * half * kOutWidth), odd = corner + bytes(second);
+      const auto bytes = [](unsigned pixels) { return pixels * unsigned(kRowBytes); };
+      const SharedAddress corner = shared_address(z().data + 8 * group) + lane.left;
+      const SharedAddress even = corner + lane.right * int(half * kOutWidth), odd = corner + lane.right;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const unsigned down = bytes(corner_of(16 * (r % 2)));
@@ -100,9 +103,9 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
         }
       }
     }
-    if (l % 4 != l / 8) return;  // not on the diagonal
-    const bool odd = l / 4 % 2;
-    float* const to = kept + (8 * group + l / 4) * kRow + kFirstTap + half * kHalf;
+    if (lane.kept < 0) return;  // not on the diagonal
+    const bool odd = lane.odd;
+    float* const to = moved(kept + 8 * group * kRow + half * kHalf, lane.kept);
     const auto write = [&](auto first) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
@@ -119,22 +122,19 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   template <typename F>
   MVIT3_DEVICE
   void add_rows(
-      unsigned group, unsigned half, unsigned second, unsigned pixel, uint32_t (&part)[4], float (&sum)[kPairs][4],
+      unsigned group, unsigned half, const OfTaps& lane, uint32_t (&part)[4], float (&sum)[kPairs][4],
       const F& add) const {
-    const auto pixels = [&](int row, int column) {
-      return shared_address(z().row(row * kOutWidth + column) + 8 * group);
-    };
-    const SharedAddress left = pixels(4 * half, pixel + 2 - second), right = pixels(4 * half, pixel);
-    constexpr int kDown = 2 * kOutWidth * kChunkPitch;  // bytes
+    const SharedAddress pixels = shared_address(z().row(4 * half * kOutWidth) + 8 * group);
+    const SharedAddress left = pixels + lane.left, right = pixels + lane.right;
+    constexpr int kDown = kOutWidth * kRowBytes;
 #pragma unroll
     for (int j = 0; j < 6; ++j) {
       load_transposed(part, left + j * kDown);
 #pragma unroll
       for (int ty = 0; ty < 3; ++ty)
         if (const int r = j + ty - 2; r >= 0 && r < 4) add(r, sum[ty], r == 0);
-      // Rows j and j - 1; there is none above the first one.
-      const int above = j == 0 && half == 0 ? 0 : kDown;
-      load_transposed(part, right + j * kDown - (second ? above : 0));
+      // Rows j and j - 1; what lies above the first one is for no tap.
+      load_transposed(part, right + j * kDown);
       if (j >= 2) add(j - 2, sum[3], j == 2);
       if (j < 4) add(j, sum[4], j == 0);
     }
@@ -179,9 +179,10 @@ struct FinishBackward {
     const int width = product ? m.inputs : kOthers;
     const int64_t of_kind = product ? i : i - products(m);
     const int channel = int(of_kind / width), k = int(of_kind % width);
-    const Parts row = product ? Parts{k, K::kShares, K::kInputs}
+    const int other = channel / 8 % 2;  // of channels whose part of g1 lies 8 rows above their own
+    const Parts row = product ? Parts{k / 16 * K::kPart + k % 16, K::kShares, K::kPart * K::kInputs / 16}
                       : k < 9 ? parts_of_tap(k)
-                              : Parts{K::kShares * K::kInputs, 8, 1};
+                              : Parts{16 + other - 8 * other * K::kRow, 4, K::kPart};
     const float* const from = a.workspace + int64_t(channel) * K::kRow + row.first;
     float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
     float sum = 0.0f;
@@ -193,6 +194,7 @@ struct FinishBackward {
     synchronize();
     if (warp() || i >= count(a)) return;
     for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane()];
+    if (K::Parameters::kDoubles && (product || k == 9)) sum *= 0.5f;
     (product ? a.n1[i] : k < 9 ? a.dtaps[channel * 9 + k] : a.g1[channel]) = sum;
   }
 };

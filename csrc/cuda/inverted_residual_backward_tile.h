@@ -20,11 +20,11 @@ struct BackwardTile {
   static constexpr int kInputs = 16 * Steps;  // at a time; but for wide ones these are all
   static constexpr int kPitch = kInputs + 8;
   static constexpr int kGroups = kChunk / 8;  // of 8 channels
-  // Of n1 a warp has 16 x 16 numbers, over a share of the pixels.
+  // Of n1 a warp has 16 x 16 numbers, over a share of the pixels, and a part of g1.
   static constexpr int kShares = kWide ? 0 : 4 / Steps;
-  // What a block keeps of a channel: but for wide inputs n1 of each share and eight parts of g1; and the pairs of taps,
-  // of two halves of the tile.
-  static constexpr int kFirstTap = kWide ? 0 : kShares * kInputs + 8, kHalf = Stride == 1 ? 2 * kPairs : 0,
+  // What a block keeps of a channel: but for wide inputs four parts of 16 numbers of n1 and two of g1, of which the
+  // first 8 of 16 channels have those of the other 8 too; and the pairs of taps, of two halves of the tile.
+  static constexpr int kPart = 18, kFirstTap = kWide ? 0 : 4 * kPart, kHalf = Stride == 1 ? 2 * kPairs : 0,
                        kRow = kFirstTap + (Stride == 1 ? 4 : 2) * kPairs;
 
   static constexpr int kMostOutputs = (Stride == 1 ? 64 : 128) * (kWide ? 2 : 1);  // in shared memory at a time
@@ -39,7 +39,6 @@ struct BackwardTile {
     Place place;
     const T *x, *z, *dp;
     T* result;
-    int left;    // tiles of the block from this one on
     bool whole;  // nothing of it is outside the map
   };
 
@@ -47,11 +46,12 @@ struct BackwardTile {
   static MVIT3_BOTH
   constexpr int size(int pixels, int pitch) { return pixels * pitch * int(sizeof(T)); }
   static constexpr int kOfPixels = kPixels * kChunkPitch * int(sizeof(T));
-  static constexpr int kX = 0, kZ = kX + (kWide ? 0 : kPixels * kPitch * int(sizeof(T))),
-                       kValue = kZ + (kOutPixels + 1) * kChunkPitch * int(sizeof(T)), kGradient = kValue + kOfPixels,
+  // z is not the first: its sums over pixels read a row above it, for a tap that is none.
+  static constexpr int kX = 0, kValue = kX + (kWide ? 0 : kPixels * kPitch * int(sizeof(T))), kZ = kValue + kOfPixels,
+                       kGradient = kZ + (kOutPixels + 1) * kChunkPitch * int(sizeof(T)),
                        kPlaces = kGradient + (kWide ? 0 : kOfPixels), kRows = kPlaces + kOutRows * 4,
-                       kOwnPlaces = kRows + kOutRows * 2, kTile = kOwnPlaces + kPixels * 4, kOnes = kTile + 160,
-                       kStep = kOnes + 16, kProject = kStep + Parameters::kProject;
+                       kOwnPlaces = kRows + kOutRows * 2, kTile = kOwnPlaces + kPixels * 4, kStep = kTile + 160,
+                       kProject = kStep + Parameters::kProject;
   // Behind the projection, where G of wide inputs passes through. Its last rows are read and not filled.
   static MVIT3_BOTH
   int first_dp(const Arguments& a) {
@@ -75,23 +75,24 @@ struct BackwardTile {
   static MVIT3_DEVICE
   int* places() { return at<int>(kPlaces); }  // of the filtered pixels in their map, -1 outside
   static MVIT3_DEVICE
-  uint16_t* rows() { return at<uint16_t>(kRows); }  // where their rows of z begin in shared memory, in numbers
+  uint16_t* rows() { return at<uint16_t>(kRows); }  // where their rows of z begin, in bytes from the first one's
   static MVIT3_DEVICE
   int* own_places() { return at<int>(kOwnPlaces); }  // of the tile's pixels in x, in the order of the warps, -1 outside
-  static MVIT3_DEVICE
-  uint32_t* ones() { return at<uint32_t>(kOnes); }
   static MVIT3_DEVICE
   Tile& tile(int number) { return *at<Tile>(kTile + number % 2 * 80); }
   static MVIT3_DEVICE
   Matrix<T> expand() { return {at<T>(kStep), kPitch}; }
   static MVIT3_DEVICE
-  Matrix<T> scaled() { return {at<T>(kStep + Parameters::kExpand), kPitch}; }
+  Matrix<T> scaled() { return {at<T>(kStep + Parameters::kDiagonal - Parameters::kExpand), kPitch}; }
   static MVIT3_DEVICE
   const char* diagonals() { return at<char>(kStep + Parameters::kDiagonal); }
   static MVIT3_DEVICE
   const MiddleNorm* middle_norm() { return at<MiddleNorm>(kStep + Parameters::kMiddle); }
+  // Of channels from `first` on, where the lane's part of a group of 8 begins `of_lane` bytes behind the first one's.
   static MVIT3_DEVICE
-  const Affine* first_norm() { return at<Affine>(kStep + Parameters::kNorm); }
+  const Added& added(int norm, unsigned first, int of_lane) {
+    return *at<Added>(kStep + norm + int(first) / 2 * int(sizeof(Added)) + of_lane);
+  }
   static MVIT3_DEVICE
   Matrix<T> project() { return {at<T>(kProject), kChunkPitch}; }
   MVIT3_DEVICE
@@ -99,21 +100,57 @@ struct BackwardTile {
 
   const Arguments& a;
   const Maps& m;
+  const unsigned warp;  // of the thread
+  const int own;        // where the lane's row of value() begins, in bytes from the first one's
 
-  // Places in the block that are known not to be negative: to divide them takes no instructions for their sign.
-  static MVIT3_DEVICE
-  unsigned lane() { return unsigned(thread()) % kWarp; }
-  static MVIT3_DEVICE
-  unsigned warp() { return unsigned(thread()) / kWarp; }
-  // Where a lane reads 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round. Each
-  // stage of a step asks once which lane it is (see `thread`).
-  static MVIT3_DEVICE
-  SharedAddress rows_of(Matrix<T> matrix, unsigned lane, int row, int column) {
-    return shared_address(matrix.row(row + lane % 16) + column + lane / 16 * 8);
-  }
-  static MVIT3_DEVICE
-  SharedAddress columns_of(Matrix<T> matrix, unsigned lane, int row, int column) {
-    return shared_address(matrix.row(row + lane % 8 + lane / 16 * 8) + column + lane / 8 % 2 * 8);
+  MVIT3_DEVICE
+  explicit BackwardTile(const Arguments& arguments)
+      : a(arguments), m(a.front.maps), warp(unsigned(thread()) / kWarp),
+        own(int(unsigned(thread()) % kWarp * kRowBytes)) {}
+
+  // ---- What follows from the number of a lane
+
+  // Bytes from where its warp reads or writes, for each stage of a step. They lie behind the 32 channels of the rows of
+  // value(), where no product reads: to load four takes an instruction, to compute them about twelve.
+  static constexpr int kRowBytes = kChunkPitch * int(sizeof(T));
+  struct alignas(16) OfFiltered {
+    static constexpr int kPlace = 0;
+    int dp, row, weight, diagonal;  // row: in rows(); weight: also of 16 x 16 numbers of rows of 32 channels
+  };
+  struct alignas(16) OfExpanded {
+    static constexpr int kPlace = 1;
+    int x, expand, at, second;  // at: its pixel of z; second: a pixel where it reads the second tap of a pair, else 0
+  };
+  struct alignas(16) OfTaps {
+    static constexpr int kPlace = 2;
+    int left, right, kept, odd;  // stride 2: right is as `second`; kept: below 0 where it has no diagonal
+  };
+  struct alignas(16) OfProducts {
+    static constexpr int kPlace = 3;
+    int gradient, kept, norm, column;  // column: of 16 x 16 numbers
+  };
+  template <typename Of>
+  MVIT3_DEVICE
+  Of& of_lane() const { return *at<Of>(kValue + kChunk * int(sizeof(T)) + Of::kPlace * kWarp * kRowBytes + own); }
+
+  // By the first warp.
+  MVIT3_DEVICE
+  void write_of_lane() const {
+    const int lane = thread(), second = lane / 8 % 2, pixel = lane / 16 * 8 + lane % 8;
+    if (lane >= kWarp) return;
+    // 16 x 16 numbers of a matrix: pixels of A or, transposed, of B; or the other way round.
+    const auto rows = [&](int pitch) { return lane % 16 * pitch * int(sizeof(T)) + lane / 16 * 16; };
+    const auto columns = [&](int pitch) { return pixel * pitch * int(sizeof(T)) + lane / 8 % 2 * 16; };
+    const bool on_diagonal = lane % 4 == lane / 8;
+    of_lane<OfFiltered>() =
+        OfFiltered{rows(dp().pitch), lane % 16 * 2, rows(kChunkPitch), on_diagonal ? 16 * (lane / 4) : kUnit - 16};
+    of_lane<OfExpanded>() =
+        OfExpanded{rows(kPitch), columns(kPitch), int(corner_of(lane % 16)) * kRowBytes, lane / 16 * kRowBytes};
+    const int first = Stride == 1 ? (pixel + 2 - second) * kRowBytes : int(corner_of(pixel)) * kRowBytes;
+    const int other = Stride == 1 ? (pixel - second * kOutWidth) * kRowBytes : second * kRowBytes;
+    of_lane<OfTaps>() = OfTaps{first, other, on_diagonal ? (lane / 4 * kRow + kFirstTap) * 4 : -1, lane / 4 % 2};
+    of_lane<OfProducts>() =
+        OfProducts{columns(kChunkPitch), (lane / 4 * kRow + lane % 4 * 2) * 4, lane % 4 * 16, lane / 16 * 16};
   }
 
   MVIT3_DEVICE
@@ -160,7 +197,7 @@ struct BackwardTile {
   }
   // Writes down a tile; one thread does.
   MVIT3_DEVICE
-  void prepare(const Place& there, int number, int left) const {
+  void prepare(const Place& there, int number) const {
     const int64_t pixels = there.image * m.height * m.width, filtered = there.image * m.out_height * m.out_width;
     tile(number) = {
         there,
@@ -168,7 +205,6 @@ struct BackwardTile {
         static_cast<const T*>(a.z) + filtered * m.expanded,
         static_cast<const T*>(a.dp) + filtered * m.outputs,
         static_cast<T*>(kWide ? a.gradient : a.dx) + pixels * (kWide ? m.expanded : m.inputs),
-        left,
         there.y(kHeight - 1) < m.height && there.x(kWidth - 1) < m.width};
   }
   // And the places of its pixels; a barrier must follow.
@@ -181,17 +217,27 @@ struct BackwardTile {
     const int y = from.y(pixel / kOutWidth), column = from.x(pixel % kOutWidth);
     const bool is_there = pixel < kOutPixels && inside(y, column, m.out_height, m.out_width);
     places()[pixel] = is_there ? y * m.out_width + column : -1;
-    rows()[pixel] = uint16_t((is_there ? pixel : kOutPixels) * kChunkPitch);
+    rows()[pixel] = uint16_t((is_there ? pixel : kOutPixels) * kRowBytes);
   }
 
   // ---- Copies
 
+  // Number place * channels from `from` on, where it is one: an address in one instruction.
+  static MVIT3_DEVICE
+  const T* number_at(const T* from, unsigned place, unsigned channels) {
+    const auto bytes = reinterpret_cast<uintptr_t>(from) + uint64_t(place) * (channels * unsigned(sizeof(T)));
+    return reinterpret_cast<const T*>(bytes);
+  }
+
   // Channels first..first+count-1, a multiple of 16, of the pixels of an image; where[i] is the place of pixel i, below
   // 0 for zeros. 2^shift threads share a pixel, at least one for each 8 channels; it is Shift, or that is 0.
+  // map: where images begin, of which `from` is one.
   template <int Pixels, int Shift>
   MVIT3_DEVICE
-  void load(Matrix<T> to, const T* from, int channels, int first, int count, int shift, const int* where) const {
-    if (channels % 8 == 0 && is_aligned(from)) {
+  void load(
+      Matrix<T> to, const void* map, const T* from, int channels, int first, int count, int shift,
+      const int* where) const {
+    if (channels % 8 == 0 && is_aligned(map)) {
       const unsigned t = thread(), c = t % (1u << shift) * 8, apart = kThreads >> shift;
       if (c >= unsigned(count)) return;
       const bool there = first + int(c) < channels;
@@ -199,7 +245,7 @@ struct BackwardTile {
       T* row = to.row(t >> shift) + c;
       const auto copy = [&](unsigned pixel) {
         const int place = where[pixel];
-        copy_16_or_zeros(there && place >= 0, row, from + int64_t(place) * channels);
+        copy_16_or_zeros(there && place >= 0, row, number_at(from, unsigned(place), unsigned(channels)));
         row += apart * to.pitch;
       };
       if constexpr (Shift > 0) {
@@ -222,16 +268,16 @@ struct BackwardTile {
   MVIT3_DEVICE
   void load_x(const Tile& tile) const {
     constexpr int kShift = Steps == 1 ? 1 : Steps == 2 ? 2 : 3;
-    load<kPixels, kShift>(x(), tile.x, m.inputs, 0, kInputs, kShift, own_places());
+    load<kPixels, kShift>(x(), a.front.x, tile.x, m.inputs, 0, kInputs, kShift, own_places());
   }
   MVIT3_DEVICE
   void load_dp(const Tile& tile, int first) const {
-    load<kOutPixels, 0>(dp(), tile.dp, m.outputs, first, a.sizes.width, a.sizes.shift, places());
+    load<kOutPixels, 0>(dp(), a.dp, tile.dp, m.outputs, first, a.sizes.width, a.sizes.shift, places());
   }
   // z of a step, and dp of a tile, where it fits.
   MVIT3_DEVICE
   void load_filtered(int number, int chunk) const {
-    load<kOutPixels, 2>(z(), tile(number).z, m.expanded, chunk, kChunk, 2, places());
+    load<kOutPixels, 2>(z(), a.z, tile(number).z, m.expanded, chunk, kChunk, 2, places());
     if (chunk == 0 && whole_outputs()) load_dp(tile(number), 0);
   }
 
