@@ -28,7 +28,7 @@ WALKS = {("filter", 1): (2, 2), ("filter", 2): (2, 1), ("filter_backward", 1): (
 # Of the gradient of the fused inverted residual, instructions of a warp that the way through its loop does not show,
 # counted on code without other activations, odd and unaligned maps, and maps in parts: for a copy of 16 bytes of a map,
 # of parameters, around these; once a tile, and there for 16 inputs; for a pass of its loop over dp.
-BACKWARD_COPY, BACKWARD_PARAMETERS, BACKWARD_AROUND, BACKWARD_TILE, BACKWARD_INPUTS, BACKWARD_DP = 7, 2, 12, 175, 32, 21
+BACKWARD_COPY, BACKWARD_PARAMETERS, BACKWARD_AROUND, BACKWARD_TILE, BACKWARD_INPUTS, BACKWARD_DP = 8, 2, 12, 175, 32, 14
 WIDE_TILE = 235  # of more than 64 inputs
 
 
@@ -322,6 +322,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
         2.0 * x.numel() / inputs * (expanded if wide else inputs),
     )
     moved = 2.0 * x.numel() + written + z + dp
+    border = out_pixels * stride**2 / 128  # filtered pixels of a tile with those around it, for each of its own
     kept = expanded * (sums if wide else 68 + sums)
     packed = own + (slices - 1) * CHUNK * pitch + 80 * width * parts
     again = (parts if parts > 1 else 0, slices if slices > 1 else 0)
@@ -331,7 +332,8 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
         CudaLaunch(
             "inverted_residual.filter_backward", code, blocks, tiles * chunks / blocks, shared,
             bytes=moved,
-            cached=1.5 * moved + tiles * chunks * (packed + anew) + 8.0 * tiles * kept,
+            cached=2.0 * x.numel() + written + border * (z + dp)
+            + tiles * chunks * (packed + anew) + 8.0 * tiles * kept,
             products=tiles * chunks * CHUNK * (
                 2.0 * (computed * width * parts + 128 * 16 * inputs16 * (slices if wide else 3))
                 + computed * 80 + 4096.0 * pairs

@@ -179,7 +179,9 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
     }
   };
 
-  // The gradient of act(e) / 2 of the warp's pixels, 8 channels from 8 group on.
+  // The gradient of act(e), or half of it, of the warp's pixels, 8 channels from 8 group on. Two: stride 2, two pairs
+  // of taps.
+  template <bool Two>
   MVIT3_DEVICE
   void transposed_filter(
       const Corner& corner, const char* diagonal, unsigned parities, int group, float (&sum)[4]) const {
@@ -196,8 +198,12 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) add(pair, weight[pair / 2].part + pair % 2 * 2);
     } else {
-      add(0, reinterpret_cast<const uint32_t*>(from + parities / 2 * kUnit + parities % 2 * 8));
-      if (parities == 3) add(4, reinterpret_cast<const uint32_t*>(from + 2 * kUnit));
+      const Run<2> weight = *reinterpret_cast<const Run<2>*>(from + parities / 2 * kUnit + parities % 2 * 8);
+      add(0, weight.word);
+      if constexpr (Two) {
+        const Run<2> other = *reinterpret_cast<const Run<2>*>(from + 2 * kUnit);
+        add(4, other.word);
+      }
     }
   }
 
@@ -206,7 +212,7 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
   MVIT3_DEVICE
   void expanded_gradient(int number, int chunk, Carried& carried, uint32_t (&gradients)[kGroups][2]) const {
     const OfExpanded lane = this->template of_lane<OfExpanded>();
-    const OfFiltered& other = this->template of_lane<OfFiltered>();
+    const OfFiltered other = this->template of_lane<OfFiltered>();
     const int of_norm = this->template of_lane<OfProducts>().norm, of_row = other.weight;
     float slope[kGroups][4];
     shift(slope, of_norm);
@@ -227,16 +233,19 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
     store(value(), of_row, values);
     const Corner corner(warp, lane);
     const char* const diagonal = Base::diagonals() + other.diagonal;
+    const auto filter = [&](auto two) {
 #pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      float sum[4];
-      transposed_filter(corner, diagonal, warp / 2, j, sum);
+      for (int j = 0; j < kGroups; ++j) {
+        float sum[4];
+        transposed_filter<two>(corner, diagonal, warp / 2, j, sum);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        gradients[j][half] = pack<T>(
-            sum[2 * half] * slope[j][2 * half] + sum[2 * half],
-            sum[2 * half + 1] * slope[j][2 * half + 1] + sum[2 * half + 1]);
-    }
+        for (int half = 0; half < 2; ++half)
+          gradients[j][half] = pack<T>(
+              sum[2 * half] * slope[j][2 * half] + sum[2 * half],
+              sum[2 * half + 1] * slope[j][2 * half + 1] + sum[2 * half + 1]);
+      }
+    };
+    Stride == 2 && warp / 2 == 3 ? filter(std::true_type{}) : filter(std::false_type{});
     if constexpr (!kWide) {
       if (!whole) clear_outside(thread(), gradients);
       store(gradient(), of_row, gradients);
@@ -373,10 +382,10 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
       const bool more = !ends || number + 1 < count;
       if (ends) this->enter(number + 1);
       if (more) this->load_parameters(this->packed(next));
-      this->multiply_by_values(this->kept_of(chunk), number == 0);
+      this->multiply_by_values(chunk, number == 0);
       synchronize();  // z is free
       if (more) this->load_filtered(number + ends, next);
-      if constexpr (!kWide) this->multiply_by_x(this->kept_of(chunk), number == 0);
+      if constexpr (!kWide) this->multiply_by_x(chunk, number == 0);
       if (!more) break;
       chunk = next;
       number += ends;

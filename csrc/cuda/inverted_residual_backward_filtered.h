@@ -88,7 +88,7 @@ struct BackwardFiltered : BackwardSums<T, Stride, Steps> {
     for (int j = 0; j < 2; ++j) {
       const char* const from = Base::diagonals() + (first_column / 8 + j) * kDiagonals;
       slope[j] = *reinterpret_cast<const Vector*>(from + kUnits * kUnit + lane.diagonal);
-      c1[j] = *reinterpret_cast<const uint32_t*>(from + kConstant + lane.diagonal / 4);
+      c1[j] = *reinterpret_cast<const uint32_t*>(from + kConstant + unsigned(lane.diagonal) / 4);
     }
     const SharedAddress column = shared_address(z().data + first_column);
     const uint32_t ones = pack<T>(1.0f, 1.0f);

@@ -15,10 +15,11 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   using Base::x, Base::z, Base::value, Base::gradient;
   using typename Base::OfExpanded, typename Base::OfProducts, typename Base::OfTaps;
 
-  // What the block keeps of a step's channels.
+  // Of what the block keeps, number `first` of the row of channel `row`, and so many bytes behind it.
   MVIT3_DEVICE
-  float* kept_of(int chunk) const {
-    return a.workspace + unsigned(block()) * uint64_t(a.sizes.kept) + unsigned(chunk) * kRow;
+  float* kept_at(unsigned row, unsigned first, int bytes) const {
+    float* const own = a.workspace + unsigned(block()) * uint64_t(a.sizes.kept);
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(own) + ((row * kRow + first) * 4u + unsigned(bytes)));
   }
 
   // Adds to what the block kept of its tiles before.
@@ -31,14 +32,9 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       add_in_memory(to, first, second);
   }
 
-  static MVIT3_DEVICE
-  float* moved(float* from, int bytes) {
-    return reinterpret_cast<float*>(reinterpret_cast<char*>(from) + unsigned(bytes));
-  }
-
   // G^T x of the tile, and the sum of G.
   MVIT3_DEVICE
-  void multiply_by_x(float* kept, bool first_tile) const {
+  void multiply_by_x(int chunk, bool first_tile) const {
     const unsigned warp = Stride == 1 ? anew(this->warp) : this->warp, first_row = warp % 2 * 16, part = warp / 2,
                    columns = part % Steps * 16, share = part / Steps;
     const unsigned first_pixel = share * (kPixels / kShares);
@@ -60,7 +56,7 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       load_transposed(pixels, of_gradient + 32 * (2 * (part % Steps) + k) * kChunkPitch);
       multiply<T>(k == 0, total, pixels, ones, ones);
     }
-    float* const to = moved(kept + first_row * kRow + part * kPart, lane.kept);
+    float* const to = kept_at(chunk + first_row, part * kPart, lane.kept);
     const auto write = [&](auto first) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -74,7 +70,7 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   // The gradients of the taps: of 8 channels, over half of the tile, products of dz (two taps of 8 channels x pixels)
   // with act(e), whose diagonals count.
   MVIT3_DEVICE
-  void multiply_by_values(float* kept, bool first_tile) const {
+  void multiply_by_values(int chunk, bool first_tile) const {
     const unsigned warp = Base::kWide && Stride == 1 ? anew(this->warp) : this->warp, group = warp % 4, half = warp / 4;
     const OfTaps lane = this->template of_lane<OfTaps>();
     const SharedAddress of_value = shared_address(value().row(64 * half) + 8 * group) + own;
@@ -94,18 +90,19 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
       const SharedAddress even = corner + lane.right * int(half * kOutWidth), odd = corner + lane.right;
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const unsigned down = bytes(corner_of(16 * (r % 2)));
-        load_transposed(part, (r < 2 ? even : odd) + down);
+        load_transposed(part, (r < 2 ? even : odd) + bytes(corner_of(16 * (r % 2))));
         add(r, sum[r / 2], r % 2 == 0);
-        if (r >= 2 && half == 1) {
-          load_transposed(part, odd + down + bytes(kOutWidth));
+      }
+      if (half == 1)
+#pragma unroll
+        for (int r = 2; r < 4; ++r) {
+          load_transposed(part, odd + bytes(corner_of(16 * (r % 2)) + kOutWidth));
           add(r, sum[2], r == 2);
         }
-      }
     }
     if (lane.kept < 0) return;  // not on the diagonal
     const bool odd = lane.odd;
-    float* const to = moved(kept + 8 * group * kRow + half * kHalf, lane.kept);
+    float* const to = kept_at(chunk + 8 * group, half * kHalf, lane.kept);
     const auto write = [&](auto first) {
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {

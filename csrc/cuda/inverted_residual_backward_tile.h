@@ -222,7 +222,7 @@ struct BackwardTile {
 
   // ---- Copies
 
-  // Number place * channels from `from` on, where it is one: an address in one instruction.
+  // Number place * channels from `from` on, where it is one: an address in one or two instructions, not six.
   static MVIT3_DEVICE
   const T* number_at(const T* from, unsigned place, unsigned channels) {
     const auto bytes = reinterpret_cast<uintptr_t>(from) + uint64_t(place) * (channels * unsigned(sizeof(T)));
