@@ -153,7 +153,10 @@ def depthwise_fwd_kernel(
     channel, valid = channels_of_program(C=C, BLOCK_C=BLOCK_C)
     taps = load_taps(weight_ptr, channel, valid)
     if norm_weight_ptr is not None:
-        scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, channel, eps, C=C)
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+        scale, shift = load_folded_norm(
+            norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, channel, eps, C=C, DTYPE=dtype
+        )
         taps = scaled_taps(taps, scale)
     if part_ptr is not None:
         # Welford's update, with a running mean for each lane and channel. Lanes beyond the last column only appear at

@@ -64,6 +64,12 @@ def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[st
     return chosen
 
 
+def _few_configuration(channels: int) -> dict[str, int]:
+    """Of the forward pass where a map is too small to fill a GPU: two values a thread, so that a program ends soon."""
+    block_c = min(triton.next_power_of_2(channels), 64)
+    return {"BLOCK_X": min(512 // block_c, 64), "BLOCK_C": block_c, "num_warps": 8}
+
+
 def configuration(kernel: str, x: Tensor) -> dict[str, int]:
     channels, backward = x.shape[-1], kernel.endswith("bwd")
     return tuning.choose(
@@ -80,9 +86,9 @@ class _Work:
         self.columns, self.depth = x.shape[0] * width, triton.cdiv(rows, dilation)
         self.units = triton.cdiv(self.columns, config["BLOCK_X"]) * min(dilation, rows) * self.depth
         blocks = triton.cdiv(channels, config["BLOCK_C"])
-        fills = blocks * self.units >= MIN_ROWS * multiprocessors(x)  # else rows that are read twice cost no time
+        self.few = blocks * self.units < MIN_ROWS * multiprocessors(x)  # rows that are read twice cost no time then
         self.parts, self.units_per_part = split_rows(
-            self.units, PROGRAMS_PER_SM * multiprocessors(x) // blocks, MIN_ROWS if fills else 1
+            self.units, PROGRAMS_PER_SM * multiprocessors(x) // blocks, 1 if self.few else MIN_ROWS
         )
         self.grid = (blocks, self.parts)
 
@@ -108,6 +114,9 @@ def _launch(
     channels, out, dilation = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
     config = configuration("fwd", x)
     work = _Work(x, out[1], out[0], dilation, config)
+    if work.few and x.dtype is not torch.float32:
+        config = _few_configuration(channels)
+        work = _Work(x, out[1], out[0], dilation, config)
     part = count = None
     if measured:
         part = torch.empty((2, work.parts, channels), dtype=torch.float32, device=x.device)

@@ -57,11 +57,15 @@ def filter_project_kernel(
             e_ptr, taps_ptr, pixel, valid, column, height, width, out_height, out_width,
             STRIDE=STRIDE, DILATION=DILATION, E=E, BLOCK_K=BLOCK_K,
         )  # fmt: skip
-        scale, shift = load_folded_norm(weight1_ptr, bias1_ptr, mean1_ptr, var1_ptr, column, depthwise_eps, C=E)
+        scale, shift = load_folded_norm(
+            weight1_ptr, bias1_ptr, mean1_ptr, var1_ptr, column, depthwise_eps, C=E, DTYPE=dtype
+        )
         z = activate(z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=dtype).to(dtype)
         weight = load_tile(project_ptr, output, output < OUT, column, WIDTH=E).to(dtype)
         sums = dot(z, tl.trans(weight), sums)
-    scale, shift = load_folded_norm(weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr, output, project_eps, C=OUT)
+    scale, shift = load_folded_norm(
+        weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr, output, project_eps, C=OUT, DTYPE=dtype
+    )
     y = sums * scale[None, :] + shift[None, :]
     if residual_ptr is not None:
         y += load_tile(residual_ptr, pixel, valid, output, WIDTH=OUT).to(tl.float32)

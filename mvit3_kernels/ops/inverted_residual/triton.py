@@ -357,14 +357,16 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
     if pixels == 0:
         return y
     norms = [getattr(call, f"{part}_{name}") for part in _FOLLOWING for name in ("weight", "bias", "mean", "var")]
-    # more outputs than pixels, whose products Triton divides among warps by columns
     config = {"BLOCK_M": 16, "BLOCK_N": min(max(triton.next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
+    if expanded % 128 == 0:  # taps, which a warp loads one by one, for twice as many pixels
+        config |= {"BLOCK_M": 32, "BLOCK_K": 128}
+    grid = triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
     with on_device(e):
-        evaluation_kernels.filter_project_kernel[(triton.cdiv(pixels, 16), triton.cdiv(outputs, config["BLOCK_N"]))](
+        evaluation_kernels.filter_project_kernel[grid](
             e, *contiguous(call.depthwise, call.project, *norms, call.residual), y,
             pixels, height, width, out_height, out_width, call.depthwise_eps, call.project_eps,
             STRIDE=call.stride, DILATION=call.dilation, ACT=call.act, E=expanded, OUT=outputs, **config,
-            num_warps=8, num_stages=2,
+            num_warps=config["BLOCK_M"] // 2, num_stages=2,
         )  # fmt: skip
     return y
 

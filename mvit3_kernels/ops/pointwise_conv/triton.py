@@ -76,9 +76,18 @@ def _even(a: Tensor, b: Tensor | None) -> bool:
     return a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
 
 
-def _few_configuration(a: Tensor, b: Tensor | None) -> dict[str, int]:
-    """Where tiles of any other would leave most of a GPU idle."""
-    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64 if _even(a, b) else 32, "num_warps": 4, "num_stages": 3}
+def _few(rows: int, weight: Tensor) -> bool:
+    """Whether so few rows ask for the weight that a smaller tile, and float32, cost less than they save."""
+    return rows <= MOST_FEW_ROWS or (rows <= 4 * MOST_FEW_ROWS and weight.numel() <= 256 * 128)
+
+
+def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> dict[str, int]:
+    """Where tiles of any other would leave most of a GPU idle: the larger of two of which there are enough."""
+    tile = (16, 32)
+    if 4 * triton.cdiv(rows, 32) * triton.cdiv(outputs, 64) >= 3 * multiprocessors(a):
+        tile = (32, 64)
+    inputs = 64 if _even(a, b) else 32
+    return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": inputs, "num_warps": 4, "num_stages": 3}
 
 
 def configuration(a: Tensor, b: Tensor | None, outputs: int) -> dict[str, int]:
@@ -157,7 +166,9 @@ def _pointwise_fwd_kernel(
     part = tl.program_id(0) // blocks
     bias = load_vector(bias_ptr, output, WIDTH=OUT)
     if norm_weight_ptr is not None and y_ptr is not None:
-        scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, output, eps, C=OUT)
+        scale, shift = load_folded_norm(
+            norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, output, eps, C=OUT, DTYPE=a_ptr.dtype.element_ty
+        )
     begin = part * rows_per_part
     length = tl.minimum(rows - begin, rows_per_part)
     if part_ptr is not None:
@@ -235,9 +246,9 @@ def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tens
     outputs, rows = conv.weight.shape[0], a.shape[:-1].numel()
     config, measured = configuration(a, b, outputs), y is None
     tiles = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
-    few = not measured and a.dtype is not torch.float32 and rows <= MOST_FEW_ROWS and 2 * tiles <= multiprocessors(a)
+    few = not measured and a.dtype is not torch.float32 and tiles <= multiprocessors(a) and _few(rows, conv.weight)
     if few:
-        config = _few_configuration(a, b)
+        config = _few_configuration(a, b, outputs, rows)
     (weight,) = contiguous(conv.weight) if few else multiplied(a, conv.weight)
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     programs = 2 * multiprocessors(a) // blocks if measured else triton.cdiv(rows, config["BLOCK_M"])
