@@ -125,17 +125,32 @@ class TestSpread:
             ((2, 4, 6, 20, 130), {"num_heads": 4, "bias": False, "final": False, "patch_size": (1, 2)}),
             ((1, 8, 12, 33, 18), {"num_heads": 3, "layers": 1}),
             ((1, 16, 4, 144, 70), {"num_heads": 4, "layers": 1, "patch_size": (2, 1)}),
+            ((2, 2, 4, 20, 70), {"per_sample": True, "conv": True, "layers": 2}),
+            (
+                (1, 6, 4, 40, 130),
+                {"per_sample": True, "bias": False, "final": False, "patch_size": (1, 2), "layers": 1},
+            ),
+            ((1, 9, 8, 33, 18), {"per_sample": True, "layers": 1, "patch_size": (1, 1)}),
         ],
         ids=str,
     )
-    def test_bound(self, sizes, options, dtype):
-        """Groups of 4 to 32 tokens, some of several blocks; one share of the hidden channels and two; heads that are no
-        power of 2."""
+    def test_bound(self, sizes, options, dtype, monkeypatch):
+        """Groups of 4 to 72 tokens, some of several blocks; one share of the hidden channels and more; heads that are
+        no power of 2."""
+        monkeypatch.setattr(importlib.import_module(f"{OP.__name__}.triton"), "multiprocessors", lambda x: 16)
         given = mapped(arguments(Draw(), *sizes, **options), lambda _, t: t.to(dtype).double())
         truth = results("reference", given, torch.float64)
         for parameters in (dtype, torch.float32):
             found, reference = (results(name, given, dtype, parameters) for name in ("triton", "reference"))
             assert_bound(found, reference, truth, half_a_rounding(dtype))
+
+    def test_taller_blocks(self, monkeypatch):
+        """Of more tokens, in separable attention: some of several blocks, each of which has all channels."""
+        monkeypatch.setattr(importlib.import_module(f"{OP.__name__}.triton"), "MOST_SPREAD", 16)
+        given = arguments(Draw(), 1, 10, 8, 20, 18, per_sample=True, layers=1, patch_size=(2, 1))
+        given = mapped(given, lambda _, t: t.bfloat16().double())
+        found, reference = (results(name, given, BF16) for name in ("triton", "reference"))
+        assert_bound(found, reference, results("reference", given, torch.float64), half_a_rounding(BF16))
 
     def test_hostile_values_stay_in_their_group(self):
         given = in_float32(arguments(Draw(), 1, 4, 4, 12, 10, num_heads=2))
@@ -147,11 +162,12 @@ class TestSpread:
         ("sizes", "options", "dtype", "reason"),
         [
             ((1, 4, 4, 8, 8), {"num_heads": 2}, torch.float32, "take maps of 16 bits"),
-            ((1, 4, 4, 8, 8), {}, BF16, "are of multi-head attention"),
+            ((1, 4, 4, 8, 8), {}, BF16, "of samples with separable attention"),
             ((1, 4, 4, 8, 8), {"num_heads": 1, "per_sample": True}, BF16, "take norms of tokens"),
+            ((8, 32, 34, 8, 8), {"per_sample": True, "layers": 1}, BF16, "at most 8192 tokens, x has 8704"),
             ((1, 4, 4, 8, 8), {"num_heads": 1, "layers": 0}, BF16, "there is no layer"),
             ((1, 32, 34, 8, 8), {"num_heads": 1, "layers": 1}, BF16, "sequences of at most 256 tokens"),
-            ((9, 32, 32, 4, 4), {"num_heads": 1, "layers": 1}, BF16, "at most 1024 tokens, x has 9216"),
+            ((9, 32, 32, 4, 4), {"num_heads": 1, "layers": 1}, BF16, "at most 2048 tokens, x has 9216"),
             ((1, 2, 2, 257, 8), {"num_heads": 257, "layers": 1}, BF16, "at most 256 channels, x has 257"),
         ],
     )

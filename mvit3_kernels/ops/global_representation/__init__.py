@@ -32,8 +32,8 @@ LONGEST_GROUP = 64  # tokens of a sample that share their position inside a patc
 TILE = 64  # rows of a program of multi-head attention
 # Tokens up to which two launches a layer that are spread over a GPU take less time than the ops of a layer, by the
 # model of benchmarks/gpu_model: with more, what their programs compute again costs more than the launches.
-MOST_SPREAD = 1024
-LONGEST_SPREAD_GROUP = 256  # whose keys a program of these kernels holds at once
+MOST_SPREAD, MOST_SPREAD_SEPARABLE = 2048, 8192
+LONGEST_SPREAD_GROUP = 256  # with multi-head attention, whose keys a program of these kernels holds at once
 
 
 def _flat(layers: Sequence[Layer]) -> list[Tensor | None]:
@@ -130,16 +130,15 @@ def _spread_why_not(
         return "the spread kernels have neither gradients nor dropout"
     if x.dtype is torch.float32:
         return "the spread kernels take maps of 16 bits"
-    if num_heads is None:
-        return "the spread kernels are of multi-head attention"
     if reason := _layers_why_not(x, layers, norm, num_heads, "spread kernels"):
         return reason
-    if layers[0].norm1.per_sample:
-        return "the spread kernels take norms of tokens"
+    if layers[0].norm1.per_sample is not (num_heads is None):
+        return "the spread kernels take norms of tokens with multi-head attention, of samples with separable attention"
     rows, positions = values_per_channel(x), patch_size[0] * patch_size[1]
-    if rows // positions // max(x.shape[0], 1) > LONGEST_SPREAD_GROUP:
+    if num_heads is not None and rows // positions // max(x.shape[0], 1) > LONGEST_SPREAD_GROUP:
         return f"the spread kernels take sequences of at most {LONGEST_SPREAD_GROUP} tokens"
-    return f"the spread kernels take at most {MOST_SPREAD} tokens, x has {rows}" if rows > MOST_SPREAD else None
+    most = MOST_SPREAD if num_heads is not None else MOST_SPREAD_SEPARABLE
+    return f"the spread kernels take at most {most} tokens, x has {rows}" if rows > most else None
 
 
 def _layerwise_why_not(

@@ -5,7 +5,9 @@ The first makes queries, keys and values; a program has some tokens and a share 
 rest; a program has some tokens and a share of the hidden channels, and computes what its tokens attend to for itself.
 It writes a part of the feed-forward network's sum; who needs the tokens next adds up the parts in their order when it
 starts, so that results are the same in every run and adding up costs no launch. What several programs compute alike
-runs on multiprocessors that would be idle.
+runs on multiprocessors that would be idle. Behind the last layer nothing starts: of the programs with the same tokens
+the one that comes last adds up, and makes the final norm. Which one is last is counted in integers; no program waits
+for another.
 
 Between the launches tokens lie group by group: (rows, C), where a row is group * tokens + token.
 """
@@ -28,11 +30,11 @@ from ..triton_row_kernels import (
 from .walks import project
 
 # Few tokens: positions in these tensors are counted in 32 bits.
-_NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "eps", "scale"]
+_NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "programs", "eps", "scale"]
 
 
 @triton.jit
-def _pixel(row, tokens, pixels, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+def pixel_of_row(row, tokens, pixels, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
     """The pixel of the map that a row is."""
     group, token = row // tokens, row % tokens
     POSITIONS: tl.constexpr = PATCH_H * PATCH_W
@@ -77,8 +79,9 @@ def qkv_fwd_kernel(
     part_ptr, part_bias_ptr,  # of the layer before: (PARTS, rows, C), float32, and (C,) or None; None in the first one
     norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,  # (C,), (C,), (3 C, C), (3 C,) or None
     sum_ptr, qkv_ptr,  # written: (rows, C), the tokens in front of this layer, and (rows, 3 C), both like t
-    rows, tokens, pixels, width, eps,
-    PARTS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, SHARE: tl.constexpr,
+    counter_ptr,  # written in the first layer: (programs,), int32, zeros
+    rows, tokens, pixels, width, programs, eps,
+    PARTS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """qkv(norm1(t)). A program has BLOCK_M tokens and SHARE outputs, BLOCK_N at a time."""
@@ -86,7 +89,10 @@ def qkv_fwd_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid, at = row < rows, row
     if part_ptr is None:
-        at = _pixel(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        at = pixel_of_row(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        if tl.program_id(0) == 0 and tl.program_id(1) == 0:
+            program = tl.arange(0, PROGRAMS)
+            tl.store(counter_ptr + program, 0, mask=program < programs)
     head, tail = _load_tokens(t_ptr, part_ptr, part_bias_ptr, at, valid, rows, PARTS=PARTS, C=C, HEAD=HEAD, TAIL=TAIL)
     if tl.program_id(1) == 0:
         store_rows(sum_ptr, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
@@ -122,15 +128,18 @@ def layer_fwd_kernel(
     out_ptr, out_bias_ptr,  # (C, C), (C,) or None
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # (C,), (C,), (F, C), (F,) or None, (C, F)
     sum_ptr,  # written: (rows, C), like t: the tokens behind attention
-    part_ptr,  # written: (shares, rows, C), float32: what each share of the hidden channels adds to them
-    rows, tokens, blocks, eps, scale,
+    part_ptr,  # written: (PARTS, rows, C), float32: what each share of the hidden channels adds to them
+    bias2_ptr, final_weight_ptr, final_bias_ptr,  # of the last layer: fc2's, the final norm's, (C,) or None
+    counter_ptr, y_ptr,  # of the last layer: a counter for each block, zeros; written, (B, H, W, C)
+    rows, tokens, pixels, width, blocks, eps, scale,
+    PARTS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, F: tl.constexpr, SHARE: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """t = t + out_proj(attention(qkv)), and fc2(SiLU(fc1(norm2(t)))) without its bias, in a part for each share of the
-    hidden channels. A program has BLOCK_M tokens of a group, of which there are `blocks` blocks, and SHARE hidden
-    channels, BLOCK_F at a time."""
+    hidden channels; with a y the final norm of their sum, back at the tokens' pixels. A program has BLOCK_M tokens of a
+    group, of which there are `blocks` blocks, and SHARE hidden channels, BLOCK_F at a time."""
     dtype: tl.constexpr = t_ptr.dtype.element_ty
     group = tl.program_id(0) // blocks
     token = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -159,22 +168,16 @@ def layer_fwd_kernel(
         hidden = activate(hidden, ACT=SILU, DTYPE=dtype).to(dtype)
         head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
     store_rows(part_ptr + tl.program_id(1) * rows * C, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
-
-
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def finish_fwd_kernel(
-    t_ptr, part_ptr, part_bias_ptr,  # (rows, C); (PARTS, rows, C), float32, of the hidden channels; fc2's (C,) or None
-    norm_weight_ptr, norm_bias_ptr,  # of the final norm, (C,), or None
-    y_ptr,  # written: (B, H, W, C)
-    rows, tokens, pixels, width, eps,
-    PARTS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """The final norm of what the last layer makes, back at the tokens' pixels. A program has BLOCK_M tokens."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < rows
-    head, tail = _load_tokens(t_ptr, part_ptr, part_bias_ptr, row, valid, rows, PARTS=PARTS, C=C, HEAD=HEAD, TAIL=TAIL)
-    if norm_weight_ptr is not None:
-        head, tail = _norm(head, tail, norm_weight_ptr, norm_bias_ptr, eps, DTYPE=tl.float32, C=C, HEAD=HEAD, TAIL=TAIL)
-    pixel = _pixel(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-    store_rows(y_ptr, pixel, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+    if y_ptr is not None:
+        tl.debug_barrier()  # all threads' parts are written before the one that counts says so
+        if tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == PARTS - 1:
+            tl.debug_barrier()
+            head, tail = _load_tokens(
+                sum_ptr, part_ptr, bias2_ptr, row, valid, rows, PARTS=PARTS, C=C, HEAD=HEAD, TAIL=TAIL
+            )
+            if final_weight_ptr is not None:
+                head, tail = _norm(
+                    head, tail, final_weight_ptr, final_bias_ptr, eps, DTYPE=tl.float32, C=C, HEAD=HEAD, TAIL=TAIL
+                )
+            pixel = pixel_of_row(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+            store_rows(y_ptr, pixel, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)

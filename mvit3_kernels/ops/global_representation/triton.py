@@ -24,6 +24,7 @@ buffer, no table of addresses that a CUDA graph would have to upload, and one bi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,14 +47,26 @@ from ..triton_common import (
 )
 from ..triton_rows import Rows, two_tiles
 from ..types import LayerNorm, Linear
-from . import TILE, kernels, layer_kernels, norm_kernels, packed_sizes, spread_kernels, weights_of_layer
-from .walks import FC1, QKV, TENSORS
+from . import (
+    MOST_SPREAD,
+    TILE,
+    kernels,
+    layer_kernels,
+    norm_kernels,
+    packed_sizes,
+    separable_kernels,
+    spread_kernels,
+    weights_of_layer,
+)
+from .walks import FC1, NORM1, NORM2, QKV, TENSORS
 
 _OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
-# Of the kernels that are spread over a GPU: tokens of a program, outputs of qkv and hidden channels at a time, the most
-# shares that the hidden channels are divided into, and tokens of a program of the final norm.
-SPREAD_TOKENS, SPREAD_OUTPUTS, SPREAD_HIDDEN, MOST_SHARES, SPREAD_ROWS = 16, 64, 64, 8, 8
+# Of the kernels that are spread over a GPU: tokens of a program, outputs of qkv and hidden channels at a time, and the
+# most shares that the hidden channels are divided into.
+SPREAD_TOKENS, SPREAD_OUTPUTS, SPREAD_HIDDEN, MOST_SHARES = 16, 64, 64, 8
+# Of those with separable attention: values and hidden channels at a time.
+SPREAD_VALUES, SEPARABLE_HIDDEN = 32, 64
 
 
 def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
@@ -152,32 +165,48 @@ class Spread(NamedTuple):
     hidden: int
 
 
+def _share(x: Tensor, channels: int, programs: int, step: int, most: int) -> int:
+    """Channels of a program, `step` at a time, of which there are at most `most` shares: so many that with `programs`
+    blocks of tokens they fill a GPU once."""
+    shares = min(max(multiprocessors(x) // programs, 1), most)
+    shares = 1 << (shares.bit_length() - 1)  # few numbers of parts, each of which makes a binary
+    return triton.cdiv(triton.cdiv(channels, step), shares) * step
+
+
 def spread(x: Tensor, tokens: int, groups: int, hidden: int) -> Spread:
     """Small blocks of tokens, and shares of what they are multiplied by until programs fill a GPU once."""
     block = SPREAD_TOKENS
     blocks, tiles = triton.cdiv(tokens, block), triton.cdiv(tokens * groups, block)
     keys = max(triton.next_power_of_2(tokens), 16)
+    outputs = _share(x, 3 * x.shape[-1], tiles, SPREAD_OUTPUTS, 16)
+    return Spread(block, blocks, keys, outputs, _share(x, hidden, groups * blocks, SPREAD_HIDDEN, MOST_SHARES))
 
-    def share(channels: int, programs: int, step: int, most: int) -> int:
-        shares = min(max(multiprocessors(x) // programs, 1), most)
-        shares = 1 << (shares.bit_length() - 1)  # few numbers of parts, each of which makes a binary
-        return triton.cdiv(triton.cdiv(channels, step), shares) * step
 
-    outputs = share(3 * x.shape[-1], tiles, SPREAD_OUTPUTS, 16)
-    return Spread(block, blocks, keys, outputs, share(hidden, groups * blocks, SPREAD_HIDDEN, MOST_SHARES))
+def _rounded(x: Tensor, layers: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What the layers are made of, with weights of linear maps in the dtype of x: all of a stage in one launch. Each
+    program reads them as it finds them in the cache, which would be twice the bytes, and conversions, in float32."""
+    pointers = contiguous(*layers)
+    weights = [i for i in range(0, len(pointers), 2) if i % TENSORS.value not in (NORM1.value, NORM2.value)]
+    given = tuple(pointers[i] for i in weights)
+    rounded = dict(zip(weights, _unpack(_pack(x, given), given), strict=True))
+    return tuple(rounded.get(i, t) for i, t in enumerate(pointers))
 
 
 def global_representation_spread_inference(call: Call) -> Tensor:
-    """Launches two kernels a layer, and the final norm."""
+    """Launches two kernels a layer. Those of separable attention have one in front of them and one for the final
+    norm."""
     x = call.x.contiguous()
     y = torch.empty_like(x)
     if y.numel() == 0:
+        return y
+    if call.num_heads is None:
+        _launch_spread_separable(call, x, y)
         return y
     batch, height, width, channels = x.shape
     pixels, patch = height * width, {"PATCH_H": call.patch_height, "PATCH_W": call.patch_width}
     groups = batch * call.patch_height * call.patch_width
     rows, tokens, dim = batch * pixels, batch * pixels // groups, channels // call.num_heads
-    pointers = contiguous(*call.layers)
+    pointers = _rounded(x, call.layers)
     hidden = pointers[FC1.value].shape[0]
     plan = spread(x, tokens, groups, hidden)
     parts = triton.cdiv(hidden, plan.hidden)
@@ -187,27 +216,73 @@ def global_representation_spread_inference(call: Call) -> Tensor:
     heads = {"HEADS": call.num_heads, "DIM": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
     before, between, qkv = (x.new_empty(rows, n * channels) for n in (1, 1, 3))
     part = x.new_empty(parts, rows, channels, dtype=torch.float32)
-    last: tuple[Tensor | None, ...] = (x, None, None)
+    programs = groups * plan.blocks
+    counter = x.new_empty(programs, dtype=torch.int32)
+    of_qkv = {**patch, **tiles, "PARTS": parts, "PROGRAMS": triton.next_power_of_2(programs)}
+    last, final = (x, None, None), contiguous(call.norm_weight, call.norm_bias)
     with on_device(x):
         for first in range(0, len(pointers), TENSORS.value):
             norm1, to_qkv, out, norm2, fc1, fc2 = zip(*[iter(pointers[first : first + TENSORS.value])] * 2, strict=True)
             spread_kernels.qkv_fwd_kernel[(triton.cdiv(rows, plan.block), triton.cdiv(3 * channels, plan.outputs))](
-                *last, *norm1, *to_qkv, before, qkv, rows, tokens, pixels, width, call.eps,
-                PARTS=parts, SHARE=plan.outputs, BLOCK_M=plan.block, BLOCK_N=SPREAD_OUTPUTS, **patch, **tiles,
-                num_warps=8, num_stages=2,
+                *last, *norm1, *to_qkv, before, qkv, None if first else counter,
+                rows, tokens, pixels, width, programs, call.eps,
+                SHARE=plan.outputs, BLOCK_M=plan.block, BLOCK_N=SPREAD_OUTPUTS, **of_qkv, num_warps=8, num_stages=2,
             )  # fmt: skip
-            spread_kernels.layer_fwd_kernel[(groups * plan.blocks, parts)](
+            ends = first + TENSORS.value == len(pointers)
+            spread_kernels.layer_fwd_kernel[(programs, parts)](
                 before, qkv, *out, *norm2, *fc1, fc2[0], between, part,
-                rows, tokens, plan.blocks, call.eps, kernels.LOG2E.value / math.sqrt(dim),
-                F=hidden, SHARE=plan.hidden, BLOCK_M=plan.block, BLOCK_K=plan.keys, BLOCK_F=SPREAD_HIDDEN,
-                **heads, **tiles, num_warps=16 if channels > 64 else 8, num_stages=2,
+                *((fc2[1], *final, counter, y) if ends else (None,) * 5),
+                rows, tokens, pixels, width, plan.blocks, call.eps, kernels.LOG2E.value / math.sqrt(dim),
+                PARTS=parts, F=hidden, SHARE=plan.hidden, BLOCK_M=plan.block, BLOCK_K=plan.keys,
+                BLOCK_F=SPREAD_HIDDEN, **patch, **heads, **tiles,
+                num_warps=16 if channels > 64 else 8, num_stages=2,
             )  # fmt: skip
             last = (between, part, fc2[1])
-        spread_kernels.finish_fwd_kernel[(triton.cdiv(rows, SPREAD_ROWS),)](
-            *last, *contiguous(call.norm_weight, call.norm_bias), y, rows, tokens, pixels, width, call.eps,
-            PARTS=parts, **patch, **tiles, BLOCK_M=SPREAD_ROWS, num_warps=4,
-        )  # fmt: skip
     return y
+
+
+def _launch_spread_separable(call: Call, x: Tensor, y: Tensor) -> None:
+    batch, height, width, channels = x.shape
+    pixels, positions = height * width, call.patch_height * call.patch_width
+    groups, tokens = batch * positions, pixels // positions
+    rows = batch * pixels
+    block = SPREAD_TOKENS if rows <= MOST_SPREAD else 2 * SPREAD_TOKENS
+    blocks = triton.cdiv(tokens, block)
+    pointers = _rounded(x, call.layers)
+    hidden = pointers[FC1.value].shape[0]
+    programs = groups * blocks
+    values = _share(x, channels, programs, SPREAD_VALUES, MOST_SHARES)
+    features = _share(x, hidden, programs, SEPARABLE_HIDDEN, MOST_SHARES)
+    attend_shares, feed_shares = triton.cdiv(channels, values), triton.cdiv(hidden, features)
+    head, tail = two_tiles(channels, even=False)
+    # tiles of more columns than rows, whose products Triton divides among warps by columns
+    tiles = {"C": channels, "HEAD": max(head, 32), "TAIL": max(tail, 32), "BLOCK_M": block}
+    of_sample = {"BLOCKS": triton.next_power_of_2(positions * blocks)}
+    patch = {"PATCH_H": call.patch_height, "PATCH_W": call.patch_width}
+    layer = {**of_sample, "POSITIONS": positions, **tiles, "num_warps": 16, "num_stages": 2}
+    keys = min(max(triton.next_power_of_2(tokens), 16), 64 if channels <= 128 else 32)  # 64 wider rows would spill
+    t, between = (x.new_empty(rows, channels) for _ in range(2))
+    moments, new_moments = (x.new_empty(2, programs, dtype=torch.float32) for _ in range(2))
+    counter = x.new_empty(programs, dtype=torch.int32)
+    part = x.new_empty(max(attend_shares, feed_shares), rows, channels, dtype=torch.float32)
+    with on_device(x):
+        separable_kernels.enter_fwd_kernel[(programs,)](
+            x, t, moments, counter, tokens, pixels, width, blocks, **patch, **tiles, num_warps=4
+        )
+        for first in range(0, len(pointers), TENSORS.value):
+            norm1, qkv, out, norm2, fc1, fc2 = zip(*[iter(pointers[first : first + TENSORS.value])] * 2, strict=True)
+            separable_kernels.attend_fwd_kernel[(programs, attend_shares)](
+                t, moments, *norm1, *qkv, *out, part, counter, between, new_moments, rows, tokens, blocks, call.eps,
+                SHARES=attend_shares, SHARE=values, BLOCK_K=keys, BLOCK_N=SPREAD_VALUES, **layer,
+            )  # fmt: skip
+            separable_kernels.feed_fwd_kernel[(programs, feed_shares)](
+                between, new_moments, *norm2, *fc1, *fc2, part, counter, t, moments, rows, tokens, blocks, call.eps,
+                SHARES=feed_shares, F=hidden, SHARE=features, BLOCK_F=SEPARABLE_HIDDEN, **layer,
+            )  # fmt: skip
+        separable_kernels.leave_fwd_kernel[(programs,)](
+            t, moments, *contiguous(call.norm_weight, call.norm_bias), y, tokens, pixels, width, blocks, call.eps,
+            **patch, **of_sample, **tiles, num_warps=4,
+        )  # fmt: skip
 
 
 # A layer in training
