@@ -193,12 +193,14 @@ class FusedByobNet(FusedNetwork, ByobNet):
     apart = ("head",)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        return self._fused.run(x, FEATURES) if self._runs_program(x) else super().forward_features(x)
+        if self._runs_program(x):
+            return self._fused.run(x, FEATURES)
+        return self._ordinary(super().forward_features, x)
 
     # Without hints: torch.fx copies them into its code, where TorchScript cannot read those of this file.
     def forward(self, x):
         if not self._runs_program(x):
-            return self.forward_head(super().forward_features(x))
+            return self.forward_head(self._ordinary(super().forward_features, x))
         return self._fused.run(x, LOGITS) if self._fused.ends(LOGITS) else self.forward_head(self._fused.run(x))
 
 
@@ -223,7 +225,7 @@ class _FusedFeatures(FusedNetwork):
         return tuple(self.return_layers.items()), self.concat
 
     def _collect(self, x: Tensor) -> dict[str, Tensor]:
-        return dict(self._fused.run(x)) if self._runs_program(x) else super()._collect(x)
+        return dict(self._fused.run(x)) if self._runs_program(x) else self._ordinary(super()._collect, x)
 
 
 @stands_for_network(FeatureListNet)

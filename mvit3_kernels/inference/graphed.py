@@ -140,7 +140,8 @@ class Graphed:
 
     def _examine(self, network: nn.Module) -> str | None:
         self._forget()
-        reason = replaced_method(network) or tampered_below(network)
+        # what is called apart from the method is in no graph
+        reason = replaced_method(network) or tampered_below(network, network.apart)
         if reason is not None:
             return reason
         if any(module.training for module in network.modules()):

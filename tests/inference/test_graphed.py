@@ -281,3 +281,23 @@ def test_threads_get_their_own_results(recorder):
         for number, results in found.items():
             for result in results:
                 torch.testing.assert_close(result, peer(inputs[number]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 5}, {"features_only": True}], ids=str)
+def test_a_network_of_timm_has_graphs(recorder, options):
+    """Of its features; the head is called as the module that it is, and may be hooked."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    peer = timm.create_model("mobilevit_xxs", **options).eval()
+    model = fuse(copy.deepcopy(peer))
+    assert [served(model, peer, recorder) for _ in range(3)] == [0, 0, 1]
+    if "num_classes" in options:
+        seen: list[torch.Size] = []
+        model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+        assert [served(model, peer, recorder) for _ in range(2)] == [0, 1] and len(seen) == 2
+        with torch.no_grad():
+            before = recorder.replays
+            torch.testing.assert_close(model.forward_features(images(9)), peer.forward_features(images(9)))
+        assert recorder.replays == before + 1
+    model.stem.register_forward_hook(lambda *_: None)
+    assert served(model, peer, recorder) == 0
