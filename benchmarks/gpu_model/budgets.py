@@ -109,6 +109,7 @@ _PREPARES = (
     "reads one weight of a few hundred kilobytes once a call, in few blocks: it takes about 5 us beside the hundreds of"
     " the product that it prepares"
 )
+_SPREAD = "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
 _PARAMETERS = "has as many blocks as tiles of its parameters, whatever the batch"
 
 REASONS: dict[tuple[str, str], str] = {
@@ -116,8 +117,11 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "inverted_residual.project_sums_bwd"): _LARGE_TILE,
-    ("registers", "global_representation.layer_fwd"): (
-        "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
+    ("registers", "global_representation.layer_fwd"): _SPREAD,
+    ("registers", "global_representation.attend_fwd"): _SPREAD,
+    ("registers", "global_representation.feed_fwd"): _SPREAD,
+    ("registers", "inverted_residual.filter_project"): (
+        "is for maps of fewer blocks than multiprocessors, and divides 32 pixels among 16 warps to end sooner"
     ),
     ("registers", "global_representation.*"): (
         "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
@@ -174,6 +178,9 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.norm_bwd"): _NO_PRODUCT,
     ("pipeline", "global_representation.norm_gradient"): _PARTS,
+    ("pipeline", "global_representation.attend_fwd"): (
+        "reads the tokens of a group in one to four steps, for sums that no product makes"
+    ),
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
     ),
