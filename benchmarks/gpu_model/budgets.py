@@ -110,6 +110,7 @@ _PREPARES = (
     " the product that it prepares"
 )
 _SPREAD = "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
+_CHAIN = "is a chain of products for a block of pixels, and at batch 1 no other block works while it waits"
 _PARAMETERS = "has as many blocks as tiles of its parameters, whatever the batch"
 
 REASONS: dict[tuple[str, str], str] = {
@@ -178,6 +179,9 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.norm_bwd"): _NO_PRODUCT,
     ("pipeline", "global_representation.norm_gradient"): _PARTS,
+    ("floor", "global_representation.attend_fwd"): _CHAIN,
+    ("floor", "global_representation.layer_fwd"): _CHAIN,
+    ("floor", "inverted_residual.filter_project"): _CHAIN,
     ("pipeline", "global_representation.attend_fwd"): (
         "reads the tokens of a group in one to four steps, for sums that no product makes"
     ),

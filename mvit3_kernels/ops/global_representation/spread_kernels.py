@@ -148,7 +148,8 @@ def layer_fwd_kernel(
     head_bias, tail_bias = load_row_vector(out_bias_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
     head += head_bias
     tail += tail_bias
-    (head_row, tail_row), lane = row_columns(HEAD=HEAD, TAIL=TAIL), tl.arange(0, BLOCK_D)
+    head_row, tail_row = row_columns(HEAD=HEAD, TAIL=TAIL)
+    lane = tl.arange(0, BLOCK_D)
     for i in range(HEADS):
         out = _attend(qkv_ptr, group, token, tokens, i * DIM, scale, DIM=DIM, C=C, BLOCK_D=BLOCK_D, BLOCK_K=BLOCK_K)
         weight = load_tile(out_ptr + i * DIM, head_row, head_row < C, lane, WIDTH=DIM, STRIDE=C).to(out.dtype)
