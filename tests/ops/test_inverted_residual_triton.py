@@ -7,8 +7,10 @@ import torch
 
 import mvit3_kernels
 from mvit3_kernels.ops import inverted_residual
+from mvit3_kernels.ops.registry import FORMS
 from mvit3_kernels.ops.types import ACTIVATIONS
 
+from ..triton_tools import SHARED_MEMORY_LIMITS, offline, resources
 from .inputs import Draw, mapped
 from .test_inverted_residual import TestInvertedResidual as Reference
 from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
@@ -120,3 +122,25 @@ def test_bytes_moved():
     # Of wide inputs backward writes G and reads it twice, and x once more.
     wide = x.new_empty(2, 8, 8, 128)
     assert kernels.bytes_moved(wide, 64, 32, 1, False)[1] == 256 * (5 * 128 + 2 * 64 + 7 * 32 + 3 * 64 + 128)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("expanded", "outputs", "stride", "dtype"), [(256, 64, 1, BF16), (256, 128, 2, F16), (192, 96, 1, BF16)]
+)
+def test_evaluation_of_few_pixels_fits(expanded, outputs, stride, dtype, tmp_path, monkeypatch):
+    """What follows the expansion does not spill, and fits sm_90, the one that it is for."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launchers, op = importlib.import_module("mvit3_kernels.ops.inverted_residual.triton"), "inverted_residual_project"
+
+    def part(*shape):
+        return (torch.empty(shape, device="meta"), *torch.empty(4, shape[0], device="meta"), 1e-5)
+
+    e = torch.empty(1, 16, 16, expanded, device="meta", dtype=dtype)
+    residual = e.new_empty(1, 16, 16, outputs) if stride == 1 else None
+    inputs = (e, *part(expanded, 1, 3, 3), *part(outputs, expanded, 1, 1), stride, 1, 1, residual)
+    with offline(90, True) as kernels:
+        getattr(launchers, f"{op}_inference")(FORMS[f"{op}_inference"].call(*inputs))
+    [kernel] = kernels
+    used = resources(kernel)
+    assert used.stack == 0 and used.shared <= SHARED_MEMORY_LIMITS[90], used
