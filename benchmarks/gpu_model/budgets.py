@@ -119,9 +119,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "global_representation.layer_fwd"): (
         "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
     ),
-    ("registers", "global_representation.*"): (
-        "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
-    ),
     ("registers", "patch_attention.attention_*"): (
         "takes a whole group of up to 256 tokens in one block of 16 warps, which fills a multiprocessor: scores are"
         " computed once and everything is read once; shorter groups and heads need less"
@@ -174,9 +171,7 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.norm_bwd"): _NO_PRODUCT,
     ("pipeline", "global_representation.norm_gradient"): _PARTS,
-    ("pipeline", "global_representation.*"): (
-        "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
-    ),
+    ("pipeline", "global_representation.layer_gradient"): _PARTS,
     ("blocks", "global_representation.layer_fwd"): (
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),

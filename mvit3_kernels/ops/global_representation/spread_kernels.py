@@ -15,20 +15,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import SILU, activate, dot, load_tile, pixel_of_token, store_tile
+from ..triton_common import SILU, activate, dot, load_tile, load_vector, pixel_of_token, store_tile
 from ..triton_row_kernels import (
     add_columns_product,
     load_row_vector,
     load_rows_in_float32,
+    load_weight,
+    multiply_rows,
     normalise,
     row_columns,
     row_statistics,
     store_rows,
 )
-from .walks import project
 
 # Few tokens: positions in these tensors are counted in 32 bits.
 _NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "eps", "scale"]
+
+
+@triton.jit
+def _project(
+    head, tail, weight_ptr, bias_ptr, output, OUT: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
+    """Outputs `output` of a linear map (OUT, C) of normalised rows, in float32; zeros for outputs from OUT on."""
+    head_weight, tail_weight = load_weight(weight_ptr, output, head, C=C, OUT=OUT, HEAD=HEAD, TAIL=TAIL)
+    sums = multiply_rows(head, tail, head_weight, tail_weight)
+    return sums + load_vector(bias_ptr, output, WIDTH=OUT)[None, :]
 
 
 @triton.jit
@@ -93,7 +104,7 @@ def qkv_fwd_kernel(
     head, tail = _norm(head, tail, norm_weight_ptr, norm_bias_ptr, eps, DTYPE=dtype, C=C, HEAD=HEAD, TAIL=TAIL)
     for first in range(0, SHARE, BLOCK_N):
         output = tl.program_id(1) * SHARE + first + tl.arange(0, BLOCK_N)
-        block = project(head, tail, weight_ptr, bias_ptr, output, OUT=3 * C, C=C, HEAD=HEAD, TAIL=TAIL)
+        block = _project(head, tail, weight_ptr, bias_ptr, output, OUT=3 * C, C=C, HEAD=HEAD, TAIL=TAIL)
         store_tile(qkv_ptr, row, valid, output, block, WIDTH=3 * C)
 
 
@@ -155,7 +166,7 @@ def layer_fwd_kernel(
     tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for first in range(0, SHARE, BLOCK_F):
         column = tl.program_id(1) * SHARE + first + tl.arange(0, BLOCK_F)
-        hidden = project(normed_head, normed_tail, weight1_ptr, bias1_ptr, column, OUT=F, C=C, HEAD=HEAD, TAIL=TAIL)
+        hidden = _project(normed_head, normed_tail, weight1_ptr, bias1_ptr, column, OUT=F, C=C, HEAD=HEAD, TAIL=TAIL)
         hidden = activate(hidden, ACT=SILU, DTYPE=dtype).to(dtype)
         head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
     store_rows(part_ptr + tl.program_id(1) * rows * C, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
