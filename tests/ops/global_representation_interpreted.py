@@ -60,8 +60,9 @@ class TestGlobalRepresentation(TritonResults):
             self.holds(arguments)
 
     def test_many_rows(self, monkeypatch):
-        """Of which weights are rounded beforehand."""
+        """Of which weights are rounded beforehand, in blocks that fill a multiprocessor."""
         monkeypatch.setattr(triton_rows, "MOST_FEW_ROWS", 0)
+        monkeypatch.setattr(triton_rows, "multiprocessors", lambda x: 1)
         for options in ({"num_heads": 2}, {"per_sample": True, "conv": True}):
             self.holds(self.arguments(Draw(), 2, 4, 6, 20, 18, **options), torch.float32)
 
