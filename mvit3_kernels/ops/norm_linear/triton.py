@@ -23,6 +23,8 @@ from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_norma
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
 
+_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
+
 
 def configurations(rows: Rows) -> list[dict[str, int]]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
@@ -43,7 +45,7 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
 
 def _tallest(rows: Rows) -> int:
     """Rows of a program with a multiprocessor to itself."""
-    return 256 if rows.width() <= 192 else 128
+    return 256 if rows.width() <= (160 if _OLD_TRITON else 192) else 128  # where they do not spill
 
 
 def _tall(rows: Rows) -> bool:
