@@ -65,8 +65,8 @@ def configurations(dim: int, whole: int | None, dtype: torch.dtype, backward: bo
     float32 = dtype is torch.float32
     stages: tuple[int, ...] = (2,) if float32 else (2, 1)
     if whole == 16:
-        tiles = [(16, 16, 4)]
-        stages = (1,) if backward and not float32 else stages
+        tiles = [(16, 16, 4)] if float32 or columns > 64 or backward else [(16, 16, 4), (16, 16, 2)]
+        stages = (2,) if float32 else (1,)
     elif whole == 64:
         tiles = [(64, 16, 4), (64, 32, 4)] if backward else [(64, 32, 4), (64, 64, 4)]
     elif whole == 256:
