@@ -237,7 +237,7 @@ def _stack(draw: Draw, side: int, width: int, hidden: int, layers: int, heads: i
         return ops.global_representation(x, stack, last, heads, (2, 2))
 
     x = draw.feature_map(side, width)
-    moved = _kernels("global_representation").bytes_moved(x, layers)
+    moved = _kernels("global_representation").bytes_moved(x, layers, heads)
     yield OpCase("global_representation", "evaluation", call, [x], moved, ("free", "triton"))
 
 

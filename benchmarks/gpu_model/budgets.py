@@ -124,9 +124,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "inverted_residual.filter_project"): (
         "is for maps of fewer blocks than multiprocessors, and divides 32 pixels among 16 warps to end sooner"
     ),
-    ("registers", "global_representation.*"): (
-        "takes tokens through all layers of a stage in one launch and has a multiprocessor to itself by design"
-    ),
     ("registers", "patch_attention.attention_*"): (
         "takes a whole group of up to 256 tokens in one block of 16 warps, which fills a multiprocessor: scores are"
         " computed once and everything is read once; shorter groups and heads need less"
@@ -185,9 +182,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "global_representation.attend_fwd"): (
         "reads the tokens of a group in one to four steps, for sums that no product makes"
     ),
-    ("pipeline", "global_representation.*"): (
-        "tokens between two walks are read once for each tile, and were written a moment before, by the same block"
-    ),
+    ("pipeline", "global_representation.layer_gradient"): _PARTS,
     ("blocks", "global_representation.layer_fwd"): (
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),

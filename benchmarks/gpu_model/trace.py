@@ -135,9 +135,6 @@ def as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(dispatch, "_gpu_why_not", lambda index: None),
         mock.patch.object(_native, "cuda_why_not", lambda x=None: None),
         mock.patch.object(_native, "why_not", lambda: "the model is of a GPU"),
-        mock.patch.object(
-            sys.modules[f"{ops.__name__}.global_representation"], "_needed", lambda x: MULTIPROCESSORS // 2
-        ),
         *(
             mock.patch.object(module, "multiprocessors", lambda x: MULTIPROCESSORS)
             for module in triton_modules()

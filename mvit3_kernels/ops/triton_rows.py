@@ -100,6 +100,12 @@ class Rows(NamedTuple):
         """A forward pass of so few rows takes smaller tiles, and weights as they are."""
         return self.rows <= MOST_FEW_ROWS
 
+    def tall(self, block: int) -> bool:
+        """Whether a forward pass has blocks of so many rows for three quarters of the multiprocessors. A block of 16
+        warps fills one and asks the cache for a weight half as often as two of 8 warps and half as many rows."""
+        whole = self.from_shared_memory and self.x.dtype is not torch.float32 and self.width() <= 256
+        return whole and not self.few() and 4 * triton.cdiv(self.rows, block) >= 3 * multiprocessors(self.x)
+
     def weights(self, *weights: Tensor) -> tuple[Tensor, ...]:
         """Of a forward pass, as its kernel reads them."""
         return contiguous(*weights) if self.few() else multiplied(self.x, *weights)

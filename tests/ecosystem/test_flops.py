@@ -100,7 +100,7 @@ def test_networks_count_what_their_modules_do(name):
 
 
 def test_a_stage_in_inference_counts_its_layers():
-    """The op that is one launch a stage on a GPU, by what it is asked with."""
+    """The op that is a whole stage on a GPU, by what it is asked with."""
     stage = blocks.GlobalRepresentation([blocks.TransformerLayer(16, 32, 4) for _ in range(2)], nn.LayerNorm(16))
     layers = [t for layer in list(stage)[:2] for part in layer.layer() for t in part[:2]]
     form = FORMS["global_representation_inference"]

@@ -221,8 +221,8 @@ class TestInvertedResidualCuda(GpuKernel):
 
 
 class TestGlobalRepresentation(GpuKernel):
-    """The resident kernel, of calls without gradients, and those that spread a layer of few tokens over the GPU; all
-    others run as the ops of the layers."""
+    """The op of a whole stage, of calls without gradients, and the kernels that spread a layer of few tokens over the
+    GPU; all others run as the ops of the layers."""
 
     op = staticmethod(global_representation)
     cpu = test_global_representation_triton.TestGlobalRepresentationTriton

@@ -10,7 +10,7 @@ import torch
 
 import mvit3_kernels
 from mvit3_kernels import backend, ops
-from mvit3_kernels.ops import Linear
+from mvit3_kernels.ops import Linear, triton_rows
 from tests.bounds import assert_bound, half_a_rounding
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.inputs import Draw, mapped
@@ -26,7 +26,6 @@ OP = importlib.import_module("mvit3_kernels.ops.global_representation")
 
 class TestGlobalRepresentation(TritonResults):
     op = staticmethod(ops.global_representation)
-    # Groups of 4 to 64 tokens, several in a tile or several tiles a group; rows of one tile and of two.
     shapes = ((2, 4, 4, 12, 10), (1, 8, 8, 20, 18))
     options = {
         "heads": {"num_heads": 4},
@@ -40,15 +39,13 @@ class TestGlobalRepresentation(TritonResults):
     test_second_derivative_is_refused = None  # there are no gradients
 
     def results(self, backend, arguments, dtype=torch.float32, parameters=None):
-        """y, of a call without gradients, which the resident kernel must run where the backend is Triton."""
+        """y, of a call without gradients, which the op of a whole stage must run where the backend is Triton."""
 
         def leaf(name, t):
             return t.detach().to(dtype if name in self.maps else parameters or dtype)
 
-        as_ops = (
-            nullcontext() if backend == "reference" else mock.patch.object(OP.reference, "global_representation", None)
-        )
-        with mvit3_kernels.backend(backend), torch.no_grad(), as_ops:
+        stage = nullcontext() if backend == "reference" else mock.patch.object(OP, "KERNELS", (OP.STAGE,))
+        with mvit3_kernels.backend(backend), torch.no_grad(), stage:
             return {"y": self.op(**mapped(arguments, leaf))}
 
     def test_compiles_whole(self, option):
@@ -62,50 +59,51 @@ class TestGlobalRepresentation(TritonResults):
             arguments["x"] += 30
             self.holds(arguments)
 
-    def test_tall_tiles(self):
-        """Where there are rows for many programs, and weights of many channels to read for each."""
-        self.holds(self.arguments(Draw(), 5, 8, 6, 129, 10, num_heads=3, layers=1))
+    def test_many_rows(self, monkeypatch):
+        """Of which weights are rounded beforehand, in blocks that fill a multiprocessor."""
+        monkeypatch.setattr(triton_rows, "MOST_FEW_ROWS", 0)
+        monkeypatch.setattr(triton_rows, "multiprocessors", lambda x: 1)
+        for options in ({"num_heads": 2}, {"per_sample": True, "conv": True}):
+            self.holds(self.arguments(Draw(), 2, 4, 6, 20, 18, **options), torch.float32)
 
-    def holds(self, arguments):
+    def holds(self, arguments, parameters=None):
         arguments = mapped(arguments, lambda _, t: t.bfloat16().double())
-        found, reference = (self.results(name, arguments, BF16) for name in ("triton", "reference"))
+        found, reference = (self.results(name, arguments, BF16, parameters) for name in ("triton", "reference"))
         truth = self.results("reference", arguments, torch.float64)
         assert_bound(found, reference, truth, half_a_rounding(BF16))
 
-    @pytest.mark.parametrize(
-        ("sizes", "options", "reason"),
-        [
-            ((1, 4, 4, 8, 8), {"layers": 0}, "there is no layer"),
-            ((1, 2, 2, 65, 8), {"num_heads": 1, "layers": 1}, "heads of at most 64 channels, these have 65"),
-            ((1, 10, 26, 8, 8), {"num_heads": 1, "layers": 1}, "sequences of at most 64 tokens, these have 65"),
-        ],
-    )
-    def test_calls_that_run_as_ops(self, sizes, options, reason):
-        """On Triton too, where the resident kernel refuses them."""
-        arguments = in_float32(self.arguments(Draw(), *sizes, **options))
-        assert reason in refusal(arguments)
-        with backend("triton"), torch.no_grad():
-            y = self.op(**arguments)
-        torch.testing.assert_close(y, TritonResults.results(self, "reference", arguments)["y"], rtol=1e-4, atol=1e-4)
+    def test_calls_that_run_as_ops(self):
+        """On Triton too, where the op of a whole stage refuses them."""
+        arguments = in_float32(self.arguments(Draw(), 1, 2, 4, 8, 8, num_heads=1))
+        first, second = arguments["layers"]
+        for layers, reason in (
+            ([], "there is no layer"),
+            ([first, second._replace(norm2=second.norm2._replace(eps=1e-3))], "norms of one kind and with one eps"),
+            ([first, second._replace(norm1=second.norm1._replace(per_sample=True))], "norms of one kind"),
+        ):
+            given = {**arguments, "layers": layers}
+            assert reason in refusal(given) and reason in refusal(in_half(given), OP.SPREAD)
+            with backend("triton"), torch.no_grad():
+                y = self.op(**given)
+            torch.testing.assert_close(y, TritonResults.results(self, "reference", given)["y"], rtol=1e-4, atol=1e-4)
 
     def test_rows_that_are_too_wide(self):
-        arguments = in_float32(self.arguments(Draw(), 1, 2, 2, 257, 8, layers=1))
-        assert "at most 256 channels, x has 257" in refusal(arguments)
+        for channels, heads, reason in ((257, None, "at most 256 channels"), (129, 1, "at most 128 channels")):
+            arguments = in_float32(self.arguments(Draw(), 1, 2, 2, channels, 8, num_heads=heads, layers=1))
+            assert f"{reason}" in refusal(arguments)
 
-    def test_layers_that_differ_run_as_ops(self):
+    def test_layers_that_differ(self):
+        """In their parameters, the dtypes of these and the number of hidden channels."""
         arguments = in_float32(self.arguments(Draw(), 1, 2, 2, 8, 8, num_heads=1))
         first, second = arguments["layers"]
-        for other in (
-            second._replace(norm2=second.norm2._replace(eps=1e-3)),
-            second._replace(norm1=second.norm1._replace(per_sample=True)),
-        ):
-            assert "norms of one kind" in refusal({**arguments, "layers": [first, other]})
-        for other in (
-            second._replace(fc2=second.fc2._replace(bias=None)),
-            second._replace(qkv=second.qkv._replace(bias=second.qkv.bias.bfloat16())),
-            second._replace(fc1=Linear(second.fc1.weight[:5], second.fc1.bias[:5])),
-        ):
-            assert "with the same parameters" in refusal({**arguments, "layers": [first, other]})
+        hidden = {"fc1": Linear(second.fc1.weight[:5], second.fc1.bias[:5])}
+        hidden["fc2"] = Linear(second.fc2.weight[:, :5], None)
+        given = {**arguments, "layers": [first, second._replace(**hidden)]}
+        for dtype in (torch.float32, BF16):
+            tolerance = 1e-4 if dtype is torch.float32 else 0.1
+            found, want = (self.results(name, given, dtype)["y"] for name in ("triton", "reference"))
+            torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
+        assert "as many hidden channels each" in refusal(in_half(given), OP.SPREAD)
 
     def test_gradients_run_as_ops(self):
         arguments = mapped(self.arguments(Draw(), 1, 2, 4, 8, 8, num_heads=2), lambda _, t: t.float().requires_grad_())
@@ -228,6 +226,10 @@ class TestLayers(TritonResults):
         assert "separable" in refusal({**arguments, "num_heads": None}, OP.LAYERWISE, True)
 
 
-def refusal(arguments, kernel=OP.RESIDENT, training=False):
+def in_half(arguments):
+    return mapped(arguments, lambda _, t: t.to(BF16))
+
+
+def refusal(arguments, kernel=OP.STAGE, training=False):
     x, layers, norm, num_heads, patch_size, *_ = arguments.values()
     return kernel.why_not(x, layers, norm, num_heads, patch_size, training)

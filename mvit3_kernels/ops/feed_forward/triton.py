@@ -30,6 +30,7 @@ from ..triton_common import (
     on_device,
     store_tile,
 )
+from ..triton_math import opaque
 from ..triton_row_kernels import (
     NOT_SPECIALIZED,
     add_columns_product,
@@ -61,6 +62,9 @@ def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int
         first = {"BLOCK_M": 32, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
     elif drops or (forward and rows.few()):
         first = {"BLOCK_M": 64, "BLOCK_F": 32, "num_warps": 4 if width <= 192 else 8, "num_stages": 1}
+    elif forward and _tall(rows):
+        block_f = 64 if 160 < width <= 192 else 32
+        first = {"BLOCK_M": _tallest(rows), "BLOCK_F": block_f, "num_warps": 16, "num_stages": 2}
     elif not forward:
         block = 128 if width <= 192 else 64
         first = {"BLOCK_M": block, "BLOCK_F": 32, "num_warps": block // 16, "num_stages": 1}
@@ -77,9 +81,19 @@ def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int
     return [first, *(first | other for other in others)]
 
 
+def _tallest(rows: Rows) -> int:
+    """Rows of a program of the forward pass with a multiprocessor to itself."""
+    return 256 if rows.width() <= 160 else 128
+
+
+def _tall(rows: Rows) -> bool:
+    return rows.tall(_tallest(rows))
+
+
 def configuration(kernel: str, rows: Rows, hidden: int, drops: bool) -> dict[str, int]:
     forward = kernel == "fwd"
-    name = f"feed_forward_{kernel}{'_few' if forward and rows.few() else ''}{'_dropout' if drops else ''}"
+    size = "_few" if rows.few() else "_tall" if _tall(rows) and not drops else ""
+    name = f"feed_forward_{kernel}{size if forward else ''}{'_dropout' if drops else ''}"
     return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, forward, drops))
 
 
@@ -139,6 +153,8 @@ def _feed_forward_fwd_kernel(
             )
         hidden = hidden.to(head_normed.dtype)
         head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
+    lane = opaque(tl.arange(0, BLOCK_M))  # anew, for the loop has no registers to keep rows and which are valid
+    row = tl.program_id(0) * BLOCK_M + lane
     head_bias, tail_bias = load_row_vector(bias2_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
     head += head_bias
     tail += tail_bias
@@ -150,7 +166,7 @@ def _feed_forward_fwd_kernel(
         head_x, tail_x = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
         head += head_x
         tail += tail_x
-    store_rows(y_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+    store_rows(y_ptr, lane, row < rows, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)

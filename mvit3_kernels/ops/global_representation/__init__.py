@@ -19,17 +19,16 @@ from ..patch_attention import triton_why_not as attention_why_not
 from ..pointwise_conv import pointwise_conv
 from ..registry import Call, register
 from ..separable_attention import separable_attention
+from ..separable_attention import triton_why_not as separable_why_not
 from ..sizes import values_per_channel
 from ..types import Layer, LayerNorm, Linear
 from . import reference
 
 __all__ = ["global_representation"]
 
-# What the resident kernel holds in registers and shared memory.
+# What the kernels that spread a layer over a GPU hold in registers and shared memory.
 WIDEST_ROW = 256  # channels
 WIDEST_HEAD = 64  # channels
-LONGEST_GROUP = 64  # tokens of a sample that share their position inside a patch
-TILE = 64  # rows of a program of multi-head attention
 # Tokens up to which two launches a layer that are spread over a GPU take less time than the ops of a layer, by the
 # model of benchmarks/gpu_model: with more, what their programs compute again costs more than the launches.
 MOST_SPREAD, MOST_SPREAD_SEPARABLE = 2048, 8192
@@ -45,47 +44,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-@torch.compiler.assume_constant_result
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _needed(x: Tensor) -> int:
-    """Programs from which on the resident kernel pays."""
-    return _multiprocessors(x.device.index) // 2 if x.is_cuda else 0
-
-
-def programs(batch: int, patches: int, positions: int, per_sample: bool, num_heads: int | None) -> int:
-    """How many programs the resident kernel splits a map into: samples, or tiles of whole groups of tokens."""
-    if num_heads is None or per_sample:
-        return batch
-    group = max(16, 1 << (patches - 1).bit_length())
-    return -(-batch * positions * group // TILE)
-
-
-def _layers_why_not(
-    x: Tensor, layers: Sequence[Layer], norm: LayerNorm | None, num_heads: int | None, kernel: str
-) -> str | None:
-    """Why no kernel of whole layers takes these; `kernel` is what the sentence is about."""
-    if not layers:
-        return "there is no layer"
-    take = "take" if kernel.endswith("s") else "takes"
-    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)] + ([] if norm is None else [norm])
-    if len({other[2:] for other in norms}) > 1:
-        return f"the {kernel} {take} norms of one kind and with one eps"
-    kinds = {tuple(None if t is None else t.dtype for t in _flat([layer])) for layer in layers}
-    hidden = {layer.fc1.weight.shape[0] for layer in layers}
-    if len(kinds) > 1 or len(hidden) > 1:
-        return f"the {kernel} {take} layers with the same parameters, in the same dtypes and of the same shapes"
-    channels = x.shape[-1]
-    if channels > WIDEST_ROW:
-        return f"the {kernel} {take} at most {WIDEST_ROW} channels, x has {channels}"
-    if num_heads is not None and channels // num_heads > WIDEST_HEAD:
-        return f"the {kernel} {take} heads of at most {WIDEST_HEAD} channels, these have {channels // num_heads}"
-    return None
-
-
-def _resident_why_not(
+def _stage_why_not(
     x: Tensor,
     layers: Sequence[Layer],
     norm: LayerNorm | None,
@@ -93,26 +52,24 @@ def _resident_why_not(
     patch_size: tuple[int, int],
     training: bool,
 ) -> str | None:
-    """Why the kernel that takes tokens through all layers cannot, or should not, run a call; it runs as the ops of its
-    layers then."""
-    if reason := dispatch.triton_32_bit_why_not(x):
-        return reason
+    """Why the op of a whole stage cannot run a call; it runs as the ops of its layers then."""
     if training:
-        return "the resident kernel has neither gradients nor dropout"
-    if reason := _layers_why_not(x, layers, norm, num_heads, "resident kernel"):
-        return reason
-    batch, height, width, _ = x.shape
-    patches = height * width // (patch_size[0] * patch_size[1])
-    if num_heads is not None and patches > LONGEST_GROUP:
-        return f"the resident kernel takes sequences of at most {LONGEST_GROUP} tokens, these have {patches}"
-    # A sample that one multiprocessor works on while others are idle takes longer than ops that spread it.
-    needed = _needed(x)
-    count = programs(batch, patches, patch_size[0] * patch_size[1], layers[0].norm1.per_sample, num_heads)
-    return (
-        f"the resident kernel would keep {count} multiprocessors busy, and pays from {needed} on"
-        if count < needed
-        else None
+        return "the op of a whole stage has neither gradients nor dropout"
+    if not layers:
+        return "there is no layer"
+    if not _one_kind(layers, norm):
+        return "the op of a whole stage takes norms of one kind and with one eps"
+    if num_heads is not None and 3 * math.prod(x.shape[1:]) >= 2**31:
+        return "the op of a whole stage takes queries, keys and values of less than 2^31 elements a sample"
+    return feed_forward_why_not(x) or (
+        separable_why_not(x) if num_heads is None else attention_why_not(x, num_heads, x.shape[-1])
     )
+
+
+def _one_kind(layers: Sequence[Layer], norm: LayerNorm | None) -> bool:
+    """Whether all norms are of tokens or all of samples, with one eps."""
+    norms = [norm for layer in layers for norm in (layer.norm1, layer.norm2)] + ([] if norm is None else [norm])
+    return len({other[2:] for other in norms}) == 1
 
 
 def _spread_why_not(
@@ -130,8 +87,17 @@ def _spread_why_not(
         return "the spread kernels have neither gradients nor dropout"
     if x.dtype is torch.float32:
         return "the spread kernels take maps of 16 bits"
-    if reason := _layers_why_not(x, layers, norm, num_heads, "spread kernels"):
-        return reason
+    if not layers:
+        return "there is no layer"
+    if not _one_kind(layers, norm):
+        return "the spread kernels take norms of one kind and with one eps"
+    if len({layer.fc1.weight.shape[0] for layer in layers}) > 1:
+        return "the spread kernels take layers with as many hidden channels each"
+    channels = x.shape[-1]
+    if channels > WIDEST_ROW:
+        return f"the spread kernels take at most {WIDEST_ROW} channels, x has {channels}"
+    if num_heads is not None and channels // num_heads > WIDEST_HEAD:
+        return f"the spread kernels take heads of at most {WIDEST_HEAD} channels, these have {channels // num_heads}"
     if layers[0].norm1.per_sample is not (num_heads is None):
         return "the spread kernels take norms of tokens with multi-head attention, of samples with separable attention"
     rows, positions = values_per_channel(x), patch_size[0] * patch_size[1]
@@ -164,13 +130,13 @@ def _layerwise_why_not(
     return feed_forward_why_not(x) or attention_why_not(x, num_heads, x.shape[-1])
 
 
-RESIDENT = dispatch.Kernel("triton", _resident_why_not)
+STAGE = dispatch.Kernel("triton", _stage_why_not)
 SPREAD = dispatch.Kernel("triton", _spread_why_not)
 LAYERWISE = dispatch.Kernel("triton", _layerwise_why_not)
 # Every other call is made of ops, on the backend that is forced or on the best that each can have.
 KERNELS = (
-    RESIDENT,
     SPREAD,
+    STAGE,
     LAYERWISE,
     dispatch.Kernel("cpu", lambda x, *_: dispatch.cpu_why_not(x)),
     dispatch.Kernel("triton", lambda x, *_: dispatch.triton_32_bit_why_not(x)),
@@ -244,7 +210,7 @@ def global_representation(
     check_dropout(seed, x, **{f"{place}_dropout": p for place, p in dropouts._asdict().items()})
     training = any(p > 0 for p in dropouts) or _needs_grad(x, *_flat(layers), *(norm or ())[:2])
     kernel = dispatch.select("global_representation", KERNELS, x, layers, norm, num_heads, patch_size, training)
-    if kernel is RESIDENT or kernel is SPREAD:
+    if kernel is STAGE or kernel is SPREAD:
         final, kind = (None, None) if norm is None else norm[:2], layers[0].norm1[2:]
         way = "_spread" if kernel is SPREAD else ""
         op = getattr(torch.ops.mvit3, f"global_representation{way}_inference")

@@ -1,4 +1,4 @@
-"""Triton kernels of the final norm in training, on whole rows as in triton_row_kernels.py."""
+"""Triton kernels of the final norm, on whole rows as in triton_row_kernels.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..triton_row_kernels import (
     load_row_vector,
     load_rows_in_float32,
     measure_and_normalise_rows,
+    normalise_rows,
     row_columns,
     store_rows,
 )
@@ -32,6 +33,25 @@ def norm_fwd_kernel(
     head, tail = measure_and_normalise_rows(
         x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows, eps,
         PER_SAMPLE=False, C=C, HEAD=HEAD, TAIL=TAIL,
+    )  # fmt: skip
+    store_rows(y_ptr + start * C, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def sample_norm_fwd_kernel(
+    x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr,  # (rows, C), (C,), (C,), (samples,), (samples,)
+    y_ptr,  # written: (rows, C), like x
+    rows, rows_per_sample,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The same where mean and rstd are of samples, and known. A program has BLOCK_M rows. Reads x once, writes y
+    once."""
+    lane = tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + lane
+    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
+    head, tail = normalise_rows(
+        x_ptr + start * C, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, lane, row, valid, rows_per_sample,
+        PER_SAMPLE=True, C=C, HEAD=HEAD, TAIL=TAIL,
     )  # fmt: skip
     store_rows(y_ptr + start * C, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 

@@ -28,8 +28,7 @@ from ..triton_row_kernels import (
     row_columns,
     store_rows,
 )
-from .spread_kernels import pixel_of_row
-from .walks import project
+from .spread_kernels import pixel_of_row, project
 
 _NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "eps"]
 

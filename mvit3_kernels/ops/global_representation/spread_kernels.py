@@ -17,20 +17,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import SILU, activate, dot, load_tile, pixel_of_token, store_tile
+from ..triton_common import SILU, activate, dot, load_tile, load_vector, pixel_of_token, store_tile
 from ..triton_row_kernels import (
     add_columns_product,
     load_row_vector,
     load_rows_in_float32,
+    load_weight,
+    multiply_rows,
     normalise,
     row_columns,
     row_statistics,
     store_rows,
 )
-from .walks import project
 
 # Few tokens: positions in these tensors are counted in 32 bits.
 _NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "programs", "eps", "scale"]
+
+
+@triton.jit
+def project(
+    head, tail, weight_ptr, bias_ptr, output, OUT: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr
+):
+    """Outputs `output` of a linear map (OUT, C) of normalised rows, in float32; zeros for outputs from OUT on."""
+    head_weight, tail_weight = load_weight(weight_ptr, output, head, C=C, OUT=OUT, HEAD=HEAD, TAIL=TAIL)
+    sums = multiply_rows(head, tail, head_weight, tail_weight)
+    return sums + load_vector(bias_ptr, output, WIDTH=OUT)[None, :]
 
 
 @triton.jit

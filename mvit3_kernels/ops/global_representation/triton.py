@@ -1,30 +1,20 @@
-"""Triton kernels of global_representation: without gradients all layers of a stage and its final norm in one launch;
-with them the launches of a layer, which are those of its ops.
+"""Triton kernels of global_representation: the launches of all layers of a stage in one op, which are those of a
+layer's ops and of the final norm.
 
-Without gradients:
+Without gradients weights are rounded to the dtype of x for the whole stage at once, and nothing is kept that only a
+backward pass would read. Of few tokens, where tiles of the ops would leave most of a GPU idle, a layer of multi-head
+attention is two launches of spread_kernels.py.
 
-A program owns tokens on which nothing else of the map has an effect, takes them through all layers, and walks over them
-a tile of rows at a time. Between two walks they lie in y, and the queries, keys and values of one layer in a small
-workspace. Both belong to this program alone and are read again within microseconds, so that they stay in cache, and a
-barrier of the program is all the order that they need. The price is that a program's tokens wait for each other: a map
-that would keep fewer than half of the multiprocessors busy is left to the ops.
+With gradients a layer is a node of autograd.
 
-- Multi-head attention never leaves a group, the tokens of a sample that share their position inside a patch, nor does
-  anything else of a layer whose norms are of tokens. So the unit is a few groups that fill a tile: one or two of a
-  16x16 map in 2x2 patches, four or eight of an 8x8 map. Where norms are of samples it is a sample.
-- Separable attention has norms of samples in all networks, so the unit is a sample of any size. A layer is three walks:
-  the scores and the mean of tokens that they weight (identity D: no keys), the values, the feed-forward network. Who
-  writes tokens adds up their moments for the norm that comes next.
-
-Weights stream from the second-level cache, once for each tile of rows, which is why tiles are as high as registers
-allow. They are passed as a tuple of pointers, of which a program selects its layer's: no copy of weights into one
-buffer, no table of addresses that a CUDA graph would have to upload, and one binary for each number of layers.
+A kernel that takes tokens through all layers in one launch moves the fewest bytes, but bytes are not what these layers
+wait for: it had one block on a multiprocessor, whose phases do not overlap, and took half as long again as the
+launches of the ops (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,13 +24,13 @@ from torch import Tensor
 from ..dropout.triton import drop
 from ..feed_forward.triton import feed_forward_forward, hidden_backward, parameters
 from ..norm_linear.triton import norm_linear_forward
-from ..patch_attention.triton import patch_attention_backward, patch_attention_forward
+from ..patch_attention.triton import LOG2E, attend, patch_attention_backward, patch_attention_forward
 from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import FORMS, Call
+from ..separable_attention.triton import separable_attention_inference
 from ..triton_common import (
     IDENTITY,
     contiguous,
-    multiplies_from_shared_memory,
     multiprocessors,
     on_device,
     split_rows,
@@ -49,8 +39,6 @@ from ..triton_rows import Rows, two_tiles
 from ..types import LayerNorm, Linear
 from . import (
     MOST_SPREAD,
-    TILE,
-    kernels,
     layer_kernels,
     norm_kernels,
     packed_sizes,
@@ -58,10 +46,7 @@ from . import (
     spread_kernels,
     weights_of_layer,
 )
-from .walks import FC1, NORM1, NORM2, QKV, TENSORS
 
-_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
-TALL = 128  # rows of a tile where there are more than TILE for each multiprocessor
 # Of the kernels that are spread over a GPU: tokens of a program, outputs of qkv and hidden channels at a time, and the
 # most shares that the hidden channels are divided into.
 SPREAD_TOKENS, SPREAD_OUTPUTS, SPREAD_HIDDEN, MOST_SHARES = 16, 64, 64, 8
@@ -69,89 +54,81 @@ SPREAD_TOKENS, SPREAD_OUTPUTS, SPREAD_HIDDEN, MOST_SHARES = 16, 64, 64, 8
 SPREAD_VALUES, SEPARABLE_HIDDEN = 32, 64
 
 
-def configuration(x: Tensor, weight: Tensor, num_heads: int | None, rows: int = 0) -> dict[str, int]:
-    """BLOCK_M rows of a tile, BLOCK_Q of them in attention, and the blocks of BLOCK_N outputs and BLOCK_F hidden
-    channels that a program walks over, none of which spills. `rows`: how many rows may be split freely. Where they are
-    more than one tile for each multiprocessor, a tall tile halves the traffic of weights, which is what bounds these
-    kernels."""
-    if x.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
-        warps, stages = (8, 1) if num_heads is None else (16, 2)
-        return {"BLOCK_M": 16, "BLOCK_Q": 16, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": warps, "num_stages": stages}
-    if multiplies_from_shared_memory(x):
-        config = {"BLOCK_M": TILE, "BLOCK_Q": TILE, "BLOCK_N": 32, "BLOCK_F": 32, "num_warps": 8, "num_stages": 2}
-        if num_heads is None and x.shape[-1] > 192:
-            config["BLOCK_F"] = 16
-        tall = num_heads is not None and x.shape[-1] > 128 and rows > TILE * multiprocessors(x)
-        if _OLD_TRITON:
-            tall = tall and x.shape[-1] <= 192 and weight.dtype is torch.float32  # the others spill
-        if tall and x.dtype is torch.bfloat16:  # float16 spills in all that were tried
-            config["BLOCK_M"] = TALL
-            if x.shape[-1] > 192:
-                config |= {"BLOCK_N": 64, "BLOCK_F": 16}
-            elif weight.dtype is not torch.float32:
-                config["BLOCK_F"] = 16
-        return config
-    hip = triton.runtime.driver.active.get_current_target().backend == "hip"  # 64 KiB of shared memory
-    stages = 1 if hip or (num_heads is None and weight.dtype is not torch.float32) else 2  # 2 would spill there
-    return {"BLOCK_M": 32, "BLOCK_Q": 32, "BLOCK_N": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": stages}
+def bytes_moved(x: Tensor, layers: int, num_heads: int | None) -> int:
+    """Bytes of full-size tensors that the ops of a call read and write, with a norm of samples where attention is
+    separable: of a layer of heads x and queries, keys and values, these and what attention makes of them, that, x and
+    their sum, and twice as much as x in the feed-forward network; and the final norm."""
+    of_layer, final = (7, 3) if num_heads is None else (13, 2)
+    return (of_layer * layers + final) * x.numel() * x.element_size()
 
 
-def bytes_moved(x: Tensor, layers: int) -> int:
-    """Bytes of full-size tensors that a call reads and writes: x and y, however many layers there are. (What a program
-    hands from one walk to the next stays in cache.)"""
-    return 2 * x.numel() * x.element_size()
+class _Layer(NamedTuple):
+    """The tensors of a layer, as `_flat` of the package has them."""
+
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+
+
+def _layers(call: Call, rounded: bool) -> list[_Layer]:
+    """The layers of a call without gradients, with weights as products read them: `rounded` to the dtype of x in one
+    launch for the whole stage."""
+    layers = [
+        _Layer._make(tensors) for tensors in zip(*[iter(contiguous(*call.layers))] * len(_Layer._fields), strict=True)
+    ]
+    if rounded:
+        weights = tuple(weight for layer in layers for weight in weights_of_layer(layer))
+        made = zip(*[iter(_unpack(_pack(call.x, weights), weights))] * 4, strict=True)
+        names = ("qkv_weight", "out_weight", "weight1", "weight2")
+        layers = [layer._replace(**dict(zip(names, own, strict=True))) for layer, own in zip(layers, made, strict=True)]
+    return layers
 
 
 def global_representation_inference(call: Call) -> Tensor:
-    """Launches all layers and the final norm."""
-    x = call.x.contiguous()
-    y = torch.empty_like(x)
-    if y.numel() == 0:
-        return y
-    head, tail = two_tiles(x.shape[-1], even=False)
-    pointers = contiguous(*call.layers)
-    inputs = (x, pointers, *contiguous(call.norm_weight, call.norm_bias), y)
-    flags = {
-        "PER_SAMPLE": call.per_sample, "LAYERS": len(pointers) // TENSORS.value,
-        "PATCH_H": call.patch_height, "PATCH_W": call.patch_width,
-        "F": pointers[FC1.value].shape[0], "C": x.shape[-1], "HEAD": head, "TAIL": tail,
-    }  # fmt: skip
+    """Launches the ops of all layers, and the final norm."""
+    x, kind, patch = call.x.contiguous(), (call.eps, call.per_sample), (call.patch_height, call.patch_width)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    # of few rows a launch takes longer than it saves
+    for layer in _layers(call, rounded=not Rows.of(x).few()):
+        norm, qkv, out = layer[:2], layer[2:4], layer[4:6]
+        if call.num_heads is None:
+            attention = FORMS["separable_attention_inference"].call(x, *norm, *kind, *qkv, *out, *patch)
+            x = separable_attention_inference(attention)
+        else:
+            projected, *_ = norm_linear_forward(FORMS["norm_linear_forward"].call(x, *norm, *kind, *qkv))
+            tokens = attend(FORMS["patch_attention_forward"].call(projected, call.num_heads, *patch, 0.0, None), None)
+            x = convolve(Convolution(tokens, None, *out, None, IDENTITY.value, x))
+        network = (*layer[6:8], *kind, *layer[8:], 0.0, 0.0, None, False)
+        x, *_ = feed_forward_forward(FORMS["feed_forward_forward"].call(x, *network))
+    if call.norm_weight is None:
+        return x
+    if call.per_sample:
+        return _norm_of_samples(x, call)
+    return global_representation_norm_forward(
+        FORMS["global_representation_norm_forward"].call(x, call.norm_weight, call.norm_bias, call.eps)
+    )[0]
+
+
+def _norm_of_samples(x: Tensor, call: Call) -> Tensor:
+    """The final norm where it is of samples."""
+    rows, y = Rows.of(x), torch.empty_like(x)
+    mean, rstd = rows.statistics(call.eps, per_sample=True)
     with on_device(x):
-        launch = _launch_separable if call.num_heads is None else _launch_transformer
-        launch(call, inputs, flags)
+        norm_kernels.sample_norm_fwd_kernel[(triton.cdiv(rows.rows, 16),)](
+            rows.x, *contiguous(call.norm_weight, call.norm_bias), mean, rstd, y, rows.rows, rows.rows_per_sample,
+            **rows.tiles, BLOCK_M=16, num_warps=4,
+        )  # fmt: skip
     return y
-
-
-def _launch_separable(call: Call, inputs: tuple, flags: dict[str, int]) -> None:
-    x = inputs[0]
-    batch, height, width, channels = x.shape
-    positions, pixels = call.patch_height * call.patch_width, height * width
-    config = configuration(x, call.layers[QKV.value], None)
-    config.pop("BLOCK_Q")
-    context = x.new_empty(batch, positions, channels, dtype=torch.float32)
-    tiles = triton.cdiv(pixels, config["BLOCK_M"])
-    lanes = max(triton.next_power_of_2(positions), 16)  # which a product needs
-    kernels.separable_fwd_kernel[(batch,)](
-        *inputs, context, pixels, width, tiles, call.eps, POSITIONS=lanes, **flags, **config
-    )
-
-
-def _launch_transformer(call: Call, inputs: tuple, flags: dict[str, int]) -> None:
-    x = inputs[0]
-    batch, height, width, channels = x.shape
-    positions, pixels = call.patch_height * call.patch_width, height * width
-    groups, tokens, dim = batch * positions, pixels // positions, channels // call.num_heads
-    group = max(triton.next_power_of_2(tokens), 16)  # rows that a group takes
-    config = configuration(x, call.layers[QKV.value], call.num_heads, 0 if call.per_sample else groups * group)
-    block = config["BLOCK_M"]
-    per_program = positions if call.per_sample else max(max(TILE, block) // group, 1)
-    programs, tiles = triton.cdiv(groups, per_program), triton.cdiv(per_program * group, block)
-    qkv = x.new_empty(programs * tiles * block, 3 * channels)
-    scale = kernels.LOG2E.value / math.sqrt(dim)
-    kernels.transformer_fwd_kernel[(programs,)](
-        *inputs, qkv, groups, per_program, tokens, pixels, width, tiles, call.eps, scale,
-        HEADS=call.num_heads, DIM=dim, GROUP=group, BLOCK_D=max(triton.next_power_of_2(dim), 16), **flags, **config,
-    )  # fmt: skip
 
 
 class Spread(NamedTuple):
@@ -182,16 +159,6 @@ def spread(x: Tensor, tokens: int, groups: int, hidden: int) -> Spread:
     return Spread(block, blocks, keys, outputs, _share(x, hidden, groups * blocks, SPREAD_HIDDEN, MOST_SHARES))
 
 
-def _rounded(x: Tensor, layers: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """What the layers are made of, with weights of linear maps in the dtype of x: all of a stage in one launch. Each
-    program reads them as it finds them in the cache, which would be twice the bytes, and conversions, in float32."""
-    pointers = contiguous(*layers)
-    weights = [i for i in range(0, len(pointers), 2) if i % TENSORS.value not in (NORM1.value, NORM2.value)]
-    given = tuple(pointers[i] for i in weights)
-    rounded = dict(zip(weights, _unpack(_pack(x, given), given), strict=True))
-    return tuple(rounded.get(i, t) for i, t in enumerate(pointers))
-
-
 def global_representation_spread_inference(call: Call) -> Tensor:
     """Launches two kernels a layer. Those of separable attention have one in front of them and one for the final
     norm."""
@@ -206,8 +173,8 @@ def global_representation_spread_inference(call: Call) -> Tensor:
     pixels, patch = height * width, {"PATCH_H": call.patch_height, "PATCH_W": call.patch_width}
     groups = batch * call.patch_height * call.patch_width
     rows, tokens, dim = batch * pixels, batch * pixels // groups, channels // call.num_heads
-    pointers = _rounded(x, call.layers)
-    hidden = pointers[FC1.value].shape[0]
+    layers = _layers(call, rounded=True)
+    hidden = layers[0].weight1.shape[0]
     plan = spread(x, tokens, groups, hidden)
     parts = triton.cdiv(hidden, plan.hidden)
     head, tail = two_tiles(channels, even=False)
@@ -221,18 +188,17 @@ def global_representation_spread_inference(call: Call) -> Tensor:
     of_qkv = {**patch, **tiles, "PARTS": parts, "PROGRAMS": triton.next_power_of_2(programs)}
     last, final = (x, None, None), contiguous(call.norm_weight, call.norm_bias)
     with on_device(x):
-        for first in range(0, len(pointers), TENSORS.value):
-            norm1, to_qkv, out, norm2, fc1, fc2 = zip(*[iter(pointers[first : first + TENSORS.value])] * 2, strict=True)
+        for layer in layers:
+            norm1, to_qkv, out, norm2, fc1, fc2 = zip(*[iter(layer)] * 2, strict=True)
             spread_kernels.qkv_fwd_kernel[(triton.cdiv(rows, plan.block), triton.cdiv(3 * channels, plan.outputs))](
-                *last, *norm1, *to_qkv, before, qkv, None if first else counter,
+                *last, *norm1, *to_qkv, before, qkv, counter if layer is layers[0] else None,
                 rows, tokens, pixels, width, programs, call.eps,
                 SHARE=plan.outputs, BLOCK_M=plan.block, BLOCK_N=SPREAD_OUTPUTS, **of_qkv, num_warps=8, num_stages=2,
             )  # fmt: skip
-            ends = first + TENSORS.value == len(pointers)
             spread_kernels.layer_fwd_kernel[(programs, parts)](
                 before, qkv, *out, *norm2, *fc1, fc2[0], between, part,
-                *((fc2[1], *final, counter, y) if ends else (None,) * 5),
-                rows, tokens, pixels, width, plan.blocks, call.eps, kernels.LOG2E.value / math.sqrt(dim),
+                *((fc2[1], *final, counter, y) if layer is layers[-1] else (None,) * 5),
+                rows, tokens, pixels, width, plan.blocks, call.eps, LOG2E / math.sqrt(dim),
                 PARTS=parts, F=hidden, SHARE=plan.hidden, BLOCK_M=plan.block, BLOCK_K=plan.keys,
                 BLOCK_F=SPREAD_HIDDEN, **patch, **heads, **tiles,
                 num_warps=16 if channels > 64 else 8, num_stages=2,
@@ -248,8 +214,8 @@ def _launch_spread_separable(call: Call, x: Tensor, y: Tensor) -> None:
     rows = batch * pixels
     block = SPREAD_TOKENS if rows <= MOST_SPREAD else 2 * SPREAD_TOKENS
     blocks = triton.cdiv(tokens, block)
-    pointers = _rounded(x, call.layers)
-    hidden = pointers[FC1.value].shape[0]
+    layers = _layers(call, rounded=True)
+    hidden = layers[0].weight1.shape[0]
     programs = groups * blocks
     values = _share(x, channels, programs, SPREAD_VALUES, MOST_SHARES)
     features = _share(x, hidden, programs, SEPARABLE_HIDDEN, MOST_SHARES)
@@ -269,8 +235,8 @@ def _launch_spread_separable(call: Call, x: Tensor, y: Tensor) -> None:
         separable_kernels.enter_fwd_kernel[(programs,)](
             x, t, moments, counter, tokens, pixels, width, blocks, **patch, **tiles, num_warps=4
         )
-        for first in range(0, len(pointers), TENSORS.value):
-            norm1, qkv, out, norm2, fc1, fc2 = zip(*[iter(pointers[first : first + TENSORS.value])] * 2, strict=True)
+        for of_layer in layers:
+            norm1, qkv, out, norm2, fc1, fc2 = zip(*[iter(of_layer)] * 2, strict=True)
             separable_kernels.attend_fwd_kernel[(programs, attend_shares)](
                 t, moments, *norm1, *qkv, *out, part, counter, between, new_moments, rows, tokens, blocks, call.eps,
                 SHARES=attend_shares, SHARE=values, BLOCK_K=keys, BLOCK_N=SPREAD_VALUES, **layer,

@@ -23,6 +23,8 @@ from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_norma
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
 
+_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
+
 
 def configurations(rows: Rows) -> list[dict[str, int]]:
     """BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
@@ -31,7 +33,9 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
     first = {"BLOCK_M": rows.block(), "BLOCK_N": block, "num_warps": 8, "num_stages": 2}
     if float32:
         return [first]
-    if rows.from_shared_memory and rows.width() <= 256 and not rows.few():
+    if _tall(rows):
+        first = {"BLOCK_M": _tallest(rows), "BLOCK_N": 64, "num_warps": 16, "num_stages": 2}
+    elif rows.from_shared_memory and rows.width() <= 256 and not rows.few():
         few = rows.width() <= 192
         first = {"BLOCK_M": 128 if few else 64, "BLOCK_N": 64 if few else 32, "num_warps": 8, "num_stages": 2}
         first["maxnreg"] = 128
@@ -39,8 +43,17 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
     return [first, *(first | other for other in others)]
 
 
+def _tallest(rows: Rows) -> int:
+    """Rows of a program with a multiprocessor to itself."""
+    return 256 if rows.width() <= (160 if _OLD_TRITON else 192) else 128  # where they do not spill
+
+
+def _tall(rows: Rows) -> bool:
+    return rows.tall(_tallest(rows))
+
+
 def configuration(rows: Rows, outputs: int) -> dict[str, int]:
-    name = f"norm_linear_fwd{'_few' if rows.few() else ''}"
+    name = f"norm_linear_fwd{'_few' if rows.few() else '_tall' if _tall(rows) else ''}"
     return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: configurations(rows))
 
 

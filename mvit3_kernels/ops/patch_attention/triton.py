@@ -65,8 +65,8 @@ def configurations(dim: int, whole: int | None, dtype: torch.dtype, backward: bo
     float32 = dtype is torch.float32
     stages: tuple[int, ...] = (2,) if float32 else (2, 1)
     if whole == 16:
-        tiles = [(16, 16, 4 if float32 or columns > 64 or backward else 2)]
-        stages = (1,) if backward and not float32 else stages
+        tiles = [(16, 16, 4)] if float32 or columns > 64 or backward else [(16, 16, 4), (16, 16, 2)]
+        stages = (2,) if float32 else (1,)
     elif whole == 64:
         tiles = [(64, 16, 4), (64, 32, 4)] if backward else [(64, 32, 4), (64, 64, 4)]
     elif whole == 256:
@@ -164,7 +164,7 @@ def _attend(
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_fwd_kernel(
     qkv_ptr, seed_ptr,  # (B, H, W, 3 HEADS DIM); one int64, or None without dropout
-    out_ptr, lse_ptr,  # written: (B, H, W, HEADS DIM), like qkv; (B, positions, HEADS, tokens), float32
+    out_ptr, lse_ptr,  # written: (B, H, W, HEADS DIM), like qkv; (B, positions, HEADS, tokens), float32, or None
     pixels_per_sample, width, tokens, blocks, scale, threshold, keep_scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -183,7 +183,6 @@ def _attention_fwd_kernel(
     pixels = sample.to(tl.int64) * pixels_per_sample
     qkv_ptr += pixels * (3 * CHANNELS)
     out_ptr += pixels * CHANNELS
-    lse_ptr += pixels * HEADS + group * tokens
     query = block * BLOCK + tl.arange(0, BLOCK)
     query_pixel = pixel_of_token(query, position, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W, MOST_TOKENS=MOST)
     q = _load(qkv_ptr, query_pixel, query < tokens, channel, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
@@ -195,7 +194,8 @@ def _attention_fwd_kernel(
     step = token_step(width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     column, pixel = _first(position, width, STEP=STEP, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
     full = tokens // STEP * STEP
-    if qkv_ptr.dtype.element_ty == tl.float32:  # products are made in registers, which two loops have not enough of
+    # products of float32 are made in registers, which two loops have not enough of
+    if qkv_ptr.dtype.element_ty == tl.float32 or BLOCK == 16:
         full = 0
     for first in range(0, full, STEP):
         key = first + tl.arange(0, STEP)
@@ -215,10 +215,11 @@ def _attention_fwd_kernel(
             keep_scale, CHANNELS=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D, DROPOUT=seed_ptr is not None, LAST=True,
         )  # fmt: skip
 
-    _store(
-        out_ptr, query_pixel, query < tokens, channel, sums / total[:, None], STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D
-    )
-    tl.store(lse_ptr + query, maximum + tl.log2(total), mask=query < tokens)
+    sums *= (1 / total)[:, None]  # a division of each sum would be four instructions more
+    _store(out_ptr, query_pixel, query < tokens, channel, sums, STRIDE=CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
+    if lse_ptr is not None:
+        lse_ptr += pixels * HEADS + group * tokens
+        tl.store(lse_ptr + query, maximum + tl.log2(total), mask=query < tokens)
 
 
 @triton.jit
@@ -420,13 +421,18 @@ class _Launch:
 
 def patch_attention_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Launches the forward pass: out, and the binary logarithm of each query's sum, (B, positions, heads, tokens)."""
+    lse = call.qkv.new_empty(_Launch(call, backward=False).lse_shape, dtype=torch.float32)
+    return attend(call, lse), lse
+
+
+def attend(call: Call, lse: Tensor | None) -> Tensor:
+    """The same; `lse` is written where it is not None."""
     launch, qkv = _Launch(call, backward=False), call.qkv.contiguous()
     out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
-    lse = qkv.new_empty(launch.lse_shape, dtype=torch.float32)
     if out.numel() > 0:
         with on_device(qkv):
             _attention_fwd_kernel[launch.grid](qkv, launch.seed, out, lse, *launch.sizes, **launch.flags)
-    return out, lse
+    return out
 
 
 def patch_attention_backward(call: Call) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import dispatch, registry
 from ..checks import check_dropout, check_layer_norm, check_linear, check_map, check_patches
-from ..norm_linear import WIDEST_ROW, empty_statistics, norm_linear, triton_why_not
+from ..norm_linear import WIDEST_ROW, empty_statistics, norm_linear
+from ..norm_linear import triton_why_not as rows_why_not
 from ..registry import LAYER_NORM, Call, register
 from ..types import LayerNorm, Linear
 from . import reference
@@ -15,11 +16,11 @@ from . import reference
 __all__ = ["separable_attention"]
 
 
-def _triton_why_not(x: Tensor) -> str | None:
-    return triton_why_not(x, WIDEST_ROW // 2 if x.dtype is torch.float32 else WIDEST_ROW)
+def triton_why_not(x: Tensor) -> str | None:
+    return rows_why_not(x, WIDEST_ROW // 2 if x.dtype is torch.float32 else WIDEST_ROW)
 
 
-KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", _triton_why_not))
+KERNELS = (dispatch.Kernel("cpu", dispatch.cpu_why_not), dispatch.Kernel("triton", triton_why_not))
 
 
 def separable_attention(
