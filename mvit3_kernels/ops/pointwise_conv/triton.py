@@ -85,15 +85,16 @@ def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> 
     return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": inputs, "num_warps": 4, "num_stages": 3}
 
 
-def _held_configurations(channels: tuple[int, int, int], norm: bool, measured: bool) -> list[dict[str, int]]:
+def _held_configurations(a: Tensor, channels: tuple[int, int, int], norm: bool, measured: bool) -> list[dict[str, int]]:
     """Of programs that hold the weights of BLOCKS blocks of outputs; none where no block fits beside two stages of
-    the inputs. Norms and sums of moments take registers of each block."""
+    the inputs. Norms and sums of moments take registers of each block, and float16's SiLU some more."""
     inputs, outputs = channels[0] + channels[1], channels[2]
     rows, columns = 128, 64
     config = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
     room = SHARED_MEMORY - 2 * rows * columns - 4 * rows * inputs  # an output on its way to memory takes some, too
     blocks = triton.cdiv(outputs, columns)
-    most = min(room // (2 * columns * inputs), blocks, 2 if norm or measured else 3)
+    fit = 3 if not (norm or measured) else 1 if norm and channels[1] > 0 and a.dtype is torch.float16 else 2
+    most = min(room // (2 * columns * inputs), blocks, fit)
     if most < 1 or channels[0] % 16 or channels[1] % 16:
         return []
     offered = [config | {"BLOCKS": triton.cdiv(blocks, triton.cdiv(blocks, most))}]
@@ -110,7 +111,7 @@ def configuration(a: Tensor, b: Tensor | None, outputs: int, norm: bool, measure
     channels = (a.shape[-1], 0 if b is None else b.shape[-1], outputs)
     tiles, half = triton.cdiv(a.shape[:-1].numel(), 128), a.dtype is not torch.float32
     if half and multiplies_from_shared_memory(a) and tiles >= 2 * multiprocessors(a):
-        held = _held_configurations(channels, norm, measured)
+        held = _held_configurations(a, channels, norm, measured)
         if held:
             purpose = "_moments" if measured else "_norm" if norm else ""
             return tuning.choose(f"pointwise_conv_held{purpose}", a, channels, lambda: held)
