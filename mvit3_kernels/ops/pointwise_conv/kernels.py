@@ -227,11 +227,12 @@ def pointwise_held_fwd_kernel(
                 sums += load_vector(bias_ptr, output, WIDTH=OUT)[None, :]
             if part_ptr is not None:
                 sums = rounded(sums, DTYPE=p_ptr.dtype.element_ty)
+            if p_ptr is not None:
+                store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
+            if part_ptr is not None:
                 added = _deviations(sums, part_of_mean, output, valid, OUT=OUT)
                 totals += (total[i] + pairs(added),)
                 all_squares += (squares[i] + pairs(added * added),)
-            if p_ptr is not None:
-                store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
             if y_ptr is not None:
                 if norm_weight_ptr is not None:
                     sums = sums * scale[i][None, :] + shift[i][None, :]

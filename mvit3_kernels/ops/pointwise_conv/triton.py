@@ -9,6 +9,9 @@ the inputs would give the statistics too, identity A of the design, without p. B
 again; and these layers have as many inputs as outputs or more, so that another read of the inputs and their product
 with themselves cost more than p does.)
 
+On sm_90 a program of many rows holds the weights of its outputs in shared memory while it walks (a kernel of its own,
+for inputs that fit beside them); elsewhere weights are read anew for each 128 rows.
+
 Dropout is that op's kernel, on what the product's returned forward and on dy backward.
 
 Backward is batch_norm_act's on p, and two plain products for each input. There is nothing to fuse in these but the read
@@ -87,13 +90,14 @@ def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> 
 
 def _held_configurations(a: Tensor, channels: tuple[int, int, int], norm: bool, measured: bool) -> list[dict[str, int]]:
     """Of programs that hold the weights of BLOCKS blocks of outputs; none where no block fits beside two stages of
-    the inputs. Norms and sums of moments take registers of each block, and float16's SiLU some more."""
+    the inputs. Norms and sums of moments take registers of each block, float16's SiLU and wide inputs some more."""
     inputs, outputs = channels[0] + channels[1], channels[2]
     rows, columns = 128, 64
     config = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
     room = SHARED_MEMORY - 2 * rows * columns - 4 * rows * inputs  # an output on its way to memory takes some, too
     blocks = triton.cdiv(outputs, columns)
-    fit = 3 if not (norm or measured) else 1 if norm and channels[1] > 0 and a.dtype is torch.float16 else 2
+    tight = channels[0] > 256 if measured else norm and channels[1] > 0 and a.dtype is torch.float16
+    fit = 1 if tight else 2 if norm or measured else 3
     most = min(room // (2 * columns * inputs), blocks, fit)
     if most < 1 or channels[0] % 16 or channels[1] % 16:
         return []
