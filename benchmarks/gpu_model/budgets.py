@@ -118,6 +118,14 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "row_gradients.*"): _WHOLE_ROWS,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "inverted_residual.project_sums_bwd"): _LARGE_TILE,
+    ("registers", "pointwise_conv.pointwise_held_fwd"): (
+        "holds the weights of 64 to 192 outputs, which leave no shared memory for a second block; 8 warps then have all"
+        " registers, and the next rows of the inputs are copied while these are multiplied"
+    ),
+    ("registers", "pointwise_conv.pointwise_fwd"): (
+        "multiplies 128 rows by 128 outputs in 16 warps of 128 registers, as many warps as two blocks of half the"
+        " outputs, which would read the inputs twice as often"
+    ),
     ("registers", "global_representation.layer_fwd"): _SPREAD,
     ("registers", "global_representation.attend_fwd"): _SPREAD,
     ("registers", "global_representation.feed_fwd"): _SPREAD,
@@ -134,7 +142,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "batch_norm_act.*"): _NO_PRODUCT,
     ("pipeline", "depthwise_conv.depthwise_*"): _NO_PRODUCT,
     ("pipeline", "depthwise_conv.moments_fwd"): _PARTS,
-    ("pipeline", "depthwise_conv.norm_sums_bwd"): _PARTS,
     ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
     ("pipeline", "inverted_residual.add_parts"): _PARTS,
     ("pipeline", "inverted_residual.prepare_project"): _PREPARES,

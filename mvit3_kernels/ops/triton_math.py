@@ -32,6 +32,25 @@ def opaque(x):
     return x
 
 
+_ROUNDED = tl.constexpr("""{
+    .reg .b32 pair;
+    cvt.rn.bf16x2.f32 pair, $3, $2;
+    shl.b32 $0, pair, 16;
+    and.b32 $1, pair, 0xffff0000;
+}""")
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 as it is once it was stored in DTYPE. Two numbers are one conversion on NVIDIA's GPUs; of a conversion
+    and its inverse the compiler makes one for each, on a unit of a quarter of the rate."""
+    if _for_nvidia() and tl.bfloat16 == DTYPE:
+        x = tl.inline_asm_elementwise(_ROUNDED, "=r,=r,f,f", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        x = x.to(DTYPE).to(tl.float32)
+    return x
+
+
 @triton.jit
 def reciprocal(x):
     """1 / x to one unit in the last place; zero above 2^126."""

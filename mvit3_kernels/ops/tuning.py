@@ -3,7 +3,7 @@
 A kernel offers a short list of configurations, the best guess first. `benchmarks/tune.py` times all of them on a GPU
 and records the fastest in tuned.json, by architecture, kernel, dtype and numbers of channels. A kernel without a record
 runs with the first one. Nothing is timed in a user's process, and no choice depends on batch, height or width, but
-for whether a map has few rows, so multi-scale training never waits for a choice or for a compiler.
+for whether a map has few rows or many, so multi-scale training never waits for a choice or for a compiler.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 
-import mvit3_kernels
 from mvit3_kernels import ops
 from mvit3_kernels.ops import triton_common
 from tests.ops.batch_norm_act_cases import poison
@@ -38,37 +37,45 @@ class TestDepthwiseConv(TritonResults):
     registered = staticmethod(lambda given: registered(**given))
 
 
+@torch.library.impl("mvit3::depthwise_conv_filter", "CPU")
+def _filter(x, weight, stride, dilation):
+    """Stands for the CUDA C++ op, which has the same meaning; calls are counted."""
+    assert x.is_contiguous() and weight.is_contiguous()
+    counted.append(("filter", stride))
+    return kernels.depthwise(x, weight, stride, dilation)
+
+
 @torch.library.impl("mvit3::depthwise_conv_filter_backward", "CPU")
 def _filter_backward(dz, x, weight, stride, dilation):
-    """Stands for the CUDA C++ op, which has the same meaning; calls are counted."""
-    assert dz.is_contiguous()
-    counted.append(stride)
+    assert dz.is_contiguous() and x.is_contiguous()
+    counted.append(("backward", stride))
     return kernels.depthwise_backward(dz, x, weight, stride, dilation)
 
 
 counted = []
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_the_way_with_cuda(monkeypatch, stride):
-    """Only the last pass of backward is another kernel, and the choice is that of forward."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("option", ["silu", "large-mean-stride", "frozen-dilation"])
+def test_the_way_with_cuda(monkeypatch, option, dtype):
+    """Both convolutions are other kernels, in training; the choice is that of forward."""
     op = importlib.import_module("mvit3_kernels.ops.depthwise_conv")
     monkeypatch.setattr(op._native, "cuda_why_not", lambda x: None)
-
-    def results(backend):
-        given = arguments(Draw(), 2, 5, 4, 9, act="silu", stride=stride)
-        x, weight = (given[name].float().requires_grad_() for name in ("x", "weight"))
-        given |= {"x": x, "weight": weight, "norm": given["norm"]._replace(weight=torch.ones(9), bias=torch.zeros(9))}
-        with mvit3_kernels.backend(backend):
-            y, _ = op.depthwise_conv(**given)
-        return y, *torch.autograd.grad(y.square().sum(), (x, weight))
-
+    tester = TestDepthwiseConv()
+    monkeypatch.setattr(tester, "backend", "cuda")
+    given = tester.make((2, 5, 4, 9), option)
     counted.clear()
-    want = results("triton")
-    assert not counted
-    found = results("cuda")
-    assert counted == [stride]
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    tester.hold(given, dtype)
+    training, stride = given["norm"].training, given["stride"]
+    once = [("filter", stride), ("backward", stride)] if training else [("backward", stride)]
+    assert counted == once * (1 if dtype is torch.float32 else 2)  # with parameters in the dtype, and in float32
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_way_with_cuda_keeps_the_filtered_map_in_training(training):
+    x, weight, one, zero = torch.ones(2, 3, 3, 4), torch.ones(4, 1, 3, 3), torch.ones(4), torch.zeros(4)
+    found = torch.ops.mvit3.depthwise_conv_forward_cuda(x, weight, one, zero, zero, one, training, 1e-5, 0, 1, 1)
+    assert found[3].shape == ((2, 3, 3, 4) if training else (0,))
 
 
 def test_what_the_way_with_cuda_refuses(monkeypatch):

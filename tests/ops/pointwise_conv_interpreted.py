@@ -1,6 +1,9 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
 """The Triton kernels of pointwise_conv on CPU tensors, step by step; run by test_pointwise_conv_triton.py."""
 
+import pytest
+import torch
+
 from mvit3_kernels import ops
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.test_pointwise_conv_cpu import TestPointwiseConvCpu as Cpu
@@ -26,6 +29,12 @@ class TestPointwiseConv(TritonResults):
     test_with_and_without_gradients_agree = Cpu.test_with_and_without_gradients_agree
     test_a_bias_that_cancels_the_product = Cpu.test_a_bias_that_cancels_the_product
     test_a_constant_channel = Cpu.test_a_constant_channel
+
+    @pytest.mark.parametrize("sizes", [(1, 9, 15, 17, 70), (3, 13, 14, 80, 70)], ids=["wide", "held"])
+    @pytest.mark.parametrize("name", ["training-large-mean", "frozen-silu-residual", "plain-silu"])
+    def test_many_rows(self, sizes, name):
+        """Enough for blocks of 128 outputs, and for programs that hold the weights of several blocks of 64."""
+        self.hold(self.make(sizes, name), torch.bfloat16)
 
 
 del Cpu

@@ -1,6 +1,8 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
 """The Triton kernels of pointwise_fusion on CPU tensors, step by step; run by test_pointwise_fusion_triton.py."""
 
+import torch
+
 from mvit3_kernels import ops
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.test_pointwise_fusion_cpu import TestPointwiseFusionCpu as Cpu
@@ -18,6 +20,10 @@ class TestPointwiseFusion(TritonResults):
     options = {name: Cpu.options[name] for name in ("training-silu-residual", "frozen-silu-residual")}
     arguments = staticmethod(Cpu.arguments)
     registered = staticmethod(Cpu.registered)
+
+    def test_many_rows(self):
+        """Enough for programs that hold the weights of two blocks of outputs."""
+        self.hold(self.make((3, 13, 14, 16, 48, 70), "training-silu-residual"), torch.bfloat16)
 
 
 del Cpu

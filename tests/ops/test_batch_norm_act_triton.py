@@ -26,10 +26,11 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
 
     f32, rows, parts, per_part, eps = torch.float32, 1000, 3, 400, 1e-5
     one, two = (configurations(channels, dtype.itemsize, tensors)[0] for tensors in (1, 2))
+    sums_of_one, sums_of_two = (configurations(channels, dtype.itemsize, tensors, sums=True)[0] for tensors in (1, 2))
     flags = {"ACT": SILU, "TRAINING": training, "C": channels}
     norm = (f32, f32, f32, f32)
     if training:
-        yield kernels.moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **one, grid=(1,))
+        yield kernels.moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **sums_of_one, grid=(1,))
     yield kernels.normalize_fwd_kernel.warmup(
         dtype, dtype if residual else None, f32, f32, f32 if training else None, dtype, f32, f32,
         rows, per_part, parts, per_part, eps,
@@ -37,7 +38,7 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
     )  # fmt: skip
     yield kernels.sums_bwd_kernel.warmup(
         dtype, dtype, *norm, dtype, f32, rows, parts, per_part, eps,
-        **flags, DY_STRIDE=2 * channels, **two, grid=(1,),
+        **flags, DY_STRIDE=2 * channels, **sums_of_two, grid=(1,),
     )  # fmt: skip
     yield kernels.input_bwd_kernel.warmup(
         dtype, dtype, *norm, f32, dtype, f32, f32, rows, parts, per_part, eps,

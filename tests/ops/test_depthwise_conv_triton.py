@@ -29,9 +29,10 @@ def registered(x, weight, norm, act, stride, dilation, way=""):
     geometry = (ACTIVATIONS.index(act), stride, dilation)
     inputs = (x, weight, *norm, *geometry)
     yield forward, inputs
-    y, mean, var = forward(*inputs)
+    y, mean, var, *stored = forward(*inputs)
     used = (mean, var) if norm.training else (norm.running_mean, norm.running_var)
-    inputs = (torch.ones_like(y), x, weight, norm.weight, norm.bias, *used, norm.training, norm.eps, *geometry)
+    parameters = (x, weight, norm.weight, norm.bias)
+    inputs = (torch.ones_like(y), *parameters, *used, *stored, norm.training, norm.eps, *geometry)
     yield backward, inputs
 
 

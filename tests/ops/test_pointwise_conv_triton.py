@@ -18,13 +18,18 @@ class TestPointwiseConvTriton(TritonKernel):
     maps = ("x", "residual")
     arguments = staticmethod(cpu.TestPointwiseConvCpu.arguments)
     registered = staticmethod(cpu.TestPointwiseConvCpu.registered)
-    # A configuration is decided by the dtype, by whether the inputs are a multiple of 64, and outside of training by
-    # whether there are few rows.
+    alone = (90,)  # whose programs hold weights in shared memory
+    # A configuration is decided by the dtype, by whether the inputs are a multiple of 64 and weights fit a program, by
+    # what follows the product, and by whether there are few rows, or many: 512 here.
     cases = (
         Case(90, BF16, (2, 8, 8, 144, 144), {"act": "silu", "residual": True}, 128),
         Case(90, F16, (2, 8, 8, 320, 1280), {"training": False, "act": "silu", "bias": True, "residual": True}, 128),
         Case(90, F16, (2, 32, 32, 320, 1280), {"training": False, "act": "silu", "bias": True, "residual": True}, 128),
         Case(90, BF16, (2, 8, 8, 9, 27), {"act": "silu"}),
+        Case(90, BF16, (2, 16, 16, 144, 128), {"act": "silu"}, 128),
+        Case(90, BF16, (2, 16, 16, 192, 192), {"norm": False, "bias": True, "residual": True}, 128),
+        Case(90, BF16, (2, 16, 16, 256, 512), {"training": False, "act": "silu"}, 128),
+        Case(90, BF16, (3, 8, 8, 240, 320), {"act": "silu"}, 128),
         Case(90, F32, (2, 8, 8, 144, 144), {"training": False, "act": "silu", "bias": True, "residual": True}, 128),
         Case(80, BF16, (2, 8, 8, 320, 240), {"act": "silu"}, 128),
         Case(80, BF16, (2, 8, 8, 144, 144), {"training": False, "act": "silu", "residual": True}, 128),

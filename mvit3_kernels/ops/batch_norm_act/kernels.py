@@ -152,18 +152,17 @@ def sums_bwd_kernel(
         base = (start + first) * C
         x = tl.load(x_ptr + base + offset, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + (start + first) * DY_STRIDE + dy_offset, mask=mask, other=0.0).to(tl.float32)
-        normal = (x - mean) * rstd
-        grad = tl.where(
-            mask, activate_backward(dy, normal * weight + bias, ACT=ACT, DTYPE=dx_ptr.dtype.element_ty), 0.0
-        )
+        deviation = x - mean
+        grad = activate_backward(dy, deviation * (weight * rstd) + bias, ACT=ACT, DTYPE=dx_ptr.dtype.element_ty)
+        grad = tl.where(mask, grad, 0.0)
         dbias += grad
-        dweight += grad * normal
+        dweight += grad * deviation
         if not TRAINING:
             tl.store(dx_ptr + base + offset, (grad * (weight * rstd)).to(dx_ptr.dtype.element_ty), mask=mask)
 
     part_ptr += tl.program_id(1) * C
     store_vector(part_ptr, column, tl.sum(dbias, 0), WIDTH=C)
-    store_vector(part_ptr + parts * C, column, tl.sum(dweight, 0), WIDTH=C)
+    store_vector(part_ptr + parts * C, column, tl.sum(dweight * rstd, 0), WIDTH=C)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)

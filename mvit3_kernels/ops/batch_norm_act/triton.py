@@ -15,6 +15,8 @@ map has few rows.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -32,18 +34,23 @@ BLOCK_C = 32
 TILE_BYTES = 16384
 LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 PROGRAMS_PER_SM = 2
+# Kernels that keep sums, whose registers leave room for as many programs: all that wait for memory at once.
+MOMENTS_PER_SM, SUMS_PER_SM = 4, 5
 # Kernels that join no parts pay nothing for more programs, and short ones end together.
 FREE_PROGRAMS_PER_SM = 8
 
 
-def configurations(channels: int, itemsize: int, tensors: int) -> list[dict[str, int | bool]]:
-    """Tiles of a kernel that loads `tensors` maps of `channels` channels."""
+def configurations(channels: int, itemsize: int, tensors: int, sums: bool = False) -> list[dict[str, int | bool]]:
+    """Tiles of a kernel that loads `tensors` maps of `channels` channels, half as large where it keeps sums of them."""
     columns = min(triton.next_power_of_2(channels), BLOCK_C)
     # Rows that do not start on 16 bytes load element by element: a quarter of the tile keeps such a kernel from
     # spilling.
     tile_bytes = TILE_BYTES if channels * itemsize % 16 == 0 else TILE_BYTES // 4
     rows = tile_bytes // (tensors * columns * itemsize)
     first = {"BLOCK_M": rows, "BLOCK_C": columns, **LAUNCH_OPTIONS}
+    if sums:
+        rows //= 2
+        first |= {"BLOCK_M": rows, "num_warps": 8 if tensors == 1 else 4}
     others = (
         {"num_warps": 4},
         {"BLOCK_M": rows // 2},
@@ -54,10 +61,9 @@ def configurations(channels: int, itemsize: int, tensors: int) -> list[dict[str,
 
 
 def configuration(kernel: str, x: Tensor, tensors: int) -> dict[str, int | bool]:
-    channels = x.shape[-1]
-    return tuning.choose(
-        f"batch_norm_act_{kernel}{tensors}", x, (channels,), lambda: configurations(channels, x.element_size(), tensors)
-    )
+    channels, sums = x.shape[-1], kernel in ("moments", "sums")
+    offer = partial(configurations, channels, x.element_size(), tensors, sums)
+    return tuning.choose(f"batch_norm_act_{kernel}{tensors}", x, (channels,), offer)
 
 
 def bytes_moved(x: Tensor, training: bool, residual: bool) -> tuple[int, int]:
@@ -88,12 +94,20 @@ def batch_norm_act_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return y, *moments
 
 
+def apply_norm(x: Tensor, norm: BatchNorm, act: int) -> Tensor:
+    """act(norm(x)) of a contiguous map by the statistics of `norm`, as they are known."""
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        _launch_normalize(x, norm, act, None, y, contiguous(norm.running_mean, norm.running_var), (None, 0, 0))
+    return y
+
+
 def _moments(x: Tensor) -> tuple[Tensor, int, int]:
     """Means and sums of squared deviations of parts of x: (workspace, parts, rows of each)."""
     channels, rows = x.shape[-1], x.numel() // x.shape[-1]
     config = configuration("moments", x, 1)
     columns = triton.cdiv(channels, config["BLOCK_C"])
-    parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
+    parts, rows_per_part = split_rows(rows, MOMENTS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
     part = _workspace(x, parts)
     with on_device(x):
         kernels.moments_fwd_kernel[(columns, parts)](x, part, rows, parts, rows_per_part, C=channels, **config)
@@ -154,14 +168,20 @@ def normalize_backward(dy: Tensor, x: Tensor, norm: BatchNorm, act: int) -> tupl
         return dx, dweight.zero_(), dbias.zero_()
 
     rows = x.numel() // channels
-    config = configuration("bwd", x, 2)
+    config, of_sums = configuration("bwd", x, 2), configuration("sums", x, 2)
     columns, sms = triton.cdiv(channels, config["BLOCK_C"]), multiprocessors(x)
-    parts, rows_per_part = split_rows(rows, PROGRAMS_PER_SM * sms // columns, config["BLOCK_M"])
-    programs = parts if norm.training else 1  # in evaluation the second launch only adds up
-    part = _workspace(x, parts)
-    sizes = (rows, parts, rows_per_part, norm.eps)
-    flags = {"ACT": act, "TRAINING": norm.training, "C": channels, "DY_STRIDE": dy_stride, **config}
+    columns_of_sums = triton.cdiv(channels, of_sums["BLOCK_C"])
+    parts, rows_per_part = split_rows(rows, SUMS_PER_SM * sms // columns_of_sums, of_sums["BLOCK_M"])
+    programs, rows_per_program = split_rows(rows, PROGRAMS_PER_SM * sms // columns, config["BLOCK_M"])
+    if not norm.training:
+        programs = 1  # the second launch only adds up
+    part, eps = _workspace(x, parts), norm.eps
+    flags = {"ACT": act, "TRAINING": norm.training, "C": channels, "DY_STRIDE": dy_stride}
     with on_device(x):
-        kernels.sums_bwd_kernel[(columns, parts)](dy, x, *parameters, dx, part, *sizes, **flags)
-        kernels.input_bwd_kernel[(columns, programs)](dy, x, *parameters, part, dx, dweight, dbias, *sizes, **flags)
+        kernels.sums_bwd_kernel[(columns_of_sums, parts)](
+            dy, x, *parameters, dx, part, rows, parts, rows_per_part, eps, **flags, **of_sums
+        )
+        kernels.input_bwd_kernel[(columns, programs)](
+            dy, x, *parameters, part, dx, dweight, dbias, rows, parts, rows_per_program, eps, **flags, **config
+        )
     return dx, dweight, dbias

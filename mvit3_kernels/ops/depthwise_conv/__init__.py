@@ -56,7 +56,8 @@ def depthwise_conv(
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
     Passes over memory: training reads x twice and writes y, backward reads x and dy twice and writes dx (on a GPU it
-    also writes the gradient of conv(x), and reads that and x once more); nothing but x is saved.
+    also writes the gradient of conv(x), and reads that and x once more); nothing but x is saved. With the CUDA kernels
+    training writes conv(x) and saves it too: reading it takes a third of the instructions of filtering again.
     Source: Sandler et al., arXiv 1801.04381; MobileViTv3's local representation, arXiv 2209.15159.
     """
     check_map("x", x)
@@ -72,7 +73,7 @@ def depthwise_conv(
         if kernel.backend == "cuda"
         else torch.ops.mvit3.depthwise_conv_forward
     )
-    y, mean, var = forward(x, weight, *norm, ACTIVATIONS.index(act), stride, dilation)
+    y, mean, var, *_ = forward(x, weight, *norm, ACTIVATIONS.index(act), stride, dilation)
     return y, Moments(mean, var) if norm.training else None
 
 
@@ -89,7 +90,9 @@ def _op(call: Call) -> tuple[Tensor, ...]:
     return flat(*depthwise_conv(call.x, call.weight, norm, ACTIVATIONS[call.act], call.stride, call.dilation))
 
 
-# The kernels. They compute the filtered map again wherever they need it, so that x is all that backward keeps.
+# The kernels. They compute the filtered map z again wherever they need it, so that x is all that backward keeps; those
+# with `_cuda` store it in training. There the convolution and its gradient are the CUDA C++ ops below, all else is
+# Triton.
 
 
 def _empty_map(x: Tensor, stride: int) -> Tensor:
@@ -101,18 +104,20 @@ def _forward_fake(call: Call) -> tuple[Tensor, ...]:
     return _empty_map(call.x, call.stride), *moments
 
 
-# With `_cuda` the last pass of backward, the only one that neither needs the norm nor filters again, is the CUDA C++ op
-# below; all else is the same Triton kernels.
-for _way in ("", "_cuda"):
+def _storing_forward_fake(call: Call) -> tuple[Tensor, ...]:
+    return *_forward_fake(call), _empty_map(call.x, call.stride) if call.training else call.x.new_empty(0)
+
+
+for _way, _stored, _fake in (("", "", _forward_fake), ("_cuda", ", Tensor z", _storing_forward_fake)):
     registry.forward(
         f"depthwise_conv_forward{_way}",
         f"(Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor? running_mean, Tensor? running_var, "
-        f"bool training, float eps, int act, {_GEOMETRY}) -> (Tensor y, Tensor mean, Tensor var)",
+        f"bool training, float eps, int act, {_GEOMETRY}) -> (Tensor y, Tensor mean, Tensor var{_stored})",
         triton=__name__,
-    )(_forward_fake)
+    )(_fake)
     registry.backward(
         f"depthwise_conv_backward{_way}",
-        f"(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var, "
+        f"(Tensor dy, Tensor x, Tensor weight, Tensor norm_weight, Tensor norm_bias, Tensor mean, Tensor var{_stored}, "
         f"bool training, float eps, int act, {_GEOMETRY}) "
         "-> (Tensor dx, Tensor dweight, Tensor dnorm_weight, Tensor dnorm_bias)",
         triton=__name__,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..pointwise_conv.triton import add_product
+from ..pointwise_conv.kernels import add_product
 from ..triton_common import (
     activate,
     activate_backward,

@@ -9,6 +9,9 @@ the inputs would give the statistics too, identity A of the design, without p. B
 again; and these layers have as many inputs as outputs or more, so that another read of the inputs and their product
 with themselves cost more than p does.)
 
+On sm_90 a program of many rows holds the weights of its outputs in shared memory while it walks (a kernel of its own,
+for inputs that fit beside them); elsewhere weights are read anew for each 128 rows.
+
 Dropout is that op's kernel, on what the product's returned forward and on dy backward.
 
 Backward is batch_norm_act's on p, and two plain products for each input. There is nothing to fuse in these but the read
@@ -21,7 +24,6 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
@@ -31,37 +33,33 @@ from ..registry import Call
 from ..triton_common import (
     IDENTITY,
     MOST_FEW_ROWS,
-    activate,
     contiguous,
-    dot,
-    load_folded_norm,
-    load_tile,
-    load_vector,
-    moments_from_pivot,
     multiplied,
     multiplies_from_shared_memory,
     multiprocessors,
     on_device,
-    pairs,
     product_in,
     split_rows,
-    store_tile,
-    store_vector,
 )
 from ..types import BatchNorm
+from . import kernels
 
-_NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
-PIVOT_ROWS = tl.constexpr(16)
+# Of a block on sm_90; beside its tiles it keeps one of the outputs for a while.
+SHARED_MEMORY = 227 * 1024
 
 
-def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
-    """Of the product: BLOCK_M rows, BLOCK_N outputs, BLOCK_K inputs at a time."""
+def configurations(a: Tensor, b: Tensor | None, wide: bool = False) -> list[dict[str, int]]:
+    """Of the product: BLOCK_M rows, BLOCK_N outputs, BLOCK_K inputs at a time. `wide`: where blocks of 128 outputs are
+    enough to fill a GPU."""
     if a.dtype is torch.float32:  # no matrix units of this precision: products are made in registers
         return [{"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}]  # two spill on sm_80
     even = _even(a, b)
     first = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64 if even else 32, "num_warps": 8, "num_stages": 2}
+    offered = [first]
     if multiplies_from_shared_memory(a):
         first |= {"BLOCK_K": 32, "num_stages": 3, "maxnreg": 128}
+        if wide:  # the inputs are read half as often; two blocks of 8 warps would spill what follows the product
+            offered = [first | {"BLOCK_N": 128, "num_warps": 16}, first]
     others = (
         {"num_warps": 4},
         {"BLOCK_K": 64} if even else {"num_stages": 2},
@@ -69,16 +67,16 @@ def configurations(a: Tensor, b: Tensor | None) -> list[dict[str, int]]:
         {"BLOCK_N": 128},
         {"BLOCK_M": 64, "BLOCK_N": 128},
     )
-    return [first, *(first | other for other in others)]
+    return offered + [c for other in others if (c := first | other) not in offered]
 
 
 def _even(a: Tensor, b: Tensor | None) -> bool:
     return a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
 
 
-def _few(rows: int, weight: Tensor) -> bool:
+def _few(rows: int, size_of_weight: int) -> bool:
     """Whether so few rows ask for the weight that a smaller tile, and float32, cost less than they save."""
-    return rows <= MOST_FEW_ROWS or (rows <= 4 * MOST_FEW_ROWS and weight.numel() <= 256 * 128)
+    return rows <= MOST_FEW_ROWS or (rows <= 4 * MOST_FEW_ROWS and size_of_weight <= 256 * 128)
 
 
 def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> dict[str, int]:
@@ -90,9 +88,44 @@ def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> 
     return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": inputs, "num_warps": 4, "num_stages": 3}
 
 
-def configuration(a: Tensor, b: Tensor | None, outputs: int) -> dict[str, int]:
+def _held_configurations(a: Tensor, channels: tuple[int, int, int], norm: bool, measured: bool) -> list[dict[str, int]]:
+    """Of programs that hold the weights of BLOCKS blocks of outputs; none where no block fits beside two stages of
+    the inputs. Norms and sums of moments take registers of each block, float16's SiLU and wide inputs some more."""
+    inputs, outputs = channels[0] + channels[1], channels[2]
+    rows, columns = 128, 64
+    config = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+    room = SHARED_MEMORY - 2 * rows * columns - 4 * rows * inputs  # an output on its way to memory takes some, too
+    blocks = triton.cdiv(outputs, columns)
+    tight = channels[0] > 256 if measured else norm and channels[1] > 0 and a.dtype is torch.float16
+    fit = 1 if tight else 2 if norm or measured else 3
+    most = min(room // (2 * columns * inputs), blocks, fit)
+    if most < 1 or channels[0] % 16 or channels[1] % 16:
+        return []
+    offered = [config | {"BLOCKS": triton.cdiv(blocks, triton.cdiv(blocks, most))}]
+    if channels[0] in (128, 256) and channels[1] == 0 and outputs >= 256 and not measured:
+        # One product of all inputs: a sum of several would keep 16 warps from sharing the outputs.
+        wide = {"BLOCK_N": 128, "BLOCK_K": channels[0], "BLOCKS": 1, "num_warps": 16}
+        offered.insert(0, config | wide)
+    return [*offered, config | {"BLOCKS": 1}] if offered[-1]["BLOCKS"] > 1 else offered
+
+
+def configuration(a: Tensor, b: Tensor | None, outputs: int, norm: bool, measured: bool) -> dict[str, int]:
+    """With BLOCKS where programs hold their weights and walk down the rows: few rows and float32 are left to the
+    others."""
     channels = (a.shape[-1], 0 if b is None else b.shape[-1], outputs)
-    return tuning.choose("pointwise_conv_fwd", a, channels, lambda: configurations(a, b))
+    tiles, half = triton.cdiv(a.shape[:-1].numel(), 128), a.dtype is not torch.float32
+    if half and multiplies_from_shared_memory(a) and tiles >= 2 * multiprocessors(a):
+        held = _held_configurations(a, channels, norm, measured)
+        if held:
+            purpose = "_moments" if measured else "_norm" if norm else ""
+            return tuning.choose(f"pointwise_conv_held{purpose}", a, channels, lambda: held)
+    wide = outputs > 64 and tiles * triton.cdiv(outputs, 128) >= multiprocessors(a)
+    name = f"pointwise_conv_fwd{'_wide' if wide else ''}{'_moments' if measured else ''}"
+    config = tuning.choose(name, a, channels, lambda: configurations(a, b, wide))
+    rows = a.shape[:-1].numel()
+    programs = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
+    few = half and not measured and programs <= multiprocessors(a) and _few(rows, outputs * sum(channels[:2]))
+    return _few_configuration(a, b, outputs, rows) if few else config
 
 
 def bytes_moved(
@@ -106,116 +139,6 @@ def bytes_moved(
     forward = size_of_inputs + size_of_y * (1 + residual + keeps_p * (2 if training else 1))
     products = 2 if b is None else 4
     return forward, 2 * size_of_inputs + size_of_y * (products + keeps_p * (5 if training else 3))
-
-
-@triton.jit
-def add_product(
-    sums, x_ptr, weight_ptr, row, valid, output,
-    C: tl.constexpr, STRIDE: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sums + x @ weight^T for rows `row` of x (.., C) and outputs `output` of OUT. `weight_ptr` points to the first of
-    the C columns that x meets in a weight whose rows have STRIDE values."""
-    for first in range(0, C, BLOCK_K):
-        column = first + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, row, valid, column, WIDTH=C)
-        weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=C, STRIDE=STRIDE).to(x.dtype)
-        sums = dot(x, tl.trans(weight), sums)
-    return sums
-
-
-@triton.jit
-def _pivot(
-    a_ptr, b_ptr, weight_ptr, bias_ptr, begin, length, output,
-    CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A value near the mean of each output in a part: the mean over PIVOT_ROWS of its rows. Of an output that is
-    constant it is the constant, as it is stored."""
-    row = begin + tl.arange(0, PIVOT_ROWS).to(tl.int64) * length // PIVOT_ROWS
-    valid = row >= 0
-    sums = tl.zeros((PIVOT_ROWS, BLOCK_N), tl.float32)
-    sums = add_product(sums, a_ptr, weight_ptr, row, valid, output, C=CA, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K)
-    if b_ptr is not None:
-        sums = add_product(
-            sums, b_ptr, weight_ptr + CA, row, valid, output, C=CB, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K
-        )
-    mean = tl.sum(sums, 0) / PIVOT_ROWS + load_vector(bias_ptr, output, WIDTH=OUT)
-    return mean.to(a_ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def _pointwise_fwd_kernel(
-    a_ptr, b_ptr, residual_ptr,  # (rows, CA); (rows, CB) or None; (rows, OUT) or None
-    weight_ptr, bias_ptr,  # (OUT, CA + CB); (OUT,) or None
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (OUT,), or None without a norm
-    p_ptr, y_ptr,  # written where not None: (rows, OUT), like a
-    part_ptr,  # written where not None: (2, parts, OUT), float32
-    rows, parts, rows_per_part, eps,
-    ACT: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """p = [a, b] weight^T + bias, and what is made of it:
-
-        y = act(norm(p)) + residual, by the norm's known mean and variance;
-        `part_ptr`: means and sums of squared deviations of p in each part of the rows, as p is stored.
-
-    A program has BLOCK_N outputs of a part. Reads a and b once for each block of outputs, the weight once for each
-    BLOCK_M rows; writes p and y once."""
-    # Programs of one part side by side: they read the same rows. One axis, for a second one ends at 65,535.
-    blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
-    output, lane = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    part = tl.program_id(0) // blocks
-    bias = load_vector(bias_ptr, output, WIDTH=OUT)
-    if norm_weight_ptr is not None and y_ptr is not None:
-        scale, shift = load_folded_norm(
-            norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, output, eps, C=OUT, DTYPE=a_ptr.dtype.element_ty
-        )
-    begin = part * rows_per_part
-    length = tl.minimum(rows - begin, rows_per_part)
-    if part_ptr is not None:
-        pivot = _pivot(
-            a_ptr, b_ptr, weight_ptr, bias_ptr, begin, length, output,
-            CA=CA, CB=CB, OUT=OUT, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
-        )  # fmt: skip
-        # It lies where the mean will: a program has no registers to keep it.
-        part_ptr += part * OUT
-        store_vector(part_ptr, output, pivot, WIDTH=OUT)
-        tl.debug_barrier()
-        total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        squares = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    for first in range(0, length, BLOCK_M):
-        start, valid = begin.to(tl.int64) + first, first + lane < length
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        sums = add_product(
-            sums, a_ptr + start * CA, weight_ptr, lane, valid, output, C=CA, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K
-        )
-        if b_ptr is not None:
-            b, weight_of_b = b_ptr + start * CB, weight_ptr + CA
-            sums = add_product(
-                sums, b, weight_of_b, lane, valid, output, C=CB, STRIDE=CA + CB, OUT=OUT, BLOCK_K=BLOCK_K
-            )
-        if bias_ptr is not None:
-            sums += bias[None, :]
-        if p_ptr is not None:
-            store_tile(p_ptr + start * OUT, lane, valid, output, sums, WIDTH=OUT)
-        if part_ptr is not None:
-            deviation = sums.to(p_ptr.dtype.element_ty).to(tl.float32)
-            deviation -= load_vector(part_ptr, output, WIDTH=OUT)[None, :]
-            deviation = tl.where(valid[:, None], deviation, 0.0)
-            total += pairs(deviation)
-            squares += pairs(deviation * deviation)
-        if y_ptr is not None:
-            if norm_weight_ptr is not None:
-                sums = sums * scale[None, :] + shift[None, :]
-            y = activate(sums, ACT=ACT, DTYPE=y_ptr.dtype.element_ty)
-            if residual_ptr is not None:
-                y += load_tile(residual_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
-            store_tile(y_ptr + start * OUT, lane, valid, output, y, WIDTH=OUT)
-    if part_ptr is not None:
-        pivot = load_vector(part_ptr, output, WIDTH=OUT)
-        mean, m2 = moments_from_pivot(total, squares, pivot, length.to(tl.float32))
-        tl.debug_barrier()
-        store_vector(part_ptr, output, mean, WIDTH=OUT)
-        store_vector(part_ptr + parts * OUT, output, m2, WIDTH=OUT)
 
 
 class Convolution(NamedTuple):
@@ -243,19 +166,20 @@ def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tens
     partial moments: (workspace, parts, rows of each)."""
     a, b, residual, bias = contiguous(conv.a, conv.b, conv.residual, conv.bias)
     norm = (None,) * 4 if conv.norm is None else contiguous(*conv.norm[:4])
-    outputs, rows = conv.weight.shape[0], a.shape[:-1].numel()
-    config, measured = configuration(a, b, outputs), y is None
-    tiles = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
-    few = not measured and a.dtype is not torch.float32 and tiles <= multiprocessors(a) and _few(rows, conv.weight)
-    if few:
-        config = _few_configuration(a, b, outputs, rows)
-    (weight,) = contiguous(conv.weight) if few else multiplied(a, conv.weight)
-    blocks = triton.cdiv(outputs, config["BLOCK_N"])
-    programs = 2 * multiprocessors(a) // blocks if measured else triton.cdiv(rows, config["BLOCK_M"])
+    outputs, rows, measured = conv.weight.shape[0], a.shape[:-1].numel(), y is None
+    config = configuration(a, b, outputs, conv.norm is not None, measured)
+    held = "BLOCKS" in config
+    kernel = kernels.pointwise_held_fwd_kernel if held else kernels.pointwise_fwd_kernel
+    (weight,) = contiguous(conv.weight) if config["BLOCK_M"] <= 32 else multiplied(a, conv.weight)  # few rows, float32
+    blocks = triton.cdiv(outputs, config["BLOCK_N"] * config.get("BLOCKS", 1))
+    programs = triton.cdiv(rows, config["BLOCK_M"])
+    if held or measured:
+        at_once = 1 if held or config["num_warps"] == 16 else 2
+        programs = at_once * multiprocessors(a) // blocks
     parts, rows_per_part = split_rows(rows, programs, config["BLOCK_M"])
     part = torch.empty((2, parts, outputs), dtype=torch.float32, device=a.device) if measured else None
     with on_device(a):
-        _pointwise_fwd_kernel[(blocks * parts,)](
+        kernel[(blocks * parts,)](
             a, b, residual, weight, bias, *norm, p, y, part,
             rows, parts, rows_per_part, 0.0 if conv.norm is None else conv.norm.eps,
             ACT=conv.act, CA=a.shape[-1], CB=0 if b is None else b.shape[-1], OUT=outputs, **config,
