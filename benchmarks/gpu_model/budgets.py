@@ -111,6 +111,7 @@ _PREPARES = (
 )
 _SPREAD = "is for maps of fewer blocks than multiprocessors, and divides 16 tokens among 16 warps to end sooner"
 _CHAIN = "is a chain of products for a block of pixels, and at batch 1 no other block works while it waits"
+_BEHIND = "its second loop, behind that over rows, reads once what the block has just written"
 _PARAMETERS = "has as many blocks as tiles of its parameters, whatever the batch"
 
 REASONS: dict[tuple[str, str], str] = {
@@ -158,9 +159,7 @@ REASONS: dict[tuple[str, str], str] = {
         "its second loop reads back, a few rows at a time, the product that it has just left in the caches: product, x"
         " and a residual of all rows at once would be more than its registers"
     ),
-    ("pipeline", "row_gradients.normalised_products"): (
-        "its second loop, behind that over rows, reads once what the block has just written"
-    ),
+    ("pipeline", "row_gradients.normalised_products"): _BEHIND,
     ("pipeline", "row_kernels.*_statistics"): _NO_PRODUCT,
     ("pipeline", "separable_attention.pool_fwd"): _NO_PRODUCT,
     ("pipeline", "row_gradients.dropped_products"): (
@@ -190,6 +189,7 @@ REASONS: dict[tuple[str, str], str] = {
         "reads the tokens of a group in one to four steps, for sums that no product makes"
     ),
     ("pipeline", "global_representation.layer_gradient"): _PARTS,
+    ("pipeline", "global_representation.layer_products"): _BEHIND,
     ("blocks", "global_representation.layer_fwd"): (
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),

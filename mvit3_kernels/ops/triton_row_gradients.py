@@ -144,13 +144,13 @@ def sample_gradient_kernel(
 
 
 @triton.jit
-def _store_norm_sums(
-    norm_ptr, weight_ptr, product_ptr, sums_ptr, begin, OUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+def store_norm_sums(
+    norm_ptr, weight_ptr, product_ptr, sums_ptr, begin, outputs, C: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_N outputs from `begin` on, whose product and sums this program has written, contribute to the
-    gradients of the norm's parameters. They are read again, some at a time: a program has no registers for the weight
-    beside its product."""
+    """What BLOCK_N of `outputs` outputs from `begin` on, whose product and sums this program has written, contribute
+    to the gradients of the norm's parameters. They are read again, some at a time: a program has no registers for the
+    weight beside its product."""
     column = tl.arange(0, BLOCK_C)
     BLOCK: tl.constexpr = min(BLOCK_N, 16)
     dweight = tl.zeros((BLOCK, BLOCK_C), tl.float32)
@@ -158,9 +158,9 @@ def _store_norm_sums(
     tl.debug_barrier()
     for first in range(begin, begin + BLOCK_N, BLOCK):
         output = first + tl.arange(0, BLOCK)
-        weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=C).to(tl.float32)
-        dweight += weight * load_tile(product_ptr, output, output < OUT, column, WIDTH=C)
-        dbias += weight * load_vector(sums_ptr, output, WIDTH=OUT)[:, None]
+        weight = load_tile(weight_ptr, output, output < outputs, column, WIDTH=C).to(tl.float32)
+        dweight += weight * load_tile(product_ptr, output, output < outputs, column, WIDTH=C)
+        dbias += weight * tl.load(sums_ptr + output, mask=output < outputs, other=0.0)[:, None]
     store_vector(norm_ptr, column, tl.sum(dweight, 0), WIDTH=C)
     store_vector(norm_ptr + C, column, tl.sum(dbias, 0), WIDTH=C)
 
@@ -218,9 +218,9 @@ def normalised_products_kernel(
     store_rows(product_ptr, output, output < OUT, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
     store_vector(sums_ptr, output, tl.sum(total, 0), WIDTH=OUT)
     if weight_ptr is not None:
-        _store_norm_sums(
+        store_norm_sums(
             norm_ptr + (part * tl.num_programs(0) + tl.program_id(0)) * (2 * C), weight_ptr, product_ptr, sums_ptr,
-            tl.program_id(0) * BLOCK_N, OUT=OUT, C=C, BLOCK_C=2 * HEAD, BLOCK_N=BLOCK_N,
+            tl.program_id(0) * BLOCK_N, OUT, C=C, BLOCK_C=2 * HEAD, BLOCK_N=BLOCK_N,
         )  # fmt: skip
     if extra_ptr is not None and tl.program_id(0) == 0:
         store_vector(product_ptr + OUT * C, head_column, tl.sum(head_extra, 0), WIDTH=C)

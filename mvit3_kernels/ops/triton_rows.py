@@ -15,6 +15,7 @@ from .triton_common import (
     MOST_FEW_ROWS,
     contiguous,
     dropout_threshold,
+    interpreted,
     multiplied,
     multiplies_from_shared_memory,
     multiprocessors,
@@ -22,6 +23,8 @@ from .triton_common import (
     split_rows,
 )
 from .types import LayerNorm, Linear
+
+MOST_FEW_INTERPRETED = 32
 
 
 def two_tiles(channels: int, even: bool) -> tuple[int, int]:
@@ -42,7 +45,8 @@ def products_configurations(rows: Rows, outputs: int, more: str) -> list[dict[st
     first = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": stages}
     others = ({"num_stages": 3 - stages}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
     if short and rows.from_shared_memory:
-        tall = rows.width() <= 160 and not 128 < outputs <= 192  # which are three blocks of 64, less than two of 128
+        # of 129 to 192 outputs three blocks of 64 are less than two of 128
+        tall = rows.width() <= 160 and not rows.small() and not 128 < outputs <= 192
         first |= {"BLOCK_N": 128 if tall and not more else 64}
         if more != "dropout":  # which would spill
             first |= {"maxnreg": 128, "BLOCK_M": 16 if more and rows.width() > 192 else 32}
@@ -51,7 +55,7 @@ def products_configurations(rows: Rows, outputs: int, more: str) -> list[dict[st
 
 
 def products_configuration(rows: Rows, outputs: int, more: str) -> dict[str, int]:
-    name = f"row_products_bwd{'_' if more else ''}{more}"
+    name = f"row_products_bwd{'_' if more else ''}{more}{'_few' if rows.small() else ''}"
     return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, outputs, more))
 
 
@@ -59,6 +63,8 @@ def input_configurations(rows: Rows) -> list[dict[str, int]]:
     """Of the gradient of the input: BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}]
+    if rows.small():
+        return rows.small_tiles("BLOCK_N")
     if not rows.from_shared_memory or rows.width() > 256:
         first = {"BLOCK_M": 32, "BLOCK_N": 32 if rows.width() <= 256 else 16, "num_warps": 8, "num_stages": 2}
         return [first]
@@ -68,7 +74,13 @@ def input_configurations(rows: Rows) -> list[dict[str, int]]:
 
 
 def input_configuration(rows: Rows, outputs: int) -> dict[str, int]:
-    return tuning.choose("row_input_bwd", rows.x, (rows.channels, outputs), lambda: input_configurations(rows))
+    name = f"row_input_bwd{'_few' if rows.few() else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: input_configurations(rows))
+
+
+def _few(rows: int) -> bool:
+    """Whether large tiles of rows would leave most of a GPU idle; the interpreter plays a smaller one."""
+    return rows <= (MOST_FEW_INTERPRETED if interpreted() else MOST_FEW_ROWS)
 
 
 class Rows(NamedTuple):
@@ -87,8 +99,11 @@ class Rows(NamedTuple):
         from_shared_memory = multiplies_from_shared_memory(x)
         # where operands are held in registers, those of two shapes make a kernel spill
         head, tail = two_tiles(channels, even=not from_shared_memory)
+        rows = batch * height * width
+        if from_shared_memory and _few(rows):  # more columns than rows, which warps then share
+            tail = max(tail, 32)
         tiles = {"C": channels, "HEAD": head, "TAIL": tail}
-        return Rows(x.contiguous(), batch * height * width, height * width, channels, tiles, from_shared_memory)
+        return Rows(x.contiguous(), rows, height * width, channels, tiles, from_shared_memory)
 
     def block(self) -> int:
         """Rows of a program. Float32 has no matrix units of its own precision; its products are made in registers."""
@@ -97,8 +112,22 @@ class Rows(NamedTuple):
         return 64 if self.from_shared_memory and self.width() <= 256 else 32
 
     def few(self) -> bool:
-        """A forward pass of so few rows takes smaller tiles, and weights as they are."""
-        return self.rows <= MOST_FEW_ROWS
+        """A forward pass of so few rows takes weights as they are."""
+        return _few(self.rows)
+
+    def small(self) -> bool:
+        """Whether a call takes small tiles: of so few rows others would leave most of a GPU idle."""
+        return self.few() and self.from_shared_memory and self.width() <= 256 and self.x.dtype is not torch.float32
+
+    def small_tiles(self, block: str) -> list[dict[str, int]]:
+        """Configurations of such a call; `block`: what a program walks over, outputs or hidden channels."""
+        first = {"BLOCK_M": 16, block: 64, "num_warps": 8, "num_stages": 2}
+        return [first, first | {"num_warps": 4}, first | {block: 32}, first | {"BLOCK_M": 32, block: 32}]
+
+    def shares(self, blocks: int, pieces: int) -> int:
+        """How many of the `pieces` of a block of rows a program takes: where rows alone do not fill the GPU, programs
+        share a block."""
+        return triton.cdiv(pieces, min(pieces, max(1, multiprocessors(self.x) // blocks)))
 
     def tall(self, block: int) -> bool:
         """Whether a forward pass has blocks of so many rows for three quarters of the multiprocessors. A block of 16
@@ -250,7 +279,7 @@ class Rows(NamedTuple):
                 (rounded,) = multiplied(self.x, linear.weight)
             dx = self.input_gradient(dy, residual, norm, rounded, mean, rstd)
             sums = self.normalised_products(dy, mean, rstd, norm.per_sample, weight=rounded)
-        written = tuple(_gradient_like(t) for t in (norm.weight, norm.bias, *linear))
+        written = tuple(gradient_like(t) for t in (norm.weight, norm.bias, *linear))
         return dx, Parts((*sums, norm.weight, norm.bias, *written), (len(sums[0]), len(sums[2])), 4)
 
     def second_weight_backward(
@@ -270,7 +299,7 @@ class Rows(NamedTuple):
         """What second_gradient_kernel makes these of."""
         with on_device(self.x):
             product, sums = self._replace(x=dy).products(hidden, dropout, seed)
-        return Parts((product, sums, *(_gradient_like(t) for t in linear)), (len(product),), 2)
+        return Parts((product, sums, *(gradient_like(t) for t in linear)), (len(product),), 2)
 
 
 class Parts(NamedTuple):
@@ -286,5 +315,6 @@ class Parts(NamedTuple):
         return tuple(like.new_empty(0) if t is None else t for t in self.tensors[-self.written :])
 
 
-def _gradient_like(parameter: Tensor | None) -> Tensor | None:
+def gradient_like(parameter: Tensor | None) -> Tensor | None:
+    """Space for the gradient of a parameter, where there is one."""
     return None if parameter is None else torch.empty_like(parameter, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ compute_like_a_gpu()
 class TestFeedForward(TritonResults):
     op = staticmethod(ops.feed_forward)
     # Rows of two tiles that are full, short and empty; rows of several samples in one program and the other way round.
-    shapes = ((2, 3, 3, 7, 9), (2, 1, 9, 33, 40))
+    shapes = ((2, 3, 3, 7, 9), (2, 1, 19, 33, 40))  # few rows, and more
     options = {
         "no-bias": {"bias": False, "conv": True},
         "dropouts-per-sample": {"mean": 30.0, "hidden_dropout": 0.1, "output_dropout": 0.5, "per_sample": True},

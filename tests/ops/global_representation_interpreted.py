@@ -186,7 +186,7 @@ class TestLayers(TritonResults):
     """Layers of multi-head attention in training, of which each is one node of autograd."""
 
     op = staticmethod(ops.global_representation)
-    shapes = ((2, 2, 4, 18, 10),)
+    shapes = ((2, 2, 4, 12, 30),)  # twice as many hidden channels as C, and a rest
     options = {
         "heads": {"num_heads": 3, "layers": 1, "bias": False},
         "dropouts-per-sample": {

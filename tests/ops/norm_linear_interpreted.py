@@ -14,7 +14,7 @@ compute_like_a_gpu()
 class TestNormLinear(TritonResults):
     op = staticmethod(ops.norm_linear)
     # Rows of two tiles that are full, short and empty; rows of several samples in one program and the other way round.
-    shapes = ((2, 3, 3, 7, 9), (2, 1, 9, 33, 40))
+    shapes = ((2, 3, 3, 7, 9), (2, 1, 19, 33, 40))  # few rows, and more
     options = {
         "large-mean": {"mean": 30.0, "bias": False, "conv": True},
         "large-mean-per-sample": {"mean": 30.0, "per_sample": True},

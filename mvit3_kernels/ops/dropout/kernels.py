@@ -15,7 +15,7 @@ def dropout_kernel(
     seed_ptr,  # int64
     y_ptr,  # written: the same
     elements, blocks, keep, keep_scale,
-    BLOCK: tl.constexpr,
+    SITE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of a sample: of dropout with the threshold `keep`, divided by the probability that it keeps."""
     sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -23,7 +23,7 @@ def dropout_kernel(
     inside = element < elements
     at = sample.to(tl.int64) * elements + element
     value = tl.load(x_ptr + at, inside).to(tl.float32)
-    kept = dropout_kept(dropout_key(seed_ptr, sample, SITE=0), element, keep)
+    kept = dropout_kept(dropout_key(seed_ptr, sample, SITE=SITE), element, keep)
     value = value * tl.where(kept, keep_scale, 0.0)  # NaN stays NaN
     if residual_ptr is not None:
         value += tl.load(residual_ptr + at, inside).to(tl.float32)

@@ -20,8 +20,8 @@ def bytes_moved(x: Tensor, residual: bool) -> tuple[int, int]:
     return size * (3 if residual else 2), size * 2
 
 
-def drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None) -> Tensor:
-    """dropout(x) + residual, for contiguous x and residual."""
+def drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None, site: int = 0) -> Tensor:
+    """dropout(x) + residual, for contiguous x and residual; `site`: which of an op's dropouts it is (random.py)."""
     if p == 0:
         return x.clone() if residual is None else x + residual
     y = torch.empty_like(x)
@@ -31,8 +31,9 @@ def drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None) -> T
     blocks = triton.cdiv(elements, BLOCK)
     with on_device(x):
         kernels.dropout_kernel[(x.shape[0] * blocks,)](
-            x, residual, seed, y, elements, blocks, dropout_threshold(p), 1 / (1 - p), BLOCK=BLOCK, num_warps=4
-        )
+            x, residual, seed, y, elements, blocks, dropout_threshold(p), 1 / (1 - p),
+            SITE=site, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return y
 
 

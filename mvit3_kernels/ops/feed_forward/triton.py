@@ -58,9 +58,11 @@ def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int
     width = rows.width()
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
+    if rows.small() and not drops:
+        return rows.small_tiles("BLOCK_F")
     if not rows.from_shared_memory or width > 256:
         first = {"BLOCK_M": 32, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
-    elif drops or (forward and rows.few()):
+    elif drops:
         first = {"BLOCK_M": 64, "BLOCK_F": 32, "num_warps": 4 if width <= 192 else 8, "num_stages": 1}
     elif forward and _tall(rows):
         block_f = 64 if 160 < width <= 192 else 32
@@ -92,8 +94,8 @@ def _tall(rows: Rows) -> bool:
 
 def configuration(kernel: str, rows: Rows, hidden: int, drops: bool) -> dict[str, int]:
     forward = kernel == "fwd"
-    size = "_few" if rows.few() else "_tall" if _tall(rows) and not drops else ""
-    name = f"feed_forward_{kernel}{size if forward else ''}{'_dropout' if drops else ''}"
+    size = "_few" if rows.few() else "_tall" if forward and _tall(rows) and not drops else ""
+    name = f"feed_forward_{kernel}{size}{'_dropout' if drops else ''}"
     return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, forward, drops))
 
 
@@ -176,7 +178,7 @@ def _hidden_bwd_kernel(
     mean_ptr, rstd_ptr,  # (rows,) or, PER_SAMPLE, (samples,), float32
     hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
     hidden_ptr, dpre_ptr,  # written: (rows, F), like x
-    rows, rows_per_sample, hidden_keep, hidden_scale, output_keep, output_scale,
+    rows, rows_per_sample, blocks_per_program, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +201,9 @@ def _hidden_bwd_kernel(
             output_keep, output_scale, SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip
         head_dy, tail_dy = head_grad.to(head_dy.dtype), tail_grad.to(tail_dy.dtype)
-    for first in range(0, F, BLOCK_F):
+    begin = tl.program_id(1) * blocks_per_program
+    for block in range(begin, tl.minimum(begin + blocks_per_program, tl.cdiv(F, BLOCK_F))):
+        first = block * BLOCK_F
         column = first + tl.arange(0, BLOCK_F)
         head_weight, tail_weight = load_weight(weight1_ptr, column, head, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
         pre = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias1_ptr, column, WIDTH=F)[None, :]
@@ -280,10 +284,12 @@ def hidden_backward(call: Call, dy: Tensor, weight1: Tensor, weight2: Tensor) ->
     config = configuration("bwd", rows, features, any(t is not None for t in seeds))
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
     if rows.rows:
+        blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(features, config["BLOCK_F"])
+        per_program = rows.shares(blocks, pieces)
         with on_device(rows.x):
-            _hidden_bwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
+            _hidden_bwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
                 dy, rows.x, norm_weight, norm_bias, weight1, bias1, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
-                rows.rows, rows.rows_per_sample, *dropouts,
+                rows.rows, rows.rows_per_sample, per_program, *dropouts,
                 PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
     return hidden, dpre

@@ -39,13 +39,13 @@ from ..triton_rows import Rows, two_tiles
 from ..types import LayerNorm, Linear
 from . import (
     MOST_SPREAD,
-    layer_kernels,
     norm_kernels,
     packed_sizes,
     separable_kernels,
     spread_kernels,
     weights_of_layer,
 )
+from .layer_gradients import Summed, parameter_gradients
 
 # Of the kernels that are spread over a GPU: tokens of a program, outputs of qkv and hidden channels at a time, and the
 # most shares that the hidden channels are divided into.
@@ -316,33 +316,32 @@ def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
     seed, output_seed, ffn_seed = _seeds(call)
     rows, channels = Rows.of(x), x.shape[-1]
 
-    norm = (call.norm2_weight, call.norm2_bias, call.per_sample)
-    rest = (*_feed_forward(call, *weights[2:], ffn_seed), call.mean2, call.rstd2, x.new_empty(0))
+    norm = (*contiguous(call.norm2_weight, call.norm2_bias), call.per_sample)
+    rest = (*_feed_forward(call, *weights[2:], ffn_seed), *contiguous(call.mean2, call.rstd2), x.new_empty(0))
     ffn = FORMS["feed_forward_backward"].call(dy, call.middle, *norm, *rest)
-    norm, linear1, linear2 = parameters(ffn)
+    norm2, linear1, linear2 = parameters(ffn)
     hidden, dpre = hidden_backward(ffn, dy, weight1, weight2)
-    dmiddle, fc1 = Rows.of(call.middle).norm_linear_parts(dpre, norm, linear1, ffn.mean, ffn.rstd, dy, weight1)
-    fc2 = rows.second_weight_parts(dy, hidden, linear2, call.ffn_output_dropout, ffn_seed)
-    del hidden, dpre
-
-    dout = dmiddle if call.output_dropout == 0 else drop(dmiddle, call.output_dropout, output_seed, None)
-    projection = Linear(weights[1], call.out_bias)
-    out_proj = rows.second_weight_parts(dout, out.view(-1, channels), projection, 0.0, None)
-    dout = (dout.view(-1, channels) @ out_weight.flatten(1)).view(x.shape)
-    dqkv = patch_attention_backward(
-        FORMS["patch_attention_backward"].call(dout, call.qkv, out, call.lse, *_attention(call, seed))
-    )
-    norm = LayerNorm(call.norm1_weight, call.norm1_bias, per_sample=call.per_sample)
-    linear, statistics = Linear(weights[0], call.qkv_bias), contiguous(call.mean1, call.rstd1)
-    dx, qkv = rows.norm_linear_parts(dqkv, norm, linear, *statistics, dmiddle, qkv_weight)
-    parts, features = (qkv, fc1, out_proj, fc2), weight1.shape[0]
-    blocks = triton.cdiv(channels, 32), triton.cdiv(max(3 * channels, features), 16)
+    statistics1, statistics2 = contiguous(call.mean1, call.rstd1), (ffn.mean, ffn.rstd)
+    middle = Rows.of(call.middle)
     with on_device(x):
-        layer_kernels.layer_gradient_kernel[(*blocks, len(parts))](
-            *(p.tensors for p in parts), *(count for p in parts for count in p.counts),
-            C=channels, F=features, BLOCK_C=32, BLOCK_O=16, BLOCK_F=32, num_warps=4,
-        )  # fmt: skip
-    first, second, third, fourth = (p.gradients(x) for p in parts)
+        dmiddle = middle.input_gradient(dpre, dy, norm2, weight1, *statistics2)
+    dout = dmiddle if call.output_dropout == 0 else drop(dmiddle, call.output_dropout, output_seed, None)
+    dattended = (dout.view(-1, channels) @ out_weight.flatten(1)).view(x.shape)
+    dqkv = patch_attention_backward(
+        FORMS["patch_attention_backward"].call(dattended, call.qkv, out, call.lse, *_attention(call, seed))
+    )
+    norm1 = LayerNorm(*contiguous(call.norm1_weight, call.norm1_bias), per_sample=call.per_sample)
+    with on_device(x):
+        dx = rows.input_gradient(dqkv, dmiddle, norm1, qkv_weight, *statistics1)
+    if call.ffn_output_dropout > 0:
+        dy = drop(dy, call.ffn_output_dropout, ffn_seed, None, site=1)
+    maps = (
+        Summed(dqkv, rows.x, Linear(weights[0], call.qkv_bias), norm1, *statistics1, qkv_weight),
+        Summed(dpre, middle.x, linear1, norm2, *statistics2, weight1),
+        Summed(dout, out, Linear(weights[1], call.out_bias)),
+        Summed(dy, hidden, linear2),
+    )
+    first, second, third, fourth = parameter_gradients(rows, maps)
     return dx, *first, *third, *second, *fourth
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..triton_common import contiguous, load_vector, multiprocessors, on_device, store_tile
+from ..triton_common import contiguous, load_vector, on_device, store_tile
 from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_normalise_rows, multiply_rows
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
@@ -33,9 +33,11 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
     first = {"BLOCK_M": rows.block(), "BLOCK_N": block, "num_warps": 8, "num_stages": 2}
     if float32:
         return [first]
+    if rows.small():
+        return rows.small_tiles("BLOCK_N")
     if _tall(rows):
         first = {"BLOCK_M": _tallest(rows), "BLOCK_N": 64, "num_warps": 16, "num_stages": 2}
-    elif rows.from_shared_memory and rows.width() <= 256 and not rows.few():
+    elif rows.from_shared_memory and rows.width() <= 256:
         few = rows.width() <= 192
         first = {"BLOCK_M": 128 if few else 64, "BLOCK_N": 64 if few else 32, "num_warps": 8, "num_stages": 2}
         first["maxnreg"] = 128
@@ -103,9 +105,7 @@ def norm_linear_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if y.numel() > 0:
         config = configuration(rows, outputs)
         blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
-        # Where rows alone do not fill the GPU, programs share a block of rows, and each takes some of the outputs.
-        shares = min(pieces, max(1, multiprocessors(x) // blocks))
-        per_program = triton.cdiv(pieces, shares)
+        per_program = rows.shares(blocks, pieces)
         norm_weight, norm_bias, bias = contiguous(call.norm_weight, call.norm_bias, call.bias)
         with on_device(x):
             _norm_linear_fwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
