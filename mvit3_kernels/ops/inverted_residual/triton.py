@@ -75,7 +75,7 @@ def _tiles(kernel: str, x: Tensor, columns: int, inner: int) -> tuple[tuple[int 
     tiles, hopper = _TILES[kernel], multiplies_from_shared_memory(x)
     if kernel == "moments" and (columns <= 64 or not hopper):
         # few channels have few bytes a row: fewer warps, each with more rows
-        tiles = tiles[1:] if columns > 32 else ((128, 32, 32, 4) if columns > 16 else (64, 16, 16, 2), *tiles[1:])
+        tiles = tiles[1:] if columns > 32 else ((128, 32, 32, 4) if columns > 16 else (128, 16, 16, 2, 3), *tiles[1:])
     if kernel == "expanded_bwd" and hopper and inner <= 256:
         tiles = ((64, 128, 256, 8, 2, 128), *tiles)
     if kernel == "products_bwd" and not hopper:
@@ -139,8 +139,9 @@ def _norm_backward(call: Call, part: str) -> BatchNorm:
 
 
 def _split(x: Tensor, rows: int, config: dict[str, int], blocks: int) -> tuple[int, int]:
-    """(number of parts, rows of each), where a part is `blocks` programs, all of which run at once."""
-    at_once = 16 // config["num_warps"] * multiprocessors(x)
+    """(number of parts, rows of each), where a part is `blocks` programs, all of which run at once; not more than 6
+    on a multiprocessor, or adding up the parts takes long."""
+    at_once = min(16 // config["num_warps"], 6) * multiprocessors(x)
     return split_rows(rows, max(at_once // blocks, 1), config["BLOCK_M"])
 
 
