@@ -43,6 +43,7 @@ from ..types import BatchNorm
 from . import backward_kernels, evaluation_kernels, kernels
 from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
 
+_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
 
@@ -75,12 +76,14 @@ def _tiles(kernel: str, x: Tensor, columns: int, inner: int) -> tuple[tuple[int 
     tiles, hopper = _TILES[kernel], multiplies_from_shared_memory(x)
     if kernel == "moments" and (columns <= 64 or not hopper):
         # few channels have few bytes a row: fewer warps, each with more rows
-        tiles = tiles[1:] if columns > 32 else ((128, 32, 32, 4) if columns > 16 else (128, 16, 16, 2, 3), *tiles[1:])
+        step = 64 if _OLD_TRITON else 128  # which spills a few bytes
+        few = (step, 32, 32, 4) if columns > 16 else (step, 16, 16, 2, 2 if _OLD_TRITON else 3)
+        tiles = tiles[1:] if columns > 32 else (few, *tiles[1:])
     if kernel == "expanded_bwd" and hopper and inner <= 256:
         tiles = ((64, 128, 256, 8, 2, 128), *tiles)
     if kernel == "products_bwd" and not hopper:
         tiles = tiles[1:]
-    if kernel == "project" and hopper and columns % 128:
+    if kernel == "project" and hopper and (columns % 128 or _OLD_TRITON):  # whose 128 outputs spill a few bytes
         tiles = tiles[1:]
     if kernel == "project_bwd":  # small tiles, while all outputs fit a program
         whole = 256 if hopper else 128
