@@ -74,6 +74,43 @@ def coarse_tanh(x):
     return y
 
 
+_ADD_TWO = {
+    bits: tl.constexpr(f"{{ .reg .b32 one; mov.b32 one, {one}; fma.rn.{bits}x2 $0, $1, one, $2; }}")
+    for bits, one in (("bf16", "0x3F803F80"), ("f16", "0x3C003C00"))
+}
+_ADD_TWO_BF16, _ADD_TWO_F16 = _ADD_TWO["bf16"], _ADD_TWO["f16"]
+
+
+@triton.jit
+def add_rounded(x, y):
+    """x + y, rounded once, in their dtype; of a tile in 16 bits two at a time, without a way through float32."""
+    if _for_nvidia() and x.dtype != tl.float32:
+        code: tl.constexpr = _ADD_TWO_BF16 if x.dtype == tl.bfloat16 else _ADD_TWO_F16
+        y = tl.inline_asm_elementwise(code, "=r,r,r", [x, y], x.dtype, is_pure=True, pack=2)
+    else:
+        y = (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
+    return y
+
+
+_ROUND_TWO = tl.constexpr("""{
+    .reg .b32 two;
+    cvt.rn.bf16x2.f32 two, $3, $2;
+    shl.b32 $0, two, 16;
+    and.b32 $1, two, 0xFFFF0000;
+}""")
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """Float32 `x` as it is stored in DTYPE, in float32; of a tile, whose numbers are rounded two at a time where Triton
+    would convert them one by one, since each is used by itself."""
+    if tl.bfloat16 == DTYPE and _for_nvidia():
+        x = tl.inline_asm_elementwise(_ROUND_TWO, "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        x = x.to(DTYPE).to(tl.float32)
+    return x
+
+
 @triton.jit
 def _silu(z, DTYPE: tl.constexpr):
     if tl.bfloat16 == DTYPE:
@@ -94,6 +131,16 @@ def silu(z, DTYPE: tl.constexpr):
     return y
 
 
+@triton.jit
+def silu_of_half(half, DTYPE: tl.constexpr):
+    """silu(2 half): whoever computes z by a multiply-add can have its half at no cost."""
+    if tl.bfloat16 == DTYPE:
+        y = half + half * coarse_tanh(half)
+    else:
+        y = silu(2.0 * half, DTYPE=DTYPE)
+    return y
+
+
 _SIGMOID = tl.constexpr("""{
     .reg .f32 s, t;
     mul.f32 s, $2, 0fBFB8AA3B;
@@ -107,6 +154,12 @@ _COARSE_SIGMOID = tl.constexpr("""{
     mul.f32 s, $2, 0f3F000000;
     tanh.approx.f32 t, s;
     fma.rn.f32 $0, s, t, s;
+    fma.rn.f32 s, t, 0f3F000000, 0f3F000000;
+""")
+_COARSE_SIGMOID_OF_HALF = tl.constexpr("""{
+    .reg .f32 s, t;
+    tanh.approx.f32 t, $2;
+    fma.rn.f32 $0, $2, t, $2;
     fma.rn.f32 s, t, 0f3F000000, 0f3F000000;
 """)
 _GRADIENT = tl.constexpr("""
@@ -130,4 +183,17 @@ def silu_and_gradient(dy, z, DTYPE: tl.constexpr):
     else:
         y, s = _silu(z, DTYPE=DTYPE)
         dz = dy * (s + y * (1.0 - s))
+    return y, dz
+
+
+@triton.jit
+def silu_of_half_and_gradient(dy, half, DTYPE: tl.constexpr):
+    """`silu_and_gradient` of z = 2 half; the gradient is that of z."""
+    if tl.bfloat16 == DTYPE and _for_nvidia():
+        code: tl.constexpr = _COARSE_SIGMOID_OF_HALF + _GRADIENT
+        y, dz = tl.inline_asm_elementwise(
+            code, "=&f,=f,f,f", [half, dy], (tl.float32, tl.float32), is_pure=True, pack=1
+        )
+    else:
+        y, dz = silu_and_gradient(dy, 2.0 * half, DTYPE=DTYPE)
     return y, dz

@@ -43,6 +43,10 @@ class TestInvertedResidual(TritonResults):
         """The gradient of the expansion in three steps, as in float32, where it does not fit a program."""
         self.test_bound((1, 6, 6, 70, 40, 12), "skip", torch.bfloat16)
 
+    def test_whole_blocks(self):
+        """Several blocks of inputs and outputs, all of which are full."""
+        self.test_bound((1, 6, 6, 64, 40, 64), "skip", torch.float32)
+
     def test_dilation(self):
         self.options = {"dilated": {"dilation": 2, "act": "identity"}}
         self.test_bound(self.shapes[0], "dilated", torch.float32)
@@ -108,13 +112,13 @@ class TestInvertedResidual(TritonResults):
         torch.testing.assert_close(moments[0].mean.double(), e.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(moments[0].var.double(), e.var((0, 1, 2), correction=0), rtol=1e-4, atol=0)
 
-    @pytest.mark.parametrize("size, inputs", [(1e-8, 1e4), (1e4, 1e-3)])
-    def test_a_correction_that_float16_does_not_hold(self, size, inputs):
+    @pytest.mark.parametrize("size, inputs, width", [(1e-8, 1e4, 40), (1e4, 1e-3, 40), (1e-8, 1e4, 270)])
+    def test_a_correction_that_float16_does_not_hold(self, size, inputs, width):
         """The matrix of the correction is too small (of many rows) or too large for a number of float16; what it adds
         to dx is not."""
         draw, kernels = torch.Generator().manual_seed(1), importlib.import_module(f"{OP.__name__}.triton")
-        x = (inputs * torch.randn(2, 5, 5, 40, generator=draw)).half()
-        weight, correction = torch.randn(66, 40, generator=draw), size * torch.randn(2, 66, generator=draw)
+        x = (inputs * torch.randn(2, 5, 5, width, generator=draw)).half()
+        weight, correction = torch.randn(66, width, generator=draw), size * torch.randn(2, 66, generator=draw)
         correction[1] = 0
         mean, dx = x.float().mean((0, 1, 2)), torch.zeros_like(x)
         kernels._correct(dx, x, None, weight, correction, mean)

@@ -39,6 +39,7 @@ def registered(x, expand, depthwise, project, stride, dilation, act, skip=None, 
 @needs_triton
 class TestInvertedResidualTriton(TritonKernel):
     op = staticmethod(inverted_residual)
+    alone = (90,)
     arguments = staticmethod(arguments)
     registered = staticmethod(lambda arguments: registered(**arguments))
     # (batch, height, width, inputs, expanded, outputs) of the networks, and odd ones.
@@ -47,6 +48,8 @@ class TestInvertedResidualTriton(TritonKernel):
         Case(90, BF16, (2, 8, 8, 16, 64, 32), {"stride": 2}),
         Case(90, F16, (2, 8, 8, 384, 768, 512)),
         Case(90, BF16, (2, 8, 8, 9, 27, 5)),
+        Case(90, BF16, (2, 8, 8, 128, 512, 256)),
+        Case(90, BF16, (2, 8, 8, 256, 1024, 320)),
         Case(90, F32, (2, 8, 8, 64, 256, 64)),
         Case(80, BF16, (2, 8, 8, 64, 256, 64)),
         Case(80, F32, (2, 8, 8, 256, 1024, 320)),

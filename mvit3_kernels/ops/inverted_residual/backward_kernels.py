@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..pointwise_conv.kernels import add_product
 from ..triton_common import (
-    activate,
+    SILU,
     activate_backward,
     activate_both,
     dot,
@@ -22,21 +22,19 @@ from ..triton_common import (
     store_vector,
     sum_of_pairs,
 )
-from .kernels import NOT_SPECIALIZED, add_up, load_deviations, load_rounded_weight
+from ..triton_math import silu_of_half_and_gradient
+from .kernels import NOT_SPECIALIZED, activate_folded, add_up, halved, load_deviations, load_rounded_weight
 
 
 @triton.jit
-def _middle_gradient(
-    dp_ptr, weight_ptr, row, valid, column, normal,
-    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The gradient of the middle norm's output n, of which `normal` is a tile: act'(n) * (dp weight)."""
-    sums = tl.zeros(normal.shape, tl.float32)
+def _hidden_gradient(dp_ptr, weight_ptr, row, valid, column, E: tl.constexpr, OUT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The gradient of what the projection multiplies, a tile of dp weight."""
+    sums = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for first in range(0, OUT, BLOCK_K):
         output = first + tl.arange(0, BLOCK_K)
         dp = load_tile(dp_ptr, row, valid, output, WIDTH=OUT)
         sums = dot(dp, load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(dp.dtype), sums)
-    return activate_backward(sums, normal, ACT=ACT, DTYPE=dp_ptr.dtype.element_ty)
+    return sums
 
 
 @triton.jit
@@ -45,6 +43,31 @@ def _part(part_ptr, rows, rows_per_part, blocks, E: tl.constexpr, OUT: tl.conste
     part = tl.program_id(0) // blocks
     begin, length = row_range(rows, rows_per_part, part)
     return part_ptr + part * ((OUT + 2) * E), begin, length
+
+
+@triton.jit
+def _folded(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, ACT: tl.constexpr, E: tl.constexpr):
+    """Scale and shift of a norm as activate_folded takes them."""
+    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    return halved(scale, ACT=ACT), halved(shift, ACT=ACT)
+
+
+@triton.jit
+def _hidden_and_gradient(grad, z, scale, shift, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """act(n) and the gradient of n for the gradient of that, with n = norm(z) by what `_folded` returns."""
+    normal = z * scale[None, :] + shift[None, :]
+    if ACT == SILU:
+        hidden, grad = silu_of_half_and_gradient(grad, normal, DTYPE=DTYPE)
+    else:
+        hidden, grad = activate_both(grad, normal, ACT=ACT, DTYPE=DTYPE)
+    return hidden, grad
+
+
+@triton.jit
+def _weigh(grad, z, mean, DTYPE: tl.constexpr):
+    """g * (z - mean), or of maps in 16 bits g * z: what mean * sum g adds to its sums is taken off in
+    project_gradient_kernel, and is no larger than what rounding z has put there."""
+    return grad * (z - mean[None, :] if tl.float32 == DTYPE else z)
 
 
 @triton.jit
@@ -65,7 +88,7 @@ def project_bwd_kernel(
 ):  # fmt: skip
     """The first read of z. Over the rows of a part, with the middle norm's output n and its gradient g:
 
-        dp^T act(n), which is dweight;  the sums of g;  the sums of g * (z - mean)
+        dp^T act(n), which is dweight;  the sums of g;  those of g * (z - mean) or g * z, as _weigh has it
 
     A program has BLOCK_N expanded channels of a part and all outputs, and holds their weight. Reads z once, dp once for
     each block of channels. Sums are kept for each place of the tile and added up at the end."""
@@ -74,7 +97,7 @@ def project_bwd_kernel(
     part_ptr, begin, length = _part(part_ptr, rows, rows_per_part, columns, E=E, OUT=OUT)
     column = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     output, lane = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    scale, shift = _folded(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, ACT=ACT, E=E)
     mean = load_vector(mean_ptr, column, WIDTH=E)
     weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(dtype)
     product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
@@ -85,10 +108,10 @@ def project_bwd_kernel(
         z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
         dp = load_tile(dp_ptr + start * OUT, lane, valid, output, WIDTH=OUT)
         grad = dot(dp, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-        hidden, grad = activate_both(grad, z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=dtype)
+        hidden, grad = _hidden_and_gradient(grad, z, scale, shift, ACT=ACT, DTYPE=dtype)
         product = dot(tl.trans(dp), hidden.to(dtype), product)
         total += pairs(grad)
-        weighted += pairs(grad * (z - mean[None, :]))
+        weighted += pairs(_weigh(grad, z, mean, DTYPE=dp_ptr.dtype.element_ty))
     store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
     _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
 
@@ -103,19 +126,17 @@ def project_sums_bwd_kernel(
     columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
     part_ptr, begin, length = _part(part_ptr, rows, rows_per_part, columns, E=E, OUT=OUT)
     column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    scale, shift = _folded(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, ACT=ACT, E=E)
     mean = load_vector(mean_ptr, column, WIDTH=E)
     total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     weighted = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
     for first in range(0, length, BLOCK_M):
         start, valid = begin + first, first + lane < length
         z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
-        grad = _middle_gradient(
-            dp_ptr + start * OUT, weight_ptr, lane, valid, column, z * scale[None, :] + shift[None, :],
-            ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
-        )  # fmt: skip
+        grad = _hidden_gradient(dp_ptr + start * OUT, weight_ptr, lane, valid, column, E=E, OUT=OUT, BLOCK_K=BLOCK_K)
+        _, grad = _hidden_and_gradient(grad, z, scale, shift, ACT=ACT, DTYPE=dp_ptr.dtype.element_ty)
         total += pairs(grad)
-        weighted += pairs(grad * (z - mean[None, :]))
+        weighted += pairs(_weigh(grad, z, mean, DTYPE=dp_ptr.dtype.element_ty))
     _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
 
 
@@ -132,13 +153,13 @@ def project_product_bwd_kernel(
     part_ptr, begin, length = _part(part_ptr, rows, rows_per_part, columns * blocks, E=E, OUT=OUT)
     tile, lane = tl.program_id(0) % (columns * blocks), tl.arange(0, BLOCK_M)
     column, output = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N), tile // columns * BLOCK_K + tl.arange(0, BLOCK_K)
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+    scale, shift = _folded(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, ACT=ACT, E=E)
     product = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for first in range(0, length, BLOCK_M):
         start, valid = begin + first, first + lane < length
         z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
         dp = load_tile(dp_ptr + start * OUT, lane, valid, output, WIDTH=OUT)
-        hidden = activate(z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=dtype)
+        hidden = activate_folded(z, scale, shift, ACT=ACT, DTYPE=dtype)
         product = dot(tl.trans(dp), hidden.to(dtype), product)
     store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
 
@@ -151,13 +172,13 @@ def project_gradient_kernel(
     dproject_ptr, dweight_ptr, dbias_ptr,  # written: (OUT, E) and (E,), like the parameters
     coefficients_ptr, folded_ptr,  # written: (4, E), (2, E), float32
     rows, parts, eps, first_eps,
-    E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the parts add up to: the gradients of the projection's weight and of the middle norm's weight and bias. And
     what the passes behind it need of both norms: scale and shift of the first, folded; and for each channel of the
     middle one scale and shift, and offset and slope, with which dz = scale * g + offset + slope * z:
 
-        dbias = sum g;  dweight = rstd * sum(g * (z - mean))
+        dbias = sum g;  dweight = rstd * sum(g * (z - mean)), CENTRED already or not
         slope = -scale * rstd * dweight / rows;  offset = -scale * dbias / rows - slope * mean
 
     The first programs have BLOCK channels of the norms each, the others BLOCK values of the weight."""
@@ -169,9 +190,11 @@ def project_gradient_kernel(
         scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
         rstd = inverse_std(load_vector(var_ptr, column, WIDTH=E, OTHER=1.0), eps)
         dbias = add_up(part_ptr + OUT * E, parts, column, valid, N=SIZE, FEW=FEW)
-        dweight = add_up(part_ptr + (OUT + 1) * E, parts, column, valid, N=SIZE, FEW=FEW) * rstd
+        dweight = add_up(part_ptr + (OUT + 1) * E, parts, column, valid, N=SIZE, FEW=FEW)
+        mean = load_vector(mean_ptr, column, WIDTH=E)
+        dweight = rstd * (dweight if CENTRED else dweight - mean * dbias)
         slope = -scale * rstd * dweight / rows
-        offset = -scale * dbias / rows - slope * load_vector(mean_ptr, column, WIDTH=E)
+        offset = -scale * dbias / rows - slope * mean
         store_vector(dweight_ptr, column, dweight, WIDTH=E)
         store_vector(dbias_ptr, column, dbias, WIDTH=E)
         store_vector(coefficients_ptr, column, scale, WIDTH=E)
@@ -209,10 +232,8 @@ def filtered_bwd_kernel(
     scale = load_vector(coefficients_ptr, column, WIDTH=E)[None, :]
     shift = load_vector(coefficients_ptr + E, column, WIDTH=E)[None, :]
     z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
-    grad = _middle_gradient(
-        dp_ptr + start * OUT, weight_ptr, lane, valid, column, z * scale + shift,
-        ACT=ACT, E=E, OUT=OUT, BLOCK_K=BLOCK_K,
-    )  # fmt: skip
+    grad = _hidden_gradient(dp_ptr + start * OUT, weight_ptr, lane, valid, column, E=E, OUT=OUT, BLOCK_K=BLOCK_K)
+    grad = activate_backward(grad, z * scale + shift, ACT=ACT, DTYPE=dp_ptr.dtype.element_ty)
     offset = load_vector(coefficients_ptr + 2 * E, column, WIDTH=E)[None, :]
     slope = load_vector(coefficients_ptr + 3 * E, column, WIDTH=E)[None, :]
     store_tile(dz_ptr + start * E, lane, valid, column, scale * grad + offset + slope * z, WIDTH=E)
@@ -221,60 +242,73 @@ def filtered_bwd_kernel(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def expanded_bwd_kernel(
     x_ptr,  # (rows, C)
-    weight_ptr,  # W, (E, C)
+    weight_ptr,  # W, (E, C), like x
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the first norm, (E,)
     da_ptr,  # (rows, E), like x: da, replaced by G
-    rows, eps,
+    rows, rows_per_part, eps,
     ACT: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """G = act'(norm(x W^T)) * da, the gradient of the first norm's output, whose input is made again from x.
 
-    A program has BLOCK_M rows and BLOCK_N expanded channels. Reads da once, x once for each block of channels; writes G
-    once."""
+    A program has BLOCK_N expanded channels of a part, and holds their weight where BLOCK_K inputs are all. Reads da
+    once, x once for each block of channels; writes G once."""
     columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
-    start = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M
+    dtype: tl.constexpr = da_ptr.dtype.element_ty
+    begin, length = row_range(rows, rows_per_part, tl.program_id(0) // columns)
     column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    valid = start + lane < rows
-    scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sums = add_product(sums, x_ptr + start * C, weight_ptr, lane, valid, column, C=C, STRIDE=C, OUT=E, BLOCK_K=BLOCK_K)
-    da = load_tile(da_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
-    grad = activate_backward(da, sums * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=da_ptr.dtype.element_ty)
-    store_tile(da_ptr + start * E, lane, valid, column, grad, WIDTH=E)
+    scale, shift = _folded(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, ACT=ACT, E=E)
+    weight = load_tile(weight_ptr, column, column < E, tl.arange(0, BLOCK_K), WIDTH=C)
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin + first, first + lane < length
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if C <= BLOCK_K:
+            x = load_tile(x_ptr + start * C, lane, valid, tl.arange(0, BLOCK_K), WIDTH=C)
+            sums = dot(x, tl.trans(weight), sums)
+        else:
+            sums = add_product(
+                sums, x_ptr + start * C, weight_ptr, lane, valid, column, C=C, STRIDE=C, OUT=E, BLOCK_K=BLOCK_K
+            )
+        da = load_tile(da_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
+        _, grad = _hidden_and_gradient(da, sums, scale, shift, ACT=ACT, DTYPE=dtype)
+        store_tile(da_ptr + start * E, lane, valid, column, grad, WIDTH=E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def products_bwd_kernel(
-    grad_ptr, x_ptr, mean_ptr,  # G (rows, E), x (rows, C), the mean of x (C,), float32
+    grad_ptr, x_ptr, mean_ptr,  # G (rows, E), x (rows, C); the mean of x (C,), float32, or None
     part_ptr,  # written: (parts, E * C + E), float32
     rows, rows_per_part,
     C: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G^T (x - mean), (E, C), and behind it the sums of G, (E,), over the rows of a part.
+    """G^T (x - mean), (E, C), or G^T x without a mean, and behind it the sums of G, (E,), over the rows of a part.
 
     A program has BLOCK_N expanded channels and BLOCK_K inputs of a part. Reads G once for each block of inputs, x once
-    for each block of expanded channels."""
+    for each block of expanded channels. Without a mean both are multiplied from where they were copied to, and the sums
+    of G are a product with ones: no number passes through a register."""
     columns: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    part, tile = tl.program_id(0) // (columns * blocks), tl.program_id(0) % (columns * blocks)
+    tile, lane = tl.program_id(0) % (columns * blocks), tl.arange(0, BLOCK_M)
     column, inner = tile % columns * BLOCK_N + tl.arange(0, BLOCK_N), tile // columns * BLOCK_K + tl.arange(0, BLOCK_K)
-    lane = tl.arange(0, BLOCK_M)
-    mean = load_vector(mean_ptr, inner, WIDTH=C)
     product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    begin = part * rows_per_part
-    length = tl.minimum(rows - begin, rows_per_part)
+    ones = tl.full((BLOCK_M, 16), 1.0, tl.float32).to(grad_ptr.dtype.element_ty)
+    total = tl.zeros((BLOCK_N, 16), tl.float32)
+    begin, length = row_range(rows, rows_per_part, tl.program_id(0) // (columns * blocks))
     for first in range(0, length, BLOCK_M):
-        start, valid = begin.to(tl.int64) + first, first + lane < length
+        start, valid = begin + first, first + lane < length
         grad = load_tile(grad_ptr + start * E, lane, valid, column, WIDTH=E)
-        x = load_deviations(x_ptr + start * C, mean, lane, valid, inner, C=C)
-        product = dot(tl.trans(grad), x.to(grad.dtype), product)
-        total += tl.sum(grad.to(tl.float32), 0)
-    part_ptr += part * (E * (C + 1))
+        if mean_ptr is None:
+            x = load_tile(x_ptr + start * C, lane, valid, inner, WIDTH=C)
+            total = dot(tl.trans(grad), ones, total)
+        else:
+            mean = load_vector(mean_ptr, inner, WIDTH=C)
+            x = load_deviations(x_ptr + start * C, mean, lane, valid, inner, C=C).to(grad.dtype)
+            total += tl.sum(grad.to(tl.float32), 0)[:, None]
+        product = dot(tl.trans(grad), x, product)
+    part_ptr += tl.program_id(0) // (columns * blocks) * (E * (C + 1))
     store_tile(part_ptr, column, column < E, inner, product, WIDTH=C)
     if tile < columns:
-        store_vector(part_ptr + E * C, column, total, WIDTH=E)
+        store_vector(part_ptr + E * C, column, tl.sum(total, 1) / 16, WIDTH=E)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -382,7 +416,7 @@ def expand_gradient_kernel(
 def correction_bwd_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
-    matrix_ptr, shift_ptr,  # written: (C, C) and (C,), float32
+    matrix_ptr, shift_ptr,  # written: (C, C), like x but float32 where x is float16; (C,), float32
     C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """K = W^T diag(k) W and shift = s W, with which correct_bwd_kernel completes dx. A program has a tile of K."""
@@ -403,36 +437,58 @@ def correction_bwd_kernel(
         store_vector(shift_ptr, right, shift, WIDTH=C)
 
 
+@triton.jit
+def _load_correction(matrix_ptr, x_ptr, inner, column, C: tl.constexpr):
+    """A tile of K in the dtype of x, and what its product is to be multiplied by."""
+    matrix = load_tile(matrix_ptr, inner, inner < C, column, WIDTH=C)
+    largest = 1.0
+    if x_ptr.dtype.element_ty == tl.float16:
+        largest = tl.max(tl.abs(matrix))
+        largest = tl.where(largest > 1e-30, largest, 1.0)
+        matrix *= 1.0 / largest
+    return matrix.to(x_ptr.dtype.element_ty), largest
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def correct_bwd_kernel(
     x_ptr, residual_ptr,  # (rows, C); (rows, C) or None
-    mean_ptr, matrix_ptr, shift_ptr,  # of x (C,); K (C, C) and shift (C,) of correction_bwd_kernel; float32
+    mean_ptr,  # of x (C,), float32
+    matrix_ptr, shift_ptr,  # K (C, C) and shift (C,) of correction_bwd_kernel
     dx_ptr,  # read and written: (rows, C), like x
-    rows,
+    rows, rows_per_part,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx -= (x - mean) K + shift, what the first norm's statistics contribute; then a residual's gradient is added.
 
-    A program has BLOCK_M rows and BLOCK_N inputs. Reads dx and the residual once, x once for each block of inputs;
-    writes dx once."""
+    It is x K + offset for offset = shift - mean K with K as it is multiplied, so that x needs no subtraction.
+    A program has BLOCK_N inputs of a part, and holds their K where BLOCK_K are all. Reads dx and the residual once, x
+    once for each block of inputs; writes dx once."""
     columns: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    start = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M
+    begin, length = row_range(rows, rows_per_part, tl.program_id(0) // columns)
     column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    valid = start + lane < rows
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offset = load_vector(shift_ptr, column, WIDTH=C)
+    matrix, largest = _load_correction(matrix_ptr, x_ptr, tl.arange(0, BLOCK_K), column, C=C)
     for first in range(0, C, BLOCK_K):
         inner = first + tl.arange(0, BLOCK_K)
-        mean = load_vector(mean_ptr, inner, WIDTH=C)
-        x = load_deviations(x_ptr + start * C, mean, lane, valid, inner, C=C).to(x_ptr.dtype.element_ty)
-        matrix = load_tile(matrix_ptr, inner, inner < C, column, WIDTH=C)
-        if x.dtype == tl.float16:  # K is of the order of 1 / rows, which float16 may not hold
-            largest = tl.max(tl.abs(matrix))
-            largest = tl.where(largest > 1e-30, largest, 1.0)
-            sums += tl.dot(x, (matrix * (1.0 / largest)).to(x.dtype)) * largest
+        tile, scale = _load_correction(matrix_ptr, x_ptr, inner, column, C=C)
+        offset -= tl.sum(tile.to(tl.float32) * load_vector(mean_ptr, inner, WIDTH=C)[:, None], 0) * scale
+    for first in range(0, length, BLOCK_M):
+        start, valid = begin + first, first + lane < length
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if C <= BLOCK_K:
+            x = load_tile(x_ptr + start * C, lane, valid, tl.arange(0, BLOCK_K), WIDTH=C)
+            sums = dot(x, matrix, sums) * largest
         else:
-            sums = dot(x, matrix.to(x.dtype), sums)
-    dx = load_tile(dx_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
-    dx = dx - sums - load_vector(shift_ptr, column, WIDTH=C)[None, :]
-    if residual_ptr is not None:
-        dx += load_tile(residual_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
-    store_tile(dx_ptr + start * C, lane, valid, column, dx, WIDTH=C)
+            for second in range(0, C, BLOCK_K):
+                inner = second + tl.arange(0, BLOCK_K)
+                tile, scale = _load_correction(matrix_ptr, x_ptr, inner, column, C=C)
+                x = load_tile(x_ptr + start * C, lane, valid, inner, WIDTH=C)
+                if x.dtype == tl.float16:
+                    sums += tl.dot(x, tile) * scale
+                else:
+                    sums = dot(x, tile, sums)
+        dx = load_tile(dx_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
+        dx -= sums + offset[None, :]
+        if residual_ptr is not None:
+            dx += load_tile(residual_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
+        store_tile(dx_ptr + start * C, lane, valid, column, dx, WIDTH=C)

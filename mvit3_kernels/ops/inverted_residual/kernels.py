@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import (
+    SILU,
     activate,
     at_least_zero,
     dot,
@@ -19,11 +20,11 @@ from ..triton_common import (
     load_sums,
     load_tile,
     load_vector,
-    moments_from_pivot,
-    pairs,
+    row_range,
     store_tile,
     store_vector,
 )
+from ..triton_math import add_rounded, rounded, silu_of_half
 
 NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
 PIVOT_ROWS = tl.constexpr(32)
@@ -41,6 +42,21 @@ def load_rounded_weight(weight_ptr, x_ptr, output, column, OUT: tl.constexpr, WI
     """A tile of a weight (OUT, WIDTH) as the products see it, rounded to the dtype of x, in float32."""
     weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=WIDTH)
     return weight.to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def halved(factor, ACT: tl.constexpr):
+    """Scale or shift of a norm as activate_folded takes it: SiLU is a function of half its argument."""
+    if ACT == SILU:
+        factor = 0.5 * factor
+    return factor
+
+
+@triton.jit
+def activate_folded(z, scale, shift, ACT: tl.constexpr, DTYPE: tl.constexpr):
+    """act(norm(z)) of a tile of z, float32, for scale and shift of its columns, `halved`."""
+    normal = z * scale[None, :] + shift[None, :]
+    return silu_of_half(normal, DTYPE=DTYPE) if ACT == SILU else activate(normal, ACT=ACT, DTYPE=DTYPE)
 
 
 @triton.jit
@@ -78,6 +94,30 @@ def _pivot(x_ptr, rows, column, C: tl.constexpr):
     return (first + tl.sum(x - first[None, :], 0) / PIVOT_ROWS).to(x_ptr.dtype.element_ty).to(tl.float32)
 
 
+@triton.jit
+def _moments_step(
+    left_ptr, right_ptr, length, left, right, left_pivot, right_pivot, product, total,
+    MASKED: tl.constexpr, SAME: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """d^T d and the sums of d with those of BLOCK_M rows; MASKED: of the first `length` of them."""
+    dtype: tl.constexpr = left_ptr.dtype.element_ty
+    lane = tl.arange(0, BLOCK_M)
+    valid = lane < (length if MASKED else BLOCK_M)
+    x = load_tile(left_ptr, lane, valid, left, WIDTH=WIDTH, STRIDE=C)
+    x = add_rounded(x, (-left_pivot).to(dtype)[None, :])
+    x = tl.where(valid[:, None], x, 0.0) if MASKED else x
+    if SAME:
+        other = x
+    else:
+        other = load_tile(right_ptr, lane, valid, right, WIDTH=WIDTH, STRIDE=C)
+        other = add_rounded(other, (-right_pivot).to(dtype)[None, :])
+    if dtype == tl.float32:
+        total += tl.sum(x, 0)[:, None]
+    else:  # a product with ones: no number passes through a register
+        total = dot(tl.trans(x), tl.full((BLOCK_M, 16), 1.0, tl.float32).to(dtype), total)
+    return dot(tl.trans(x), other, product), total
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def moments_fwd_kernel(
     x_ptr,  # (rows, C)
@@ -91,28 +131,58 @@ def moments_fwd_kernel(
     above writes both. Reads x about once for each block of columns."""
     blocks: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     part, tile = tl.program_id(0) // (blocks * blocks), tl.program_id(0) % (blocks * blocks)
-    lane = tl.arange(0, BLOCK_M)
     left, right = tile // blocks * BLOCK_N + tl.arange(0, BLOCK_N), tile % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     if tile // blocks <= tile % blocks:
         left_pivot, right_pivot = _pivot(x_ptr, rows, left, C=C), _pivot(x_ptr, rows, right, C=C)
+        if part == 0 and tile // blocks == tile % blocks:
+            store_vector(pivot_ptr, left, left_pivot, WIDTH=C)
         product = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        begin = part * rows_per_part
-        length = tl.minimum(rows - begin, rows_per_part)
-        for first in range(0, length, BLOCK_M):
-            at, valid = x_ptr + (begin.to(tl.int64) + first) * C, first + lane < length
-            x = load_deviations(at, left_pivot, lane, valid, left, C=C)
-            total += tl.sum(x, 0)
-            other = x if blocks == 1 else load_deviations(at, right_pivot, lane, valid, right, C=C)
-            product = dot(tl.trans(x.to(x_ptr.dtype.element_ty)), other.to(x_ptr.dtype.element_ty), product)
+        total = tl.zeros((BLOCK_N, 16), tl.float32)
+        begin, length = row_range(rows, rows_per_part, part)
+        whole = length // BLOCK_M * BLOCK_M
+        # Where blocks are whole, pointers go to the program's columns, which need no masks then.
+        WIDTH: tl.constexpr = C if C % BLOCK_N else BLOCK_N
+        near, far = (left, right) if C % BLOCK_N else (tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N))
+        left_ptr, right_ptr = x_ptr + begin * C, x_ptr + begin * C
+        if C % BLOCK_N == 0:
+            left_ptr += tile // blocks * BLOCK_N
+            right_ptr += tile % blocks * BLOCK_N
+        for _ in range(0, whole, BLOCK_M):
+            product, total = _moments_step(
+                left_ptr, right_ptr, BLOCK_M, near, far, left_pivot, right_pivot, product, total,
+                MASKED=False, SAME=blocks == 1, C=C, WIDTH=WIDTH, BLOCK_M=BLOCK_M,
+            )  # fmt: skip
+            left_ptr += BLOCK_M * C
+            right_ptr += BLOCK_M * C
+        if whole < length:
+            product, total = _moments_step(
+                left_ptr, right_ptr, length - whole, near, far, left_pivot, right_pivot, product, total,
+                MASKED=True, SAME=blocks == 1, C=C, WIDTH=WIDTH, BLOCK_M=BLOCK_M,
+            )  # fmt: skip
         part_ptr += part * ((C + 1) * C)
         store_tile(part_ptr, left, left < C, right, product, WIDTH=C)
         if tile // blocks == tile % blocks:
-            store_vector(part_ptr + C * C, left, total, WIDTH=C)
-            if part == 0:
-                store_vector(pivot_ptr, left, left_pivot, WIDTH=C)
+            store_vector(part_ptr + C * C, left, tl.sum(total, 1) / 16, WIDTH=C)
         else:
             store_tile(part_ptr, right, right < C, left, tl.trans(product), WIDTH=C)
+
+
+@triton.jit
+def _exact_product(weight, s, sums, DTYPE: tl.constexpr):
+    """sums + weight @ s for float32 tiles, the weight rounded to DTYPE. Tensor cores add up in float32 what they
+    multiply in 16 bits, and three numbers of bfloat16 have all digits of one of float32, two those of float16."""
+    if tl.float32 == DTYPE:
+        return dot(weight, s, sums)
+    high = rounded(s, DTYPE=tl.bfloat16)
+    middle = rounded(s - high, DTYPE=tl.bfloat16)
+    low = (s - high - middle).to(tl.bfloat16)
+    high, middle = high.to(tl.bfloat16), middle.to(tl.bfloat16)
+    most = weight.to(tl.bfloat16)
+    sums = tl.dot(most, high, tl.dot(most, middle, tl.dot(most, low, sums)))
+    if tl.float16 == DTYPE:
+        left = (weight - most.to(tl.float32)).to(tl.bfloat16)
+        sums = tl.dot(left, high, tl.dot(left, middle, tl.dot(left, low, sums)))
+    return sums
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -129,21 +199,26 @@ def expanded_moments_kernel(
     has the mean w m and the variance w S w^T. And scale and shift of the norm of these.
 
     A program has BLOCK_E expanded channels. Reads the moments of x once for each program, and W C / BLOCK_C times."""
+    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    programs: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    share = tl.div_rn(1.0, rows.to(tl.float32))
     output = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     mean = tl.zeros((BLOCK_E,), tl.float32)
     var = tl.zeros((BLOCK_E,), tl.float32)
     for first in range(0, C, BLOCK_C):
         right = first + tl.arange(0, BLOCK_C)
-        right_offset = load_vector(total_ptr + C * C, right, WIDTH=C) / rows
+        right_offset = load_vector(total_ptr + C * C, right, WIDTH=C) * share
         right_mean = load_vector(pivot_ptr, right, WIDTH=C) + right_offset
         product = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
         for second in range(0, C, BLOCK_C):
             left = second + tl.arange(0, BLOCK_C)
-            left_offset = load_vector(total_ptr + C * C, left, WIDTH=C) / rows
-            covariance = load_tile(total_ptr, left, left < C, right, WIDTH=C) / rows
+            left_offset = load_vector(total_ptr + C * C, left, WIDTH=C) * share
+            covariance = load_tile(total_ptr, left, left < C, right, WIDTH=C) * share
             covariance -= left_offset[:, None] * right_offset[None, :]
-            product = dot(load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C), covariance, product)
-            if tl.program_id(0) == 0:
+            weight = load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C)
+            product = _exact_product(weight, covariance, product, DTYPE=dtype)
+            if (first // BLOCK_C * blocks + second // BLOCK_C) % programs == tl.program_id(0):
                 store_tile(covariance_ptr, left, left < C, right, covariance, WIDTH=C)
         weight = load_rounded_weight(weight_ptr, x_ptr, output, right, OUT=E, WIDTH=C)
         mean += tl.sum(weight * right_mean[None, :], 1)
@@ -167,16 +242,16 @@ def prepare_project_kernel(
     eps,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """What project_fwd_kernel needs many times: scale and shift of the norm, the weight in the dtype of the map, and a
-    value near the mean of each output, the product of a pixel whose channels are all at their means.
+    """What project_fwd_kernel needs many times: scale and shift of the norm, `halved`, the weight in the dtype of the
+    map, and a value near the mean of each output, the product of a pixel whose channels are all at their means.
 
     The first programs have BLOCK_E channels of the norm each, the others BLOCK_O outputs."""
     blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     if tl.program_id(0) < blocks:
         column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
         scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
-        store_vector(folded_ptr, column, scale, WIDTH=E)
-        store_vector(folded_ptr + E, column, shift, WIDTH=E)
+        store_vector(folded_ptr, column, halved(scale, ACT=ACT), WIDTH=E)
+        store_vector(folded_ptr + E, column, halved(shift, ACT=ACT), WIDTH=E)
     else:
         output = (tl.program_id(0) - blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
         pivot = tl.zeros((BLOCK_O,), tl.float32)
@@ -187,6 +262,52 @@ def prepare_project_kernel(
             hidden = activate(load_vector(norm_bias_ptr, column, WIDTH=E), ACT=ACT, DTYPE=tl.float32)
             pivot += tl.sum(weight.to(tl.float32) * hidden[None, :], 1)
         store_vector(pivot_ptr, output, pivot, WIDTH=OUT)
+
+
+@triton.jit
+def across(x):
+    """A tile whose columns, a multiple of 16, are added up eight apart, for up to 64 rows in each half: of a tile that
+    comes from a product each thread adds what it holds. (`pairs` is the same for rows.)"""
+    HALVES: tl.constexpr = 2 if x.shape[0] <= 64 else 1
+    return tl.sum(tl.reshape(x, (x.shape[0], HALVES, x.shape[1] // (8 * HALVES), 8)), 2)
+
+
+@triton.jit
+def sum_across(x):
+    """The sums of the rows of a tile, from what is left of it `across`."""
+    return tl.sum(tl.sum(x, 2), 1)
+
+
+@triton.jit
+def moments_from_pivot(total, squares, pivot, count):
+    mean = sum_across(total) / count
+    return pivot + mean, at_least_zero(sum_across(squares) - count * mean * mean)
+
+
+@triton.jit
+def _project_tile(
+    z_ptr, folded_ptr, weight_ptr, pivot, p_ptr, start, length, output,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Writes `length` rows of p, BLOCK_M at most, from row `start`; returns their deviations from the pivot."""
+    lane = tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = z_ptr.dtype.element_ty
+    z_ptr += start * E
+    p_ptr += start * OUT
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for second in range(0, E, BLOCK_K):
+        column = second + tl.arange(0, BLOCK_K)
+        scale = load_vector(folded_ptr, column, WIDTH=E)
+        shift = load_vector(folded_ptr + E, column, WIDTH=E)
+        z = load_tile(z_ptr, lane, lane < length, column, WIDTH=E).to(tl.float32)
+        hidden = activate_folded(z, scale, shift, ACT=ACT, DTYPE=dtype)
+        weight = load_tile(weight_ptr, output, output < WIDTH, column, WIDTH=E)
+        sums = dot(weight, tl.trans(hidden.to(weight.dtype)), sums)
+    p = rounded(sums, DTYPE=p_ptr.dtype.element_ty)
+    p_tile = tl.trans(p.to(p_ptr.dtype.element_ty))
+    store_tile(p_ptr, lane, lane < length, output, p_tile, WIDTH=WIDTH, STRIDE=OUT)
+    return p - pivot[:, None]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -201,33 +322,41 @@ def project_fwd_kernel(
     """p = act(norm(z)) weight^T, and the means and sums of squared deviations of parts of p as it is stored.
 
     A program has BLOCK_N outputs of a part. Reads z once for each block of outputs, the weight once for each BLOCK_M
-    rows; writes p once. Deviations are added up place by place of the tile, and places at the end: adding up rows in
-    each pass would take as many instructions as the products."""
+    rows; writes p once. The product is made with outputs as its rows: so each thread has many pixels of few outputs,
+    whose deviations it adds up in few registers, and hidden channels, which lie in shared memory then, are computed
+    eight neighbours at a time."""
     blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
-    part, output = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    lane = tl.arange(0, BLOCK_M)
-    total = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    squares = pairs(tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
-    begin = part * rows_per_part
-    length = tl.minimum(rows - begin, rows_per_part)
-    for first in range(0, length, BLOCK_M):
-        start, valid = begin.to(tl.int64) + first, first + lane < length
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for second in range(0, E, BLOCK_K):
-            column = second + tl.arange(0, BLOCK_K)
-            scale = load_vector(folded_ptr, column, WIDTH=E)
-            shift = load_vector(folded_ptr + E, column, WIDTH=E)
-            z = load_tile(z_ptr + start * E, lane, valid, column, WIDTH=E).to(tl.float32)
-            hidden = activate(z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=z_ptr.dtype.element_ty)
-            weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E)
-            sums = dot(hidden.to(weight.dtype), tl.trans(weight), sums)
-        p = sums.to(p_ptr.dtype.element_ty)
-        store_tile(p_ptr + start * OUT, lane, valid, output, p, WIDTH=OUT)
-        pivot = load_vector(pivot_ptr, output, WIDTH=OUT)
-        deviation = tl.where(valid[:, None], p.to(tl.float32) - pivot[None, :], 0.0)
-        total += pairs(deviation)
-        squares += pairs(deviation * deviation)
-    pivot = load_vector(pivot_ptr, output, WIDTH=OUT)
+    part, start = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_N
+    # Where blocks are whole, pointers go to the program's outputs, which need no masks then.
+    WIDTH: tl.constexpr = OUT if OUT % BLOCK_N else BLOCK_N
+    output = tl.arange(0, BLOCK_N)
+    if OUT % BLOCK_N:
+        output += start
+    else:
+        pivot_ptr += start
+        weight_ptr += start * E
+        p_ptr += start
+        part_ptr += start
+    total = across(tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    squares = across(tl.zeros((BLOCK_N, BLOCK_M), tl.float32))
+    pivot = load_vector(pivot_ptr, output, WIDTH=WIDTH)
+    begin, length = row_range(rows, rows_per_part, part)
+    whole = length // BLOCK_M * BLOCK_M
+    for first in range(0, whole, BLOCK_M):
+        deviation = _project_tile(
+            z_ptr, folded_ptr, weight_ptr, pivot, p_ptr, begin + first, BLOCK_M, output,
+            ACT=ACT, E=E, OUT=OUT, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+        total += across(deviation)
+        squares += across(deviation * deviation)
+    if whole < length:
+        deviation = _project_tile(
+            z_ptr, folded_ptr, weight_ptr, pivot, p_ptr, begin + whole, length - whole, output,
+            ACT=ACT, E=E, OUT=OUT, WIDTH=WIDTH, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        )  # fmt: skip
+        deviation = tl.where((whole + tl.arange(0, BLOCK_M) < length)[None, :], deviation, 0.0)
+        total += across(deviation)
+        squares += across(deviation * deviation)
     mean, m2 = moments_from_pivot(total, squares, pivot, length.to(tl.float32))
-    store_vector(part_ptr + part * OUT, output, mean, WIDTH=OUT)
-    store_vector(part_ptr + (parts + part) * OUT, output, m2, WIDTH=OUT)
+    store_vector(part_ptr + part * OUT, output, mean, WIDTH=WIDTH)
+    store_vector(part_ptr + (parts + part) * OUT, output, m2, WIDTH=WIDTH)

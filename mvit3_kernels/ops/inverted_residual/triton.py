@@ -43,6 +43,7 @@ from ..types import BatchNorm
 from . import backward_kernels, evaluation_kernels, kernels
 from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
 
+_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
 
@@ -57,6 +58,8 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
             max(16, min(triton.next_power_of_2(width), most))
             for width, most in ((columns, most_columns), (inner, most_inner))
         )
+        if kernel == "project" and x.dtype is not torch.float32 and multiplies_from_shared_memory(x):
+            n = max(n, 64)  # rows of its products
         config = {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         return config if registers is None or not multiplies_from_shared_memory(x) else config | {"maxnreg": registers}
 
@@ -64,23 +67,42 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
         if kernel in _OUTER:
             return [tile(16, 32, 32, 4)]
         return [tile(32, 32, 16, 8 if kernel == "project" else 4)]
-    tiles = _TILES[kernel]
-    if kernel == "project" and columns <= 32:
-        tiles = ((128, 32, 64, 8, 2, 128), *tiles)
+    return [tile(*shape) for shape in _tiles(kernel, x, columns, inner)]
+
+
+def _tiles(kernel: str, x: Tensor, columns: int, inner: int) -> tuple[tuple[int | None, ...], ...]:
+    """Of maps in 16 bits. On sm_90 a block may have 227 KB and products take their operands from there: so weights of
+    up to 256 channels stay, and tiles are larger."""
+    tiles, hopper = _TILES[kernel], multiplies_from_shared_memory(x)
+    if kernel == "moments" and (columns <= 64 or not hopper):
+        # few channels have few bytes a row: fewer warps, each with more rows
+        step = 64 if _OLD_TRITON else 128  # which spills a few bytes
+        few = (step, 32, 32, 4) if columns > 16 else (step, 16, 16, 2, 2 if _OLD_TRITON else 3)
+        tiles = tiles[1:] if columns > 32 else (few, *tiles[1:])
+    if kernel == "expanded_bwd" and hopper and inner <= 256:
+        tiles = ((64, 128, 256, 8, 2, 128), *tiles)
+    if kernel == "products_bwd" and not hopper:
+        tiles = tiles[1:]
+    if kernel == "project" and hopper and (columns % 128 or _OLD_TRITON):  # whose 128 outputs spill a few bytes
+        tiles = tiles[1:]
     if kernel == "project_bwd":  # small tiles, while all outputs fit a program
-        tiles = tiles if inner <= 64 else tiles[1:] if inner <= 128 else tiles[2:]
-    return [tile(*shape) for shape in tiles]
+        whole = 256 if hopper else 128
+        tiles = tiles if inner <= 64 else tiles[1:] if inner <= 128 else tiles[2:] if inner <= whole else tiles[3:]
+    if kernel == "correct_bwd" and hopper and inner > 64:
+        limit = 128 if x.dtype is torch.bfloat16 else None
+        tiles = ((64, 128, 256, 8, 2, limit) if inner <= 256 else (64, 128, 64, 8), *tiles)
+    return tiles
 
 
 # Rows, columns, inner columns, warps; stages, and registers of a thread at most.
 _TILES = {
-    "moments": ((128, 64, 64, 8), (64, 64, 64, 4)),
-    "project": ((128, 64, 32, 8, 2, 128), (128, 64, 64, 8, 2, 128), (128, 64, 32, 8), (128, 128, 32, 8)),
-    "project_bwd": ((32, 64, 64, 4), (32, 64, 128, 8), (64, 64, 128, 8), (64, 64, 64, 8)),
+    "moments": ((32, 128, 64, 8, 3, 128), (64, 64, 64, 4), (128, 64, 64, 4)),
+    "project": ((128, 128, 32, 8, 2, 128), (128, 64, 64, 8, 2, 128), (128, 64, 32, 8, 2, 128)),
+    "project_bwd": ((32, 64, 64, 4), (32, 64, 128, 8), (32, 64, 256, 8, 2, 128), (64, 64, 128, 8), (64, 64, 64, 8)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
     "expanded_bwd": ((128, 64, 32, 8, 3, 128), (128, 64, 32, 8), (64, 64, 64, 8)),
     "expand_bwd": ((16, 256, 64, 8),),
-    "products_bwd": ((64, 128, 64, 8), (64, 64, 64, 4)),
+    "products_bwd": ((64, 128, 128, 8, 3, 128), (64, 128, 64, 8), (64, 64, 64, 4)),
     "correct_bwd": ((64, 64, 64, 4), (128, 64, 32, 8)),
 }
 _OUTER = ("moments", "project_bwd", "products_bwd")  # sums over rows
@@ -119,11 +141,17 @@ def _norm_backward(call: Call, part: str) -> BatchNorm:
     return _norm(call, part, *contiguous(getattr(call, f"{part}_mean"), getattr(call, f"{part}_var")))
 
 
+def _split(x: Tensor, rows: int, config: dict[str, int], blocks: int) -> tuple[int, int]:
+    """(number of parts, rows of each), where a part is `blocks` programs, all of which run at once; not more than 6
+    on a multiprocessor, or adding up the parts takes long."""
+    at_once = min(16 // config["num_warps"], 6) * multiprocessors(x)
+    return split_rows(rows, max(at_once // blocks, 1), config["BLOCK_M"])
+
+
 def _parts(x: Tensor, rows: int, config: dict[str, int], blocks: int, count: int) -> tuple[Tensor, int]:
     """A workspace for `count` values of each part of the rows, and the rows of a part, where a part is `blocks`
     programs."""
-    at_once = 16 // config["num_warps"] * multiprocessors(x)
-    parts, rows_per_part = split_rows(rows, max(at_once // blocks, 1), config["BLOCK_M"])
+    parts, rows_per_part = _split(x, rows, config, blocks)
     return _float32(x, parts, count), rows_per_part
 
 
@@ -153,9 +181,11 @@ def _expansion_moments(x: Tensor, weight: Tensor, norm: BatchNorm) -> tuple[Tens
     pivot, mean, covariance = _float32(x, inputs), _float32(x, inputs), _float32(x, inputs, inputs)
     expanded_mean, expanded_var, folded = _float32(x, expanded), _float32(x, expanded), _float32(x, 2, expanded)
     kernels.moments_fwd_kernel[(blocks * len(part),)](x, pivot, part, rows, rows_per_part, C=inputs, **config)
+    block = 32 if x.dtype is torch.float32 else max(16, min(triton.next_power_of_2(inputs), 64))
     kernels.expanded_moments_kernel[(triton.cdiv(expanded, 16),)](
         x, weight, *norm[:2], _add_parts(part), pivot, mean, covariance, expanded_mean, expanded_var, folded,
-        rows, norm.eps, C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=32, num_warps=4,
+        rows, norm.eps, C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=block,
+        num_warps=4 if block <= 32 else 8, num_stages=2,
     )  # fmt: skip
     return mean, covariance, expanded_mean, expanded_var, folded
 
@@ -225,7 +255,7 @@ def _project_backward(
     grid = (triton.cdiv(expanded, config["BLOCK"]) + triton.cdiv(outputs * expanded, config["BLOCK"]),)
     backward_kernels.project_gradient_kernel[grid](
         part, *norm[:4], *first[:4], *gradients, coefficients, folded, rows, len(part), norm.eps, first.eps,
-        E=expanded, OUT=outputs, **config,
+        CENTRED=z.dtype is torch.float32, E=expanded, OUT=outputs, **config,
     )  # fmt: skip
     return *gradients, coefficients, folded
 
@@ -242,11 +272,14 @@ def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tens
     return dz
 
 
+Sums = tuple[Tensor, Tensor, bool]  # G^T (x - mean) or, where the third is False, G^T x; and sum G
+
+
 def _expand_backward(
     da: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, scale: Tensor, mean: Tensor, act: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx without the norm's correction, and G^T (x - mean) and sum G for the gradient G of the first norm's output,
-    which may replace da. `scale`: of the folded norm."""
+) -> tuple[Tensor, Sums]:
+    """dx without the norm's correction, and the sums for the gradient G of the first norm's output, which may replace
+    da. `scale`: of the folded norm."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     flags = {"C": inputs, "E": expanded}
     if fits_a_program(x, expanded):
@@ -257,39 +290,38 @@ def _expand_backward(
             da, x, mean, weight, *norm[:4], dx, part, rows, rows_per_part, norm.eps, ACT=act, **flags, **config
         )
         total = _add_parts(part)
-        return dx, total[: expanded * inputs], total[expanded * inputs :]
+        return dx, (total[: expanded * inputs], total[expanded * inputs :], True)
     config = configuration("expanded_bwd", x, expanded, inputs)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(expanded, config["BLOCK_N"]),)
+    columns = triton.cdiv(expanded, config["BLOCK_N"])
+    parts, rows_per_part = _split(x, rows, config, columns)
     (rounded,) = multiplied(x, weight)
-    backward_kernels.expanded_bwd_kernel[grid](x, rounded, *norm[:4], da, rows, norm.eps, ACT=act, **flags, **config)
+    backward_kernels.expanded_bwd_kernel[(parts * columns,)](
+        x, rounded, *norm[:4], da, rows, rows_per_part, norm.eps, ACT=act, **flags, **config
+    )
     return _products_backward(da, x, rounded, scale, mean)
 
 
-def _products_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, mean: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _products_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, mean: Tensor) -> tuple[Tensor, Sums]:
     """The same from the gradient G of the first norm's output."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     config = configuration("products_bwd", x, expanded, inputs)
     blocks = triton.cdiv(expanded, config["BLOCK_N"]) * triton.cdiv(inputs, config["BLOCK_K"])
     part, rows_per_part = _parts(x, rows, config, blocks, expanded * (inputs + 1))
+    # x - mean rounded to 16 bits is no more exact than x; in float32 x is, by far.
+    centred = x.dtype is torch.float32
     backward_kernels.products_bwd_kernel[(blocks * len(part),)](
-        gradient, x, mean, part, rows, rows_per_part, C=inputs, E=expanded, **config
+        gradient, x, mean if centred else None, part, rows, rows_per_part, C=inputs, E=expanded, **config
     )
     total = _add_parts(part)
     scaled = (weight.flatten(1).to(x.dtype) * scale[:, None]).to(x.dtype)
-    return (
-        (gradient.view(rows, expanded) @ scaled).view(x.shape),
-        total[: expanded * inputs],
-        total[expanded * inputs :],
-    )
+    dx = (gradient.view(rows, expanded) @ scaled).view(x.shape)
+    return dx, (total[: expanded * inputs], total[expanded * inputs :], centred)
 
 
 def _expand_gradient(
-    sums: tuple[Tensor, Tensor, bool], x: Tensor, weight: Tensor, norm: BatchNorm, mean: Tensor, covariance: Tensor
+    sums: Sums, x: Tensor, weight: Tensor, norm: BatchNorm, mean: Tensor, covariance: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """The gradients of weight, norm weight and norm bias of the expansion, and what the correction of dx is made of.
-    `sums`: G^T (x - mean) or, where the third is False, G^T x; and sum G."""
+    """The gradients of weight, norm weight and norm bias of the expansion, and what the correction of dx is made of."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     product, total, centred = sums
     gradients = tuple(torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
@@ -305,13 +337,18 @@ def _expand_gradient(
 def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, correction: Tensor, mean: Tensor) -> None:
     """Completes dx in place: what the first norm's statistics contribute, and a residual's gradient."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
-    matrix, shift = _float32(x, inputs, inputs), _float32(x, inputs)
+    # K is of the order of 1 / rows, which float16 may not hold.
+    dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
+    matrix, shift = x.new_empty(inputs, inputs, dtype=dtype), _float32(x, inputs)
     backward_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
         x, weight, correction, matrix, shift, C=inputs, E=expanded, BLOCK_E=64, BLOCK_C=16, num_warps=4
     )
     config = configuration("correct_bwd", x, inputs, inputs)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(inputs, config["BLOCK_N"]),)
-    backward_kernels.correct_bwd_kernel[grid](x, residual, mean, matrix, shift, dx, rows, C=inputs, **config)
+    columns = triton.cdiv(inputs, config["BLOCK_N"])
+    parts, rows_per_part = _split(x, rows, config, columns)
+    backward_kernels.correct_bwd_kernel[(parts * columns,)](
+        x, residual, mean, matrix, shift, dx, rows, rows_per_part, C=inputs, **config
+    )
 
 
 def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
@@ -325,23 +362,22 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     with on_device(x):
         dp, *dlast = normalize_backward(dy, call.p, last, IDENTITY.value)
         dproject, *dmiddle, coefficients, folded = _project_backward(dp, z, project, first, middle, act)
-        centred = True
         if a.numel() > 0:
             # The gradient of z lives no longer than it is read.
             da, ddepthwise = depthwise_backward(
                 _filtered_backward(dp, z, project, coefficients, act), a, depthwise_weight, *geometry
             )
-            dx, product, total = _expand_backward(da, x, expand, first, folded[0], mean, act)
+            dx, sums = _expand_backward(da, x, expand, first, folded[0], mean, act)
         else:
             scale, shift, offset, slope = coefficients
             dx, product, total, gradient, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
                 dp, project, z, scale, shift, scale, offset, slope,
                 x, expand, *folded, depthwise_weight, *geometry, act,
             )  # fmt: skip
-            centred = x.shape[-1] > MOST_INPUTS_IN_BACKWARD
-            if centred:
-                dx, product, total = _products_backward(gradient, x, expand, folded[0], mean)
-        dfirst, correction = _expand_gradient((product, total, centred), x, expand, first, mean, call.covariance)
+            sums = product, total, False
+            if x.shape[-1] > MOST_INPUTS_IN_BACKWARD:
+                dx, sums = _products_backward(gradient, x, expand, folded[0], mean)
+        dfirst, correction = _expand_gradient(sums, x, expand, first, mean, call.covariance)
         _correct(dx, x, residual, expand, correction, mean)
     ddepthwise = ddepthwise.view(depthwise_weight.shape).to(depthwise_weight.dtype)
     return dx, *dfirst, ddepthwise, *dmiddle, dproject, *dlast
