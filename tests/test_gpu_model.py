@@ -194,6 +194,38 @@ def test_what_is_made_again_after_a_vote_is_no_part_of_the_way():
     assert way.work == 2 and way.counts == Counter({"all": 5, "mma": 1, "stores": 1})
 
 
+STORES = """
+.text.kernel:
+.L_x_1:
+        /*0000*/               @P0 BRA `(.L_x_2) ;
+        /*0010*/                   STG.E desc[UR6][R8.64], R4 ;
+        /*0020*/                   STG.E desc[UR6][R8.64+0x4], R5 ;
+        /*0030*/                   STG.E desc[UR6][R8.64+0x8], R6 ;
+        /*0040*/                   STG.E desc[UR6][R8.64+0xc], R7 ;
+        /*0050*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   STG.E.128 desc[UR6][R8.64], R4 ;
+.L_x_3:
+        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R2+UR4], R3 ;
+        /*0080*/              @!P1 BRA `(.L_x_5) ;
+.L_x_4:
+        /*0090*/               @P2 BRA `(.L_x_1) ;
+        /*00a0*/                   EXIT ;
+.L_x_5:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R2+UR4], R3 ;
+        /*00c0*/              @!P1 BRA `(.L_x_5) ;
+        /*00d0*/                   BRA `(.L_x_4) ;
+"""
+
+
+def test_a_store_of_16_bytes_is_as_much_work_as_four_and_a_wait_no_loop_around():
+    """The way has the one store, and the code behind the end where a warp waits is no loop from there to the end."""
+    outer, waits = sass.kernels(STORES)["kernel"].inner
+    assert not outer.inner and not waits.inner
+    way = paths.one_pass(paths.read(sass.sections(STORES)["kernel"]), outer, lambda inner: 1)
+    assert way.work == 4 and way.counts == Counter({"all": 5, "stores": 1})
+
+
 def loop(*inner: sass.Loop, **counts: int) -> sass.Loop:
     return sass.Loop(0, 0, Counter(counts), list(inner))
 

@@ -185,6 +185,12 @@ def _copying(loop: Loop) -> list[float]:
     return sorted(i.counts["all"] / i.counts["copies"] for i in loop.walk()[1:] if i.counts["copies"] and not i.inner)
 
 
+def _copying_x(loop: Loop) -> float:
+    """The same of the tile of x: its loops copy several pixels at a time, then what is left one by one."""
+    each = _copying(loop)
+    return (each[0] + each[-1]) / 2
+
+
 def _step(code: Code, inputs: int, most: int, blocks: tuple[int, int], chunks: int, copied: float) -> paths.Way:
     """What a pass of the loop over tiles runs: `chunks` passes of the loop over channels in it, if it has one, and
     `copied` copies of 16 bytes of x. The code has all steps of 16 of `most` inputs one behind the other, each of them
@@ -204,7 +210,7 @@ def _step(code: Code, inputs: int, most: int, blocks: tuple[int, int], chunks: i
     rows, columns = blocks
     missing = (most // 16 - products) * slices * max(chunks, 1)
     way = way.then(paths.Way(0, Counter(all=-missing * (rows * (1 + columns) + columns / 2 + 2))))
-    return way.then(paths.Way(0, Counter(all=_copying(loop)[-1] * copied)))
+    return way.then(paths.Way(0, Counter(all=_copying_x(loop) * copied)))
 
 
 def _filter(call: Any) -> list[CudaLaunch]:
@@ -238,7 +244,7 @@ def _inference(call: Any) -> list[CudaLaunch]:
     def shared_of(channels: int, widest: int) -> int:
         columns = min(_ceil(outputs, 16) * 16, widest)
         front = _front_shared(64 if channels > CHUNK else 128, stride, channels)
-        return front + 2 * (made + columns) * (channels + 8) + 8 * (channels + columns)
+        return front + 2 * (made + columns) * (channels + 8) + 8 * (channels + columns) + 16
 
     channels, widest = 2 * CHUNK, 64 * stride
     if inputs > 64 or expanded <= CHUNK or outputs > widest or shared_of(channels, widest) > 99 * 1024:
@@ -253,11 +259,19 @@ def _inference(call: Any) -> list[CudaLaunch]:
     if inputs > _slice(inputs):
         tile *= chunks
     way = _step(code, inputs, most, FRONT[stride, channels], chunks, tile / 16 / THREADS)
-    # Of the weights' copies the way has those of the expansion, and one of the projection.
-    more = columns * (channels + 8) / 8 / THREADS - 1
+    # Weights of the projection are copied by one thread, but where registers are few by all (the way has one copy);
+    # slices of those of the expansion always.
+    more = columns * (channels + 8) / 8 / THREADS - 1 if (stride, channels) == (1, CHUNK) else 0
     if inputs > _slice(inputs):
         more += _ceil(inputs, _slice(inputs)) * channels * (most + 8) / 8 / THREADS
-    way = way.then(paths.Way(0, Counter(all=chunks * more * _copying(_over_tiles(code))[0])))
+    # The way has all pairs of blocks of outputs that a warp can have, and a residual.
+    pairs = widest // 16 // (2 if stride == 1 else 4)
+    missing = pairs - _ceil(_ceil(outputs, 16), 2 if stride == 1 else 4) if slices == 1 else 0
+    blocks_of_rows = 2 if stride == 1 else 1
+    less = chunks * channels / 16 * missing * (1 + 2 * blocks_of_rows)
+    if stride == 1 and channels > CHUNK and inputs != outputs:
+        less += pairs * blocks_of_rows * 3
+    way = way.then(paths.Way(0, Counter(all=chunks * more * _copying(_over_tiles(code))[0] - less)))
     out = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride) * outputs
     return [
         _small("inverted_residual.pack", expanded * (inputs + outputs + 20)),

@@ -21,7 +21,9 @@ Trips = Callable[[Loop], float]
 
 
 class Instruction(NamedTuple):
-    name: str  # with its first modifiers where that is in WORK, or where it moves a 16-bit number; with all if it stores
+    name: (
+        str  # with its first modifiers where that is in WORK, or where it moves a 16-bit number; with all if it stores
+    )
     target: int | None  # of a branch
     conditional: bool
     rare: bool = False  # a branch on what a vote found: to what is made again where something is not finite

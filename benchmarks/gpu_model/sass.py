@@ -10,7 +10,8 @@ from pathlib import Path
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*(.*)")
 TARGET = re.compile(r"(\.L_x_\d+)")
-# What the model counts: everything, tensor-core instructions of both kinds, loads, copies that do not wait, stores,
+# What the model counts: everything, tensor-core instructions of both kinds, loads, copies that do not wait (those of
+# runs of bytes, by one thread, apart), stores,
 # shared memory, exponentials and roots, barriers.
 KINDS = {
     "HMMA": "mma",
@@ -19,6 +20,7 @@ KINDS = {
     "LDG": "loads",
     "LDGSTS": "copies",
     "UTMALDG": "copies",
+    "UBLKCP": "runs",
     "STG": "stores",
     "LDS": "shared",
     "LDSM": "shared",
@@ -68,6 +70,15 @@ def kernels(text: str) -> dict[str, Loop]:
     return {name: _loops(lines) for name, lines in sections(text).items()}
 
 
+def _back_from_a_wait(code: list[tuple[str, str]], labels: dict[str, int], at: int) -> bool:
+    """Whether a branch leads back to the code from a loop behind its end, in which it waits for what is not there at
+    once."""
+    if at < 2 or [name for name, _ in code[at - 2 : at]] != ["SYNCS", "BRA"]:
+        return False
+    again = TARGET.search(code[at - 1][1])
+    return again is not None and labels.get(again[1], at) < at
+
+
 def _loops(lines: list[str]) -> Loop:
     labels: dict[str, int] = {}
     code: list[tuple[str, str]] = []
@@ -80,7 +91,7 @@ def _loops(lines: list[str]) -> Loop:
     for i, (name, operands) in enumerate(code):
         target = TARGET.search(operands) if name == "BRA" else None
         start = labels.get(target[1], i) if target else i
-        if start < i:
+        if start < i and not _back_from_a_wait(code, labels, i):
             ends[start] = max(i, ends.get(start, 0))
     root = Loop(0, len(code))
     path = [root]

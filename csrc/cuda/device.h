@@ -36,6 +36,13 @@ int thread() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
+// A number in a way that hides from the compiler that it was known before: what follows from it is computed where it is
+// needed, as with `thread`.
+MVIT3_DEVICE
+unsigned anew(unsigned number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
 MVIT3_DEVICE
 int block() { return int(blockIdx.x); }
 MVIT3_DEVICE
@@ -76,6 +83,58 @@ void copy_16_or_zeros(bool wanted, void* shared, const void* global) {
 }
 MVIT3_DEVICE
 void copies_arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Whether one thread can begin copies of whole runs of bytes. It says how many bytes a phase of an `Arrival` has, of
+// which there are two, 0 and 1, by turns.
+struct alignas(8) Arrival {
+  uint64_t bits;
+};
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+MVIT3_DEVICE
+constexpr bool copies_runs() { return true; }
+// By one thread, with a barrier behind it.
+MVIT3_DEVICE
+void prepare(Arrival& arrival) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.proxy.async.shared::cta;" ::"r"(shared_address(&arrival))
+      : "memory");
+}
+MVIT3_DEVICE
+void expect(Arrival& arrival, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&arrival)), "r"(bytes)
+               : "memory");
+}
+// A multiple of 16 bytes, aligned to as many.
+MVIT3_DEVICE
+void copy_run(void* shared, const void* global, int bytes, Arrival& arrival) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(&arrival))
+               : "memory");
+}
+// A barrier behind which the copies of a phase are there for the block.
+MVIT3_DEVICE
+void synchronize_after(Arrival& arrival, int phase) {
+  asm volatile(
+      "{\n\t.reg .pred there;\nagain:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n\t@!there bra again;\n\t}" ::"r"(
+          shared_address(&arrival)),
+      "r"(phase)
+      : "memory");
+  synchronize();
+}
+#else
+MVIT3_DEVICE
+constexpr bool copies_runs() { return false; }
+MVIT3_DEVICE
+void prepare(Arrival&) {}
+MVIT3_DEVICE
+void expect(Arrival&, int) {}
+MVIT3_DEVICE
+void copy_run(void*, const void*, int, Arrival&) {}
+MVIT3_DEVICE
+void synchronize_after(Arrival&, int) {}
+#endif
 
 MVIT3_DEVICE
 float to_float(float x) { return x; }
@@ -129,17 +188,28 @@ float fast_tanh(float x) {
   return y;
 }
 
-// Adds 0 times the two numbers of `bits` to the two of `sum`: NaN once one of them was not finite.
+// Marks the two numbers of `sum` that are to say whether all were finite: adds products of those of two registers (of
+// bfloat16, which has room for them), or 0 times each.
 MVIT3_DEVICE
-uint32_t add_nothing(uint32_t bits, uint32_t sum, BFloat16) {
-  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(bits), "r"(0));
-  return sum;
+uint32_t mark(uint32_t first, uint32_t second, uint32_t sum, BFloat16) {
+  uint32_t marked;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(marked) : "r"(first), "r"(second), "r"(sum));
+  return marked;
 }
 MVIT3_DEVICE
-uint32_t add_nothing(uint32_t bits, uint32_t sum, Float16) {
-  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(bits), "r"(0));
+uint32_t mark(uint32_t first, uint32_t second, uint32_t sum, Float16) {
+  asm("fma.rn.f16x2 %0, %1, %3, %0;\n\tfma.rn.f16x2 %0, %2, %3, %0;" : "+r"(sum) : "r"(first), "r"(second), "r"(0));
   return sum;
 }
+// Whether both of them are finite.
+MVIT3_DEVICE
+bool finite(uint32_t bits, BFloat16) {
+  uint32_t nothing;
+  asm("fma.rn.bf16x2 %0, %1, %2, %2;" : "=r"(nothing) : "r"(bits), "r"(0));
+  return (nothing & 0x7fff7fffu) == 0;
+}
+MVIT3_DEVICE
+bool finite(uint32_t bits, Float16) { return (bits & 0x7fff7fffu) == 0; }
 
 }  // namespace mvit3
 

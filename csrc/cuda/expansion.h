@@ -120,6 +120,24 @@ struct alignas(8) Spot {
   uint32_t bits;
 };
 
+// Where a thread finds two things in shared memory, in bytes from its start (less than 2^17, the second a multiple of
+// 4): in one register, for as long as the kernel runs.
+class Places {
+ public:
+  MVIT3_DEVICE
+  Places(SharedAddress first, SharedAddress second) : bits_(offset(first) | offset(second) / 4 << 17) {}
+  MVIT3_DEVICE
+  char* first() const { return shared_memory() + (anew(bits_) & 0x1ffff); }
+  MVIT3_DEVICE
+  char* second() const { return shared_memory() + (anew(bits_) >> 17) * 4; }
+
+ private:
+  static MVIT3_DEVICE
+  uint32_t offset(SharedAddress a) { return uint32_t(a - shared_address(shared_memory())); }
+
+  uint32_t bits_;
+};
+
 struct alignas(16) AffinePair {
   Affine first, second;
 };
@@ -203,6 +221,7 @@ struct Expansion {
   Stop* stops;
   TileWalk<Stride>* walk;
   const SharedAddress from_x, from_weight;  // the lane's rows of both factors
+  const Places own;                         // what is added to its first channels, and where its first outputs go
   // How a thread copies rows of a slice: 16 bytes of every row_step-th row; all in one register.
   uint32_t copies;
 
@@ -219,7 +238,11 @@ struct Expansion {
         expanded(at<T>(layout.expanded)), spots(at<Spot>(layout.spots)), norm(at<Added>(layout.norm)),
         stops(at<Stop>(layout.stops)), walk(at<TileWalk<Stride>>(layout.walk)),
         from_x(operand_a<T, Rows::kOwn>(x, 16 * (warp() % kRowWarps), Tile::kPixels)),
-        from_weight(operand_b<T, Rows::kOwn>(weight, first_column())) {
+        from_weight(operand_b<T, Rows::kOwn>(weight, first_column())),
+        own(shared_address(norm + first_column() / 2 + lane() % 4),
+            shared_address(
+                group(first_column() / kChunk) + 8 * (lane() % 4) + first_column() % kChunk / 4 +
+                first_pixel() * kChunkPitch)) {
     const int across = a.slice / 8;
     const int row = thread() / across, step = kThreads / across;
     copies = uint32_t(row < step ? row : 1 << 12) << 16 | step << 8 | thread() % across;  // one too many has no row
@@ -279,12 +302,23 @@ struct Expansion {
       const uint32_t outside = stop.outside;
       const uintptr_t from = reinterpret_cast<uintptr_t>(map) + (stop.x * m.inputs + first + unit()) * sizeof(T);
       T* to = x.row(first_row()) + unit();
-#pragma unroll 1
-      for (int pixel = first_row(); pixel < Tile::kPixels; pixel += row_step(), to += step) {
-        const Spot spot = spots[pixel];
+      const int next = row_step();
+      const auto copy = [&](const Spot& spot, T* here) {
         copy_16_or_zeros(
-            !(spot.bits & outside), to, reinterpret_cast<const char*>(from + uint64_t(spot.offset) * bytes));
+            !(spot.bits & outside), here, reinterpret_cast<const char*>(from + uint64_t(spot.offset) * bytes));
+      };
+      int pixel = first_row();
+      // Three at a time, if there are registers: between a read of shared memory and a copy into it sm_90 waits, for
+      // three instructions.
+#pragma unroll 1
+      for (; (Stride == 2 || kGroups > 1) && pixel + 2 * next < Tile::kPixels; pixel += 3 * next, to += 3 * step) {
+        const Spot one = spots[pixel], two = spots[pixel + next], three = spots[pixel + 2 * next];
+        copy(one, to);
+        copy(two, to + step);
+        copy(three, to + 2 * step);
       }
+#pragma unroll 1
+      for (; pixel < Tile::kPixels; pixel += next, to += step) copy(spots[pixel], to);
     } else {
 #pragma unroll 1
       for (int pixel = first_row(); pixel < Tile::kPixels; pixel += row_step())
@@ -294,6 +328,8 @@ struct Expansion {
 
   // The same of the parameters of a step: what is added, and the weights where they stay for all inputs.
   MVIT3_DEVICE
+  int parameters() const { return Step::kNorm + (whole() ? Step::kWeights : 0); }
+  MVIT3_DEVICE
   void load_parameters(const char* step) const {
     if (whole())
       copy_run<Step::kNorm + Step::kWeights>(norm, step);
@@ -302,9 +338,10 @@ struct Expansion {
   }
 
   // Fills `expanded`. What was copied must have arrived, and nobody may read `expanded` any more; a barrier must
-  // follow. With more than one slice of inputs their copies are made here.
+  // follow. With more than one slice of inputs their copies are made here. border: whether some of the tile's rectangle
+  // is outside the map.
   MVIT3_DEVICE
-  void expand(const Stop& stop, const char* step) const {
+  void expand(const Stop& stop, const char* step, bool border) const {
     Sums sum;
     if (kWhole) {
       multiply_slice<true>(sum);
@@ -325,28 +362,31 @@ struct Expansion {
         first += arguments.slice;
       } while (first < arguments.maps.inputs);
     }
-    store(sum, stop.outside);
+    store(sum, stop, border);
   }
 
   using Sums = float[kRowBlocks][kColumnBlocks][4];
 
+  static MVIT3_DEVICE
+  int first_pixel() { return 16 * (warp() % kRowWarps) + lane() / 4; }
   static MVIT3_DEVICE
   int first_column() { return warp() / kRowWarps * 8 * kColumnBlocks; }
   // Whether a pixel of block i of a warp has a place in a group.
   static MVIT3_DEVICE
   bool has(int i, int pixel) { return 16 * kRowWarps * (i + 1) <= kGroupRows || pixel < kGroupRows; }
 
-  // What the sums of block j of channels start with.
+  // What is added to block 0 of channels; to block j 4 j later.
   MVIT3_DEVICE
-  Added start(int j) const {
-    if (!Step::kFolds) return Added{};
-    return norm[first_column() / 2 + 4 * j + lane() % 4];
-  }
+  const Added* added() const { return reinterpret_cast<const Added*>(own.first()); }
+  // What the sums of a block start with.
+  static MVIT3_DEVICE
+  Added start(const Added* added) { return Step::kFolds ? *added : Added{}; }
   MVIT3_DEVICE
   void begin_sums(Sums& sum) const {
+    const Added* const first = added();
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
-      const Added from = start(j);
+      const Added from = start(first + 4 * j);
 #pragma unroll
       for (int i = 0; i < 4 * kRowBlocks; ++i) sum[i / 4][j][i % 4] = from.part[i % 4];
     }
@@ -359,9 +399,10 @@ struct Expansion {
   void multiply_slice(Sums& sum) const {
     constexpr int kDown = 16 * kPitch * int(sizeof(T)), kMost = Inputs / 16;
     if (Begins) {
+      const Added* const first = added();
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; j += 2) {
-        const Added from[2] = {start(j), start(j + 1)};
+        const Added from[2] = {start(first + 4 * j), start(first + 4 * j + 4)};
         uint32_t b[4];
         load_matrices(b, from_weight + j / 2 * kDown);
 #pragma unroll
@@ -392,14 +433,13 @@ struct Expansion {
 
   // Norm, activation, and the pixels to their place: the convolution pads the expanded map, so those outside are 0.
   MVIT3_DEVICE
-  void store(Sums& sum, uint32_t outside) const {
+  void store(Sums& sum, const Stop& stop, bool border) const {
     using Words = Run<kColumnBlocks>;
-    const int column = first_column(), pixel = 16 * (warp() % kRowWarps) + lane() / 4;
-    T* const to = group(column / kChunk) + 8 * (lane() % 4) + column % kChunk / 4 + pixel * kChunkPitch;
+    T* const to = reinterpret_cast<T*>(own.second());
     if (!Step::kFolds)
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j) {
-        const Added by = norm[column / 2 + 4 * j + lane() % 4];
+        const Added by = added()[4 * j];
 #pragma unroll
         for (int i = 0; i < kRowBlocks; ++i) normalise(sum[i][j], by);
       }
@@ -407,14 +447,16 @@ struct Expansion {
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) {
       const int next = i / 2 * kRowWarps * 16 + i % 2 * 8;
-      if (!has(i / 2, pixel + next)) continue;
+      if (!has(i / 2, first_pixel() + next)) continue;
       Words words;
 #pragma unroll
       for (int j = 0; j < kColumnBlocks; ++j)
         words.word[j] = pack<T>(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
       *reinterpret_cast<Words*>(to + next * kChunkPitch) = words;
     }
-    if (!outside) return;
+    if (!border) return;
+    const uint32_t outside = stop.outside;
+    const int pixel = first_pixel();
 #pragma unroll
     for (int i = 0; i < 2 * kRowBlocks; ++i) {
       const int next = i / 2 * kRowWarps * 16 + i % 2 * 8;

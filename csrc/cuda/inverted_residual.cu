@@ -64,15 +64,16 @@ struct Filter {
     // Two blocks at a time: four would take too many registers.
     mvit3::filter<T, Stride, kStrips, 2, kBlocks>(
         from, [](int) { return Added{}; },
-        [&](int first, const float (&out)[kStrips][2][4], uint32_t nothing) {
+        [&](int first, const float (&out)[kStrips][2][4], uint32_t seen) {
 #pragma unroll
-          for (int i = 0; i < 4 * kStrips; ++i) {
-            const int s = i / 4, half = i / 2 % 2, b = i % 2;
-            uint32_t& to = bits[s][half][first + b];
-            to = pack<T>(out[s][b][2 * half], out[s][b][2 * half + 1]);
-            nothing = add_nothing(to, nothing, T{});
+          for (int i = 0; i < 2 * kStrips; ++i) {
+            const int s = i / 2, half = i % 2;
+            uint32_t* const to = &bits[s][half][first];
+#pragma unroll
+            for (int b = 0; b < 2; ++b) to[b] = pack<T>(out[s][b][2 * half], out[s][b][2 * half + 1]);
+            seen = mark(to[0], to[1], seen, T{});
           }
-          return nothing;
+          return seen;
         });
   }
 
@@ -166,7 +167,7 @@ struct Filter {
       synchronize();
       const Stop& stop = front.stop(at);
       front.advance(at + 1);
-      front.expand(stop, step);
+      front.expand(stop, step, stop.outside != 0);
       synchronize();
       if (front.whole() && at + 1 < 0) front.load_x(front.stop(at + 1), 0);
       if (idle) continue;

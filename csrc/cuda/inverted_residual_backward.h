@@ -41,14 +41,6 @@ void copy_16_behind(bool wanted, void* shared, const void* global) {
 MVIT3_DEVICE
 void synchronize_warp() { __syncwarp(); }
 
-// A number in a way that hides from the compiler that it was known before: what follows from it is computed where it is
-// needed, as with `thread`.
-MVIT3_DEVICE
-unsigned anew(unsigned number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
-
 // Adds to two neighbouring numbers in global memory, 8 bytes aligned, without waiting for what they were.
 MVIT3_DEVICE
 void add_in_memory(float* to, float first, float second) {

@@ -32,6 +32,8 @@ struct Inference {
                                                                                 : Stride == 1     ? 8
                                                                                                   : 12;
   static constexpr int kSlice = 8 * kColumnBlocks * kColumnWarps;
+  // Whether sums leave no register for what could be kept from step to step.
+  static constexpr bool kTight = Stride == 1 && Channels == kChunk;
 
   static MVIT3_BOTH
   int columns(const Arguments& a) {
@@ -42,13 +44,13 @@ struct Inference {
   struct Layout {
     Carver carver;
     typename Front::Layout front;
-    int filtered, diagonals, middle, project, last, zeros;
+    int filtered, diagonals, middle, project, last, zeros, arrivals;
     MVIT3_BOTH
     explicit Layout(const Arguments& a)
         : front(carver), filtered(carver.take(kPixels * kPitch, sizeof(T))),
           diagonals(carver.take(Step::kDiagonals, 1)), middle(carver.take(Step::kNorm, 1)),
           project(carver.take(columns(a), Step::kOutput)), last(carver.take(columns(a), sizeof(Affine))),
-          zeros(carver.take(kTapWords, sizeof(uint32_t))) {}
+          zeros(carver.take(kTapWords, sizeof(uint32_t))), arrivals(carver.take(2, sizeof(Arrival))) {}
   };
 
   static MVIT3_BOTH
@@ -61,18 +63,37 @@ struct Inference {
   Added* const middle;
   Affine* const last;
   uint32_t* const diagonals;
+  Arrival* const arrivals;
   const TapsFrom taps;
+  // What is added to the lane's outputs of the taps, and where they go; its rows of the factors of the projection.
+  const Places of_taps, of_project;
 
   MVIT3_DEVICE
   Inference(const Arguments& a, const Layout& layout)
       : a(a), m(a.front.maps), front(a.front, layout.front), filtered{Front::template at<T>(layout.filtered), kPitch},
         project{Front::template at<T>(layout.project), kPitch}, middle(Front::template at<Added>(layout.middle)),
         last(Front::template at<Affine>(layout.last)), diagonals(Front::template at<uint32_t>(layout.diagonals)),
-        taps(taps_from<Stride>(front, diagonals, Front::template at<uint32_t>(layout.zeros))) {
+        arrivals(Front::template at<Arrival>(layout.arrivals)),
+        taps(taps_from<Stride>(front, diagonals, Front::template at<uint32_t>(layout.zeros))),
+        of_taps(places_of_taps()), of_project(places_of_project()) {
     for (int i = thread(); i < kTapWords; i += kThreads) Front::template at<uint32_t>(layout.zeros)[i] = 0;
     const Affine* const norms = reinterpret_cast<const Affine*>(a.front.packed.last) + slice() * kSlice;
     for (int i = thread(); i < columns(a); i += kThreads)
       last[i] = slice() * kSlice + i < m.outputs ? norms[i] : Affine{0.0f, 0.0f};
+  }
+
+  // On sm_80 these do not fit either.
+  static MVIT3_DEVICE
+  bool keeps_places() { return !kTight || copies_runs(); }
+  MVIT3_DEVICE
+  Places places_of_taps() const {
+    return {
+        shared_address(middle + Own::channel() / 2),
+        shared_address(filtered.row(16 * Own::strip() + lane() / 4) + Own::channel())};
+  }
+  MVIT3_DEVICE
+  Places places_of_project() const {
+    return {operand_a<T, Rows::kOwn>(filtered, first_row(), kPixels), operand_b<T, Rows::kOwn>(project, column(0))};
   }
 
   using Sums = float[kRowBlocks][kColumnBlocks][4];
@@ -93,19 +114,51 @@ struct Inference {
   MVIT3_DEVICE
   const char* step(int number) const { return a.front.packed.steps + int64_t(number) * a.front.packed.bytes; }
 
-  // The copies of a step. Nobody may read any more: taps and what is added behind them;
+  // The parameters of a step are copied in two parts, by one thread where the device copies runs, else by all. Nobody
+  // may read any more: taps and what is added behind them;
+  // Spills where registers are few.
+  static MVIT3_DEVICE
+  bool runs() { return copies_runs() && !kTight; }
   MVIT3_DEVICE
-  void load_taps(const char* step) const { copy_run<Step::kTaps>(diagonals, step + a.front.packed.expansion); }
-  // the weights of the projection.
+  void load_taps(int number) const {
+    if (!runs()) return mvit3::copy_run<Step::kTaps>(diagonals, step(number) + a.front.packed.expansion);
+    if (thread() != 0) return;
+    expect(arrivals[0], Step::kTaps);
+    copy_run(diagonals, step(number) + a.front.packed.expansion, Step::kTaps, arrivals[0]);
+  }
+  // the weights of the projection, and the expansion's parameters of step `next`.
+  MVIT3_DEVICE
+  void load_weights(int number, int next) const {
+    if (!runs()) {
+      load_project(step(number));
+      front.load_parameters(step(next));
+    } else if (thread() == 0) {
+      expect(arrivals[1], projection_bytes() + front.parameters());
+      copy_run(project.data, step(number) + projection_from(), projection_bytes(), arrivals[1]);
+      copy_run(front.norm, step(next), front.parameters(), arrivals[1]);
+    }
+  }
+  // Behind it a part is there, of a phase of `Arrival`.
+  MVIT3_DEVICE
+  void arrives(int part, int phase) const {
+    if (!runs() || part == 1) copies_arrive();  // with those of x
+    if (runs())
+      synchronize_after(arrivals[part], phase);
+    else
+      synchronize();
+  }
+
   MVIT3_DEVICE
   void load_project(const char* step) const {
-    const int own = 16 * thread(), first = a.front.packed.expansion + Step::kTaps + slice() * kSlice * Step::kOutput;
-    const char* from = step + first + own;
+    const int own = 16 * thread();
+    const char* from = step + projection_from() + own;
     char* to = reinterpret_cast<char*>(project.data) + own;
     const char* const end = reinterpret_cast<char*>(project.data) + projection_bytes();
 #pragma unroll 1
     for (; to < end; to += 16 * kThreads, from += 16 * kThreads) copy_16(to, from);
   }
+  MVIT3_DEVICE
+  int projection_from() const { return a.front.packed.expansion + Step::kTaps + slice() * kSlice * Step::kOutput; }
   // Of the slice.
   MVIT3_DEVICE
   int projection_bytes() const {
@@ -116,29 +169,28 @@ struct Inference {
   // `filtered` becomes the activated outputs of the taps.
   MVIT3_DEVICE
   void filter() const {
-    constexpr int kStrips = Own::kStrips, kAtOnce = Own::kBlocks < 2 ? 1 : 2;  // four take too many registers
-    const auto added = [&](int block) { return middle[Own::channel() / 2 + block]; };
+    constexpr int kStrips = Own::kStrips, kAtOnce = Own::kBlocks < 2 || kTight ? 1 : 2;
+    const Added* const first = reinterpret_cast<const Added*>((keeps_places() ? of_taps : places_of_taps()).first());
+    const auto added = [&](int block) { return first[block]; };
     mvit3::filter<T, Stride, kStrips, kAtOnce, Own::kBlocks>(
         taps, [&](int block) { return Step::kFolds ? added(block) : Added{}; },
-        [&](int block, float (&out)[kStrips][kAtOnce][4], uint32_t nothing) {
+        [&](int block, float (&out)[kStrips][kAtOnce][4], uint32_t seen) {
           if (!Step::kFolds)
 #pragma unroll
             for (int i = 0; i < kStrips * kAtOnce; ++i)
               normalise(out[i / kAtOnce][i % kAtOnce], added(block + i % kAtOnce));
           activate_halved<4 * kAtOnce * kStrips>(&out[0][0][0], a.front.act);
-          // Made anew for each block, like what is added: there is no register left for them.
-          T* const to = filtered.row(16 * Own::strip() + lane() / 4) + Own::channel();
+          T* const to = reinterpret_cast<T*>((keeps_places() ? of_taps : places_of_taps()).second());
 #pragma unroll
           for (int i = 0; i < 2 * kStrips; ++i) {
             Run<kAtOnce> run;
 #pragma unroll
-            for (int b = 0; b < kAtOnce; ++b) {
+            for (int b = 0; b < kAtOnce; ++b)
               run.word[b] = pack<T>(out[i / 2][b][i % 2 * 2], out[i / 2][b][i % 2 * 2 + 1]);
-              nothing = add_nothing(run.word[b], nothing, T{});
-            }
             *reinterpret_cast<Run<kAtOnce>*>(to + 8 * i * kPitch + 2 * block) = run;
+            seen = mark(run.word[0], run.word[kAtOnce - 1], seen, T{});
           }
-          return nothing;
+          return seen;
         });
   }
 
@@ -150,8 +202,8 @@ struct Inference {
       if constexpr (Pairs > 1) multiply_project<Pairs - 1>(sum, count);
       return;
     }
-    const SharedAddress from_a = operand_a<T, Rows::kOwn>(filtered, first_row(), kPixels),
-                        from_b = operand_b<T, Rows::kOwn>(project, column(0));
+    const Places from = keeps_places() ? of_project : places_of_project();
+    const SharedAddress from_a = shared_address(from.first()), from_b = shared_address(from.second());
     constexpr int kRow = kPitch * int(sizeof(T));
 #pragma unroll
     for (int k = 0; k < 2 * Channels; k += 32) {
@@ -277,32 +329,37 @@ struct Inference {
     const int start = int(tile - end);  // stops are counted up to 0, in one register
     const int steps = (m.expanded + Channels - 1) / Channels;
     front.begin(tile, start);
+    if (runs() && thread() == 0) {
+      prepare(arrivals[0]);
+      prepare(arrivals[1]);
+      expect(arrivals[1], front.parameters());
+      copy_run(front.norm, step(0), front.parameters(), arrivals[1]);
+    }
     synchronize();
-    front.load_parameters(step(0));
+    if (!runs()) front.load_parameters(step(0));
     if (front.whole()) front.load_x(front.stop(start), 0);
-    copies_arrive();
-    synchronize();
+    arrives(1, 0);
+    int odd = 0;  // whether an odd number of steps is done
 #pragma unroll 1
     for (int at = start; at < 0; ++at) {
       const Stop& stop = front.stop(at);
+      const bool border = stop.outside != 0;
       Sums sum;
       begin_sums(sum);
       if (kAddsEarly && a.residual) add_residual(sum);
 #pragma unroll 1
       for (int number = 0; number < steps; ++number) {
-        load_taps(step(number));
+        load_taps(number);
         if (number == 0) front.advance(at + 1);
-        front.expand(stop, step(number));
-        copies_arrive();
-        synchronize();
+        front.expand(stop, step(number), kTight ? stop.outside != 0 : border);
+        arrives(0, odd);
+        odd ^= 1;
 
-        load_project(step(number));
         const bool last = number + 1 == steps;
-        front.load_parameters(step(last ? 0 : number + 1));
+        load_weights(number, last ? 0 : number + 1);
         if (last && at + 1 < 0 && front.whole()) front.load_x(front.stop(at + 1), 0);
         filter();
-        copies_arrive();
-        synchronize();
+        arrives(1, odd);
         multiply_project<kColumnBlocks / 2>(sum, pairs());
       }
       if (m.outputs % 2 == 0 && reinterpret_cast<uintptr_t>(a.front.x) % 4 == 0)  // y is aligned

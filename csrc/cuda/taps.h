@@ -107,13 +107,13 @@ void apply_taps(
 }
 
 // Calls use(block, outputs) with what apply_taps gives, for `Count` blocks of positions, `Blocks` at a time, whose sums
-// begin with begin(block); it returns its packed numbers, and what it is given, added by `add_nothing`. Where one is
-// not finite all are made again, channel by channel: in the product zeros times such a number reach the other seven
+// begin with begin(block); it returns what it is given, marked by its packed numbers. Where one is not finite all are
+// made again, channel by channel: in the product zeros times such a number reach the other seven
 // channels of its block.
 template <typename T, int Stride, int Strips, int Blocks, int Count, typename Begin, typename F>
 MVIT3_DEVICE
 void filter(const TapsFrom& from, const Begin& begin, const F& use) {
-  uint32_t nothing = 0;
+  uint32_t seen = 0;
 #pragma unroll
   for (int block = 0; block < Count; block += Blocks) {
     Added start[Blocks];
@@ -121,9 +121,9 @@ void filter(const TapsFrom& from, const Begin& begin, const F& use) {
     for (int b = 0; b < Blocks; ++b) start[b] = begin(block + b);
     float out[Strips][Blocks][4];
     apply_taps<T, Stride, false>(out, start, from, block, 0);
-    nothing = use(block, out, nothing);
+    seen = use(block, out, seen);
   }
-  if (!any((nothing & 0x7fff7fffu) != 0)) return;
+  if (!any(!finite(seen, T{}))) return;
 #pragma unroll
   for (int block = 0; block < Count; block += Blocks) {
     float out[Strips][Blocks][4];

@@ -15,7 +15,7 @@ namespace {
 // One layout for all calls of inverted_residual; a test leaves null what an op does not take.
 struct Call {
   int64_t batch, height, width, inputs, expanded, outputs, stride, dilation, act;
-  int32_t bfloat16, single, processors, backwards;
+  int32_t bfloat16, single, processors, backwards, runs;
   const void *x, *expand, *depthwise, *project;
   const float *scale, *shift;
   void* z;
@@ -77,6 +77,7 @@ extern "C" void run_filter(const Call* c) {
 
 extern "C" void run_inference(const Call* c) {
   prepare(*c);
+  emulation::runs = c->runs;
   const float* next = c->norms;
   const auto norm = [&](int64_t channels) {
     const auto values = [&] { return Values{std::exchange(next, next + channels), true}; };

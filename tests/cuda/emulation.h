@@ -59,6 +59,7 @@ namespace emulation {
 
 inline bool backwards = false;  // warps run from the last to the first
 inline int processors = 3;      // blocks that the device runs at once
+inline bool runs = true;        // whether one thread can begin copies of runs of bytes
 
 [[noreturn]] inline void fail(const char* why) {
   std::fprintf(stderr, "launch emulation: %s\n", why);
@@ -88,12 +89,21 @@ struct Exchange {
   float numbers[32][12];
 };
 
+// A copy of a run of bytes that was begun: made behind the barrier that waits for it.
+struct Run {
+  const void* arrival;
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Block {
   int block, blocks, slice, thread = 0;
   char* shared;
   std::vector<Fiber> fibers;
   Fiber scheduler;
   std::vector<Exchange> exchange;  // two for each warp
+  std::vector<Run> runs;
   void (*body)(const void*);
   const void* arguments;
 };
@@ -220,6 +230,7 @@ inline void run_block(Block& b, int threads) {
 namespace mvit3 {
 
 inline int thread() { return emulation::current->thread; }
+inline unsigned anew(unsigned number) { return number; }
 inline int block() { return emulation::current->block; }
 inline int blocks() { return emulation::current->blocks; }
 inline int slice() { return emulation::current->slice; }
@@ -254,6 +265,38 @@ inline void copies_arrive() {
   auto& copies = emulation::current->fibers[thread()].copies;
   for (const auto& [to, from] : copies) std::memcpy(to, from, 16);
   copies.clear();
+}
+
+struct alignas(8) Arrival {
+  int phase, expected;  // bytes, or -1
+};
+inline bool copies_runs() { return emulation::runs; }
+inline void prepare(Arrival& arrival) { arrival = {0, -1}; }
+inline void expect(Arrival& arrival, int bytes) {
+  if (arrival.expected >= 0) emulation::fail("a phase of copies begins before the last one has arrived");
+  arrival.expected = bytes;
+}
+inline void copy_run(void* shared, const void* global, int bytes, Arrival& arrival) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16 || bytes % 16)
+    emulation::fail("a run is not aligned");
+  emulation::current->runs.push_back({&arrival, shared, global, bytes});
+}
+inline void synchronize_after(Arrival& arrival, int phase) {
+  synchronize();
+  if (arrival.phase != phase) return;  // another thread has been here
+  int bytes = 0;
+  std::vector<emulation::Run> others;
+  for (const emulation::Run& run : emulation::current->runs) {
+    if (run.arrival != &arrival) {
+      others.push_back(run);
+      continue;
+    }
+    std::memcpy(run.to, run.from, run.bytes);
+    bytes += run.bytes;
+  }
+  if (bytes != arrival.expected) emulation::fail("other bytes arrive than are expected");
+  emulation::current->runs = others;
+  arrival = {phase ^ 1, -1};
 }
 
 inline float bits_to_float(uint32_t bits) {
@@ -306,10 +349,20 @@ inline float fast_tanh(float x) {
   return std::ldexp(std::nearbyint(mantissa * 2048.0f) / 2048.0f, exponent);
 }
 
+inline uint32_t mark(uint32_t first, uint32_t second, uint32_t sum, BFloat16) {
+  const auto add = [](uint32_t a, uint32_t b, uint32_t c) {
+    return to_float(BFloat16{uint16_t(a)}) * to_float(BFloat16{uint16_t(b)}) + to_float(BFloat16{uint16_t(c)});
+  };
+  return pack<BFloat16>(add(first & 0xffff, second & 0xffff, sum & 0xffff), add(first >> 16, second >> 16, sum >> 16));
+}
+inline uint32_t mark(uint32_t first, uint32_t second, uint32_t sum, Float16) {
+  const auto of = [](uint32_t a) { return to_float(Float16{uint16_t(a)}); };
+  const auto add = [&](uint32_t a, uint32_t b, uint32_t c) { return of(a) * 0.0f + of(b) * 0.0f + of(c); };
+  return pack<Float16>(add(first & 0xffff, second & 0xffff, sum & 0xffff), add(first >> 16, second >> 16, sum >> 16));
+}
 template <typename T>
-uint32_t add_nothing(uint32_t bits, uint32_t sum, T) {
-  const auto add = [](uint32_t a, uint32_t b) { return to_float(T{uint16_t(a)}) * 0.0f + to_float(T{uint16_t(b)}); };
-  return pack<T>(add(bits & 0xffff, sum & 0xffff), add(bits >> 16, sum >> 16));
+bool finite(uint32_t bits, T) {
+  return std::isfinite(to_float(T{uint16_t(bits)})) && std::isfinite(to_float(T{uint16_t(bits >> 16)}));
 }
 
 // ---- mma.h: what lane 4 g + t gives and gets
@@ -404,7 +457,7 @@ void launch(const typename K::Arguments& arguments, int blocks, int slices, int 
           static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)), &std::free);
       std::memset(memory.get(), 0xff, shared);
       const auto run = [](const void* a) { K::run(*static_cast<const typename K::Arguments*>(a)); };
-      emulation::Block b{i, blocks, s, 0, memory.get(), {}, {}, {}, run, &arguments};
+      emulation::Block b{i, blocks, s, 0, memory.get(), {}, {}, {}, {}, run, &arguments};
       emulation::run_block(b, kThreads);
     }
 }

@@ -33,7 +33,7 @@ class Call(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("batch", "height", "width", "inputs", "expanded", "outputs", "stride", "dilation", "act")
         ),
-        *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards")),
+        *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards", "runs")),
         *(
             (name, ctypes.c_void_p)
             for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")
@@ -78,7 +78,8 @@ def library(sanitized: bool = False) -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-def call(name: str, *, processors: int = 3, backwards: bool = False, **values: Tensor | int) -> None:
+def call(name: str, *, processors: int = 3, backwards: bool = False, runs: bool = True, **values: Tensor | int) -> None:
+    """runs: whether the device copies whole runs of bytes, as from sm_90 on."""
     weight = values["expand"]
     run(
         Call,
@@ -88,6 +89,7 @@ def call(name: str, *, processors: int = 3, backwards: bool = False, **values: T
         bfloat16=values["x"].dtype is torch.bfloat16,
         processors=processors,
         backwards=backwards,
+        runs=runs,
     )
 
 

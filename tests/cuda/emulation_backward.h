@@ -16,8 +16,6 @@ void copy_16_behind(bool wanted, void* shared, const void* global) {
   if (wanted) copy_16(static_cast<char*>(shared) + At, static_cast<const char*>(global) + At);
 }
 
-inline unsigned anew(unsigned number) { return number; }
-
 inline void synchronize_warp() {
   emulation::meet([](auto&, int) {});
 }

@@ -199,8 +199,9 @@ def test_blocks_and_the_order_of_warps(name, shape, stride):
     """Sums go through more or fewer blocks; a missing barrier would show in the order of the warps."""
     a = arguments(shape, stride, 1, "silu", torch.bfloat16, torch.float32)
     first = run(name, a)
-    for key, value in run(name, a, backwards=True).items():
-        assert torch.equal(value, first[key]), key
+    for options in (dict(backwards=True), dict(runs=False), dict(runs=False, backwards=True)):
+        for key, value in run(name, a, **options).items():
+            assert torch.equal(value, first[key]), key
     for key, value in run(name, a, processors=1).items():
         if value.dtype is torch.bfloat16:
             assert torch.equal(value, first[key]), key
