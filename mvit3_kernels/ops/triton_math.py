@@ -92,25 +92,6 @@ def add_rounded(x, y):
     return y
 
 
-_ROUND_TWO = tl.constexpr("""{
-    .reg .b32 two;
-    cvt.rn.bf16x2.f32 two, $3, $2;
-    shl.b32 $0, two, 16;
-    and.b32 $1, two, 0xFFFF0000;
-}""")
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """Float32 `x` as it is stored in DTYPE, in float32; of a tile, whose numbers are rounded two at a time where Triton
-    would convert them one by one, since each is used by itself."""
-    if tl.bfloat16 == DTYPE and _for_nvidia():
-        x = tl.inline_asm_elementwise(_ROUND_TWO, "=r,=r,r,r", [x], tl.float32, is_pure=True, pack=2)
-    else:
-        x = x.to(DTYPE).to(tl.float32)
-    return x
-
-
 @triton.jit
 def _silu(z, DTYPE: tl.constexpr):
     if tl.bfloat16 == DTYPE:
