@@ -165,7 +165,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "separable_attention.context_*"): (
         "reads a sample's scores and sums, which the kernel before it left in the second-level cache"
     ),
-    ("pipeline", "separable_attention.parameters_bwd"): _PARTS,
+    ("pipeline", "separable_attention.input_bwd"): (
+        "its last loop reads back, a few rows at a time, the product that it has just left in the caches: product, x"
+        " and a residual of all rows at once would be more than its registers"
+    ),
     ("pipeline", "separable_attention.values_bwd"): _ONE_STAGE,
     ("pipeline", "separable_attention.attend_fwd"): _ONE_STAGE,
     ("pipeline", "feed_forward.*"): _ONE_STAGE,
@@ -184,6 +187,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("floor", "inverted_residual.filter_project"): _CHAIN,
     ("pipeline", "global_representation.attend_fwd"): (
         "reads the tokens of a group in one to four steps, for sums that no product makes"
+    ),
+    ("pipeline", "global_representation.separable_gradient"): _PARTS,
+    ("pipeline", "global_representation.pack"): (
+        "reads the weights of a layer once, in short loops of blocks that run at once: it takes 3 us"
     ),
     ("pipeline", "global_representation.*"): (
         "tokens between two walks are read once for each tile, and were written a moment before, by the same block"

@@ -1,5 +1,5 @@
 """Triton kernels of global_representation: without gradients all layers of a stage and its final norm in one launch;
-with them the launches of a layer, which are those of its ops.
+with them the launches of a layer, which are those of its ops (of separable attention: separable_layer.py).
 
 Without gradients:
 
@@ -57,6 +57,10 @@ from . import (
     separable_kernels,
     spread_kernels,
     weights_of_layer,
+)
+from .separable_layer import (  # noqa: F401 -- launchers are looked up here
+    global_representation_separable_layer_backward,
+    global_representation_separable_layer_forward,
 )
 from .walks import FC1, NORM1, NORM2, QKV, TENSORS
 
@@ -354,7 +358,7 @@ def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
     rest = (*_feed_forward(call, *weights[2:], ffn_seed), call.mean2, call.rstd2, x.new_empty(0))
     ffn = FORMS["feed_forward_backward"].call(dy, call.middle, *norm, *rest)
     norm, linear1, linear2 = parameters(ffn)
-    hidden, dpre = hidden_backward(ffn, dy, weight1, weight2)
+    hidden, dpre, _ = hidden_backward(ffn, dy, weight1, weight2)
     dmiddle, fc1 = Rows.of(call.middle).norm_linear_parts(dpre, norm, linear1, ffn.mean, ffn.rstd, dy, weight1)
     fc2 = rows.second_weight_parts(dy, hidden, linear2, call.ffn_output_dropout, ffn_seed)
     del hidden, dpre
