@@ -174,7 +174,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "separable_attention.context_*"): (
         "reads a sample's scores and sums, which the kernel before it left in the second-level cache"
     ),
-    ("pipeline", "separable_attention.parameters_bwd"): _PARTS,
+    ("pipeline", "separable_attention.input_bwd"): (
+        "its last loop reads back, a few rows at a time, the product that it has just left in the caches: product, x"
+        " and a residual of all rows at once would be more than its registers"
+    ),
     ("pipeline", "separable_attention.values_bwd"): _ONE_STAGE,
     ("pipeline", "separable_attention.attend_fwd"): _ONE_STAGE,
     ("pipeline", "feed_forward.*"): _ONE_STAGE,
@@ -196,6 +199,10 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.layer_gradient"): _PARTS,
     ("pipeline", "global_representation.layer_products"): _BEHIND,
+    ("pipeline", "global_representation.separable_gradient"): _PARTS,
+    ("pipeline", "global_representation.pack"): (
+        "reads the weights of a layer once, in short loops of blocks that run at once: it takes 3 us"
+    ),
     ("blocks", "global_representation.layer_fwd"): (
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),

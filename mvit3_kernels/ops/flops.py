@@ -75,6 +75,9 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "global_representation": _global_representation,
     "global_representation_spread": _global_representation,
     "global_representation_layer": _layer,
+    "global_representation_separable_layer": lambda call: _linear(
+        _rows(call.x), call.qkv_weight, call.out_weight, call.weight1, call.weight2
+    ),
     "global_representation_norm": lambda call: 0,
     "inverted_residual": _inverted_residual,
     "inverted_residual_filter": _expand_and_filter,

@@ -10,3 +10,11 @@ from torch import Tensor
 def values_per_channel(x: Tensor) -> int:
     """B * H * W of a map (B, H, W, C)."""
     return math.prod(x.shape[:-1])
+
+
+MOST_SAMPLE_PARTS = 128  # parts that a sample is measured in, which every program that needs its moments joins
+
+
+def most_sample_parts(rows: int) -> int:
+    """Of a sample of so many rows, of at least 16 each."""
+    return min(-(-rows // 16), MOST_SAMPLE_PARTS)

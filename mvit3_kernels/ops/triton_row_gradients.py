@@ -53,23 +53,65 @@ def store_norm_gradient(
     store_rows(dx_ptr, at, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
+@triton.jit
+def load_folded(ptr, output, OUT: tl.constexpr, STRIDE: tl.constexpr):
+    """Values `output` of weight @ norm_weight and of weight @ norm_bias, (2, STRIDE), float32, as rows."""
+    scale, shift = load_vector(ptr, output, WIDTH=OUT), load_vector(ptr + STRIDE, output, WIDTH=OUT)
+    return scale[None, :], shift[None, :]
+
+
+@triton.jit
+def load_sample_means(parts_ptr, sample, samples, parts, count):
+    """The means over a sample of g and of g * n, of `count` values, from the sums of parts, (2, samples, parts),
+    float32."""
+    lane = tl.arange(0, 256)
+    total = tl.zeros((256,), tl.float32)
+    product = tl.zeros((256,), tl.float32)
+    at = parts_ptr + sample.to(tl.int64) * parts
+    for first in range(0, parts, 256):
+        valid = first + lane < parts
+        total += tl.load(at + first + lane, mask=valid, other=0.0)
+        product += tl.load(at + samples.to(tl.int64) * parts + first + lane, mask=valid, other=0.0)
+    return tl.sum(total, 0) / count, tl.sum(product, 0) / count
+
+
+@triton.jit
+def store_sample_gradient(
+    residual_ptr, dx_ptr, at, valid, column, grad, normal, rstd, mean_grad, mean_product, C: tl.constexpr
+):  # fmt: skip
+    """What store_norm_gradient writes to one of both tiles, where the means over the sample are known."""
+    residual = load_tile(residual_ptr, at, valid, column, WIDTH=C).to(tl.float32)
+    store_tile(dx_ptr, at, valid, column, rstd * (grad - mean_grad - normal * mean_product) + residual, WIDTH=C)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def input_bwd_kernel(
     dy_ptr, x_ptr, residual_ptr,  # (rows, OUT); (rows, C); (rows, C) or None
     norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr,  # (C,); (OUT, C); (rows,) or, PER_SAMPLE, (samples,), float32
+    known_ptr,  # (2, samples, parts), float32: sums of g and of g * n of each sample, where they are known, or None
     dx_ptr, sums_ptr,  # written: (rows, C); (2, rows), float32, or None
-    rows, rows_per_sample,
+    rows, rows_per_sample, samples, parts,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x where y = norm(x) weight^T: g = norm_weight * (dy weight), then as in store_norm_gradient.
 
-    A program has BLOCK_M rows. It leaves dy weight in dx, rounded as a library's product would hand it to the norm, and
-    reads it again from cache, ROWS rows at a time: the product as it is made, x and a residual would be more than the
-    registers of half a multiprocessor. Reads dy, x and the residual once, the weight once for each program."""
+    A program has BLOCK_M rows, with `known_ptr` of one sample, whose gradient it finishes. It leaves dy weight in dx,
+    rounded as a library's product would hand it to the norm, and reads it again from cache, ROWS rows at a time: the
+    product as it is made, x and a residual would be more than the registers of half a multiprocessor. Reads dy, x and
+    the residual once, the weight once for each program."""
     ROWS: tl.constexpr = min(BLOCK_M, 32)
     lane = tl.arange(0, BLOCK_M)
-    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(0) * BLOCK_M + lane < rows
+    begin_row, end = tl.program_id(0) * BLOCK_M, rows
+    if known_ptr is not None:
+        blocks = tl.cdiv(rows_per_sample, BLOCK_M)
+        sample = tl.program_id(0) // blocks
+        begin_row = sample * rows_per_sample + tl.program_id(0) % blocks * BLOCK_M
+        end = (sample + 1) * rows_per_sample
+        mean_grad, mean_product = load_sample_means(
+            known_ptr, sample, samples, parts, rows_per_sample.to(tl.float32) * C
+        )
+    start, valid = begin_row.to(tl.int64), begin_row + lane < end
     head = tl.zeros((BLOCK_M, HEAD), tl.float32)
     tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for first in range(0, OUT, BLOCK_N):
@@ -87,16 +129,28 @@ def input_bwd_kernel(
     head_scale, tail_scale = load_row_vector(norm_weight_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
     for begin in range(0, BLOCK_M, ROWS):
         at = begin + tl.arange(0, ROWS)
-        token = tl.program_id(0) * BLOCK_M + at
-        here = token < rows
+        token = begin_row + at
+        here = token < end
         mean, rstd = load_row_statistics(mean_ptr, rstd_ptr, token, here, rows_per_sample, PER_SAMPLE=PER_SAMPLE)
         head_grad, tail_grad = load_rows_in_float32(dx_ptr, at, here, C=C, HEAD=HEAD, TAIL=TAIL)
         head_x, tail_x = load_rows_in_float32(x_ptr, at, here, C=C, HEAD=HEAD, TAIL=TAIL)
-        store_norm_gradient(
-            residual_ptr, dx_ptr, sums_ptr, at, token, here, head_grad * head_scale, tail_grad * tail_scale,
-            (head_x - mean) * rstd, (tail_x - mean) * rstd, rstd, rows,
-            PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
-        )  # fmt: skip
+        head_grad, tail_grad = head_grad * head_scale, tail_grad * tail_scale
+        head_normal, tail_normal = (head_x - mean) * rstd, (tail_x - mean) * rstd
+        if known_ptr is not None:
+            head_column, tail_column = row_columns(HEAD=HEAD, TAIL=TAIL)
+            store_sample_gradient(
+                residual_ptr, dx_ptr, at, here, head_column, head_grad, head_normal, rstd,
+                mean_grad, mean_product, C=C,
+            )  # fmt: skip
+            store_sample_gradient(
+                residual_ptr, dx_ptr, at, here, tail_column, tail_grad, tail_normal, rstd,
+                mean_grad, mean_product, C=C,
+            )  # fmt: skip
+        else:
+            store_norm_gradient(
+                residual_ptr, dx_ptr, sums_ptr, at, token, here, head_grad, tail_grad, head_normal, tail_normal,
+                rstd, rows, PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -314,6 +368,36 @@ def add_up_outputs(
     return dnorm_weight, dnorm_bias
 
 
+@triton.jit
+def store_outputs_gradient(
+    product_ptr, sums_ptr,  # parts of dy^T n (OUT, C) and of the sums of dy (OUT,), float32
+    norm_weight_ptr, norm_bias_ptr,  # (C,)
+    dweight_ptr, dbias_ptr,  # written: (OUT, C); (OUT,) or None
+    product_parts, sums_parts,
+    PRODUCT_SIZE: tl.constexpr, PRODUCT_STRIDE: tl.constexpr, SUMS_SIZE: tl.constexpr,
+    OUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """dweight and dbias as in add_up_outputs, of the outputs and columns of a program of the grid (blocks of columns,
+    blocks of outputs). `sums_parts` None: as many as of the product."""
+    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    norm_weight, norm_bias = load_vector(norm_weight_ptr, column, WIDTH=C), load_vector(norm_bias_ptr, column, WIDTH=C)
+    product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_O,), tl.float32)
+    for part in tl.range(0, product_parts, loop_unroll_factor=8):
+        at = product_ptr + part * PRODUCT_SIZE
+        product += load_tile(at, output, output < OUT, column, WIDTH=C, STRIDE=PRODUCT_STRIDE)
+        if sums_parts is None:
+            total += load_vector(sums_ptr + part * SUMS_SIZE, output, WIDTH=OUT)
+    if sums_parts is not None:
+        for part in tl.range(0, sums_parts, loop_unroll_factor=8):
+            total += load_vector(sums_ptr + part * SUMS_SIZE, output, WIDTH=OUT)
+    dweight = product * norm_weight[None, :] + total[:, None] * norm_bias[None, :]
+    store_tile(dweight_ptr, output, output < OUT, column, dweight, WIDTH=C)
+    if dbias_ptr is not None and tl.program_id(0) == 0:
+        store_vector(dbias_ptr, output, total, WIDTH=OUT)
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_linear_gradient_kernel(
     product_ptr, sums_ptr, norm_ptr,  # (parts, OUT, C), (parts, OUT) and (norm_parts, 2, C), float32
@@ -326,17 +410,10 @@ def norm_linear_gradient_kernel(
     normalised_products_kernel wrote. The grid is (blocks of columns, blocks of outputs); the first program of a block
     of columns adds up those of the norm too."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    norm_weight, norm_bias = load_vector(norm_weight_ptr, column, WIDTH=C), load_vector(norm_bias_ptr, column, WIDTH=C)
-    product = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
-    total = tl.zeros((BLOCK_O,), tl.float32)
-    for part in tl.range(0, parts, loop_unroll_factor=8):
-        product += load_tile(product_ptr + part * (OUT * C), output, output < OUT, column, WIDTH=C)
-        total += load_vector(sums_ptr + part * OUT, output, WIDTH=OUT)
-    dweight = product * norm_weight[None, :] + total[:, None] * norm_bias[None, :]
-    store_tile(dweight_ptr, output, output < OUT, column, dweight, WIDTH=C)
-    if dbias_ptr is not None and tl.program_id(0) == 0:
-        store_vector(dbias_ptr, output, total, WIDTH=OUT)
+    store_outputs_gradient(
+        product_ptr, sums_ptr, norm_weight_ptr, norm_bias_ptr, dweight_ptr, dbias_ptr, parts, None,
+        PRODUCT_SIZE=OUT * C, PRODUCT_STRIDE=C, SUMS_SIZE=OUT, OUT=OUT, C=C, BLOCK_C=BLOCK_C, BLOCK_O=BLOCK_O,
+    )  # fmt: skip
     if tl.program_id(1) == 0:
         valid = column < C
         dnorm_weight = load_sums(norm_ptr, norm_parts, column, valid, C=2 * C, BLOCK_C=BLOCK_C)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import sizes
 from .triton_common import (
     at_least_zero,
     dot,
@@ -24,14 +25,15 @@ from .triton_common import (
     store_tile,
 )
 
-# A sample is measured in at most so many parts, which every program that needs its statistics joins for itself.
-MOST_SAMPLE_PARTS = tl.constexpr(32)
+MOST_SAMPLE_PARTS = tl.constexpr(sizes.MOST_SAMPLE_PARTS)
 
 NOT_SPECIALIZED = [
     "rows",
     "rows_per_sample",
     "rows_per_part",
     "parts",
+    "samples",
+    "most_parts",
     "norm_parts",
     "blocks_per_program",
     "eps",
@@ -192,31 +194,59 @@ def sample_statistics_kernel(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def part_statistics_kernel(
     x_ptr,  # (samples * rows_per_sample, C)
-    part_mean_ptr, part_m2_ptr,  # written: (samples, parts), float32
-    rows_per_sample, rows_per_part, parts,
+    moments_ptr,  # written: (3, samples, most_parts), float32
+    rows_per_sample, rows_per_part, parts, most_parts,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of all values of a part of a sample, a program for each. Reads x once."""
+    """Number, mean and sum of squared deviations of all values of a part of a sample, a program for each. Reads x
+    once."""
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     x_ptr += (sample.to(tl.int64) * rows_per_sample + part * rows_per_part) * C
     rows = tl.minimum(rows_per_sample - part * rows_per_part, rows_per_part)
     count, mean, var = _measure(x_ptr, rows, C=C, HEAD=HEAD, TAIL=TAIL, BLOCK_M=BLOCK_M)
-    tl.store(part_mean_ptr + tl.program_id(0), mean)
-    tl.store(part_m2_ptr + tl.program_id(0), var * count)
+    _store_part(moments_ptr, sample, tl.num_programs(0) // parts, part, most_parts, count, mean, var * count)
 
 
 @triton.jit
-def load_sample_statistics(
-    part_mean_ptr, part_m2_ptr, sample, rows_per_sample, rows_per_part, parts, eps, C: tl.constexpr
-):
-    """Mean and 1 / sqrt(variance + eps) of a sample from what part_statistics_kernel wrote."""
+def _store_part(moments_ptr, sample, samples, part, most_parts, count, mean, m2):
+    at, stride = moments_ptr + sample * most_parts + part, samples * most_parts
+    tl.store(at, count)
+    tl.store(at + stride, mean)
+    tl.store(at + 2 * stride, m2)
+
+
+@triton.jit
+def store_moments_of_rows(
+    moments_ptr,  # written: (3, samples, most_parts), float32
+    sample, samples, part, most_parts, head, tail, valid, pivot,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """What part_statistics_kernel finds in rows, from the tiles that are about to be rounded and stored, whose rounding
+    moves a mean of many values by next to nothing; as exact as `pivot` is close to their mean, in standard
+    deviations."""
+    head -= pivot
+    tail -= pivot
+    if HEAD + TAIL > C:
+        head_column, tail_column = row_columns(HEAD=HEAD, TAIL=TAIL)
+        head = tl.where((head_column < C)[None, :], head, 0.0)
+        tail = tl.where((tail_column < C)[None, :], tail, 0.0)
+    count = tl.sum(valid.to(tl.float32), 0) * C
+    total = tl.sum(tl.where(valid, tl.sum(head, 1) + tl.sum(tail, 1), 0.0), 0)
+    squares = tl.sum(tl.where(valid, tl.sum(head * head, 1) + tl.sum(tail * tail, 1), 0.0), 0)
+    offset = total / tl.maximum(count, 1.0)
+    m2 = at_least_zero(squares - count * offset * offset)
+    _store_part(moments_ptr, sample, samples, part, most_parts, count, pivot + offset, m2)
+
+
+@triton.jit
+def load_sample_statistics(moments_ptr, sample, samples, parts, most_parts, eps):
+    """Mean and 1 / sqrt(variance + eps) of a sample from the moments of its parts."""
     part = tl.arange(0, MOST_SAMPLE_PARTS)
-    valid = part < parts
-    at = sample * parts + part
-    rows = tl.where(valid, tl.minimum(rows_per_sample - part * rows_per_part, rows_per_part), 0)
-    mean = tl.load(part_mean_ptr + at, mask=valid, other=0.0)
-    m2 = tl.load(part_m2_ptr + at, mask=valid, other=0.0)
-    total, mean, m2 = merge_moments(rows.to(tl.float32) * C, mean[:, None], m2[:, None])
+    at, stride = moments_ptr + sample * most_parts + part, samples * most_parts
+    count = tl.load(at, mask=part < parts, other=0.0)
+    mean = tl.load(at + stride, mask=part < parts, other=0.0)
+    m2 = tl.load(at + 2 * stride, mask=part < parts, other=0.0)
+    total, mean, m2 = merge_moments(count, mean[:, None], m2[:, None])
     return tl.sum(mean, 0), inverse_std(tl.sum(m2, 0) / total, eps)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import triton_row_gradients as gradients
 from . import triton_row_kernels as kernels
 from . import tuning
+from .sizes import most_sample_parts
 from .triton_common import (
     MOST_FEW_ROWS,
     contiguous,
@@ -43,6 +44,8 @@ def products_configurations(rows: Rows, outputs: int, more: str) -> list[dict[st
     # (separable_attention).
     stages = 1 if short and not rows.from_shared_memory else 2
     first = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": stages}
+    if more == "column" and rows.width() > 384:  # 32 spill a few bytes where the norm's share is added up as well
+        first["BLOCK_M"] = 16
     others = ({"num_stages": 3 - stages}, {"num_warps": 4}, {"BLOCK_M": 16}, {"BLOCK_M": 64, "num_stages": 1})
     if short and rows.from_shared_memory:
         # of 129 to 192 outputs three blocks of 64 are less than two of 128
@@ -157,30 +160,62 @@ class Rows(NamedTuple):
                 )
         return mean, rstd
 
-    def part_statistics(self) -> tuple[Tensor, Tensor, int, int]:
-        """Samples measured in parts, as many as fill the GPU: means and sums of squared deviations, (samples * parts,),
-        then the rows of a part and the number of parts."""
-        samples = self.rows // self.rows_per_sample
-        programs = min(2 * multiprocessors(self.x) // samples, kernels.MOST_SAMPLE_PARTS.value)
-        parts, rows_per_part = split_rows(self.rows_per_sample, programs, 32)
-        mean, m2 = (self.float32(samples * parts) for _ in range(2))
+    def samples(self) -> int:
+        return self.x.shape[0]
+
+    def within_samples(self, config: dict[str, int]) -> dict[str, int]:
+        """A configuration for programs with rows of one sample: half as many where a sample has no more."""
+        halve = config["BLOCK_M"] == 128 and self.rows_per_sample <= 64
+        return config | {"BLOCK_M": 64, "num_warps": 4} if halve else config
+
+    def programs_of_samples(self, block: int) -> int:
+        """Of `block` rows of one sample."""
+        return self.samples() * triton.cdiv(self.rows_per_sample, block)
+
+    def moments(self) -> Tensor:
+        """Room for the moments of parts of each sample, as many as there may be."""
+        return self.float32(3, self.samples(), most_sample_parts(self.rows_per_sample))
+
+    def part_statistics(self) -> tuple[Tensor, int]:
+        """Samples measured in parts, as many as fill the GPU: their `moments`, and the number of parts."""
+        samples, moments = self.samples(), self.moments()
+        programs = min(8 * multiprocessors(self.x) // samples, moments.shape[2])
+        # short parts only until there are two for each multiprocessor
+        few = min(2 * multiprocessors(self.x) // samples, moments.shape[2])
+        parts, rows_per_part = max(
+            split_rows(self.rows_per_sample, few, 32), split_rows(self.rows_per_sample, programs, 256)
+        )
         with on_device(self.x):
             kernels.part_statistics_kernel[(samples * parts,)](
-                self.x, mean, m2, self.rows_per_sample, rows_per_part, parts, **self.tiles, BLOCK_M=32, num_warps=8
-            )
-        return mean, m2, rows_per_part, parts
+                self.x, moments, self.rows_per_sample, rows_per_part, parts, moments.shape[2],
+                **self.tiles, BLOCK_M=32, num_warps=8,
+            )  # fmt: skip
+        return moments, parts
 
     def input_gradient(
-        self, dy: Tensor, residual: Tensor | None, norm: LayerNorm, weight: Tensor, mean: Tensor, rstd: Tensor
+        self,
+        dy: Tensor,
+        residual: Tensor | None,
+        norm: LayerNorm,
+        weight: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        known: Tensor | None = None,
     ) -> Tensor:
-        """The gradient of x where `dy` is that of weight @ norm(x), and that of a residual on top."""
+        """The gradient of x where `dy` is that of weight @ norm(x), and that of a residual on top. `known`: the sums of
+        each sample that its norm's gradient needs, in parts, (2, samples, parts), float32."""
         dx = torch.empty_like(self.x)
         if not self.rows:
             return dx
         config = input_configuration(self, weight.shape[0])
-        sums = self.float32(2, self.rows) if norm.per_sample else None
-        gradients.input_bwd_kernel[(triton.cdiv(self.rows, config["BLOCK_M"]),)](
-            dy, self.x, residual, norm.weight, weight, mean, rstd, dx, sums, self.rows, self.rows_per_sample,
+        sums = self.float32(2, self.rows) if norm.per_sample and known is None else None
+        programs, parts = triton.cdiv(self.rows, config["BLOCK_M"]), 0
+        if known is not None:
+            config = self.within_samples(config)
+            programs, parts = self.programs_of_samples(config["BLOCK_M"]), known.shape[2]
+        gradients.input_bwd_kernel[(programs,)](
+            dy, self.x, residual, norm.weight, weight, mean, rstd, known, dx, sums,
+            self.rows, self.rows_per_sample, self.samples(), parts,
             PER_SAMPLE=norm.per_sample, OUT=weight.shape[0], **self.tiles, **config,
         )  # fmt: skip
         if sums is not None:
@@ -271,13 +306,14 @@ class Rows(NamedTuple):
         rstd: Tensor,
         residual: Tensor | None = None,
         rounded: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> tuple[Tensor, Parts]:
         """The gradient of x, and what norm_linear_gradient_kernel makes those of the parameters of."""
         norm = norm._replace(weight=norm.weight.contiguous(), bias=norm.bias.contiguous())
         with on_device(self.x):
             if rounded is None:
                 (rounded,) = multiplied(self.x, linear.weight)
-            dx = self.input_gradient(dy, residual, norm, rounded, mean, rstd)
+            dx = self.input_gradient(dy, residual, norm, rounded, mean, rstd, known)
             sums = self.normalised_products(dy, mean, rstd, norm.per_sample, weight=rounded)
         written = tuple(gradient_like(t) for t in (norm.weight, norm.bias, *linear))
         return dx, Parts((*sums, norm.weight, norm.bias, *written), (len(sums[0]), len(sums[2])), 4)

@@ -223,7 +223,41 @@ class TestLayers(TritonResults):
         ):
             assert reason in refusal({**arguments, "layers": [first, other]}, OP.LAYERWISE, True)
         assert "gradients" in refusal(arguments, OP.LAYERWISE, False)
-        assert "separable" in refusal({**arguments, "num_heads": None}, OP.LAYERWISE, True)
+        assert refusal({**arguments, "num_heads": None}, OP.LAYERWISE, True) is None
+
+
+class TestSeparableLayers(TestLayers):
+    """Layers of separable attention in training, the second of which is told the moments of what the first wrote."""
+
+    shapes = ((2, 6, 8, 18, 10),)
+    options = {
+        "per-sample": {"per_sample": True, "layers": 2, "conv": True},
+        "dropouts": {
+            "per_sample": True,
+            "layers": 2,
+            "patch_size": (1, 2),
+            "dropouts": (0.2, 0.3, 0.4),
+            "ffn_dropout": 0.1,
+            "bias": False,
+        },
+        "per-token": {"layers": 1, "patch_size": (3, 2), "final": False, "dropouts": (0.2, 0.0, 0.0)},
+    }
+    test_what_runs_as_ops = None
+
+    @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+    def test_large_means(self, kind):
+        """Blocks of several groups and groups of several blocks, of samples whose mean is many deviations from 0. In 16
+        bits of y alone: what the first layer's output is rounded by makes values of the second change their sign in
+        front of ReLU, whose gradients jump, in the reference as here."""
+        for sizes, patch in (((2, 6, 8, 18, 10), (2, 2)), ((1, 10, 14, 33, 20), (1, 1))):
+            arguments = self.arguments(Draw(), *sizes, per_sample=True, layers=2, patch_size=patch)
+            arguments["x"] += 20
+            arguments = mapped(arguments, lambda _, t: t.to(kind).double())
+            given = (("triton", kind), ("reference", kind), ("reference", torch.float64))
+            found = [self.results(name, arguments, dtype) for name, dtype in given]
+            if kind is not torch.float32:
+                found = [{"y": results["y"]} for results in found]
+            assert_bound(*found, half_a_rounding(kind))
 
 
 def in_half(arguments):

@@ -36,14 +36,19 @@ def registered_layer(arguments):
     parameters = [t for norm_or_linear in layer for t in norm_or_linear[:2]]
     eps, per_sample = layer.norm1[2:]
     settings = (per_sample, num_heads, *patch_size, attention, hidden, output, output if ffn is None else ffn, seed)
-    forms = [("layer", (x, *parameters, eps, *settings), (x, *parameters), settings)]
+    if num_heads is None:
+        settings = (per_sample, *settings[2:])
+        forms = [("separable_layer", (x, *parameters, eps, *settings, None), (x, *parameters), settings)]
+    else:
+        forms = [("layer", (x, *parameters, eps, *settings), (x, *parameters), settings)]
     if norm is not None and not per_sample:
         forms.append(("norm", (x, *norm[:3]), (x, *norm[:2]), ()))
     for name, inputs, given, rest in forms:
         op = getattr(torch.ops.mvit3, f"global_representation_{name}_forward")
         yield op.default, inputs
+        kept_of_forward = None if name != "separable_layer" else -1  # the moments of y are for the next layer
         with FakeTensorMode(allow_non_fake_inputs=True) if x.is_meta else nullcontext():
-            _, *kept = op(*inputs)
+            kept = op(*inputs)[1:kept_of_forward]
         kept = [torch.empty_like(t, device="meta") for t in kept] if x.is_meta else kept
         backward = getattr(torch.ops.mvit3, f"global_representation_{name}_backward")
         yield backward.default, (torch.ones_like(x), *given, *kept, *rest)
@@ -147,7 +152,7 @@ class TestLayerTriton(TritonKernel):
         Case(90, BF16, (4, 8, 8, 144, 288), TRAINING),
         Case(86, F16, (4, 8, 8, 240, 480), TRAINING),
     )
-    # in the tests of the ops of a layer, but for the interpreter, which the class above runs
+    # in the tests of the ops of a layer, but for the interpreter, which the first class runs
     test_interpreter = test_compiles_without_a_graph_break = test_one_binary_for_every_map_size = None
 
     def test_weights_are_rounded_once(self):
@@ -158,3 +163,35 @@ class TestLayerTriton(TritonKernel):
             self.launched(case, arguments, compiling=False)
         launched = [name for name in counted.names if name in ("aten::_foreach_copy_", "aten::mm", *OTHERS)]
         assert launched == ["aten::_foreach_copy_", "aten::mm"]
+
+
+SEPARABLE = {"per_sample": True, "layers": 1, "conv": True}
+
+
+@needs_triton
+class TestSeparableLayerTriton(TritonKernel):
+    """The kernels of a layer of separable attention in training."""
+
+    op = staticmethod(global_representation)
+    arguments = staticmethod(arguments)
+    registered = staticmethod(registered_layer)
+    cases = (
+        Case(90, BF16, (4, 32, 32, 128, 256), SEPARABLE),
+        Case(90, BF16, (4, 16, 16, 192, 384), SEPARABLE),
+        Case(90, F16, (4, 8, 8, 256, 512), SEPARABLE),
+        Case(90, BF16, (4, 8, 8, 128, 256), SEPARABLE | {"dropouts": (0.1, 0.1, 0.1)}),
+        Case(90, BF16, (4, 16, 16, 192, 384), {"layers": 1, "dropouts": (0.1, 0.0, 0.1), "bias": False}),
+        Case(80, BF16, (4, 8, 8, 192, 384), SEPARABLE),
+        Case(86, F32, (4, 8, 8, 96, 192), SEPARABLE),
+    )
+    larger = (3, 18, 22, 128, 256)
+    alone = (90,)
+    # in the tests of the ops of a layer, but for the interpreter, which the first class runs
+    test_interpreter = test_compiles_without_a_graph_break = None
+
+    def test_nothing_else_is_launched(self):
+        """No copies of weights, no additions of residuals, no measuring of what a launch before wrote."""
+        with Counted() as counted:
+            kernels = self.launched(self.cases[0], self.make(self.cases[0], "meta"), compiling=False)
+        assert not [name for name in counted.names if name in ("aten::_foreach_copy_", "aten::mm", *OTHERS)]
+        assert len(kernels.grids) == 6 + 11

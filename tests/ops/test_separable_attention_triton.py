@@ -30,3 +30,4 @@ class TestSeparableAttentionTriton(TritonKernel):
         Case("gfx942", F16, (2, 8, 8, 512, (2, 2))),
     )
     larger = (3, 18, 22, 128, (2, 2))
+    alone = (90,)

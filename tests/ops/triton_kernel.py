@@ -111,7 +111,7 @@ class TritonKernel:
             for op, inputs in self.registered(arguments):
                 name = op._schema.name.removeprefix("mvit3::")
                 package = name.rpartition("_")[0]  # <op>_<pass>, or <op>_<part>_<pass>
-                package = package.removesuffix("_layer").removesuffix("_norm")
+                package = package.removesuffix("_layer").removesuffix("_norm").removesuffix("_separable")
                 module = importlib.import_module(f"mvit3_kernels.ops.{package}.triton")
                 getattr(module, name)(FORMS[name].call(*inputs))
         assert kernels.grids

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
+from ..sizes import most_sample_parts
 from ..triton_common import (
     SILU,
     activate,
@@ -31,6 +32,7 @@ from ..triton_common import (
     store_tile,
 )
 from ..triton_math import opaque
+from ..triton_row_gradients import load_folded
 from ..triton_row_kernels import (
     NOT_SPECIALIZED,
     add_columns_product,
@@ -38,11 +40,14 @@ from ..triton_row_kernels import (
     load_row_vector,
     load_rows,
     load_rows_in_float32,
+    load_sample_statistics,
     load_weight,
     measure_and_normalise_rows,
     multiply_by_columns,
     multiply_rows,
+    normalise,
     normalise_rows,
+    store_moments_of_rows,
     store_rows,
 )
 from ..triton_rows import Rows
@@ -115,29 +120,47 @@ def _feed_forward_fwd_kernel(
     hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
     y_ptr,  # written: (rows, C), like x
     mean_ptr, rstd_ptr,  # (rows,), written, or, PER_SAMPLE, (samples,), read; float32
-    rows, rows_per_sample, eps, hidden_keep, hidden_scale, output_keep, output_scale,
+    moments_ptr,  # (3, samples, most_parts), float32: of the samples of x, whose statistics are written then, or None
+    next_ptr,  # written: the same of y, in blocks of rows
+    rows, rows_per_sample, samples, parts, most_parts, eps, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """y = x + dropout(dropout(SiLU(norm(x) weight1^T + bias1)) weight2^T + bias2).
 
-    A program has BLOCK_M rows. It leaves norm(x) in y, ROWS rows at a time, and reads it as one operand from there:
-    normalised rows in registers would be multiplied from registers, which a program has not. Reads x once and again
-    from cache, and both weights once for each program."""
+    A program has BLOCK_M rows, with `moments_ptr` of one sample. It leaves norm(x) in y, ROWS rows at a time, and reads
+    it as one operand from there: normalised rows in registers would be multiplied from registers, which a program has
+    not. Reads x once and again from cache, and both weights once for each program."""
     ROWS: tl.constexpr = min(BLOCK_M, 64)
     lane = tl.arange(0, BLOCK_M)
-    row = tl.program_id(0) * BLOCK_M + lane
-    start, valid = tl.program_id(0).to(tl.int64) * BLOCK_M, row < rows
+    begin_row, end = tl.program_id(0) * BLOCK_M, rows
+    if moments_ptr is not None:
+        blocks = tl.cdiv(rows_per_sample, BLOCK_M)
+        sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+        begin_row, end = sample * rows_per_sample + block * BLOCK_M, (sample + 1) * rows_per_sample
+        sample_mean, sample_rstd = load_sample_statistics(moments_ptr, sample, samples, parts, most_parts, eps)
+        if block == 0:
+            tl.store(mean_ptr + sample, sample_mean)
+            tl.store(rstd_ptr + sample, sample_rstd)
+    row = begin_row + lane
+    start, valid = begin_row.to(tl.int64), row < end
     x_ptr += start * C
     y_ptr += start * C
     for begin in range(0, BLOCK_M, ROWS):
         at = begin + tl.arange(0, ROWS)
-        token = tl.program_id(0) * BLOCK_M + at
-        head_rows, tail_rows = measure_and_normalise_rows(
-            x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, at, token, token < rows, rows_per_sample, eps,
-            PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
-        )  # fmt: skip
-        store_rows(y_ptr, at, token < rows, head_rows, tail_rows, C=C, HEAD=HEAD, TAIL=TAIL)
+        token = begin_row + at
+        if moments_ptr is not None:
+            head_x, tail_x = load_rows_in_float32(x_ptr, at, token < end, C=C, HEAD=HEAD, TAIL=TAIL)
+            head_rows, tail_rows = normalise(
+                head_x, tail_x, sample_mean, sample_rstd, norm_weight_ptr, norm_bias_ptr,
+                DTYPE=x_ptr.dtype.element_ty, C=C, HEAD=HEAD, TAIL=TAIL,
+            )  # fmt: skip
+        else:
+            head_rows, tail_rows = measure_and_normalise_rows(
+                x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, at, token, token < end, rows_per_sample, eps,
+                PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
+            )  # fmt: skip
+        store_rows(y_ptr, at, token < end, head_rows, tail_rows, C=C, HEAD=HEAD, TAIL=TAIL)
     tl.debug_barrier()
     head_normed, tail_normed = load_rows(y_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL)
     if output_seed_ptr is None:
@@ -156,7 +179,8 @@ def _feed_forward_fwd_kernel(
         hidden = hidden.to(head_normed.dtype)
         head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
     lane = opaque(tl.arange(0, BLOCK_M))  # anew, for the loop has no registers to keep rows and which are valid
-    row = tl.program_id(0) * BLOCK_M + lane
+    row = begin_row + lane
+    valid = row < end
     head_bias, tail_bias = load_row_vector(bias2_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
     head += head_bias
     tail += tail_bias
@@ -165,10 +189,16 @@ def _feed_forward_fwd_kernel(
             head, tail, output_seed_ptr, row, rows_per_sample, output_keep, output_scale,
             SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip
-        head_x, tail_x = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
-        head += head_x
-        tail += tail_x
-    store_rows(y_ptr, lane, row < rows, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+        head_again, tail_again = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
+        head += head_again
+        tail += tail_again
+    store_rows(y_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+    if next_ptr is not None:
+        # the pivot is the mean of the first part of x
+        store_moments_of_rows(
+            next_ptr, sample, samples, block, most_parts, head, tail, valid,
+            tl.load(moments_ptr + (samples + sample) * most_parts), C=C, HEAD=HEAD, TAIL=TAIL,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -176,8 +206,10 @@ def _hidden_bwd_kernel(
     dy_ptr, x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # (C,), (C,), (F, C), (F,) or None, (C, F)
     mean_ptr, rstd_ptr,  # (rows,) or, PER_SAMPLE, (samples,), float32
+    folded_ptr,  # (2, F), float32: weight1 times the norm's weight and bias, or None
     hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
     hidden_ptr, dpre_ptr,  # written: (rows, F), like x
+    known_ptr,  # written with folded_ptr: (2, rows), float32
     rows, rows_per_sample, blocks_per_program, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -185,6 +217,10 @@ def _hidden_bwd_kernel(
     """hidden = dropout(SiLU(pre)) once more, where pre = norm(x) weight1^T + bias1, and the gradient of pre,
 
         dpre = SiLU'(pre) * dropout(dropout(dy) weight2)
+
+    and, with `folded_ptr`, what the gradient of a norm of samples needs of g = norm_weight * (dpre weight1): the sums
+    over each row of g and of g * n, for normalised rows n, as those of dpre * (weight1 norm_weight) and of dpre times
+    weight1 (n * norm_weight), which is pre without bias1 and weight1 norm_bias.
 
     A program has BLOCK_M rows. Reads dy and x once, both weights once for each program; writes hidden and dpre once."""
     lane = tl.arange(0, BLOCK_M)
@@ -201,12 +237,15 @@ def _hidden_bwd_kernel(
             output_keep, output_scale, SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip
         head_dy, tail_dy = head_grad.to(head_dy.dtype), tail_grad.to(tail_dy.dtype)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    product = tl.zeros((BLOCK_M,), tl.float32)
     begin = tl.program_id(1) * blocks_per_program
     for block in range(begin, tl.minimum(begin + blocks_per_program, tl.cdiv(F, BLOCK_F))):
         first = block * BLOCK_F
         column = first + tl.arange(0, BLOCK_F)
         head_weight, tail_weight = load_weight(weight1_ptr, column, head, C=C, OUT=F, HEAD=HEAD, TAIL=TAIL)
-        pre = multiply_rows(head, tail, head_weight, tail_weight) + load_vector(bias1_ptr, column, WIDTH=F)[None, :]
+        linear = multiply_rows(head, tail, head_weight, tail_weight)
+        pre = linear + load_vector(bias1_ptr, column, WIDTH=F)[None, :]
         hidden = activate(pre, ACT=SILU, DTYPE=head.dtype)
         dhidden = multiply_by_columns(head_dy, tail_dy, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
         if hidden_seed_ptr is not None:
@@ -217,14 +256,15 @@ def _hidden_bwd_kernel(
                 dhidden, hidden_seed_ptr, row, column, rows_per_sample, hidden_keep, hidden_scale, SITE=0, WIDTH=F
             )
         store_tile(hidden_ptr + start * F, lane, valid, column, hidden, WIDTH=F)
-        store_tile(
-            dpre_ptr + start * F,
-            lane,
-            valid,
-            column,
-            activate_backward(dhidden, pre, ACT=SILU, DTYPE=head.dtype),
-            WIDTH=F,
-        )
+        dpre = activate_backward(dhidden, pre, ACT=SILU, DTYPE=head.dtype)
+        store_tile(dpre_ptr + start * F, lane, valid, column, dpre, WIDTH=F)
+        if folded_ptr is not None:
+            scale, shift = load_folded(folded_ptr, column, OUT=F, STRIDE=F)
+            total += tl.sum(dpre * scale, 1)
+            product += tl.sum(dpre * (linear - shift), 1)
+    if folded_ptr is not None:
+        tl.store(known_ptr + row, total, mask=valid)
+        tl.store(known_ptr + rows + row, product, mask=valid)
 
 
 def _dropouts(call: Call) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
@@ -239,21 +279,49 @@ def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     the hidden tensor."""
     if call.keep:
         raise ValueError("keep: the backward pass computes the hidden tensor again, it must be False")
+    rows = Rows.of(call.x)
+    y, mean, rstd, _ = feed(call, rows.weights(call.weight1, call.weight2))
+    return y, mean, rstd, call.x.new_empty(0)
+
+
+def feed(
+    call: Call, weights: tuple[Tensor, Tensor], moments: tuple[Tensor, int] | None = None, wanted: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Launches the forward pass with both weights as they are multiplied: y, mean, rstd. `moments`: of the samples of
+    x in parts, as of part_statistics_kernel, and their number; if `wanted`, also those of y, in `parts_of_samples`."""
     rows, hidden = Rows.of(call.x), call.weight1.shape[0]
     y = torch.empty_like(rows.x)
-    mean, rstd = rows.statistics(call.eps, call.per_sample)
+    (seeds, dropouts), config = _dropouts(call), _forward_configuration(call, moments is not None)
+    if moments is None:
+        (mean, rstd), most = rows.statistics(call.eps, call.per_sample), 0
+        measured, parts, programs = None, 0, triton.cdiv(rows.rows, config["BLOCK_M"])
+    else:
+        (mean, rstd), most = (rows.float32(rows.samples()) for _ in range(2)), moments[0].shape[2]
+        (measured, parts), programs = moments, rows.programs_of_samples(config["BLOCK_M"])
+    found = rows.moments() if wanted else None
     if rows.rows:
-        seeds, dropouts = _dropouts(call)
-        config = configuration("fwd", rows, hidden, any(t is not None for t in seeds))
         norm_weight, norm_bias, bias1, bias2 = contiguous(call.norm_weight, call.norm_bias, call.bias1, call.bias2)
-        weight1, weight2 = rows.weights(call.weight1, call.weight2)
         with on_device(rows.x):
-            _feed_forward_fwd_kernel[(triton.cdiv(rows.rows, config["BLOCK_M"]),)](
-                rows.x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, *seeds, y, mean, rstd,
-                rows.rows, rows.rows_per_sample, call.eps, *dropouts,
-                PER_SAMPLE=call.per_sample, F=hidden, **rows.tiles, **config,
+            _feed_forward_fwd_kernel[(programs,)](
+                rows.x, norm_weight, norm_bias, weights[0], bias1, weights[1], bias2, *seeds, y, mean, rstd, measured,
+                found, rows.rows, rows.rows_per_sample, rows.samples(), parts, most,
+                call.eps, *dropouts, PER_SAMPLE=call.per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip
-    return y, mean, rstd, call.x.new_empty(0)
+    return y, mean, rstd, found
+
+
+def _forward_configuration(call: Call, of_samples: bool) -> dict[str, int]:
+    """`of_samples`: a program's rows are of one sample."""
+    rows, drops = Rows.of(call.x), call.hidden_dropout > 0 or call.output_dropout > 0
+    config = configuration("fwd", rows, call.weight1.shape[0], drops)
+    return rows.within_samples(config) if of_samples else config
+
+
+def parts_of_samples(call: Call) -> int:
+    """In how many parts `feed` finds the moments of each sample; 0: in too many, or the norm is of tokens."""
+    rows = Rows.of(call.x)
+    parts = triton.cdiv(rows.rows_per_sample, _forward_configuration(call, True)["BLOCK_M"])
+    return parts if call.per_sample and parts <= most_sample_parts(rows.rows_per_sample) else 0
 
 
 def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
@@ -262,7 +330,7 @@ def feed_forward_backward(call: Call) -> tuple[Tensor, ...]:
     rows, dy = Rows.of(call.x), call.dy.contiguous()
     norm, linear1, linear2 = parameters(call)
     weight1, weight2 = multiplied(rows.x, call.weight1, call.weight2)
-    hidden, dpre = hidden_backward(call, dy, weight1, weight2)
+    hidden, dpre, _ = hidden_backward(call, dy, weight1, weight2)
     return (
         *rows.norm_linear_backward(dpre, norm, linear1, call.mean, call.rstd, dy, weight1),
         *rows.second_weight_backward(dy, hidden, linear2, call.output_dropout, call.seed),
@@ -275,21 +343,26 @@ def parameters(call: Call) -> tuple[LayerNorm, Linear, Linear]:
     return norm, Linear(call.weight1, call.bias1), Linear(call.weight2, call.bias2)
 
 
-def hidden_backward(call: Call, dy: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, Tensor]:
+def hidden_backward(
+    call: Call, dy: Tensor, weight1: Tensor, weight2: Tensor, folded: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The hidden tensor after its dropout, and the gradient of it before its activation, (rows, F), for both weights as
-    `multiplied`."""
+    `multiplied`. With weight1 times the norm's weight and bias, `folded` (2, F), also the sums over each sample that
+    the gradient of its norm needs, in parts, (2, samples, parts)."""
     rows, features = Rows.of(call.x), weight1.shape[0]
     norm_weight, norm_bias, bias1 = contiguous(call.norm_weight, call.norm_bias, call.bias1)
     seeds, dropouts = _dropouts(call)
     config = configuration("bwd", rows, features, any(t is not None for t in seeds))
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
+    known = None if folded is None else rows.float32(2, rows.samples(), rows.rows_per_sample)
     if rows.rows:
         blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(features, config["BLOCK_F"])
-        per_program = rows.shares(blocks, pieces)
+        # sums over all hidden channels of a row are those of one program
+        per_program = rows.shares(blocks, pieces) if known is None else pieces
         with on_device(rows.x):
             _hidden_bwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
-                dy, rows.x, norm_weight, norm_bias, weight1, bias1, weight2, call.mean, call.rstd, *seeds, hidden, dpre,
-                rows.rows, rows.rows_per_sample, per_program, *dropouts,
+                dy, rows.x, norm_weight, norm_bias, weight1, bias1, weight2, call.mean, call.rstd, folded,
+                *seeds, hidden, dpre, known, rows.rows, rows.rows_per_sample, per_program, *dropouts,
                 PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
-    return hidden, dpre
+    return hidden, dpre, known

@@ -20,7 +20,7 @@ from ..pointwise_conv import pointwise_conv
 from ..registry import Call, register
 from ..separable_attention import separable_attention
 from ..separable_attention import triton_why_not as separable_why_not
-from ..sizes import values_per_channel
+from ..sizes import most_sample_parts, values_per_channel
 from ..types import Layer, LayerNorm, Linear
 from . import reference
 
@@ -118,13 +118,15 @@ def _layerwise_why_not(
     """Why the layers of a call cannot be one node of autograd each; it runs as their ops then."""
     if not training:
         return "layers are one node of autograd each, and there are no gradients and no dropout"
-    if num_heads is None or not layers:
-        return "layers of separable attention train as their ops"
+    if not layers:
+        return "there is no layer"
     for layer in layers:
         if len({norm[2:] for norm in (layer.norm1, layer.norm2)}) > 1:
             return "one node of autograd takes norms of one kind and with one eps"
         if len({linear.weight.dtype for linear in (layer.qkv, layer.out_proj, layer.fc1, layer.fc2)}) > 1:
             return "one node of autograd takes weights of one dtype"
+    if num_heads is None:
+        return feed_forward_why_not(x)
     if 3 * math.prod(x.shape[1:]) >= 2**31:
         return "one node of autograd takes queries, keys and values of less than 2^31 elements a sample"
     return feed_forward_why_not(x) or attention_why_not(x, num_heads, x.shape[-1])
@@ -216,10 +218,19 @@ def global_representation(
         op = getattr(torch.ops.mvit3, f"global_representation{way}_inference")
         return registry.run_without_gradient(op, x, _flat(layers), *final, *kind, num_heads, *patch_size)
     if kernel is LAYERWISE:
+        moments, hidden = None, None
         for i, layer in enumerate(layers):
             own = None if seed is None else seed + 3 * i
-            settings = (*layer.norm1[2:], num_heads, *patch_size, *dropouts, own)
-            x = torch.ops.mvit3.global_representation_layer_forward(x, *_flat([layer]), *settings)[0]
+            if num_heads is None:
+                settings = (*layer.norm1[2:], *patch_size, *dropouts, own)
+                same = layer.norm1.per_sample and layer.fc1.weight.shape[0] == hidden
+                results = torch.ops.mvit3.global_representation_separable_layer_forward(
+                    x, *_flat([layer]), *settings, moments if same else None
+                )
+                x, moments, hidden = results[0], results[-1], layer.fc1.weight.shape[0]
+            else:
+                settings = (*layer.norm1[2:], num_heads, *patch_size, *dropouts, own)
+                x = torch.ops.mvit3.global_representation_layer_forward(x, *_flat([layer]), *settings)[0]
         if norm is None or norm.per_sample:
             return x if norm is None else reference.final_norm(x, norm)
         return torch.ops.mvit3.global_representation_norm_forward(x, *norm[:3])[0]
@@ -280,6 +291,15 @@ _LAYER_KEPT = (
     "Tensor qkv, Tensor out, Tensor lse, Tensor mean1, Tensor rstd1, Tensor middle, Tensor mean2, Tensor rstd2, "
     "Tensor packed"
 )
+_LAYER_GRADIENTS = "(Tensor dx, {})".format(
+    ", ".join(
+        f"Tensor d{name}"
+        for name in (
+            *("norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias"),
+            *("norm2_weight", "norm2_bias", "weight1", "bias1", "weight2", "bias2"),
+        )
+    )
+)
 
 
 def weights_of_layer(call: Call) -> tuple[Tensor, ...]:
@@ -311,15 +331,47 @@ def _layer_forward_fake(call: Call) -> tuple[Tensor, ...]:
 
 registry.backward(
     "global_representation_layer_backward",
-    f"(Tensor dy, Tensor x, {_LAYER}, {_LAYER_KEPT}, {_SETTINGS}) -> (Tensor dx, "
-    + ", ".join(
-        f"Tensor d{name}"
-        for name in (
-            *("norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "out_weight", "out_bias"),
-            *("norm2_weight", "norm2_bias", "weight1", "bias1", "weight2", "bias2"),
-        )
-    )
-    + ")",
+    f"(Tensor dy, Tensor x, {_LAYER}, {_LAYER_KEPT}, {_SETTINGS}) -> {_LAYER_GRADIENTS}",
+    triton=__name__,
+)
+
+
+# A layer of separable attention in training, as one node of autograd too. Beside what backward needs, forward gives the
+# moments of the samples of y, in parts, for a next layer with the same widths and dropouts.
+
+_SEPARABLE_SETTINGS = _SETTINGS.replace("int num_heads, ", "")
+_SEPARABLE_KEPT = (
+    "Tensor mean1, Tensor rstd1, Tensor scores, Tensor pooled, Tensor context, Tensor sums, Tensor middle, "
+    "Tensor mean2, Tensor rstd2, Tensor packed, Tensor folded"
+)
+
+
+@registry.forward(
+    "global_representation_separable_layer_forward",
+    f"(Tensor x, {_LAYER}, float eps, {_SEPARABLE_SETTINGS}, Tensor? moments) "
+    f"-> (Tensor y, {_SEPARABLE_KEPT}, Tensor next_moments)",
+    triton=__name__,
+)
+def _separable_layer_forward_fake(call: Call) -> tuple[Tensor, ...]:
+    x, positions, weights = call.x, call.patch_height * call.patch_width, weights_of_layer(call)
+    batch, height, width, channels = x.shape
+    y, middle = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    first, second = (empty_statistics(x, call.per_sample) for _ in range(2))
+
+    def float32(*shape: int) -> Tensor:
+        return x.new_empty(*shape, dtype=torch.float32)
+
+    scores, lanes = float32(batch, positions, height * width // positions), -(-channels // 16) * 16
+    pooled, context, sums = float32(2, batch, positions, lanes), float32(batch, positions, lanes), batch * positions
+    packed = x.new_empty(sum(-(-weight.numel() // 64) * 64 for weight in weights))
+    folded = float32(2 * (weights[0].shape[0] + weights[2].shape[0]))
+    moments = float32(3, batch, most_sample_parts(height * width)) if call.per_sample else float32(0)
+    return y, *first, scores, pooled, context, float32(3, sums), middle, *second, packed, folded, moments
+
+
+registry.backward(
+    "global_representation_separable_layer_backward",
+    f"(Tensor dy, Tensor x, {_LAYER}, {_SEPARABLE_KEPT}, {_SEPARABLE_SETTINGS}) -> {_LAYER_GRADIENTS}",
     triton=__name__,
 )
 

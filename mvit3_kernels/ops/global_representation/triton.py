@@ -5,7 +5,7 @@ Without gradients weights are rounded to the dtype of x for the whole stage at o
 backward pass would read. Of few tokens, where tiles of the ops would leave most of a GPU idle, a layer of multi-head
 attention is two launches of spread_kernels.py.
 
-With gradients a layer is a node of autograd.
+With gradients a layer is a node of autograd (of separable attention: separable_layer.py).
 
 A kernel that takes tokens through all layers in one launch moves the fewest bytes, but bytes are not what these layers
 wait for: it had one block on a multiprocessor, whose phases do not overlap, and took half as long again as the
@@ -46,6 +46,10 @@ from . import (
     weights_of_layer,
 )
 from .layer_gradients import Summed, parameter_gradients
+from .separable_layer import (  # noqa: F401 -- launchers are looked up here
+    global_representation_separable_layer_backward,
+    global_representation_separable_layer_forward,
+)
 
 # Of the kernels that are spread over a GPU: tokens of a program, outputs of qkv and hidden channels at a time, and the
 # most shares that the hidden channels are divided into.
@@ -320,7 +324,7 @@ def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
     rest = (*_feed_forward(call, *weights[2:], ffn_seed), *contiguous(call.mean2, call.rstd2), x.new_empty(0))
     ffn = FORMS["feed_forward_backward"].call(dy, call.middle, *norm, *rest)
     norm2, linear1, linear2 = parameters(ffn)
-    hidden, dpre = hidden_backward(ffn, dy, weight1, weight2)
+    hidden, dpre, _ = hidden_backward(ffn, dy, weight1, weight2)
     statistics1, statistics2 = contiguous(call.mean1, call.rstd1), (ffn.mean, ffn.rstd)
     middle = Rows.of(call.middle)
     with on_device(x):
