@@ -109,6 +109,10 @@ def test_programs_that_go_different_ways():
     assert [bool(w.read["x_ptr"]) for w in works] == [True, False, False, False]
     assert ttir.mean(works).read == {"x_ptr": 3 * 16 * 2 / 4} and ttir.mean(works).written == {"y_ptr": 8 * 4 * 3 / 4}
     assert len(model.works_of(SOURCE, {"rows": 64, "each": 64}, (100,))) == 1
+    of_all = TWO_WAYS.replace("get_program_id", "get_num_programs").replace("cmpi eq", "cmpi ne")
+    assert (
+        ttir.work(of_all, values, (0,), (4,)).read["x_ptr"] and not ttir.work(of_all, values, (0,), (0,)).read["x_ptr"]
+    )
 
 
 CODE = """

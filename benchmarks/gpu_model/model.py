@@ -248,13 +248,14 @@ def triton(launch: Launch) -> Prediction:
 def works_of(source: str, values: dict[str, Any], grid: tuple[int, ...]) -> list[ttir.Work]:
     """The work of the program in the middle of a launch; where programs go different ways, that of programs all over
     its grid, a few along each axis."""
-    middle = ttir.work(source, values, tuple(size // 2 for size in grid) if math.prod(grid) > 2 else (0,) * len(grid))
+    at_middle = tuple(size // 2 for size in grid) if math.prod(grid) > 2 else (0,) * len(grid)
+    middle = ttir.work(source, values, at_middle, grid)
     if not middle.branches:
         return [middle]
     along = ([at * size // min(size, SAMPLED) for at in range(min(size, SAMPLED))] for size in grid)
     shift = [size // (2 * SAMPLED) for size in grid]
     return [
-        ttir.work(source, values, tuple(at + half for at, half in zip(program, shift, strict=True)))
+        ttir.work(source, values, tuple(at + half for at, half in zip(program, shift, strict=True)), grid)
         for program in itertools.product(*along)
     ]
 

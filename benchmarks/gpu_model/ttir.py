@@ -19,7 +19,7 @@ BINARY = re.compile(rf"(%\w+) = arith\.(\w+) ({VALUE}), ({VALUE})")
 COMPARE = re.compile(rf"(%\w+) = arith\.cmpi (\w+), ({VALUE}), ({VALUE})")
 SELECT = re.compile(rf"(%\w+) = arith\.select ({VALUE}), ({VALUE}), ({VALUE})")
 CAST = re.compile(rf"(%\w+) = arith\.(?:ext\w+|trunci|index_cast) ({VALUE})")
-PROGRAM = re.compile(r"(%\w+) = tt\.get_program_id (\w)")
+PROGRAM = re.compile(r"(%\w+) = tt\.get_(program_id|num_programs) (\w)")
 POINTER = re.compile(rf"(%\w+) = tt\.(?:splat|broadcast|expand_dims|addptr|bitcast|reshape) ({VALUE})")
 FOR = re.compile(rf"scf\.for (%\w+) = ({VALUE}) to ({VALUE}) step ({VALUE})")
 IF = re.compile(rf"scf\.if ({VALUE})")
@@ -83,9 +83,11 @@ class Region:
     condition: bool | None = None
 
 
-def work(ttir: str, values: Mapping[str, object], program: tuple[int, ...]) -> Work:
-    """The work of one program of a launch with these values of the kernel's parameters."""
-    reader = _Reader(values, program)
+def work(
+    ttir: str, values: Mapping[str, object], program: tuple[int, ...], grid: tuple[int, ...] | None = None
+) -> Work:
+    """The work of one program of a launch with these values of the kernel's parameters; `grid`: how many there are."""
+    reader = _Reader(values, program, grid or tuple(at + 1 for at in program))
     for line in ttir[ttir.index("tt.func public") :].splitlines()[1:]:
         reader.take(line.partition(" loc(")[0].rstrip())
     return reader.work
@@ -103,12 +105,13 @@ def mean(works: list[Work]) -> Work:
 
 
 class _Reader:
-    def __init__(self, values: Mapping[str, object], program: tuple[int, ...]) -> None:
+    def __init__(self, values: Mapping[str, object], program: tuple[int, ...], grid: tuple[int, ...]) -> None:
         self.work = Work()
         self.known = {f"%{name}": v for name, v in values.items() if isinstance(v, (int, bool))}
         self.constants: set[str] = set()
         self.base = {f"%{name}": name for name in values}  # the argument that a pointer comes from
-        self.program = dict(zip("xyz", program, strict=False))
+        self.program = {"program_id": dict(zip("xyz", program, strict=False))}
+        self.program["num_programs"] = {"x": 1, "y": 1, "z": 1} | dict(zip("xyz", grid, strict=False))
         self.open: list[Region] = []  # around the line
 
     def take(self, line: str) -> None:
@@ -157,7 +160,7 @@ class _Reader:
             if self.known[name] is None:
                 self.known[name] = int(value)
         elif found := PROGRAM.search(text):
-            self.known[found[1]] = self.program.get(found[2], 0)
+            self.known[found[1]] = self.program[found[2]].get(found[3], 0)
         elif found := COMPARE.search(text):
             self.compute(found[1], COMPARISONS.get(found[2]), found[3], found[4])
         elif found := SELECT.search(text):

@@ -182,7 +182,6 @@ class TestSeparableLayerTriton(TritonKernel):
         Case(90, BF16, (4, 8, 8, 128, 256), SEPARABLE | {"dropouts": (0.1, 0.1, 0.1)}),
         Case(90, BF16, (4, 16, 16, 192, 384), {"layers": 1, "dropouts": (0.1, 0.0, 0.1), "bias": False}),
         Case(80, BF16, (4, 8, 8, 192, 384), SEPARABLE),
-        Case(86, F32, (4, 8, 8, 96, 192), SEPARABLE),
     )
     larger = (3, 18, 22, 128, 256)
     alone = (90,)

@@ -301,7 +301,7 @@ def maps_backward(
     sums: Tensor | None = None,
 ) -> Maps:
     """Launches what reads or writes maps, with the weights of qkv and out_proj `rounded`. Of a layer: its weights times
-    those of the norm, `folded` by layer_kernels.pack_kernel, and `sums` of `Kept`."""
+    those of the norm, `folded` by separable_layer_kernels.pack_kernel, and `sums` of `Kept`."""
     groups, per_sample, layer = _Groups.of(call), call.per_sample, sums is not None
     rows, channels, (score, output) = groups.rows, groups.rows.channels, _dropouts(call)
     norm_weight, norm_bias, qkv_weight, qkv_bias, *_ = _parameters(call)
