@@ -82,16 +82,6 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
     }
   }
 
-  // Where a lane begins its sums of the expansion: the shifts of bfloat16.
-  static MVIT3_DEVICE
-  void shift(float (&sum)[kGroups][4], int of_norm) {
-#pragma unroll
-    for (int j = 0; j < kGroups; ++j) {
-      const Added by = Parameters::kFolds ? Base::added(Parameters::kNorm, 8 * j, of_norm) : Added{};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sum[j][k] = by.part[k];
-    }
-  }
   // sum += x expand^T of 16 pixels and 16 inputs.
   MVIT3_DEVICE
   void multiply_by_expand(SharedAddress of_weight, const uint32_t (&pixels)[4], float (&sum)[kGroups][4]) const {
@@ -214,13 +204,12 @@ struct Backward : BackwardFiltered<T, Stride, Steps> {
     const OfExpanded lane = this->template of_lane<OfExpanded>();
     const OfFiltered other = this->template of_lane<OfFiltered>();
     const int of_norm = this->template of_lane<OfProducts>().norm, of_row = other.weight;
-    float slope[kGroups][4];
-    shift(slope, of_norm);
+    float slope[kGroups][4] = {};
     expand_again(number, chunk, lane, carried, slope);
     uint32_t values[kGroups][2];
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      if (!Parameters::kFolds) normalise(slope[j], Base::added(Parameters::kNorm, 8 * j, of_norm));
+      normalise(slope[j], Base::added(Parameters::kNorm, 8 * j, of_norm));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float &first = slope[j][2 * half], &second = slope[j][2 * half + 1];

@@ -132,18 +132,18 @@ struct StepSizes {
 // norms; the projection, `width` outputs x 32 channels. In global memory there is an expansion for each slice of
 // inputs, and a projection for each part of the outputs.
 //
-// In bfloat16 the expansion is multiplied by half of its norm's scale, as forward has it (Pack), and the norms are the
-// shifts of both. Float16, where that might be too small a number, has the expansion as it is and, but for wide inputs,
-// times the scale; of the first norm both numbers, and a MiddleNorm.
+// The expansion is as it is and, but for wide inputs, times its norm's scale, of which both numbers are there. (Forward
+// has half of the scale in bfloat16 weights alone; but rounding once more moves e, by whose sign ReLU decides, and by
+// as much more as x is far from zero in standard deviations.) The projection of bfloat16 has the scale of the middle
+// norm, whose shifts are all that is left of it; float16, where that might be too small a number, has a MiddleNorm.
 template <typename T, int Steps>
 struct StepParameters {
   static constexpr bool kWide = Steps == kWideSteps;
   static constexpr int kInputs = 16 * Steps, kPitch = kInputs + 8;
-  // Whether scales are multiplied into the factors of products, and c1 + c2 z is a product. dx is then one of the
-  // halved expansion with G doubled, which comes of taps that are not halved.
-  static constexpr bool kFolds = std::is_same_v<T, BFloat16>, kDoubles = kFolds && !kWide;
+  // Whether scales of the middle norm are multiplied into the factors of products, and c1 + c2 z is a product.
+  static constexpr bool kFolds = std::is_same_v<T, BFloat16>;
   static constexpr int kExpand = kChunk * kPitch * int(sizeof(T)), kAllDiagonals = kChunk / 8 * kDiagonals;
-  static constexpr int kScaled = kWide || kFolds ? 0 : kExpand;
+  static constexpr int kScaled = kWide ? 0 : kExpand;
   static constexpr int kNorms = kChunk / 2 * int(sizeof(Added));
   static constexpr int kDiagonal = kExpand + kScaled, kNorm = kDiagonal + kAllDiagonals, kShift = kNorm + kNorms,
                        kMiddle = kShift + kNorms, kProject = kMiddle + (kFolds ? 0 : kChunk * int(sizeof(MiddleNorm))),
@@ -208,7 +208,6 @@ struct PackBackward {
     const int input = slice * Parameters::kInputs + (Parameters::kWide ? wide_input(column) : column);
     if (column >= Parameters::kInputs || input >= m.inputs || chunk + c >= m.expanded) return 0.0f;
     const float weight = value_at<T>(a.front.expand, int64_t(chunk + c) * m.inputs + input);
-    if (Parameters::kFolds) return 0.5f * first_norm(chunk + c).scale * weight;
     return scaled ? to_float(from_float<T>(weight)) * first_norm(chunk + c).scale : weight;
   }
   // What the rounding of a number to 16 bits leaves of it.
@@ -219,8 +218,7 @@ struct PackBackward {
   float on_diagonal(int channel, int unit, int i) const {
     if (unit < kUnits) {
       const int pair = 2 * unit + i / 2, tap = pair < kPairs ? tap_of<Stride>(pair, i % 2) : kNoTap;
-      constexpr float kFactor = Parameters::kDoubles ? 1.0f : 0.5f;
-      return tap == kNoTap ? 0.0f : kFactor * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
+      return tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
     }
     if (i > 1 && !Parameters::kFolds) return 0.0f;
     const float value = i < 2 ? 0.5f * a.z_scale[channel] : a.c2[channel];
@@ -243,11 +241,10 @@ struct PackBackward {
   float norms(int i) const {
     constexpr int kOfOne = Parameters::kNorms / 4;
     const int kind = i < 2 * kOfOne ? i / kOfOne : 2, in_kind = i - kind * kOfOne;
-    const bool adds = kind == 1 || (kind == 0 && Parameters::kFolds);
-    const int channel = chunk + (adds ? in_kind / 4 * 2 + in_kind % 2 : kind == 0 ? in_kind / 2 : in_kind / 4);
+    const int channel = chunk + (kind == 1 ? in_kind / 4 * 2 + in_kind % 2 : kind == 0 ? in_kind / 2 : in_kind / 4);
     if (channel >= m.expanded) return 0.0f;
     if (kind == 1) return 0.5f * a.z_shift[channel];
-    if (kind == 0) return 0.5f * (adds || i % 2 ? first_norm(channel).shift : first_norm(channel).scale);
+    if (kind == 0) return 0.5f * (i % 2 ? first_norm(channel).shift : first_norm(channel).scale);
     return i % 4 == 0 ? 0.5f * a.c0[channel] : i % 4 == 3 ? 0.0f : (i % 4 == 1 ? a.c1 : a.c2)[channel];
   }
 

@@ -191,7 +191,6 @@ struct FinishBackward {
     synchronize();
     if (warp() || i >= count(a)) return;
     for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane()];
-    if (K::Parameters::kDoubles && (product || k == 9)) sum *= 0.5f;
     (product ? a.n1[i] : k < 9 ? a.dtaps[channel * 9 + k] : a.g1[channel]) = sum;
   }
 };

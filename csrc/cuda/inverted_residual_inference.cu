@@ -30,7 +30,7 @@ struct Inference {
   static constexpr int kRowWarps = Stride == 1 ? 4 : 2, kColumnWarps = kWarps / kRowWarps;
   static constexpr int kRowBlocks = kPixels / (16 * kRowWarps), kColumnBlocks = Channels > kChunk ? 4
                                                                                 : Stride == 1     ? 8
-                                                                                                  : 12;
+                                                                                                  : 10;
   static constexpr int kSlice = 8 * kColumnBlocks * kColumnWarps;
   // Whether sums leave no register for what could be kept from step to step.
   static constexpr bool kTight = Stride == 1 && Channels == kChunk;

@@ -127,10 +127,21 @@ def _implement(op: str, form: Form, fake: Function, triton: str | None) -> None:
     if triton is None:
         return
 
-    def launch(*args: object) -> object:
-        return getattr(importlib.import_module(f"{triton}.triton"), op)(form.call(*args))
+    key = "CPU" if dispatch.INTERPRETED else "CUDA"
+    device = key.lower()
 
-    torch.library.impl(f"mvit3::{op}", "CPU" if dispatch.INTERPRETED else "CUDA")(launch)
+    def launch(*args: object) -> object:
+        """What a launcher calls of PyTorch is not for autocast, which may differ between a forward and its backward."""
+        launcher, autocast = getattr(importlib.import_module(f"{triton}.triton"), op), torch.is_autocast_enabled(device)
+        if autocast:
+            torch.set_autocast_enabled(device, False)
+        try:
+            return launcher(form.call(*args))
+        finally:
+            if autocast:
+                torch.set_autocast_enabled(device, True)
+
+    torch.library.impl(f"mvit3::{op}", key)(launch)
 
 
 def kernel(op: str, schema: str, triton: str | None = None) -> Callable[[Function], Function]:

@@ -219,23 +219,31 @@ def _store_part(moments_ptr, sample, samples, part, most_parts, count, mean, m2)
 def store_moments_of_rows(
     moments_ptr,  # written: (3, samples, most_parts), float32
     sample, samples, part, most_parts, head, tail, valid, pivot,
-    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    EXACT: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """What part_statistics_kernel finds in rows, from the tiles that are about to be rounded and stored, whose rounding
-    moves a mean of many values by next to nothing; as exact as `pivot` is close to their mean, in standard
-    deviations."""
-    head -= pivot
-    tail -= pivot
+    moves a mean of many values by next to nothing; as exact as `pivot` is close to their mean, in standard deviations,
+    unless deviations from the mean itself are summed: EXACT."""
+    count = tl.sum(valid.to(tl.float32), 0) * C
+    if EXACT:
+        head_total, tail_total, _ = _sums_of_rows(head, tail, valid, C=C, HEAD=HEAD, TAIL=TAIL)
+        pivot = (head_total + tail_total) / tl.maximum(count, 1.0)
+    head_total, tail_total, squares = _sums_of_rows(head - pivot, tail - pivot, valid, C=C, HEAD=HEAD, TAIL=TAIL)
+    offset = (head_total + tail_total) / tl.maximum(count, 1.0)
+    m2 = at_least_zero(squares - count * offset * offset)
+    _store_part(moments_ptr, sample, samples, part, most_parts, count, pivot + offset, m2)
+
+
+@triton.jit
+def _sums_of_rows(head, tail, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
+    """Of both tiles, and of all squares."""
     if HEAD + TAIL > C:
         head_column, tail_column = row_columns(HEAD=HEAD, TAIL=TAIL)
         head = tl.where((head_column < C)[None, :], head, 0.0)
         tail = tl.where((tail_column < C)[None, :], tail, 0.0)
-    count = tl.sum(valid.to(tl.float32), 0) * C
-    total = tl.sum(tl.where(valid, tl.sum(head, 1) + tl.sum(tail, 1), 0.0), 0)
-    squares = tl.sum(tl.where(valid, tl.sum(head * head, 1) + tl.sum(tail * tail, 1), 0.0), 0)
-    offset = total / tl.maximum(count, 1.0)
-    m2 = at_least_zero(squares - count * offset * offset)
-    _store_part(moments_ptr, sample, samples, part, most_parts, count, pivot + offset, m2)
+    head_total = tl.sum(tl.where(valid, tl.sum(head, 1), 0.0), 0)
+    tail_total = tl.sum(tl.where(valid, tl.sum(tail, 1), 0.0), 0)
+    return head_total, tail_total, tl.sum(tl.where(valid, tl.sum(head * head, 1) + tl.sum(tail * tail, 1), 0.0), 0)
 
 
 @triton.jit

@@ -164,9 +164,11 @@ class Rows(NamedTuple):
         return self.x.shape[0]
 
     def within_samples(self, config: dict[str, int]) -> dict[str, int]:
-        """A configuration for programs with rows of one sample: half as many where a sample has no more."""
-        halve = config["BLOCK_M"] == 128 and self.rows_per_sample <= 64
-        return config | {"BLOCK_M": 64, "num_warps": 4} if halve else config
+        """A configuration for programs with rows of one sample: half as many while a sample has no more."""
+        block, warps = config["BLOCK_M"], config["num_warps"]
+        while block > 64 and block >= 2 * self.rows_per_sample:
+            block, warps = block // 2, warps // 2
+        return config | {"BLOCK_M": block, "num_warps": warps}
 
     def programs_of_samples(self, block: int) -> int:
         """Of `block` rows of one sample."""

@@ -178,9 +178,10 @@ def _feed_forward_fwd_kernel(
             )
         hidden = hidden.to(head_normed.dtype)
         head, tail = add_columns_product(head, tail, hidden, weight2_ptr, column, WIDTH=F, C=C, HEAD=HEAD, TAIL=TAIL)
-    lane = opaque(tl.arange(0, BLOCK_M))  # anew, for the loop has no registers to keep rows and which are valid
-    row = begin_row + lane
-    valid = row < end
+    if hidden_seed_ptr is None:
+        lane = opaque(lane)  # anew, for the loop has no registers to keep rows and which are valid
+        row = begin_row + lane
+        valid = row < end
     head_bias, tail_bias = load_row_vector(bias2_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
     head += head_bias
     tail += tail_bias
@@ -197,7 +198,8 @@ def _feed_forward_fwd_kernel(
         # the pivot is the mean of the first part of x
         store_moments_of_rows(
             next_ptr, sample, samples, block, most_parts, head, tail, valid,
-            tl.load(moments_ptr + (samples + sample) * most_parts), C=C, HEAD=HEAD, TAIL=TAIL,
+            tl.load(moments_ptr + (samples + sample) * most_parts),
+            EXACT=y_ptr.dtype.element_ty == tl.float32, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip
 
 

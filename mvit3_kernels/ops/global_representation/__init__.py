@@ -125,6 +125,8 @@ def _layerwise_why_not(
             return "one node of autograd takes norms of one kind and with one eps"
         if len({linear.weight.dtype for linear in (layer.qkv, layer.out_proj, layer.fc1, layer.fc2)}) > 1:
             return "one node of autograd takes weights of one dtype"
+        if len({t.dtype for norm in (layer.norm1, layer.norm2) for t in norm[:2]}) > 1:
+            return "one node of autograd takes norms of one dtype"
     if num_heads is None:
         return feed_forward_why_not(x)
     if 3 * math.prod(x.shape[1:]) >= 2**31:
@@ -223,7 +225,8 @@ def global_representation(
             own = None if seed is None else seed + 3 * i
             if num_heads is None:
                 settings = (*layer.norm1[2:], *patch_size, *dropouts, own)
-                same = layer.norm1.per_sample and layer.fc1.weight.shape[0] == hidden
+                same = layer.norm1.per_sample and (i > 0 and layers[i - 1].norm1.per_sample)
+                same = same and layer.fc1.weight.shape[0] == hidden
                 results = torch.ops.mvit3.global_representation_separable_layer_forward(
                     x, *_flat([layer]), *settings, moments if same else None
                 )
@@ -310,7 +313,9 @@ def weights_of_layer(call: Call) -> tuple[Tensor, ...]:
 def packed_sizes(x: Tensor, weights: Sequence[Tensor]) -> list[int]:
     """Elements that each weight takes among the rounded ones, which begin on 128 bytes; none where nothing is
     rounded."""
-    return [0 if weight.dtype is x.dtype else -(-weight.numel() // 64) * 64 for weight in weights]
+    if all(weight.dtype is x.dtype for weight in weights):
+        return [0] * len(weights)
+    return [-(-weight.numel() // 64) * 64 for weight in weights]
 
 
 @registry.forward(

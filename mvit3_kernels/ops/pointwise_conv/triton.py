@@ -120,6 +120,7 @@ def configuration(a: Tensor, b: Tensor | None, outputs: int, norm: bool, measure
             purpose = "_moments" if measured else "_norm" if norm else ""
             return tuning.choose(f"pointwise_conv_held{purpose}", a, channels, lambda: held)
     wide = outputs > 64 and tiles * triton.cdiv(outputs, 128) >= multiprocessors(a)
+    wide = wide and not (measured and b is not None)  # moments of a sum of two products spill there
     name = f"pointwise_conv_fwd{'_wide' if wide else ''}{'_moments' if measured else ''}"
     config = tuning.choose(name, a, channels, lambda: configurations(a, b, wide))
     rows = a.shape[:-1].numel()

@@ -359,5 +359,5 @@ def attend_fwd_kernel(
     if moments_ptr is not None:
         store_moments_of_rows(
             moments_ptr, sample, samples, tl.program_id(0) % blocks, most_parts, head, tail, valid,
-            tl.load(mean_ptr + first_statistic), C=C, HEAD=HEAD, TAIL=TAIL,
+            tl.load(mean_ptr + first_statistic), EXACT=y_ptr.dtype.element_ty == tl.float32, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip

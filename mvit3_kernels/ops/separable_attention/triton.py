@@ -43,7 +43,7 @@ GROUPS = 16  # that a program of the contexts takes: the rows of a product
 def configurations(kernel: str, rows: Rows, drops: bool) -> list[dict[str, int]]:
     """Of the kernels with products, "fwd", "values_bwd" and "input_bwd": BLOCK_M tokens of a program, the blocks of
     BLOCK_F values that it walks over; `drops`: with dropout, whose words take registers. The first is shipped."""
-    width, tall = rows.width(), rows.width() <= 128 and rows.rows_per_sample > 64
+    width, tall = rows.width(), _tall(rows)
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 2}]
     if not rows.from_shared_memory or width > 256:
@@ -64,8 +64,12 @@ def configurations(kernel: str, rows: Rows, drops: bool) -> list[dict[str, int]]
     return [first, *(first | other for other in others)]
 
 
+def _tall(rows: Rows) -> bool:
+    return rows.width() <= 128 and rows.rows_per_sample > 64
+
+
 def configuration(kernel: str, rows: Rows, drops: bool) -> dict[str, int]:
-    name = f"separable_attention_{kernel}{'_dropout' if drops else ''}"
+    name = f"separable_attention_{kernel}{'_tall' if _tall(rows) else ''}{'_dropout' if drops else ''}"
     return tuning.choose(name, rows.x, (rows.channels,), lambda: configurations(kernel, rows, drops))
 
 
