@@ -142,6 +142,23 @@ class TestSpread:
             found, reference = (results(name, given, dtype, parameters) for name in ("triton", "reference"))
             assert_bound(found, reference, truth, half_a_rounding(dtype))
 
+    def test_weights_of_several_dtypes(self, monkeypatch):
+        """Some of which are that of x already."""
+        for options in ({"num_heads": 2}, {"per_sample": True}):
+            given = arguments(Draw(), 1, 4, 4, 12, 10, **options, layers=1)
+            given = mapped(given, lambda _, t: t.to(BF16))
+            [layer] = given["layers"]
+            given["layers"] = [layer._replace(fc1=Linear(layer.fc1.weight.float(), layer.fc1.bias))]
+            found = []
+            for kernels in ((OP.SPREAD,), (OP.STAGE,)):
+                monkeypatch.setattr(triton_rows, "_few", lambda rows: False)
+                with backend("triton"), torch.no_grad(), mock.patch.object(OP, "KERNELS", kernels):
+                    found.append(ops.global_representation(**given))
+            with backend("reference"), torch.no_grad():
+                want = ops.global_representation(**mapped(given, lambda _, t: t.double()))
+            for y in found:
+                torch.testing.assert_close(y.double(), want, rtol=0.05, atol=0.05)
+
     def test_taller_blocks(self, monkeypatch):
         """Of more tokens, in separable attention: some of several blocks, each of which has all channels."""
         monkeypatch.setattr(importlib.import_module(f"{OP.__name__}.triton"), "MOST_SPREAD", 16)
@@ -220,10 +237,23 @@ class TestLayers(TritonResults):
         for other, reason in (
             (second._replace(norm2=second.norm2._replace(eps=1e-3)), "norms of one kind"),
             (second._replace(fc1=Linear(second.fc1.weight.bfloat16())), "weights of one dtype"),
+            (second._replace(norm2=second.norm2._replace(bias=second.norm2.bias.bfloat16())), "norms of one dtype"),
         ):
             assert reason in refusal({**arguments, "layers": [first, other]}, OP.LAYERWISE, True)
         assert "gradients" in refusal(arguments, OP.LAYERWISE, False)
         assert refusal({**arguments, "num_heads": None}, OP.LAYERWISE, True) is None
+
+    def test_autocast_in_the_backward_pass_alone(self):
+        """Of a forward pass in float32: what its launches call of PyTorch stays in float32, too."""
+        arguments = in_float32(self.arguments(Draw(), *self.shapes[0], num_heads=1, layers=1))
+        with backend("triton"):
+            x = arguments["x"].requires_grad_()
+            y = self.op(**arguments)
+            (want,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                (found,) = torch.autograd.grad(y.sum(), x)
+                assert torch.is_autocast_enabled("cpu")
+        assert torch.equal(found, want)
 
 
 class TestSeparableLayers(TestLayers):
@@ -242,7 +272,17 @@ class TestSeparableLayers(TestLayers):
         },
         "per-token": {"layers": 1, "patch_size": (3, 2), "final": False, "dropouts": (0.2, 0.0, 0.0)},
     }
-    test_what_runs_as_ops = None
+    test_what_runs_as_ops = test_autocast_in_the_backward_pass_alone = None
+
+    def test_a_norm_of_samples_behind_norms_of_tokens(self):
+        """Which have no moments to tell."""
+        arguments = self.arguments(Draw(), 2, 16, 16, 18, 10, layers=2, final=False)
+        first, second = arguments["layers"]
+        kind = {f"norm{i}": getattr(second, f"norm{i}")._replace(per_sample=True) for i in (1, 2)}
+        arguments["layers"] = [first, second._replace(**kind)]
+        given = (("triton", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
+        found = [{"y": self.results(name, arguments, dtype)["y"]} for name, dtype in given]
+        assert_bound(*found, half_a_rounding(torch.float32))
 
     @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
     def test_large_means(self, kind):
