@@ -84,10 +84,6 @@ _WHOLE_ROWS = (
     "keeps the sums of whole rows in registers; half as many rows would ask the second-level cache for the weights"
     " twice as often, and `benchmarks/tune.py` has the other tiles to try on a GPU"
 )
-_LARGE_TILE = (
-    "holds a large tile of sums beside what is computed from it (activations, moments, a residual); a smaller one reads"
-    " the wide map more often, and `benchmarks/tune.py` has it to try on a GPU"
-)
 _NO_PRODUCT = (
     "Triton copies ahead in loops around a product only; instead 2 to 8 blocks share a multiprocessor, each with"
     " several loads of 16 bytes on their way"
@@ -114,11 +110,29 @@ _CHAIN = "is a chain of products for a block of pixels, and at batch 1 no other 
 _BEHIND = "its second loop, behind that over rows, reads once what the block has just written"
 _PARAMETERS = "has as many blocks as tiles of its parameters, whatever the batch"
 
+_FEW_BLOCKS = (
+    "at batch 1 and 32 has few blocks, each a chain of loads, products and sums that takes longer than its bytes would"
+)
+_AGAIN = (
+    "computes the expanded map anew instead of reading it: 20 to 50 instructions for each of its numbers, activations"
+    " and roundings above all, which limit it where its bytes, that are few, would not"
+)
+_SOFTMAX = "has some 15 instructions a score, in its gradient 30, that are no products: exponents, sums and roundings"
+_SILU = (
+    "has some 20 instructions a hidden value that are no products, activation and rounding above all; and few blocks at"
+    " batch 1 and 32"
+)
+_OF_PARAMETERS = "is of parameters alone, whose bytes are next to nothing: it waits for sums over both of their sides"
+_WIDE_AGAIN = (
+    "asks the second-level cache for the wide map once for each block of outputs; larger blocks spill 24 to 32 bytes"
+)
+
 REASONS: dict[tuple[str, str], str] = {
     ("registers", "feed_forward.*"): _WHOLE_ROWS,
-    ("registers", "row_gradients.*"): _WHOLE_ROWS,
+    ("registers", "norm_linear.*"): (
+        "takes up to 256 rows in a block of 16 warps, which fills a multiprocessor: weights are asked for half as often"
+    ),
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
-    ("registers", "inverted_residual.project_sums_bwd"): _LARGE_TILE,
     ("registers", "pointwise_conv.pointwise_held_fwd"): (
         "holds the weights of 64 to 192 outputs, which leave no shared memory for a second block; 8 warps then have all"
         " registers, and the next rows of the inputs are copied while these are multiplied"
@@ -160,7 +174,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "inverted_residual.correct_bwd"): (
         "reads the correction's matrix once in front of its walk over rows, whose loads are copied ahead"
     ),
-    ("pipeline", "row_gradients.*_gradient"): _PARTS,
     ("pipeline", "row_gradients.input_bwd"): (
         "its second loop reads back, a few rows at a time, the product that it has just left in the caches: product, x"
         " and a residual of all rows at once would be more than its registers"
@@ -191,6 +204,26 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "global_representation.norm_bwd"): _NO_PRODUCT,
     ("pipeline", "global_representation.norm_gradient"): _PARTS,
+    ("floor", "inverted_residual.filter"): _AGAIN,
+    ("floor", "inverted_residual.filter_backward"): _AGAIN,
+    ("floor", "inverted_residual.inference"): _AGAIN,
+    ("floor", "inverted_residual.filtered_bwd"): _WIDE_AGAIN,
+    ("floor", "inverted_residual.project_sums_bwd"): _WIDE_AGAIN,
+    ("floor", "inverted_residual.project_fwd"): _FEW_BLOCKS,
+    ("floor", "inverted_residual.correction_bwd"): _OF_PARAMETERS,
+    ("floor", "inverted_residual.expand_gradient"): _OF_PARAMETERS,
+    ("floor", "inverted_residual.expanded_moments"): _OF_PARAMETERS,
+    ("floor", "patch_attention.*"): _SOFTMAX,
+    ("floor", "feed_forward.*"): _SILU,
+    ("floor", "batch_norm_act.*"): _FEW_BLOCKS,
+    ("floor", "depthwise_conv.*"): _FEW_BLOCKS,
+    ("floor", "pointwise_conv.*"): _FEW_BLOCKS,
+    ("floor", "row_gradients.*"): _FEW_BLOCKS,
+    ("floor", "separable_attention.*"): _FEW_BLOCKS,
+    ("floor", "global_representation.*_gradient"): _OF_PARAMETERS,
+    ("floor", "global_representation.feed_fwd"): _CHAIN,
+    ("floor", "global_representation.qkv_fwd"): _CHAIN,
+    ("floor", "row_kernels.sample_statistics"): _SAMPLE,
     ("floor", "global_representation.attend_fwd"): _CHAIN,
     ("floor", "global_representation.layer_fwd"): _CHAIN,
     ("floor", "inverted_residual.filter_project"): _CHAIN,
@@ -207,14 +240,12 @@ REASONS: dict[tuple[str, str], str] = {
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
-    ("blocks", "depthwise_conv.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
     ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
     ("blocks", "inverted_residual.filter_project"): _SMALL_MAP,
     ("blocks", "inverted_residual.prepare_project"): _PREPARES,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
     ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,
-    ("blocks", "norm_linear.*"): _SMALL_MAP,
     ("blocks", "patch_attention.*"): _SMALL_MAP,
     ("blocks", "pointwise_conv.*"): _SMALL_MAP,
     ("blocks", "row_gradients.input_bwd"): _SMALL_MAP,
