@@ -165,10 +165,10 @@ class Rows(NamedTuple):
 
     def within_samples(self, config: dict[str, int]) -> dict[str, int]:
         """A configuration for programs with rows of one sample: half as many while a sample has no more."""
-        block, warps = config["BLOCK_M"], config["num_warps"]
+        block = config["BLOCK_M"]
         while block > 64 and block >= 2 * self.rows_per_sample:
-            block, warps = block // 2, warps // 2
-        return config | {"BLOCK_M": block, "num_warps": warps}
+            block //= 2
+        return config if block == config["BLOCK_M"] else config | {"BLOCK_M": block, "num_warps": block // 16}
 
     def programs_of_samples(self, block: int) -> int:
         """Of `block` rows of one sample."""

@@ -120,8 +120,7 @@ def _feed_forward_fwd_kernel(
     hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
     y_ptr,  # written: (rows, C), like x
     mean_ptr, rstd_ptr,  # (rows,), written, or, PER_SAMPLE, (samples,), read; float32
-    moments_ptr,  # (3, samples, most_parts), float32: of the samples of x, whose statistics are written then, or None
-    next_ptr,  # written: the same of y, in blocks of rows
+    moments_ptr, next_ptr,  # of samples of x, whose statistics are written then, and, written, of y; float32, or None
     rows, rows_per_sample, samples, parts, most_parts, eps, hidden_keep, hidden_scale, output_keep, output_scale,
     PER_SAMPLE: tl.constexpr, F: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -129,8 +128,7 @@ def _feed_forward_fwd_kernel(
     """y = x + dropout(dropout(SiLU(norm(x) weight1^T + bias1)) weight2^T + bias2).
 
     A program has BLOCK_M rows, with `moments_ptr` of one sample. It leaves norm(x) in y, ROWS rows at a time, and reads
-    it as one operand from there: normalised rows in registers would be multiplied from registers, which a program has
-    not. Reads x once and again from cache, and both weights once for each program."""
+    it from there: it has no registers for an operand. Reads x once and again from cache, both weights once."""
     ROWS: tl.constexpr = min(BLOCK_M, 64)
     lane = tl.arange(0, BLOCK_M)
     begin_row, end = tl.program_id(0) * BLOCK_M, rows
@@ -139,9 +137,8 @@ def _feed_forward_fwd_kernel(
         sample, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
         begin_row, end = sample * rows_per_sample + block * BLOCK_M, (sample + 1) * rows_per_sample
         sample_mean, sample_rstd = load_sample_statistics(moments_ptr, sample, samples, parts, most_parts, eps)
-        if block == 0:
-            tl.store(mean_ptr + sample, sample_mean)
-            tl.store(rstd_ptr + sample, sample_rstd)
+        tl.store(mean_ptr + sample, sample_mean, mask=block == 0)
+        tl.store(rstd_ptr + sample, sample_rstd, mask=block == 0)
     row = begin_row + lane
     start, valid = begin_row.to(tl.int64), row < end
     x_ptr += start * C
@@ -195,10 +192,9 @@ def _feed_forward_fwd_kernel(
         tail += tail_again
     store_rows(y_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
     if next_ptr is not None:
-        # the pivot is the mean of the first part of x
+        pivot = tl.load(moments_ptr + (samples + sample) * most_parts)  # the mean of the first part of x
         store_moments_of_rows(
-            next_ptr, sample, samples, block, most_parts, head, tail, valid,
-            tl.load(moments_ptr + (samples + sample) * most_parts),
+            next_ptr, sample, samples, block, most_parts, head, tail, valid, pivot,
             EXACT=y_ptr.dtype.element_ty == tl.float32, C=C, HEAD=HEAD, TAIL=TAIL,
         )  # fmt: skip
 
