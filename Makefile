@@ -78,7 +78,7 @@ sanitize: $(INSTALLED)
 TRITON36 := build/triton36
 triton36: $(INSTALLED)
 	[ -d $(TRITON36) ] || $(BIN)/python -m pip install --quiet --no-deps --target $(TRITON36) "triton==3.6.*" "numpy<2.4"
-	PYTHONPATH=$(TRITON36) $(BIN)/pytest -q -n 2 --dist worksteal tests/ops/test_*_triton.py
+	PYTHONPATH=$(TRITON36) $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/ops/test_*_triton.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

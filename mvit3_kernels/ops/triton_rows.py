@@ -14,6 +14,7 @@ from . import tuning
 from .sizes import most_sample_parts
 from .triton_common import (
     MOST_FEW_ROWS,
+    OLD_TRITON,
     contiguous,
     dropout_threshold,
     interpreted,
@@ -51,7 +52,7 @@ def products_configurations(rows: Rows, outputs: int, more: str) -> list[dict[st
         # of 129 to 192 outputs three blocks of 64 are less than two of 128
         tall = rows.width() <= 160 and not rows.small() and not 128 < outputs <= 192
         first |= {"BLOCK_N": 128 if tall and not more else 64}
-        if more != "dropout":  # which would spill
+        if not (more == "dropout" or (more and OLD_TRITON)):  # which would spill
             first |= {"maxnreg": 128, "BLOCK_M": 16 if more and rows.width() > 192 else 32}
         others = ({"num_stages": 3}, {"num_stages": 1}, {"BLOCK_N": 64}, {"BLOCK_M": 64, "BLOCK_N": 64})
     return [first, *(first | other for other in others)]
@@ -159,6 +160,10 @@ class Rows(NamedTuple):
                     self.x, mean, rstd, self.rows_per_sample, eps, **self.tiles, BLOCK_M=32, num_warps=8
                 )
         return mean, rstd
+
+    def unhurried(self) -> dict[str, int]:
+        """Options with which an old compiler does not spill a register to fit one more block on a multiprocessor."""
+        return {"maxnreg": 128} if OLD_TRITON and self.from_shared_memory else {}
 
     def samples(self) -> int:
         return self.x.shape[0]

@@ -143,6 +143,7 @@ def _parameters_backward(
             maps.value, (maps.key, maps.dbias, maps.norm), (*norm, *of_norm), (qkv_weight, *of_qkv),
             fc1.tensors, out.tensors, fc2.tensors, *parts, *fc1.counts, *out.counts, *fc2.counts,
             LANES=maps.key.shape[-1], C=channels, F=hidden, BLOCK_C=32, BLOCK_O=16, BLOCK_F=32, num_warps=4,
+            **Rows.of(call.x).unhurried(),
         )  # fmt: skip
     like = maps.dx
     qkv = tuple(like.new_empty(0) if t is None else t for t in of_qkv)

@@ -32,6 +32,7 @@ from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import Call
 from ..triton_common import (
     IDENTITY,
+    OLD_TRITON,
     contiguous,
     multiplied,
     multiplies_from_shared_memory,
@@ -43,7 +44,6 @@ from ..types import BatchNorm
 from . import backward_kernels, evaluation_kernels, kernels
 from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
 
-_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
 
@@ -76,8 +76,8 @@ def _tiles(kernel: str, x: Tensor, columns: int, inner: int) -> tuple[tuple[int 
     tiles, hopper = _TILES[kernel], multiplies_from_shared_memory(x)
     if kernel == "moments" and (columns <= 64 or not hopper):
         # few channels have few bytes a row: fewer warps, each with more rows
-        step = 64 if _OLD_TRITON else 128  # which spills a few bytes
-        few = (step, 32, 32, 4) if columns > 16 else (step, 16, 16, 2, 2 if _OLD_TRITON else 3)
+        step = 64 if OLD_TRITON else 128  # which spills a few bytes
+        few = (step, 32, 32, 4) if columns > 16 else (step, 16, 16, 2, 2 if OLD_TRITON else 3)
         tiles = tiles[1:] if columns > 32 else (few, *tiles[1:])
     if kernel == "moments" and hopper and columns > 128 and columns % 128:  # whose last block spills
         tiles = tiles[1:]
@@ -85,7 +85,7 @@ def _tiles(kernel: str, x: Tensor, columns: int, inner: int) -> tuple[tuple[int 
         tiles = ((64, 128, 256, 8, 2, 128), *tiles)
     if kernel == "products_bwd" and not hopper:
         tiles = tiles[1:]
-    if kernel == "project" and hopper and (columns % 128 or _OLD_TRITON):  # whose 128 outputs spill a few bytes
+    if kernel == "project" and hopper and (columns % 128 or OLD_TRITON):  # whose 128 outputs spill a few bytes
         tiles = tiles[1:]
     if kernel == "project_bwd":  # small tiles, while all outputs fit a program
         whole = 256 if hopper else 128

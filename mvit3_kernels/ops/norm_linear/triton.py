@@ -18,12 +18,10 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..triton_common import contiguous, load_vector, on_device, store_tile
+from ..triton_common import OLD_TRITON, contiguous, load_vector, on_device, store_tile
 from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_normalise_rows, multiply_rows
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
-
-_OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 
 
 def configurations(rows: Rows) -> list[dict[str, int]]:
@@ -47,7 +45,7 @@ def configurations(rows: Rows) -> list[dict[str, int]]:
 
 def _tallest(rows: Rows) -> int:
     """Rows of a program with a multiprocessor to itself."""
-    return 256 if rows.width() <= (160 if _OLD_TRITON else 192) else 128  # where they do not spill
+    return 256 if rows.width() <= (160 if OLD_TRITON else 192) else 128  # where they do not spill
 
 
 def _tall(rows: Rows) -> bool:

@@ -131,6 +131,7 @@ class _Groups(NamedTuple):
     def context_flags(self, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
         """Grid and flags of a kernel of the contexts, where `columns` are cut into blocks."""
         tiles = {"BLOCK_M": GROUPS, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        tiles |= self.rows.unhurried()
         flags = {"LANES": self.lanes, "C": self.rows.channels, **tiles}
         return (self.blocks(), triton.cdiv(columns, tiles["BLOCK_N"])), flags
 
