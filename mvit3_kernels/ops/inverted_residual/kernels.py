@@ -143,20 +143,20 @@ def moments_fwd_kernel(
         # Where blocks are whole, pointers go to the program's columns, which need no masks then.
         WIDTH: tl.constexpr = C if C % BLOCK_N else BLOCK_N
         near, far = (left, right) if C % BLOCK_N else (tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_N))
-        left_ptr, right_ptr = x_ptr + begin * C, x_ptr + begin * C
+        left_ptr, right_ptr = x_ptr, x_ptr
         if C % BLOCK_N == 0:
             left_ptr += tile // blocks * BLOCK_N
             right_ptr += tile % blocks * BLOCK_N
-        for _ in range(0, whole, BLOCK_M):
+        for first in range(0, whole, BLOCK_M):
+            at = (begin + first) * C  # pointers that go through a loop are too much for Triton 3.6 on AMD
             product, total = _moments_step(
-                left_ptr, right_ptr, BLOCK_M, near, far, left_pivot, right_pivot, product, total,
+                left_ptr + at, right_ptr + at, BLOCK_M, near, far, left_pivot, right_pivot, product, total,
                 MASKED=False, SAME=blocks == 1, C=C, WIDTH=WIDTH, BLOCK_M=BLOCK_M,
             )  # fmt: skip
-            left_ptr += BLOCK_M * C
-            right_ptr += BLOCK_M * C
         if whole < length:
+            at = (begin + whole) * C
             product, total = _moments_step(
-                left_ptr, right_ptr, length - whole, near, far, left_pivot, right_pivot, product, total,
+                left_ptr + at, right_ptr + at, length - whole, near, far, left_pivot, right_pivot, product, total,
                 MASKED=True, SAME=blocks == 1, C=C, WIDTH=WIDTH, BLOCK_M=BLOCK_M,
             )  # fmt: skip
         part_ptr += part * ((C + 1) * C)
