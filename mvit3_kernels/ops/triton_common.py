@@ -375,13 +375,15 @@ def multiplied(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(x.dtype).contiguous() for t in weights)
 
 
-def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, its sums rounded once, to `dtype`: that of a and b, or float32."""
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, its sums rounded once, to `dtype`: that of a and b, or float32. Written to `out` where given, a tensor of
+    that dtype, or some columns of one."""
     if dtype is a.dtype:
-        return a @ b
+        return torch.mm(a, b, out=out)
     if interpreted() or torch.version.hip:  # PyTorch has it for NVIDIA's alone
-        return (a.float() @ b.float()).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
+        product = (a.float() @ b.float()).to(dtype)
+        return product if out is None else out.copy_(product)
+    return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:

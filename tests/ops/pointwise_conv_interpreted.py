@@ -36,5 +36,11 @@ class TestPointwiseConv(TritonResults):
         """Enough for blocks of 128 outputs, and for programs that hold the weights of several blocks of 64."""
         self.hold(self.make(sizes, name), torch.bfloat16)
 
+    @pytest.mark.parametrize("sizes", [(2, 7, 7, 16, 80), (2, 14, 7, 48, 272)], ids=["64 rows", "128 rows"])
+    @pytest.mark.parametrize("name", ["training-bias-residual", "training-large-mean"])
+    def test_whole_channels(self, sizes, name):
+        """Channels and rows for the kernel that multiplies the gradient of p as it makes it."""
+        self.hold(self.make(sizes, name), torch.bfloat16 if sizes[-1] == 80 else torch.float16)
+
 
 del Cpu

@@ -25,5 +25,9 @@ class TestPointwiseFusion(TritonResults):
         """Enough for programs that hold the weights of two blocks of outputs."""
         self.hold(self.make((3, 13, 14, 16, 48, 70), "training-silu-residual"), torch.bfloat16)
 
+    def test_whole_channels(self):
+        """Rows for the kernel that multiplies 256 of the gradient of p as it makes them."""
+        self.hold(self.make((3, 13, 14, 16, 48, 80), "training-silu-residual"), torch.bfloat16)
+
 
 del Cpu

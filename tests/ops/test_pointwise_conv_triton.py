@@ -30,6 +30,7 @@ class TestPointwiseConvTriton(TritonKernel):
         Case(90, BF16, (2, 16, 16, 192, 192), {"norm": False, "bias": True, "residual": True}, 128),
         Case(90, BF16, (2, 16, 16, 256, 512), {"training": False, "act": "silu"}, 128),
         Case(90, BF16, (3, 8, 8, 240, 320), {"act": "silu"}, 128),
+        Case(90, F16, (3, 8, 8, 256, 512), {"act": "silu"}, 128),
         Case(90, F32, (2, 8, 8, 144, 144), {"training": False, "act": "silu", "bias": True, "residual": True}, 128),
         Case(80, BF16, (2, 8, 8, 320, 240), {"act": "silu"}, 128),
         Case(80, BF16, (2, 8, 8, 144, 144), {"training": False, "act": "silu", "residual": True}, 128),
@@ -38,7 +39,7 @@ class TestPointwiseConvTriton(TritonKernel):
         Case(86, BF16, (2, 8, 8, 320, 1280), {"act": "silu"}, 128),
         Case("gfx942", F16, (2, 8, 8, 64, 64), {"act": "silu"}),
     )
-    larger = (3, 9, 11, 144, 144)
+    larger = (3, 7, 7, 144, 144)  # as few rows: of more, backward takes larger tiles
 
 
 @needs_triton

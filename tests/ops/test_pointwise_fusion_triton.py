@@ -16,6 +16,7 @@ class TestPointwiseFusionTriton(TritonKernel):
         Case(90, BF16, (2, 8, 8, 192, 256, 256), {"training": False, "act": "silu", "residual": True}, 128),
         Case(90, BF16, (2, 16, 16, 144, 128, 128), {"act": "silu"}, 128),
         Case(90, BF16, (3, 8, 8, 192, 256, 256), {"act": "silu"}, 128),
+        Case(90, F16, (2, 16, 16, 192, 256, 256), {"act": "silu"}, 128),
         Case(80, BF16, (2, 8, 8, 240, 320, 320), {"act": "silu", "residual": True}, 128),
         Case(80, F32, (2, 8, 8, 144, 128, 128), {"training": False, "act": "silu", "residual": True}, 128),
         Case(86, BF16, (2, 8, 8, 192, 256, 256), {"act": "silu", "residual": True}, 128),

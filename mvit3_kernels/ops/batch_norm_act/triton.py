@@ -156,6 +156,22 @@ def batch_norm_act_backward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return normalize_backward(call.dy, call.x, norm, call.act)
 
 
+def gradient_sums(dy: Tensor, dy_stride: int, x: Tensor, norm: BatchNorm, act: int, dx: Tensor) -> tuple[Tensor, int]:
+    """Sums for the gradients of weight and bias in parts of the rows: (workspace, parts). The rows of `dy` are
+    `dy_stride` values apart; all else is contiguous. Fills `dx` where the norm is not in training."""
+    channels, config = x.shape[-1], configuration("sums", x, 2)
+    columns = triton.cdiv(channels, config["BLOCK_C"])
+    rows = x.numel() // channels
+    parts, rows_per_part = split_rows(rows, SUMS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
+    part = _workspace(x, parts)
+    with on_device(x):
+        kernels.sums_bwd_kernel[(columns, parts)](
+            dy, x, *norm[:4], dx, part, rows, parts, rows_per_part, norm.eps,
+            ACT=act, TRAINING=norm.training, C=channels, DY_STRIDE=dy_stride, **config,
+        )  # fmt: skip
+    return part, parts
+
+
 def normalize_backward(dy: Tensor, x: Tensor, norm: BatchNorm, act: int) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias. The statistics of `norm` are those that normalised x: the batch's in
     training."""
@@ -167,21 +183,15 @@ def normalize_backward(dy: Tensor, x: Tensor, norm: BatchNorm, act: int) -> tupl
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
 
-    rows = x.numel() // channels
-    config, of_sums = configuration("bwd", x, 2), configuration("sums", x, 2)
-    columns, sms = triton.cdiv(channels, config["BLOCK_C"]), multiprocessors(x)
-    columns_of_sums = triton.cdiv(channels, of_sums["BLOCK_C"])
-    parts, rows_per_part = split_rows(rows, SUMS_PER_SM * sms // columns_of_sums, of_sums["BLOCK_M"])
-    programs, rows_per_program = split_rows(rows, PROGRAMS_PER_SM * sms // columns, config["BLOCK_M"])
+    part, parts = gradient_sums(dy, dy_stride, x, BatchNorm(*parameters, norm.training, norm.eps), act, dx)
+    rows, config = x.numel() // channels, configuration("bwd", x, 2)
+    columns = triton.cdiv(channels, config["BLOCK_C"])
+    programs, rows_per_program = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
     if not norm.training:
         programs = 1  # the second launch only adds up
-    part, eps = _workspace(x, parts), norm.eps
-    flags = {"ACT": act, "TRAINING": norm.training, "C": channels, "DY_STRIDE": dy_stride}
     with on_device(x):
-        kernels.sums_bwd_kernel[(columns_of_sums, parts)](
-            dy, x, *parameters, dx, part, rows, parts, rows_per_part, eps, **flags, **of_sums
-        )
         kernels.input_bwd_kernel[(columns, programs)](
-            dy, x, *parameters, part, dx, dweight, dbias, rows, parts, rows_per_program, eps, **flags, **config
-        )
+            dy, x, *parameters, part, dx, dweight, dbias, rows, parts, rows_per_program, norm.eps,
+            ACT=act, TRAINING=norm.training, C=channels, DY_STRIDE=dy_stride, **config,
+        )  # fmt: skip
     return dx, dweight, dbias

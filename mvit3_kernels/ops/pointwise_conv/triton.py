@@ -14,8 +14,10 @@ for inputs that fit beside them); elsewhere weights are read anew for each 128 r
 
 Dropout is that op's kernel, on what the product's returned forward and on dy backward.
 
-Backward is batch_norm_act's on p, and two plain products for each input. There is nothing to fuse in these but the read
-of one tensor, so they are torch.mm's, whose kernels are good at the shapes of this op.
+Backward is batch_norm_act's on p, and two plain products for each input, which are torch.mm's, whose kernels are good
+at the shapes of this op; those of a concatenation write their part of the weight's gradient. On sm_90 the gradient of p
+is made and multiplied by the weight in one launch (backward_kernels.py), behind a norm in training and with enough
+rows: it is written for the gradient of the weight and not read for those of the inputs, two outputs of that launch.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import triton
 from torch import Tensor
 
 from .. import tuning
-from ..batch_norm_act.triton import normalize, normalize_backward
+from ..batch_norm_act.triton import gradient_sums, normalize, normalize_backward
 from ..dropout.triton import drop
 from ..registry import Call
 from ..triton_common import (
@@ -39,13 +41,15 @@ from ..triton_common import (
     multiprocessors,
     on_device,
     product_in,
+    rows_at_one_distance,
     split_rows,
 )
 from ..types import BatchNorm
-from . import kernels
+from . import backward_kernels, kernels
 
 # Of a block on sm_90; beside its tiles it keeps one of the outputs for a while.
 SHARED_MEMORY = 227 * 1024
+MOST_OUTPUTS = 512  # whose gradient a program of the backward pass holds beside two stages of the weight
 
 
 def configurations(a: Tensor, b: Tensor | None, wide: bool = False) -> list[dict[str, int]]:
@@ -227,24 +231,89 @@ def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
         dy = drop(call.dy.contiguous(), call.dropout, call.seed, None)
         return pointwise_conv_backward(call._replace(dropout=0.0, dy=dy))
     weight = call.weight
-    dp, dbias, dnorm_weight, dnorm_bias = _product_backward(call)
-    dp, matrix = dp.view(-1, weight.shape[0]), weight.flatten(1).to(dp.dtype)
-    dinputs, dmatrix, first = [], [], 0
+    if (config := _inputs_configuration(call)) is None:
+        dp, dbias, dnorm_weight, dnorm_bias = _product_backward(call)
+        inputs = _inputs_backward(call, dp)
+    else:
+        dp, dnorm_weight, dnorm_bias, *inputs = _product_and_inputs_backward(call, config)
+        dbias = None if call.bias is None else _bias_behind_batch(dnorm_weight, dnorm_bias)
+    dp, first = dp.view(-1, weight.shape[0]), 0
+    dmatrix = torch.empty_like(weight, memory_format=torch.contiguous_format).flatten(1)
     for x in (call.a, call.b):
-        if x is None:
-            dinputs.append(dp.new_empty(0))
-            continue
-        channels = x.shape[-1]
-        dinputs.append((dp @ matrix[:, first : first + channels]).view(x.shape))
-        dmatrix.append(product_in(weight.dtype, dp.t(), x.reshape(-1, channels)))
-        first += channels
-    dweight = dmatrix[0] if call.b is None else torch.cat(dmatrix, 1)
+        if x is not None:
+            columns = slice(first, first := first + x.shape[-1])
+            product_in(weight.dtype, dp.t(), x.reshape(-1, x.shape[-1]), dmatrix[:, columns])
     given = ((dbias, call.bias), (dnorm_weight, call.norm_weight), (dnorm_bias, call.norm_bias))
     return (
-        *dinputs,
-        dweight.view(weight.shape),
+        *inputs,
+        dmatrix.view(weight.shape),
         *(dp.new_empty(0) if t is None else g.to(t.dtype) for g, t in given),
     )
+
+
+def _inputs_backward(call: Call, dp: Tensor) -> list[Tensor]:
+    """The gradients of a and b, an empty tensor without b, from that of p."""
+    inputs, first, dp = [], 0, dp.view(-1, dp.shape[-1])
+    matrix = call.weight.flatten(1).to(dp.dtype)
+    for x in (call.a, call.b):
+        if x is None:
+            inputs.append(dp.new_empty(0))
+        else:
+            inputs.append((dp @ matrix[:, first : first + x.shape[-1]]).view(x.shape))
+            first += x.shape[-1]
+    return inputs
+
+
+def _inputs_configuration(call: Call) -> dict[str, int] | None:
+    """Of the kernel that makes the gradient of p and multiplies it; None where two launches or more do that: it is for
+    a norm in training, on sm_90, for channels that are whole 32 bytes, and for enough rows to fill a GPU."""
+    a, outputs = call.a, call.weight.shape[0]
+    channels = (a.shape[-1], 0 if call.b is None else call.b.shape[-1], outputs)
+    if call.norm_weight is None or not call.training or a.dtype is torch.float32 or outputs > MOST_OUTPUTS:
+        return None
+    if any(c % 16 for c in channels) or not multiplies_from_shared_memory(a):
+        return None
+    rows, sms = a.shape[:-1].numel(), multiprocessors(a)
+    block = next((m for m in (256, 128, 64) if 4 * rows >= 3 * m * sms and m * outputs <= 256 * 256), None)
+    if block is None:
+        return None
+    name = f"pointwise_conv_inputs_bwd_{block}"
+    return tuning.choose(name, a, channels, lambda: _inputs_configurations(block, outputs))
+
+
+def _inputs_configurations(block: int, outputs: int) -> list[dict[str, int]]:
+    """BLOCK_M rows at a time, BLOCK_K outputs of which the gradient of p is made, BLOCK_N inputs."""
+    warps = 16 if block == 256 or outputs > 320 else 8
+    narrow = outputs > 384 or (block == 256 and outputs > 128)
+    first = {"BLOCK_M": block, "BLOCK_N": 32 if narrow else 64, "BLOCK_K": 64, "num_warps": warps, "num_stages": 2}
+    return [first, first | {"num_warps": 24 - warps}, first | {"BLOCK_N": 32}]
+
+
+def _product_and_inputs_backward(call: Call, config: dict[str, int]) -> tuple[Tensor, ...]:
+    """The gradients of p, norm weight, norm bias, a and b (an empty tensor without b), in two launches."""
+    a, b, outputs = call.a, call.b, call.weight.shape[0]
+    dy, dy_stride = rows_at_one_distance(call.dy)
+    p, *parameters = contiguous(call.p, call.norm_weight, call.norm_bias, call.mean, call.var)
+    (weight,) = multiplied(p, call.weight)
+    dp, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (p, *parameters[:2]))
+    da, db = (None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
+    part, parts = gradient_sums(dy, dy_stride, p, BatchNorm(*parameters, True, call.eps), call.act, dp)
+    rows = p.shape[:-1].numel()
+    programs, rows_per_program = split_rows(rows, multiprocessors(p), config["BLOCK_M"])
+    coefficients = torch.empty((programs, 4, outputs), dtype=torch.float32, device=p.device)
+    with on_device(p):
+        backward_kernels.inputs_bwd_kernel[(programs,)](
+            dy, p, *parameters, part, weight, coefficients, dp, da, db, dnorm_weight, dnorm_bias,
+            rows, parts, rows_per_program, call.eps,
+            ACT=call.act, CA=a.shape[-1], CB=0 if b is None else b.shape[-1], OUT=outputs, DY_STRIDE=dy_stride,
+            WIDTH=triton.next_power_of_2(outputs), **config,
+        )  # fmt: skip
+    return dp, dnorm_weight, dnorm_bias, da, dp.new_empty(0) if db is None else db
+
+
+def _bias_behind_batch(dnorm_weight: Tensor, dnorm_bias: Tensor) -> Tensor:
+    """The gradient of a bias behind which a norm subtracts the batch's mean: zero, but NaN stays NaN."""
+    return 0 * (dnorm_bias + dnorm_weight)
 
 
 def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -256,8 +325,8 @@ def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None,
         dp, dnorm_weight, dnorm_bias = normalize_backward(dy, call.p, norm, call.act)
         if bias is None:
             dbias = None
-        elif training:  # behind such a norm a bias has no effect; NaN stays NaN
-            dbias = 0 * (dnorm_bias + dnorm_weight)
+        elif training:
+            dbias = _bias_behind_batch(dnorm_weight, dnorm_bias)
         else:
             dbias = dnorm_bias * norm.weight * (call.var + eps).rsqrt()
         return dp, dbias, dnorm_weight, dnorm_bias
