@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, TransformerLayer
-from .conv import ConvNormAct, conv_of_concat
+from .conv import ConvNormAct, conv_of_concat, run_for_two
 from .guard import known
 from .layout import resize, whole_patches
 
@@ -42,12 +42,16 @@ class _TransformerBlock(nn.Module):
         self.conv_proj = ConvNormAct(dim, channels)
         self.fusion = fusion
 
-    def representations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The local representation (B, D, H, W) and the projected global one (B, C, H, W) of x (B, C, H, W)."""
-        local = self.local_rep(x)
+    def representations(self, x: Tensor, *readers: nn.Module) -> tuple[Tensor, Tensor]:
+        """The local representation (B, D, H, W), for `readers` beside the layers, and the projected global one
+        (B, C, H, W) of x (B, C, H, W)."""
+        if readers:
+            local, beside = run_for_two(self.local_rep, x, self.global_rep, *readers)
+        else:
+            local = beside = self.local_rep(x)
         # A map that the patches do not divide is resized for the transformer only: the published models do so.
         tokens = self.global_rep(resize(local, whole_patches(local, self.patch_size), align_corners=False))
-        return local, self.conv_proj(resize(tokens, local.shape[2:], align_corners=False))
+        return beside, self.conv_proj(resize(tokens, local.shape[2:], align_corners=False))
 
 
 @known

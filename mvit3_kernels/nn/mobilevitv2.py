@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, SeparableLayer
-from .conv import ConvNormAct
+from .conv import ConvNormAct, run_for_two
 from .guard import known
 from .layout import resize, whole_patches
 
@@ -36,12 +36,15 @@ class _SeparableBlock(nn.Module):
         self.global_rep = GlobalRepresentation(layers, nn.GroupNorm(1, dim), patch_size)
         self.conv_proj = ConvNormAct(projected, channels, act="identity")
 
-    def representations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, C, H, W) resized to whole patches, as the published models do, and its local and global representations
-        (B, D, H, W)."""
+    def representations(self, x: Tensor, *readers: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, C, H, W) resized to whole patches, as the published models do, and its local representation, for
+        `readers` beside the layers, and global one (B, D, H, W)."""
         x = resize(x, whole_patches(x, self.patch_size), align_corners=True)
-        local = self.local_rep(x)
-        return x, local, self.global_rep(local)
+        if readers:
+            local, beside = run_for_two(self.local_rep, x, self.global_rep, *readers)
+        else:
+            local = beside = self.local_rep(x)
+        return x, beside, self.global_rep(local)
 
 
 @known

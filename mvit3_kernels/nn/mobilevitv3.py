@@ -43,7 +43,7 @@ class MobileViTV3Block(_TransformerBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        local, projected = self.representations(x)
+        local, projected = self.representations(x, self.fusion)
         return conv_of_concat(self.fusion, local, projected, residual=x)
 
 
@@ -80,5 +80,5 @@ class MobileViTV3SeparableBlock(_SeparableBlock):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x, local, tokens = self.representations(x)
+        x, local, tokens = self.representations(x, self.conv_proj)
         return conv_of_concat(self.conv_proj, tokens, local, residual=x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import dispatch
+from ..ops.pointwise_conv import product_for_two
 from ..ops.random import draw_seed
 from ..ops.running_stats import update_all_running_stats
 from ..ops.types import ACTIVATIONS, BatchNorm, ConvNorm, Layer, LayerNorm, Linear, Moments
@@ -157,6 +158,17 @@ class ConvPlan(NamedTuple):
             y, moments = ops.batch_norm_act(to_nhwc(conv(to_nchw(x))), parameters, act, residual)
         return y if norm is None else measured(y, (norm, moments, y))
 
+    def serves_two(self) -> bool:
+        """Whether `run_for_two` may return more than one tensor."""
+        return self.norm is None and self.act == "identity" and self.is_pointwise() and self.conv.bias is None
+
+    def run_for_two(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`run` for two readers of its result."""
+        if self.serves_two():
+            return product_for_two(x, linear(self.conv))
+        y = self.run(x)
+        return y, y
+
     def fuses_concat(self) -> bool:
         """Whether `run_concat` builds no concatenation."""
         return self.norm is not None and self.is_pointwise() and self.conv.bias is None
@@ -271,16 +283,14 @@ class TransformerPlan(NamedTuple):
         return misfit_of(*self.local, self.project, *(() if self.fusion is None else (self.fusion,)))
 
     def run(self, x: Tensor) -> Tensor:
-        local = x
-        for plan in self.local:
-            local = plan.run(local)
+        local, beside = _run_local(self.local, x, self.with_local)
         tokens = _resize(local, whole_patches(to_nchw(local), self.tokens.patch_size), align_corners=False)
         tokens = _resize(self.tokens.run(tokens), local.shape[1:3], align_corners=False)
         projected = self.project.run(tokens)
         if self.fusion is None:
             return projected
         if self.with_local:
-            return self.fusion.run_concat(local, projected, residual=x)
+            return self.fusion.run_concat(beside, projected, residual=x)
         return self.fusion.run_concat(x, projected)
 
 
@@ -302,11 +312,9 @@ class SeparablePlan(NamedTuple):
     def run(self, x: Tensor) -> Tensor:
         if not self.crops:
             x = _resize(x, whole_patches(to_nchw(x), self.tokens.patch_size), align_corners=True)
-        local = x
-        for plan in self.local:
-            local = plan.run(local)
+        local, beside = _run_local(self.local, x, self.with_local)
         tokens = self._run_cropped(local) if self.crops else self.tokens.run(local)
-        return self.project.run_concat(tokens, local, residual=x) if self.with_local else self.project.run(tokens)
+        return self.project.run_concat(tokens, beside, residual=x) if self.with_local else self.project.run(tokens)
 
     def _run_cropped(self, x: Tensor) -> Tensor:
         (height, width), (ph, pw) = x.shape[1:3], self.tokens.patch_size
@@ -316,6 +324,17 @@ class SeparablePlan(NamedTuple):
         if (rows, columns) == (height, width):
             return self.tokens.run(x)
         return F.pad(self.tokens.run(x[:, :rows, :columns]), (0, 0, 0, width - columns, 0, height - rows))
+
+
+def _run_local(plans: tuple[ConvPlan, ...], x: Tensor, for_two: bool) -> tuple[Tensor, Tensor]:
+    """What the convolutions in front of the layers make of x, for these and for whoever else reads it."""
+    if not for_two or not plans:
+        for plan in plans:
+            x = plan.run(x)
+        return x, x
+    for plan in plans[:-1]:
+        x = plan.run(x)
+    return plans[-1].run_for_two(x)
 
 
 def misfit_of(*plans: ConvPlan) -> str | None:

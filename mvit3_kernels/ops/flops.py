@@ -85,6 +85,7 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "norm_linear": lambda call: _linear(_rows(call.x), call.weight),
     "patch_attention": _patch_attention,
     "pointwise_conv": lambda call: _linear(_rows(call.a), call.weight),
+    "pointwise_conv_twice": lambda call: _linear(_rows(call.x), call.weight),
     "separable_attention": lambda call: _linear(_rows(call.x), call.qkv_weight, call.out_weight),
     "upsample_argmax": lambda call: 0,
     "upsample_cross_entropy": lambda call: 0,

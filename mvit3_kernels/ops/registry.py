@@ -164,6 +164,7 @@ def backward(
     triton: str | None = None,
     choices: Mapping[str, Choice] | None = None,
     residual: str | None = None,
+    again: str | None = None,
 ) -> None:
     """Defines `op`, the gradient of the form of the same name with `_forward` in place of `_backward`, its fake kernel,
     and the registration with autograd. Second derivatives are refused.
@@ -175,6 +176,9 @@ def backward(
         choices: inputs that are one tensor or another.
         residual: an input of the forward form that is added to its first output, whose gradient is therefore that of
             the output.
+        again: the second output of the forward form, where that is the first once more, for a second reader: backward
+            gets the gradients of both, that of the second as `d<again>`, or None. A kernel cannot return one tensor
+            twice, and returns an empty one in its place.
     """
     form, name = _define(op, schema), op.replace("_backward", "_forward")
 
@@ -188,8 +192,8 @@ def backward(
     _forbid_derivatives(
         op, f'{public} has second derivatives on the reference only: use mvit3_kernels.backend("reference")'
     )
-    functions = _autograd(getattr(torch.ops.mvit3, op), FORMS[name], form, choices or {}, residual)
-    _LIBRARY.impl(name, _differentiable(name, *functions), "Autograd", with_keyset=True)
+    functions = _autograd(getattr(torch.ops.mvit3, op), FORMS[name], form, choices or {}, residual, again)
+    _LIBRARY.impl(name, _differentiable(name, *functions, again is not None), "Autograd", with_keyset=True)
 
 
 def _gradient_like(t: Tensor | None, like: Tensor) -> Tensor:
@@ -197,24 +201,25 @@ def _gradient_like(t: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _autograd(
-    op: Callable, ahead: Form, back: Form, choices: Mapping[str, Choice], residual: str | None
+    op: Callable, ahead: Form, back: Form, choices: Mapping[str, Choice], residual: str | None, again: str | None
 ) -> tuple[Callable, Callable]:
     """The setup of the context and the gradient of a form. Names are looked up here, once: a call only picks by
     position."""
     arguments, outputs = ahead.call._fields, ahead.outputs._fields
-    first = f"d{outputs[0]}"  # the outputs behind the first have no gradient
+    # the outputs behind these have no gradient
+    differentiable = [f"d{name}" for name in outputs[: 1 if again is None else 2]]
     # what setup_context picks from: inputs and outputs, then choices, under whose names the chosen tensors are asked
     # for
     pool = (*arguments, *outputs)
     chosen = [tuple(pool.index(name) for name in choice) for choice in choices.values()]
     pool = (*(None if name in choices else name for name in pool), *choices)
-    needed = [name for name in back.call._fields if name != first]
+    needed = [name for name in back.call._fields if name not in differentiable]
     unknown = [name for name in needed if name not in pool]
     if unknown:
         raise ValueError(f"{op}: no input or output of its forward form is called {', '.join(unknown)}")
     saved, values = ([pool.index(n) for n in needed if (n in back.tensors) is tensor] for tensor in (True, False))
-    # what the backward form receives, as positions in (saved tensors, values, gradient of the first output)
-    kept = [*(pool[i] for i in saved), *(pool[i] for i in values), first]
+    # what the backward form receives, as positions in (saved tensors, values, gradients of outputs)
+    kept = [*(pool[i] for i in saved), *(pool[i] for i in values), *differentiable]
     order = [kept.index(name) for name in back.call._fields]
     given = [(arguments.index(name[1:]), i) for i, name in enumerate(back.outputs._fields)]
     added = None if residual is None else arguments.index(residual)
@@ -224,18 +229,21 @@ def _autograd(
         everything = [*inputs, *results]
         for flag, one, other in chosen:
             everything.append(everything[one if everything[flag] else other])
-        ctx.mark_non_differentiable(*results[1:])
+        ctx.mark_non_differentiable(*results[len(differentiable) :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*[everything[i] for i in saved])
         ctx.values = [everything[i] for i in values]
         ctx.given = [pair for pair in given if inputs[pair[0]] is not None]
         ctx.added = added is not None and inputs[added] is not None
 
-    def gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def gradient(ctx: Any, dy: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(arguments)
+        second = rest[: len(differentiable) - 1]
+        if dy is None:
+            dy, second = next(iter(second), None), (None,) * len(second)
         if dy is None:
             return tuple(found)
-        everything = [*ctx.saved_tensors, *ctx.values, dy]
+        everything = [*ctx.saved_tensors, *ctx.values, dy, *second]
         picked = [everything[i] for i in order]
         # what refuses a second derivative is passed by where none is asked for
         refuses = torch.is_grad_enabled() or dispatch.transform() is not None
@@ -250,14 +258,15 @@ def _autograd(
     return setup_context, gradient
 
 
-def _differentiable(name: str, setup_context: Callable, gradient: Callable) -> Callable:
+def _differentiable(name: str, setup_context: Callable, gradient: Callable, again: bool) -> Callable:
     """What torch.library.register_autograd makes of the two, but for its look-up of default arguments: the forms have
     none, and it takes as long as a kernel on a small map (35 us of 120)."""
     op = getattr(torch.ops.mvit3, name).default
 
     def run_below(keyset: torch.DispatchKeySet, args: tuple[object, ...]) -> object:
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            results = op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return (results[0], results[0].detach(), *results[2:]) if again else results
 
     def forward(ctx: Any, keyset: torch.DispatchKeySet, *args: object) -> object:
         output = run_below(keyset, args)

@@ -4,9 +4,14 @@
 import pytest
 import torch
 
-from mvit3_kernels import ops
+import mvit3_kernels
+from mvit3_kernels import nn, ops
+from mvit3_kernels.ops.pointwise_conv import product_for_two
+from mvit3_kernels.ops.types import Linear
+from tests.bounds import assert_bound, half_a_rounding
 from tests.ops.batch_norm_act_cases import poison
 from tests.ops.test_pointwise_conv_cpu import TestPointwiseConvCpu as Cpu
+from tests.ops.test_running_stats import Counted
 from tests.ops.triton_kernel import TritonResults
 from tests.triton_tools import compute_like_a_gpu
 
@@ -41,6 +46,57 @@ class TestPointwiseConv(TritonResults):
     def test_whole_channels(self, sizes, name):
         """Channels and rows for the kernel that multiplies the gradient of p as it makes it."""
         self.hold(self.make(sizes, name), torch.bfloat16 if sizes[-1] == 80 else torch.float16)
+
+
+F64 = torch.float64
+TWICE = "mvit3::pointwise_conv_twice_backward"
+
+
+@pytest.mark.parametrize("read", [(0, 1), (0,), (1,)], ids=["both", "first", "second"])
+@pytest.mark.parametrize("sizes", [(2, 7, 7, 16, 80), (1, 3, 5, 7, 9), (0, 3, 5, 7, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_product_for_two(dtype, sizes, read):
+    torch.manual_seed(0)
+    *pixels, inputs, outputs = sizes
+    x, weight = torch.randn(*pixels, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    gradients = [torch.randn(*pixels, outputs).to(dtype) for _ in read]
+
+    def results(backend, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        with mvit3_kernels.backend(backend), Counted() as counted:
+            y = product_for_two(leaves[0], Linear(leaves[1], None))
+            found = torch.autograd.grad([y[i] for i in read], leaves, [g.to(dtype) for g in gradients])
+        assert (TWICE in counted.names) == (backend == "triton")
+        return {"y": y[read[0]], "d x": found[0], "d weight": found[1]}
+
+    found, reference, truth = (results(*of) for of in (("triton", dtype), ("reference", dtype), ("reference", F64)))
+    assert_bound(found, reference, truth, half_a_rounding(dtype))
+
+
+@pytest.mark.parametrize("block", [nn.MobileViTV3Block, nn.MobileViTV3SeparableBlock])
+def test_blocks_add_the_gradients_of_local_representations_in_a_kernel(block):
+    """Unless somebody could see that its two readers have one each."""
+    torch.manual_seed(0)
+    block, images = block(16, 16, 32, 1), torch.randn(2, 16, 4, 4)
+
+    def gradients():
+        with mvit3_kernels.backend("triton"), Counted() as counted:
+            x = images.clone().requires_grad_()
+            (block(x) * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+        found = [x.grad, *(p.grad.clone() for p in block.parameters())]
+        block.zero_grad()
+        return found, TWICE in counted.names
+
+    together, in_a_kernel = gradients()
+    assert in_a_kernel
+    for module in (block.local_rep, block.local_rep[-1], block.global_rep):
+        seen = []
+        hook = module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        apart, in_a_kernel = gradients()
+        hook.remove()
+        assert seen and not in_a_kernel
+        for one, other in zip(together, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 del Cpu

@@ -1,12 +1,13 @@
 import importlib
 
+import pytest
 import torch
 
 from benchmarks.gpu_model.trace import VIEWS
 from mvit3_kernels.ops import pointwise_conv
 from mvit3_kernels.ops.registry import FORMS
 
-from ..triton_tools import offline
+from ..triton_tools import SHARED_MEMORY_LIMITS, offline, resources
 from . import test_pointwise_conv_cpu as cpu
 from .test_running_stats import Counted
 from .triton_kernel import BF16, F16, F32, Case, TritonKernel, needs_triton
@@ -40,6 +41,19 @@ class TestPointwiseConvTriton(TritonKernel):
         Case("gfx942", F16, (2, 8, 8, 64, 64), {"act": "silu"}),
     )
     larger = (3, 7, 7, 144, 144)  # as few rows: of more, backward takes larger tiles
+
+    @pytest.mark.parametrize("sizes", [(4, 16, 16, 128, 144), (4, 8, 8, 320, 240), (2, 8, 8, 256, 512)], ids=str)
+    @pytest.mark.parametrize("dtype", [BF16, F16])
+    def test_gradients_of_two_readers_fit(self, dtype, sizes):
+        launcher = importlib.import_module("mvit3_kernels.ops.pointwise_conv.triton").pointwise_conv_twice_backward
+        *pixels, inputs, outputs = sizes
+        x, dy = (torch.empty(*pixels, channels, device="meta", dtype=dtype) for channels in (inputs, outputs))
+        with offline(90) as kernels:
+            launcher(
+                FORMS["pointwise_conv_twice_backward"].call(dy, dy, x, torch.empty(outputs, inputs, device="meta"))
+            )
+        (used,) = map(resources, kernels)
+        assert used.stack == 0 and used.shared <= SHARED_MEMORY_LIMITS[90] and used.load_bits == 128, used
 
 
 @needs_triton

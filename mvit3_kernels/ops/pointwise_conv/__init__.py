@@ -90,6 +90,25 @@ def run(
     return y, Moments(*moments) if training else None
 
 
+def product_for_two(x: Tensor, conv: Linear) -> tuple[Tensor, Tensor]:
+    """The y of `pointwise_conv(x, conv)`, for each of two readers. Where a kernel of backward takes the gradients of
+    both and adds them up itself, the two share their memory and are two results for autograd; elsewhere they are one
+    tensor.
+
+    Raises, bound: as of `pointwise_conv`.
+    """
+    check_map("x", x)
+    x = dispatch.autocast(x)
+    check_linear("conv", conv, x.shape[-1], None, x)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    if needs_grad and conv.bias is None and not torch.compiler.is_compiling():
+        kernel = dispatch.select("pointwise_conv", KERNELS, x)
+        if kernel is not None and kernel.backend == "triton":
+            return torch.ops.mvit3.pointwise_conv_twice_forward(x, conv.weight)
+    y, _ = pointwise_conv(x, conv)
+    return y, y
+
+
 _NO_NORM = (None, None, None, None, False, 0.0)
 
 
@@ -141,4 +160,19 @@ registry.backward(
     triton=__name__,
     choices=registry.BATCH_STATISTICS,
     residual="residual",
+)
+
+
+@registry.forward(
+    "pointwise_conv_twice_forward", "(Tensor x, Tensor weight) -> (Tensor y, Tensor again)", triton=__name__
+)
+def _twice_fake(call: Call) -> tuple[Tensor, Tensor]:
+    return call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0]), call.x.new_empty(0)
+
+
+registry.backward(
+    "pointwise_conv_twice_backward",
+    "(Tensor dy, Tensor? dagain, Tensor x, Tensor weight) -> (Tensor dx, Tensor dweight)",
+    triton=__name__,
+    again="again",
 )

@@ -14,6 +14,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_math import add_rounded
 
 # Values of the parts that a program loads at once: of 8 warps 64 registers of a thread.
 PARTS_AT_ONCE = tl.constexpr(8192)
@@ -55,6 +56,17 @@ def _store_coefficients(
 
 
 @triton.jit
+def _gradient_of_product(dy, p, coefficient_ptr, output, ACT: tl.constexpr, OUT: tl.constexpr, DTYPE: tl.constexpr):
+    """dp, rounded to DTYPE, by the numbers of _store_coefficients."""
+    scale = load_vector(coefficient_ptr, output, WIDTH=OUT)[None, :]
+    shift = load_vector(coefficient_ptr + OUT, output, WIDTH=OUT)[None, :]
+    slope = load_vector(coefficient_ptr + 2 * OUT, output, WIDTH=OUT)[None, :]
+    offset = load_vector(coefficient_ptr + 3 * OUT, output, WIDTH=OUT)[None, :]
+    dz = activate_backward(dy, p * scale + shift, ACT=ACT, DTYPE=DTYPE)
+    return (dz * scale + (p * slope + offset)).to(DTYPE)
+
+
+@triton.jit
 def _store_product(
     dx_ptr, weight_ptr, dp, lane, valid,
     C: tl.constexpr, STRIDE: tl.constexpr, OUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,8 +84,8 @@ def _store_product(
 
 @triton.jit(do_not_specialize=["rows", "parts", "rows_per_program", "eps"])
 def inputs_bwd_kernel(
-    dy_ptr, p_ptr,  # (rows, OUT), the rows of dy DY_STRIDE values apart
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (OUT,)
+    dy_ptr, more_ptr, p_ptr,  # (rows, OUT), the rows of dy DY_STRIDE values apart; more or p is None
+    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (OUT,); None without p, as all else of the norm
     part_ptr,  # (2, parts, OUT), float32: of batch_norm_act's sums_bwd_kernel
     weight_ptr,  # (OUT, CA + CB), like dy
     coefficient_ptr,  # (programs, 4, OUT), float32, a workspace
@@ -83,29 +95,31 @@ def inputs_bwd_kernel(
     ACT: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr, OUT: tl.constexpr, DY_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of p, for y = act(norm(p)) with the batch's statistics, and from it [da, db] = dp @ weight.
+    """The gradient of p, for y = act(norm(p)) with the batch's statistics or, without p, for y = p with two readers,
+    dp = dy + more; and from it [da, db] = dp @ weight.
 
-    Reads dy and p once, the parts once for each program, the weight once for each BLOCK_M rows; writes dp, da and db
-    once."""
-    coefficient_ptr += tl.program_id(0) * 4 * OUT
-    _store_coefficients(
-        coefficient_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, dnorm_weight_ptr, dnorm_bias_ptr,
-        rows, parts, eps, OUT=OUT, WIDTH=WIDTH,
-    )  # fmt: skip
+    Reads dy, and more or p, once, the parts once for each program, the weight once for each BLOCK_M rows; writes dp, da
+    and db once."""
+    if p_ptr is not None:
+        coefficient_ptr += tl.program_id(0) * 4 * OUT
+        _store_coefficients(
+            coefficient_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr,
+            dnorm_weight_ptr, dnorm_bias_ptr, rows, parts, eps, OUT=OUT, WIDTH=WIDTH,
+        )  # fmt: skip
     begin, lane = tl.program_id(0).to(tl.int64) * rows_per_program, tl.arange(0, BLOCK_M)
     length = tl.minimum(rows - begin, rows_per_program).to(tl.int32)
     for first in range(0, length, BLOCK_M):
         start, valid, dp = begin + first, first + lane < length, ()
         for i in tl.static_range((OUT + BLOCK_K - 1) // BLOCK_K):
             output = i * BLOCK_K + tl.arange(0, BLOCK_K)
-            p = load_tile(p_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
-            dy = load_tile(dy_ptr + start * DY_STRIDE, lane, valid, output, WIDTH=OUT, STRIDE=DY_STRIDE).to(tl.float32)
-            scale = load_vector(coefficient_ptr, output, WIDTH=OUT)[None, :]
-            shift = load_vector(coefficient_ptr + OUT, output, WIDTH=OUT)[None, :]
-            slope = load_vector(coefficient_ptr + 2 * OUT, output, WIDTH=OUT)[None, :]
-            offset = load_vector(coefficient_ptr + 3 * OUT, output, WIDTH=OUT)[None, :]
-            dz = activate_backward(dy, p * scale + shift, ACT=ACT, DTYPE=dp_ptr.dtype.element_ty)
-            tile = (dz * scale + (p * slope + offset)).to(dp_ptr.dtype.element_ty)
+            tile = load_tile(dy_ptr + start * DY_STRIDE, lane, valid, output, WIDTH=OUT, STRIDE=DY_STRIDE)
+            if p_ptr is None:
+                tile = add_rounded(tile, load_tile(more_ptr + start * OUT, lane, valid, output, WIDTH=OUT))
+            else:
+                p = load_tile(p_ptr + start * OUT, lane, valid, output, WIDTH=OUT).to(tl.float32)
+                tile = _gradient_of_product(
+                    tile.to(tl.float32), p, coefficient_ptr, output, ACT=ACT, OUT=OUT, DTYPE=dp_ptr.dtype.element_ty
+                )
             store_tile(dp_ptr + start * OUT, lane, valid, output, tile, WIDTH=OUT)
             dp += (tile,)
         _store_product(

@@ -231,7 +231,9 @@ def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
         dy = drop(call.dy.contiguous(), call.dropout, call.seed, None)
         return pointwise_conv_backward(call._replace(dropout=0.0, dy=dy))
     weight = call.weight
-    if (config := _inputs_configuration(call)) is None:
+    measured = call.norm_weight is not None and call.training
+    config = _inputs_configuration(call.a, call.b, weight.shape[0]) if measured else None
+    if config is None:
         dp, dbias, dnorm_weight, dnorm_bias = _product_backward(call)
         inputs = _inputs_backward(call, dp)
     else:
@@ -264,14 +266,13 @@ def _inputs_backward(call: Call, dp: Tensor) -> list[Tensor]:
     return inputs
 
 
-def _inputs_configuration(call: Call) -> dict[str, int] | None:
+def _inputs_configuration(a: Tensor, b: Tensor | None, outputs: int) -> dict[str, int] | None:
     """Of the kernel that makes the gradient of p and multiplies it; None where two launches or more do that: it is for
-    a norm in training, on sm_90, for channels that are whole 32 bytes, and for enough rows to fill a GPU."""
-    a, outputs = call.a, call.weight.shape[0]
-    channels = (a.shape[-1], 0 if call.b is None else call.b.shape[-1], outputs)
-    if call.norm_weight is None or not call.training or a.dtype is torch.float32 or outputs > MOST_OUTPUTS:
+    sm_90, for channels that are whole 32 bytes, and for enough rows to fill a GPU."""
+    channels = (a.shape[-1], 0 if b is None else b.shape[-1], outputs)
+    if a.dtype is torch.float32 or outputs > MOST_OUTPUTS or not multiplies_from_shared_memory(a):
         return None
-    if any(c % 16 for c in channels) or not multiplies_from_shared_memory(a):
+    if any(c % 16 for c in channels):
         return None
     rows, sms = a.shape[:-1].numel(), multiprocessors(a)
     block = next((m for m in (256, 128, 64) if 4 * rows >= 3 * m * sms and m * outputs <= 256 * 256), None)
@@ -303,7 +304,7 @@ def _product_and_inputs_backward(call: Call, config: dict[str, int]) -> tuple[Te
     coefficients = torch.empty((programs, 4, outputs), dtype=torch.float32, device=p.device)
     with on_device(p):
         backward_kernels.inputs_bwd_kernel[(programs,)](
-            dy, p, *parameters, part, weight, coefficients, dp, da, db, dnorm_weight, dnorm_bias,
+            dy, None, p, *parameters, part, weight, coefficients, dp, da, db, dnorm_weight, dnorm_bias,
             rows, parts, rows_per_program, call.eps,
             ACT=call.act, CA=a.shape[-1], CB=0 if b is None else b.shape[-1], OUT=outputs, DY_STRIDE=dy_stride,
             WIDTH=triton.next_power_of_2(outputs), **config,
@@ -338,3 +339,29 @@ def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None,
         return dp, None if bias is None else dbias, None, None
     dp = dy.contiguous()
     return dp, None if bias is None else dp.flatten(0, 2).sum(0, dtype=torch.float32), None, None
+
+
+def pointwise_conv_twice_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Launches the forward pass of a product alone: y, and an empty tensor in the place of y for its second reader."""
+    return convolve(Convolution(call.x, None, call.weight, None, None, IDENTITY.value, None)), call.x.new_empty(0)
+
+
+def pointwise_conv_twice_backward(call: Call) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight, for those of y from both of its readers."""
+    outputs = call.weight.shape[0]
+    x, dy, more = contiguous(call.x, call.dy, call.dagain)
+    config = None if more is None else _inputs_configuration(x, None, outputs)
+    if config is None:
+        dp = dy if more is None else dy + more
+        dx = (dp.view(-1, outputs) @ call.weight.flatten(1).to(dp.dtype)).view(x.shape)
+    else:
+        dp, dx, rows = torch.empty_like(dy), torch.empty_like(x), x.shape[:-1].numel()
+        programs, rows_per_program = split_rows(rows, multiprocessors(x), config["BLOCK_M"])
+        with on_device(x):
+            backward_kernels.inputs_bwd_kernel[(programs,)](
+                dy, more, *(None,) * 6, *multiplied(x, call.weight), None, dp, dx, *(None,) * 3,
+                rows, 0, rows_per_program, 0.0,
+                ACT=IDENTITY.value, CA=x.shape[-1], CB=0, OUT=outputs, DY_STRIDE=outputs, WIDTH=16, **config,
+            )  # fmt: skip
+    dweight = product_in(call.weight.dtype, dp.view(-1, outputs).t(), x.view(-1, x.shape[-1]))
+    return dx, dweight.view(call.weight.shape)
