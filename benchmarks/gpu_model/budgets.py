@@ -141,6 +141,10 @@ REASONS: dict[tuple[str, str], str] = {
         "multiplies 128 rows by 128 outputs in 16 warps of 128 registers, as many warps as two blocks of half the"
         " outputs, which would read the inputs twice as often"
     ),
+    ("registers", "pointwise_conv.inputs_bwd"): (
+        "keeps the gradient of 128 or 256 rows of all outputs in shared memory, which leaves none for a second block:"
+        " the weight is asked for once for these rows"
+    ),
     ("registers", "global_representation.layer_fwd"): _SPREAD,
     ("registers", "global_representation.attend_fwd"): _SPREAD,
     ("registers", "global_representation.feed_fwd"): _SPREAD,
@@ -160,6 +164,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
     ("pipeline", "inverted_residual.add_parts"): _PARTS,
     ("pipeline", "inverted_residual.prepare_project"): _PREPARES,
+    ("pipeline", "pointwise_conv.inputs_bwd"): _PARTS,
     ("pipeline", "patch_attention.attention_fwd"): (
         "the second loop takes the keys that are no whole step: once, or never as in all maps of 256x256 images"
     ),

@@ -35,6 +35,7 @@ from ..registry import Call
 from ..triton_common import (
     IDENTITY,
     MOST_FEW_ROWS,
+    OLD_TRITON,
     contiguous,
     multiplied,
     multiplies_from_shared_memory,
@@ -275,19 +276,28 @@ def _inputs_configuration(a: Tensor, b: Tensor | None, outputs: int) -> dict[str
     if any(c % 16 for c in channels):
         return None
     rows, sms = a.shape[:-1].numel(), multiprocessors(a)
-    block = next((m for m in (256, 128, 64) if 4 * rows >= 3 * m * sms and m * outputs <= 256 * 256), None)
+    inputs = min(c for c in channels[:2] if c > 0)
+    # others spill
+    tall = inputs >= 64 and outputs in ((128,) if OLD_TRITON and a.dtype is torch.float16 else (128, 192, 256))
+    blocks = (256, 128, 64) if tall else (128, 64)
+    block = next((m for m in blocks if 4 * rows >= 3 * m * sms), None)
     if block is None:
         return None
     name = f"pointwise_conv_inputs_bwd_{block}"
-    return tuning.choose(name, a, channels, lambda: _inputs_configurations(block, outputs))
+    return tuning.choose(name, a, channels, lambda: _inputs_configurations(block, inputs, outputs))
 
 
-def _inputs_configurations(block: int, outputs: int) -> list[dict[str, int]]:
+def _inputs_configurations(block: int, inputs: int, outputs: int) -> list[dict[str, int]]:
     """BLOCK_M rows at a time, BLOCK_K outputs of which the gradient of p is made, BLOCK_N inputs."""
-    warps = 16 if block == 256 or outputs > 320 else 8
-    narrow = outputs > 384 or (block == 256 and outputs > 128)
-    first = {"BLOCK_M": block, "BLOCK_N": 32 if narrow else 64, "BLOCK_K": 64, "num_warps": warps, "num_stages": 2}
-    return [first, first | {"num_warps": 24 - warps}, first | {"BLOCK_N": 32}]
+    # A block of inputs is a turn of a loop: of one turn the compiler would make none, and spill.
+    wide = 64 if inputs > 64 else 32
+    config = {"BLOCK_M": block, "BLOCK_N": wide, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+    if block == 256:
+        tall = config | {"BLOCK_N": wide if outputs <= 128 else 32, "num_warps": 16}
+        return [tall, config | {"BLOCK_M": 128}]
+    if outputs > 320:
+        config |= {"BLOCK_N": wide if outputs <= 384 else 32, "num_warps": 16}
+    return [config, config | {"num_warps": 24 - config["num_warps"]}]
 
 
 def _product_and_inputs_backward(call: Call, config: dict[str, int]) -> tuple[Tensor, ...]:
