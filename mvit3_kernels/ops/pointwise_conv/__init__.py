@@ -100,12 +100,15 @@ def product_for_two(x: Tensor, conv: Linear) -> tuple[Tensor, Tensor]:
     check_map("x", x)
     x = dispatch.autocast(x)
     check_linear("conv", conv, x.shape[-1], None, x)
+    kernel = dispatch.select("pointwise_conv", KERNELS, x)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-    if needs_grad and conv.bias is None and not torch.compiler.is_compiling():
-        kernel = dispatch.select("pointwise_conv", KERNELS, x)
-        if kernel is not None and kernel.backend == "triton":
-            return torch.ops.mvit3.pointwise_conv_twice_forward(x, conv.weight)
-    y, _ = pointwise_conv(x, conv)
+    apart = kernel is not None and kernel.backend == "triton" and needs_grad and conv.bias is None
+    if apart and not torch.compiler.is_compiling():
+        return torch.ops.mvit3.pointwise_conv_twice_forward(x, conv.weight)
+    if kernel is None:
+        y, _ = reference.pointwise_conv(x, conv, None, "identity", None, batch_norm_act=batch_norm_act)
+    else:
+        y, _ = run(x, None, conv, None, "identity", None)
     return y, y
 
 
