@@ -46,6 +46,29 @@ def run_interpreted(module: str) -> None:
         raise AssertionError(f"{module} failed under the interpreter:\n{result.stdout[-8000:]}{result.stderr[-2000:]}")
 
 
+def patch_once_a_launch() -> None:
+    """From here on the functions that an interpreted kernel calls find triton.language as its launch patched it. Each
+    would patch it again, and search some hundred names for that: two fifths of the time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()  # of the modules that a function may know the language by
+
+    def patch_new(fn):
+        known = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if known <= patched:
+            return interpreter._LangPatchScope()  # nothing to restore
+        patched.update(known)
+        return patch(fn)
+
+    def fresh(self, *args, **options):
+        patched.clear()
+        return launch(self, *args, **options)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_new, fresh
+
+
 def compute_like_a_gpu() -> None:
     """From here on the interpreter rounds float32 to the nearest bfloat16, as a GPU does, where by itself it cuts
     digits off; and it multiplies matrices of bfloat16 by value, where by itself it multiplies their bits."""
@@ -73,6 +96,7 @@ def compute_like_a_gpu() -> None:
         )
 
     interpreter._convert_float = rounding
+    patch_once_a_launch()
 
 
 @dataclass(frozen=True)

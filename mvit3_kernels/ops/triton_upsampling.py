@@ -21,6 +21,8 @@ from torch import Tensor
 from . import tuning
 from .triton_common import multiprocessors
 
+# Whose compiler divides the first of several axes that are alike to it among threads, where later ones take the last.
+FIRST_AXIS = tl.constexpr(triton.__version__.startswith("3.6."))
 LARGEST = tl.constexpr(3.4028234663852886e38)
 MOST_BLOCKS = 5
 MOST_LANES = 16
@@ -178,13 +180,23 @@ def mix(low, high, share):
 
 
 @triton.jit
+def _load(row_ptr, c, tokens, C: tl.constexpr):
+    """Classes of pixels of a row of the map, (DEPTH, COLUMNS, LANES), of which lanes and then columns are divided among
+    threads: the axes are alike to the compiler."""
+    valid = c < C
+    if FIRST_AXIS:
+        at = tl.trans(tokens[None, :, None] * C + c, 2, 1, 0)
+        tile = tl.trans(tl.load(row_ptr + at, mask=tl.trans(valid, 2, 1, 0), other=0.0), 2, 1, 0)
+    else:
+        tile = tl.load(row_ptr + tokens[None, :, None] * C + c, mask=valid, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
 def load_mixed(row_ptr, c, low, high, across, C: tl.constexpr):
     """A row of the map at `row_ptr`, (w, C), mixed for columns: (DEPTH, COLUMNS, LANES) in float32."""
     share = tl.broadcast_to(across[None, :, None], c.shape[0], across.shape[0], c.shape[2])
-    valid = c < C
-    left = tl.load(row_ptr + low[None, :, None] * C + c, mask=valid, other=0.0).to(tl.float32)
-    right = tl.load(row_ptr + high[None, :, None] * C + c, mask=valid, other=0.0).to(tl.float32)
-    return mix(left, right, share)
+    return mix(_load(row_ptr, c, low, C=C), _load(row_ptr, c, high, C=C), share)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import tuning
 from ..registry import Call
 from ..triton_common import (
+    OLD_TRITON,
     contiguous,
     dot,
     dropout_kept,
@@ -91,7 +92,15 @@ def configurations(dim: int, whole: int | None, dtype: torch.dtype, backward: bo
 def configuration(qkv: Tensor, dim: int, whole: int | None, backward: bool) -> dict[str, int]:
     kernel = f"patch_attention{'' if whole is None else f'_{whole}'}_{'bwd' if backward else 'fwd'}"
     config = tuning.choose(kernel, qkv, (dim,), lambda: configurations(dim, whole, qkv.dtype, backward))
-    return {"WHOLE": whole is not None, **config}
+    return {"WHOLE": whole is not None, **config, **(_unhurried(qkv, config) if backward else {})}
+
+
+def _unhurried(qkv: Tensor, config: dict[str, int]) -> dict[str, int]:
+    """Options with which an old compiler does not spill a register of backward to fit one more block on a
+    multiprocessor: as it does in float32 in tiles of 16 tokens, else in those of heads of 16."""
+    float32, columns = qkv.dtype is torch.float32, config["BLOCK_D"]
+    small = columns <= 64 and config["BLOCK"] == 16 if float32 else columns == 16 and config["num_warps"] == 4
+    return {"maxnreg": 128} if OLD_TRITON and small and tuning.architecture(qkv).startswith("sm_") else {}
 
 
 def bytes_moved(qkv: Tensor) -> tuple[int, int]:
@@ -444,7 +453,7 @@ def patch_attention_backward(call: Call) -> Tensor:
     if out.numel() > 0:
         with on_device(qkv):
             if delta is not None and not launch.flags["WHOLE"]:
-                others = ("WHOLE", "STEP", "num_stages")
+                others = ("WHOLE", "STEP", "num_stages", "maxnreg")
                 flags = {name: value for name, value in launch.flags.items() if name not in others}
                 _delta_bwd_kernel[launch.grid](dout, out, delta, *launch.sizes[:4], **flags)
             _attention_bwd_kernel[launch.grid](
