@@ -56,11 +56,13 @@ inline int slice_of(int inputs) {
   return (each + 15) / 16 * 16;
 }
 
-// z = depth-wise(act(norm(x expand^T))), and its mean and variance.
+// z = depth-wise(act(norm(x expand^T))), and of each of its parts and channels the mean and the sum of squared
+// differences from it, (2, parts, expanded), and the number of values (parts). A part is a block's, and may be empty.
 struct FilterArguments {
   ExpansionArguments front;
   void* z;
-  float *mean, *var;
+  float *moments, *counts;
+  int parts;
   float* workspace;  // filter_workspace floats
   int stride;
   bool bfloat16;
@@ -113,22 +115,22 @@ void backward(const BackwardArguments& a, void* stream);
 
 enum class Type { kFloat, kBFloat16, kFloat16 };
 
-// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are
-// the channels, and outputs and expanded have no part. Neither map is empty, and the dilation is not larger than the
-// map.
+// z = depth-wise(x), and moments and counts of its parts, as above; and the gradients of x and of the taps, from dz. Of
+// `maps` inputs are the channels, and outputs and expanded have no part. Neither map is empty, and the dilation is not
+// larger than the map.
 struct DepthwiseArguments {
   Maps maps;
   const void *x, *dz;
   Values weight;  // (channels, 9)
   void *z, *dx;
-  float *mean, *var;
+  float *moments, *counts;
+  int parts;
   void* dweight;     // in the type of the weight
-  float* workspace;  // depthwise_filter_workspace or depthwise_backward_workspace floats
+  float* workspace;  // depthwise_backward_workspace floats
   int stride;        // 1, or 2 without dilation
   Type type;
 };
 
-int64_t depthwise_filter_workspace(const DepthwiseArguments& a);
 void depthwise_filter(const DepthwiseArguments& a, void* stream);
 int64_t depthwise_backward_workspace(const DepthwiseArguments& a);
 void depthwise_backward(const DepthwiseArguments& a, void* stream);

@@ -150,29 +150,37 @@ struct ExpansionTensors {
 struct FilterCall {
   ExpansionTensors expansion;
   BlockArguments block;
+  int64_t parts;
 };
 
-// z (B, H', W', expanded), and its mean and variance.
+int parts_of(int64_t parts) {
+  MVIT3_CHECK(1 <= parts && parts <= 65535, "parts must be 1 to 65535, got ", parts);
+  return int(parts);
+}
+
+// z (B, H', W', expanded), and moments and counts of its parts.
 std::array<Tensor, 3> inverted_residual_filter(const FilterCall& call) {
   const Tensor& x = call.expansion.x;
   const Maps m = block_maps(x, call.expansion.expand, 0, call.block);
   MVIT3_CHECK(x.numel() > 0, "x must not be empty");
   const DeviceGuard guard(x.get_device_index());
   Inputs in(x);
-  const Tensor z = empty_map(x, m, m.expanded), mean = empty_floats(x, {m.expanded}),
-               var = empty_floats(x, {m.expanded});
+  const int parts = parts_of(call.parts);
+  const Tensor z = empty_map(x, m, m.expanded), moments = empty_floats(x, {2, parts, m.expanded}),
+               counts = empty_floats(x, {parts});
   FilterArguments a{
       call.expansion.read(in, m, call.block.act),
       z.mutable_data_ptr(),
-      floats_of(mean),
-      floats_of(var),
+      floats_of(moments),
+      floats_of(counts),
+      parts,
       nullptr,
       int(call.block.taps.stride),
       is_bfloat16(x)};
   const Tensor workspace = empty_floats(x, {filter_workspace(a)});
   a.workspace = floats_of(workspace);
   filter(a, current_stream(x.get_device_index()));
-  return {z, mean, var};
+  return {z, moments, counts};
 }
 
 struct InferenceCall {
@@ -281,24 +289,24 @@ DepthwiseArguments depthwise_arguments(
 struct DepthwiseFilterCall {
   Tensor x, weight;
   StrideArguments geometry;
+  int64_t parts;
 };
 
-// z, and its mean and variance.
+// z, and moments and counts of its parts.
 std::array<Tensor, 3> depthwise_conv_filter(const DepthwiseFilterCall& call) {
   const Tensor& x = call.x;
   Inputs in(x);
   DepthwiseArguments a = depthwise_arguments(in, x, call.weight, call.geometry);
   const DeviceGuard guard(x.get_device_index());
+  a.parts = parts_of(call.parts);
   const Tensor z = empty_map(x, a.maps, a.maps.inputs);
-  Tensor mean = empty_floats(x, {a.maps.inputs}), var = empty_floats(x, {a.maps.inputs});
-  if (z.numel() == 0) return {z, torch::stable::zero_(mean), torch::stable::zero_(var)};
+  Tensor moments = empty_floats(x, {2, a.parts, a.maps.inputs}), counts = empty_floats(x, {a.parts});
+  if (z.numel() == 0) return {z, torch::stable::zero_(moments), torch::stable::zero_(counts)};
   a.z = z.mutable_data_ptr();
-  a.mean = floats_of(mean);
-  a.var = floats_of(var);
-  const Tensor workspace = empty_floats(x, {depthwise_filter_workspace(a)});
-  a.workspace = floats_of(workspace);
+  a.moments = floats_of(moments);
+  a.counts = floats_of(counts);
   depthwise_filter(a, current_stream(x.get_device_index()));
-  return {z, mean, var};
+  return {z, moments, counts};
 }
 
 struct DepthwiseBackwardCall {

@@ -19,7 +19,8 @@ struct Call {
   const void *x, *expand, *depthwise, *project;
   const float *scale, *shift;
   void* z;
-  float *mean, *var;
+  float *moments, *counts;
+  int64_t parts;
   const float* norms;  // weight, bias, mean and variance of the three norms, one after the other
   void* y;
   const void* dp;
@@ -35,7 +36,8 @@ struct DepthwiseCall {
   int32_t type, single, processors, backwards;
   const void *x, *dz, *weight;
   void *z, *dx;
-  float *mean, *var;
+  float *moments, *counts;
+  int64_t parts;
   void* dweight;
 };
 
@@ -61,15 +63,18 @@ DepthwiseArguments arguments_of(const DepthwiseCall& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
   const Maps maps{c.batch, int(c.height),  int(c.width), int(c.channels), out(c.height), out(c.width), 0,
                   0,       int(c.dilation)};
-  return {maps,    c.x,           c.dz,        {c.weight, bool(c.single)}, c.z, c.dx, c.mean, c.var, c.dweight,
-          nullptr, int(c.stride), Type(c.type)};
+  return {maps,         c.x,       c.dz,      {c.weight, bool(c.single)},
+          c.z,          c.dx,      c.moments, c.counts,
+          int(c.parts), c.dweight, nullptr,   int(c.stride),
+          Type(c.type)};
 }
 
 }  // namespace
 
 extern "C" void run_filter(const Call* c) {
   prepare(*c);
-  FilterArguments a{front_of(*c), c->z, c->mean, c->var, nullptr, int(c->stride), bool(c->bfloat16)};
+  FilterArguments a{front_of(*c),  c->z,    c->moments,     c->counts,
+                    int(c->parts), nullptr, int(c->stride), bool(c->bfloat16)};
   auto memory = workspace(filter_workspace(a));
   a.workspace = memory.data();
   filter(a, nullptr);
@@ -122,10 +127,7 @@ extern "C" void run_backward(const Call* c) {
 
 extern "C" void run_depthwise_filter(const DepthwiseCall* c) {
   prepare(*c);
-  DepthwiseArguments a = arguments_of(*c);
-  auto memory = workspace(depthwise_filter_workspace(a));
-  a.workspace = memory.data();
-  depthwise_filter(a, nullptr);
+  depthwise_filter(arguments_of(*c), nullptr);
 }
 
 extern "C" void run_depthwise_backward(const DepthwiseCall* c) {

@@ -145,14 +145,19 @@ def _expanded(x, expand, scale, shift):
 
 
 @torch.library.impl("mvit3::inverted_residual_filter", "CPU")
-def _filter(x, expand, scale, shift, depthwise, stride, dilation, act):
+def _filter(x, expand, scale, shift, depthwise, stride, dilation, act, parts):
     a = _activate(_expanded(x, expand, scale, shift), act)
     z = (
         nhwc(F.conv2d(nchw(a), depthwise.float(), None, stride, dilation, dilation, len(scale)))
         .to(x.dtype)
         .contiguous()
     )
-    return z, z.double().mean((0, 1, 2)).float(), z.double().var((0, 1, 2), correction=0).float()
+    # Parts of unequal sizes, the last one empty.
+    rows, moments, counts = z.double().flatten(0, 2), torch.zeros(2, parts + 1, len(scale)), torch.zeros(parts + 1)
+    for part, some in enumerate(rows.tensor_split(parts)):
+        moments[0, part], moments[1, part] = some.mean(0), some.var(0, correction=0) * len(some)
+        counts[part] = len(some)
+    return z, moments, counts
 
 
 @torch.library.impl("mvit3::inverted_residual_filter_backward", "CPU")

@@ -91,13 +91,14 @@ def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
     """What the kernel of that name writes; memory that it does not write stays NaN."""
     (batch, height, width, inputs), (outputs, expanded), stride = a["x"].shape, a["project"].shape, a["stride"]
     out = (batch, -(-height // stride), -(-width // stride))
+    parts = 2 * options.get("processors", 3) - 1  # more than some maps have tiles
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
     dtype = a["x"].dtype
     results = {
-        "filter": dict(z=empty(*out, expanded, dtype=dtype), mean=empty(expanded), var=empty(expanded)),
+        "filter": dict(z=empty(*out, expanded, dtype=dtype), moments=empty(2, parts, expanded), counts=empty(parts)),
         "inference": dict(y=empty(*out, outputs, dtype=dtype)),
         "backward": dict(gradient=empty(batch, height, width, expanded, dtype=dtype), dtaps=empty(expanded, 1, 3, 3))
         if inputs > MOST_INPUTS_IN_BACKWARD
@@ -109,8 +110,10 @@ def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
         ),
     }[name]
     sizes = dict(batch=batch, height=height, width=width, inputs=inputs, expanded=expanded, outputs=outputs)
-    emulation.call(f"run_{name}", **sizes, **{**a, **results}, **options)
-    return results
+    emulation.call(f"run_{name}", **sizes, parts=parts, **{**a, **results}, **options)
+    return (
+        {"z": results["z"], **emulation.joined(results["moments"], results["counts"])} if name == "filter" else results
+    )
 
 
 def activate(value: Tensor, act: int) -> Tensor:

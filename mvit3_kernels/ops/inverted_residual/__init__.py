@@ -300,7 +300,8 @@ registry.backward(
 )
 
 # The fused CUDA way calls two ops of csrc/cuda/inverted_residual*.cu (x in bfloat16 or float16). The first makes z, the
-# filtered map of act(scale * (x @ expand^T) + shift), and its mean and biased variance as stored. The second takes the
+# filtered map of act(scale * (x @ expand^T) + shift), and of each of `parts` parts of it, as stored, and each channel
+# the mean and the sum of squared deviations, and how many values a part has: some may have none. The second takes the
 # gradient of p to that of x without the correction of the first norm, with
 #   g = (dp @ project) * act'(z_scale * z + z_shift), c0 g + c1 + c2 z for the gradient of z,
 # and G for that of the first norm's output:
@@ -311,10 +312,13 @@ _SOURCE = "Tensor x, Tensor expand, Tensor scale, Tensor shift, Tensor depthwise
 _MIDDLE = "Tensor dp, Tensor project, Tensor z, Tensor z_scale, Tensor z_shift, Tensor c0, Tensor c1, Tensor c2"
 
 
-@registry.kernel("inverted_residual_filter", f"({_SOURCE}, {_GEOMETRY}) -> (Tensor z, Tensor mean, Tensor var)")
+@registry.kernel(
+    "inverted_residual_filter",
+    f"({_SOURCE}, {_GEOMETRY}, int parts) -> (Tensor z, Tensor moments, Tensor counts)",
+)
 def _filter_fake(call: Call) -> tuple[Tensor, ...]:
-    expanded = call.depthwise.shape[0]
-    return _empty_map(call.x, call.stride, expanded), call.scale.new_empty(expanded), call.scale.new_empty(expanded)
+    expanded, new = call.depthwise.shape[0], call.scale.new_empty
+    return _empty_map(call.x, call.stride, expanded), new(2, call.parts, expanded), new(call.parts)
 
 
 @registry.kernel(
