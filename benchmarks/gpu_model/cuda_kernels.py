@@ -348,7 +348,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
     again = (parts if parts > 1 else 0, slices if slices > 1 else 0)
     anew = (2 * out_pixels * width * parts if parts > 1 else 0) + (2 * 128 * inputs if slices > 1 else 0)
     return [
-        _small("inverted_residual.pack", chunks * packed / 4),
+        _small("inverted_residual.pack", chunks * packed / 4 + call.part.numel() + (expanded * inputs if wide else 0)),
         CudaLaunch(
             "inverted_residual.filter_backward", code, blocks, tiles * chunks / blocks, shared,
             bytes=moved,
@@ -360,7 +360,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
             ),
             way=_backward_step(find(code, stride), stride, inputs16, width, packed, again, chunks),
         ),
-        _small("inverted_residual.finish_backward", blocks * kept),
+        _small("inverted_residual.finish_backward", blocks * kept + (0 if wide else expanded * inputs**2)),
     ]  # fmt: skip
 
 

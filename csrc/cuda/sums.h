@@ -28,15 +28,15 @@ void store_moments(const Arguments& a, int channels, int channel, Moments sum, f
   if (channel == 0) a.counts[block()] = count;
 }
 
-// Sum i of `count` that each of `parts` blocks kept, for the first warp of a block of threads that takes 32 sums;
-// shared memory of kThreads floats.
+// Number i of `parts` parts, one behind the other in steps of `step`, added up where it is `wanted`; for the first warp
+// of a block of threads that takes 32 sums. Shared memory of kThreads floats.
 MVIT3_DEVICE
-float sum_of_parts(const float* workspace, int parts, int64_t count, int64_t i) {
+float sum_of_parts(const float* from, int parts, int64_t step, int64_t i, bool wanted) {
   float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
   float sum = 0.0f;
-  if (i < count)
+  if (wanted)
 #pragma unroll 4
-    for (int p = warp(); p < parts; p += kWarps) sum += workspace[p * count + i];
+    for (int p = warp(); p < parts; p += kWarps) sum += from[p * step + i];
   sums[thread()] = sum;
   synchronize();
   if (warp() == 0)

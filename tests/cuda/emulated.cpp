@@ -24,11 +24,11 @@ struct Call {
   const float* norms;  // weight, bias, mean and variance of the three norms, one after the other
   void* y;
   const void* dp;
-  const float *z_scale, *z_shift, *c0, *c1, *c2;
-  void* dx;
-  float *n1, *g1;
-  void* gradient;
-  float* dtaps;
+  const float* part;
+  int64_t parts_of_sums;
+  const float *mean, *covariance;
+  void *dx, *gradient, *scaled;
+  float *correction, *dexpand, *dfirst_weight, *dfirst_bias, *dtaps, *dmiddle_weight, *dmiddle_bias, *dproject;
 };
 
 struct DepthwiseCall {
@@ -48,6 +48,13 @@ ExpansionArguments front_of(const Call& c) {
   const Norm norm{c.scale, c.shift, {}, {}, {}, {}, 0.0f};
   return {maps,       c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)),
           int(c.act), {}};
+}
+
+// The next norm.
+Norm norm_at(const float*& next, int64_t channels) {
+  const auto values = [&] { return Values{std::exchange(next, next + channels), true}; };
+  const Values weight = values(), bias = values(), mean = values(), var = values();
+  return {nullptr, nullptr, weight, bias, mean, var, 1e-5f};
 }
 
 // Memory of the exact size, which a sanitizer sees, full of NaN.
@@ -84,14 +91,9 @@ extern "C" void run_inference(const Call* c) {
   prepare(*c);
   emulation::runs = c->runs;
   const float* next = c->norms;
-  const auto norm = [&](int64_t channels) {
-    const auto values = [&] { return Values{std::exchange(next, next + channels), true}; };
-    const Values weight = values(), bias = values(), mean = values(), var = values();
-    return Norm{nullptr, nullptr, weight, bias, mean, var, 1e-5f};
-  };
   ExpansionArguments front = front_of(*c);
-  front.norm = norm(c->expanded);
-  const Norm middle = norm(c->expanded), last = norm(c->outputs);
+  front.norm = norm_at(next, c->expanded);
+  const Norm middle = norm_at(next, c->expanded), last = norm_at(next, c->outputs);
   const bool residual = c->stride == 1 && c->inputs == c->outputs;
   InferenceArguments a{front,          middle,           {c->project, bool(c->single)}, last, c->y, nullptr, residual,
                        int(c->stride), bool(c->bfloat16)};
@@ -102,21 +104,30 @@ extern "C" void run_inference(const Call* c) {
 
 extern "C" void run_backward(const Call* c) {
   prepare(*c);
+  const float* next = c->norms;
+  ExpansionArguments front = front_of(*c);
+  front.norm = norm_at(next, c->expanded);
   BackwardArguments a{
-      front_of(*c),
+      front,
       c->dp,
       c->z,
       {c->project, bool(c->single)},
-      c->z_scale,
-      c->z_shift,
-      c->c0,
-      c->c1,
-      c->c2,
+      norm_at(next, c->expanded),
+      c->part,
+      int(c->parts_of_sums),
+      c->mean,
+      c->covariance,
       c->dx,
-      c->n1,
-      c->g1,
       c->gradient,
+      c->scaled,
+      c->correction,
+      c->dexpand,
+      c->dfirst_weight,
+      c->dfirst_bias,
       c->dtaps,
+      c->dmiddle_weight,
+      c->dmiddle_bias,
+      c->dproject,
       nullptr,
       int(c->stride),
       bool(c->bfloat16)};

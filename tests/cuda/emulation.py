@@ -39,24 +39,13 @@ class Call(ctypes.Structure):
             for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "moments", "counts")
         ),
         ("parts", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("norms", "y", "dp", "part")),
+        ("parts_of_sums", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in (
-                "norms",
-                "y",
-                "dp",
-                "z_scale",
-                "z_shift",
-                "c0",
-                "c1",
-                "c2",
-                "dx",
-                "n1",
-                "g1",
-                "gradient",
-                "dtaps",
-            )
+            for name in ("mean", "covariance", "dx", "gradient", "scaled", "correction", "dexpand", "dfirst_weight")
         ),
+        *((name, ctypes.c_void_p) for name in ("dfirst_bias", "dtaps", "dmiddle_weight", "dmiddle_bias", "dproject")),
     )
 
 

@@ -15,6 +15,10 @@ pytestmark = [
     pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not())),
 ]
 
+RESULTS = (
+    "dx", "gradient", "scaled", "correction", "dexpand", "dfirst_weight", "dfirst_bias", "dtaps",
+    "dmiddle_weight", "dmiddle_bias", "dproject",
+)  # fmt: skip
 NAMES = ("filter", "inference", "backward")
 STAGES = {
     f"{shape}, stride {stride}": (shape, stride, 1, "silu", dtype, torch.float32)
@@ -41,9 +45,11 @@ def run(name: str, a: dict) -> dict[str, Tensor]:
         z, *moments = torch.ops.mvit3.inverted_residual_filter(*front, *geometry, 100)
         return {"z": z, **emulation.joined(*moments)}
     if name == "backward":
-        middle = [a[k] for k in ("dp", "project", "z", "z_scale", "z_shift", "c0", "c1", "c2")]
-        results = torch.ops.mvit3.inverted_residual_filter_backward(*middle, *front, *geometry)
-        found = dict(zip(("dx", "n1", "g1", "gradient", "dtaps"), results, strict=True))
+        first = [a[k] for k in ("dp", "z", "part", "project", "x", "mean", "covariance")]
+        norms = a["norms"][: 8 * len(a["expand"])].view(2, 4, -1)
+        fixed = (v for w, norm in zip((a["expand"], a["depthwise"]), norms, strict=True) for v in (w, *norm, 1e-5))
+        results = torch.ops.mvit3.inverted_residual_filter_backward(*first, *fixed, *geometry)
+        found = dict(zip(RESULTS, results, strict=True))
         return {key: value for key, value in found.items() if value.numel()}
     fixed, norms = [], a["norms"]
     for weight in (a["expand"], a["depthwise"], a["project"]):

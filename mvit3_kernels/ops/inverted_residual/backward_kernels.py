@@ -170,14 +170,14 @@ def project_gradient_kernel(
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
     first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr,  # of the first norm, (E,)
     dproject_ptr, dweight_ptr, dbias_ptr,  # written: (OUT, E) and (E,), like the parameters
-    coefficients_ptr, folded_ptr,  # written: (4, E), (2, E), float32
+    coefficients_ptr,  # written: (4, E), float32
     expand_ptr, scaled_ptr,  # W, (E, C); written, if not None: (E, C), like the map
     rows, parts, eps, first_eps,
     CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the parts add up to: the gradients of the projection's weight and of the middle norm's weight and bias. And
-    what the passes behind it need of both norms: scale and shift of the first, folded; and for each channel of the
-    middle one scale and shift, and offset and slope, with which dz = scale * g + offset + slope * z:
+    what the passes behind it need: for each channel of the middle norm scale and shift, and offset and slope, with
+    which dz = scale * g + offset + slope * z:
 
         dbias = sum g;  dweight = rstd * sum(g * (z - mean)), CENTRED already or not
         slope = -scale * rstd * dweight / rows;  offset = -scale * dbias / rows - slope * mean
@@ -204,11 +204,6 @@ def project_gradient_kernel(
         store_vector(coefficients_ptr + E, column, shift, WIDTH=E)
         store_vector(coefficients_ptr + 2 * E, column, offset, WIDTH=E)
         store_vector(coefficients_ptr + 3 * E, column, slope, WIDTH=E)
-        scale, shift = load_folded_norm(
-            first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr, column, first_eps, C=E
-        )
-        store_vector(folded_ptr, column, scale, WIDTH=E)
-        store_vector(folded_ptr + E, column, shift, WIDTH=E)
     elif tl.program_id(0) < last:
         column = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)
         total = add_up(part_ptr, parts, column, column < OUT * E, N=SIZE, FEW=FEW)

@@ -42,7 +42,7 @@ from ..triton_common import (
 )
 from ..types import BatchNorm
 from . import backward_kernels, evaluation_kernels, kernels
-from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
+from .cost import fits_a_program, values_moved
 
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
@@ -247,11 +247,9 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
 # Backward
 
 
-def _project_backward(
-    dp: Tensor, z: Tensor, weight: Tensor, first: BatchNorm, norm: BatchNorm, act: int, expand: Tensor, scales: bool
-) -> tuple[Tensor, ...]:
-    """The gradients of the projection's weight and of the middle norm's weight and bias, that norm's coefficients (4,
-    E), scale and shift of the first norm and, where it `scales`, the expansion's weight times that scale."""
+def _project_backward(dp: Tensor, z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> Tensor:
+    """Parts of the sums over z that give the gradients of the projection and of the middle norm: (parts, outputs + 2,
+    expanded)."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     config = configuration("project_bwd", z, expanded, outputs)
     columns, blocks = triton.cdiv(expanded, config["BLOCK_N"]), triton.cdiv(outputs, config["BLOCK_K"])
@@ -264,16 +262,25 @@ def _project_backward(
         rounded = multiplied(z, weight)
         backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, *rounded, *rest, **flags)
         backward_kernels.project_product_bwd_kernel[(columns * blocks * len(part),)](dp, z, *rest, **flags)
+    return part.view(len(part), outputs + 2, expanded)
+
+
+def _project_gradient(
+    part: Tensor, z: Tensor, weight: Tensor, first: BatchNorm, norm: BatchNorm, expand: Tensor, scales: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of the projection's weight and of the middle norm's weight and bias, that norm's coefficients (4,
+    E), and, where it `scales`, the expansion's weight times the scale of the first norm."""
+    outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     gradients = tuple(torch.empty_like(t) for t in (weight, *norm[:2]))
-    coefficients, folded, inputs = _float32(z, 4, expanded), _float32(z, 2, expanded), expand.shape[1]
+    coefficients, inputs = _float32(z, 4, expanded), expand.shape[1]
     scaled, config = z.new_empty(expanded, inputs) if scales else None, _sums(len(part))
     counts = (expanded, outputs * expanded, inputs * expanded if scales else 0)
     backward_kernels.project_gradient_kernel[(sum(triton.cdiv(n, config["BLOCK"]) for n in counts),)](
-        part, *norm[:4], *first[:4], *gradients, coefficients, folded, expand, scaled,
+        part, *norm[:4], *first[:4], *gradients, coefficients, expand, scaled,
         rows, len(part), norm.eps, first.eps,
         CENTRED=z.dtype is torch.float32, C=inputs, E=expanded, OUT=outputs, **config,
     )  # fmt: skip
-    return *gradients, coefficients, folded, scaled
+    return *gradients, coefficients, scaled
 
 
 def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tensor, act: int) -> Tensor:
@@ -379,32 +386,37 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     first, middle, last = (_norm_backward(call, part) for part in ("expand", "depthwise", "project"))
     act, geometry = call.act, (call.stride, call.dilation)
     residual = dy if call.stride == 1 and x.shape[-1] == call.p.shape[-1] else None
+    sums = None
     with on_device(x):
         dp, *dlast = normalize_backward(dy, call.p, last, IDENTITY.value)
-        stored, wide = a.numel() > 0, x.shape[-1] > MOST_INPUTS_IN_BACKWARD
-        scales = not fits_a_program(x, len(expand)) if stored else wide
-        dproject, *dmiddle, coefficients, folded, scaled = _project_backward(
-            dp, z, project, first, middle, act, expand, scales
-        )
-        if stored:
+        part = _project_backward(dp, z, project, middle, act)
+        if a.numel() > 0:
+            scales = not fits_a_program(x, len(expand))
+            dproject, *dmiddle, coefficients, scaled = _project_gradient(
+                part, z, project, first, middle, expand, scales
+            )
             # The gradient of z lives no longer than it is read.
             da, ddepthwise = depthwise_backward(
                 _filtered_backward(dp, z, project, coefficients, act), a, depthwise_weight, *geometry
             )
             dx, sums = _expand_backward(da, x, expand, first, scaled, mean, act)
         else:
-            scale, shift, offset, slope = coefficients
-            dx, product, total, gradient, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
-                dp, project, z, scale, shift, scale, offset, slope,
-                x, expand, *folded, depthwise_weight, *geometry, act,
-            )  # fmt: skip
-            sums = product, total, False
-            if wide:
+            norms = (expand, *first[:4], first.eps, depthwise_weight, *middle[:4], middle.eps)
+            dx, gradient, scaled, correction, *dfirst, ddepthwise, dmiddle_weight, dmiddle_bias, dproject = (
+                torch.ops.mvit3.inverted_residual_filter_backward(
+                    dp, z, part, project, x, mean, call.covariance, *norms, *geometry, act
+                )
+            )
+            dmiddle = dmiddle_weight, dmiddle_bias
+            if scaled.numel() > 0:
                 dx, sums = _products_backward(gradient, x, scaled, mean)
-        dfirst, correction = _expand_gradient(sums, x, expand, first, mean, call.covariance)
+        if sums is not None:
+            dfirst, correction = _expand_gradient(sums, x, expand, first, mean, call.covariance)
         _correct(dx, x, residual, expand, correction, mean)
-    ddepthwise = ddepthwise.view(depthwise_weight.shape).to(depthwise_weight.dtype)
-    return dx, *dfirst, ddepthwise, *dmiddle, dproject, *dlast
+    ddepthwise = ddepthwise.view(depthwise_weight.shape)
+    of_parameters = (*dfirst, ddepthwise, *dmiddle, dproject)
+    parameters = (expand, *first[:2], depthwise_weight, *middle[:2], project)
+    return dx, *(d.to(t.dtype) for d, t in zip(of_parameters, parameters, strict=True)), *dlast
 
 
 def inverted_residual_project_inference(call: Call) -> Tensor:
