@@ -139,14 +139,16 @@ struct Filter {
     const PackArguments arguments = front_to_pack(a);
     const Pack<T, Step> packed{arguments};
     const int first = slice() * kSlice;
-    uint32_t* const words = reinterpret_cast<uint32_t*>(front.norm);
-    const auto write = [](uint32_t* to, int count, const auto& word) {
+    uint32_t* const norms = reinterpret_cast<uint32_t*>(front.norm);
+    for (int i = thread(); i < Step::kNorm / 4; i += kThreads) norms[i] = packed.norm(first, i);
 #pragma unroll 4
-      for (int i = thread(); i < count; i += kThreads) to[i] = word(i);
-    };
-    write(words, Step::kNorm / 4, [&](int i) { return packed.norm(first, i); });
-    write(words + Step::kNorm / 4, Step::kWeights / 4, [&](int i) { return packed.expansion(first, i); });
-    write(table, Step::kDiagonals / 4, [&](int i) { return packed.tap(first, i); });
+    for (int row = warp(); row < kSlice; row += kWarps) {
+      uint32_t* const words = reinterpret_cast<uint32_t*>(front.weight.row(row));
+      const float scale = Step::kFolds ? packed.first(first + row).scale : 1.0f;
+      for (int word = lane(); 2 * word < a.slice; word += kWarp)
+        words[word] = packed.weights(a.expand, first + row, a.maps.expanded, 2 * word, a.maps.inputs, scale);
+    }
+    for (int i = thread(); i < Step::kDiagonals / 4; i += kThreads) table[i] = packed.tap(first, i);
   }
 
   static MVIT3_DEVICE

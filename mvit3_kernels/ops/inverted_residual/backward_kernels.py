@@ -174,6 +174,7 @@ def project_gradient_kernel(
     expand_ptr, scaled_ptr,  # W, (E, C); written, if not None: (E, C), like the map
     rows, parts, eps, first_eps,
     CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """What the parts add up to: the gradients of the projection's weight and of the middle norm's weight and bias. And
     what the passes behind it need: for each channel of the middle norm scale and shift, and offset and slope, with
@@ -183,7 +184,7 @@ def project_gradient_kernel(
         slope = -scale * rstd * dweight / rows;  offset = -scale * dbias / rows - slope * mean
 
     And W, rounded, times the scale of the first norm. The first programs have BLOCK channels of the norms each, the
-    next ones BLOCK values of the projection's weight, the last ones of W."""
+    next ones BLOCK values of the projection's weight, the last ones BLOCK_W of W."""
     blocks: tl.constexpr = (E + BLOCK - 1) // BLOCK
     last: tl.constexpr = blocks + (OUT * E + BLOCK - 1) // BLOCK
     SIZE: tl.constexpr = (OUT + 2) * E
@@ -210,7 +211,7 @@ def project_gradient_kernel(
         store_vector(dproject_ptr, column, total, WIDTH=OUT * E)
     elif scaled_ptr is not None:
         dtype: tl.constexpr = scaled_ptr.dtype.element_ty
-        at = (tl.program_id(0) - last) * BLOCK + tl.arange(0, BLOCK)
+        at = (tl.program_id(0) - last) * BLOCK_W + tl.arange(0, BLOCK_W)
         scale, _ = load_folded_norm(
             first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr, at // C, first_eps, C=E, DTYPE=dtype
         )

@@ -274,11 +274,12 @@ def _project_gradient(
     gradients = tuple(torch.empty_like(t) for t in (weight, *norm[:2]))
     coefficients, inputs = _float32(z, 4, expanded), expand.shape[1]
     scaled, config = z.new_empty(expanded, inputs) if scales else None, _sums(len(part))
-    counts = (expanded, outputs * expanded, inputs * expanded if scales else 0)
-    backward_kernels.project_gradient_kernel[(sum(triton.cdiv(n, config["BLOCK"]) for n in counts),)](
+    programs = sum(triton.cdiv(n, config["BLOCK"]) for n in (expanded, outputs * expanded))
+    programs += triton.cdiv(inputs * expanded, 1024) if scales else 0
+    backward_kernels.project_gradient_kernel[(programs,)](
         part, *norm[:4], *first[:4], *gradients, coefficients, expand, scaled,
         rows, len(part), norm.eps, first.eps,
-        CENTRED=z.dtype is torch.float32, C=inputs, E=expanded, OUT=outputs, **config,
+        CENTRED=z.dtype is torch.float32, C=inputs, E=expanded, OUT=outputs, BLOCK_W=1024, **config,
     )  # fmt: skip
     return *gradients, coefficients, scaled
 
