@@ -41,7 +41,7 @@ from ..triton_common import (
     split_rows,
 )
 from ..types import BatchNorm
-from . import backward_kernels, evaluation_kernels, kernels
+from . import backward_kernels, correction_kernels, evaluation_kernels, kernels
 from .cost import fits_a_program, values_moved
 
 MOST_FEW = 72  # parts up to which a program adds up one after the other
@@ -370,11 +370,11 @@ def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, cor
         # K is of the order of 1 / rows, which float16 may not hold.
         dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
         matrix, shift = x.new_empty(inputs, inputs, dtype=dtype), _float32(x, inputs)
-        backward_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
+        correction_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
             x, weight, correction, matrix, shift, BLOCK_C=16, num_warps=4, **sizes
         )
     parts, rows_per_part = _split(x, rows, config, columns)
-    backward_kernels.correct_bwd_kernel[(parts * columns,)](
+    correction_kernels.correct_bwd_kernel[(parts * columns,)](
         x, residual, mean, matrix, shift, weight, correction, dx, rows, rows_per_part, **sizes, **config
     )
 
