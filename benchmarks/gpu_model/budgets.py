@@ -177,7 +177,7 @@ REASONS: dict[tuple[str, str], str] = {
         "adds up a row of the weight's gradient, which the kernel before it left in the second-level cache"
     ),
     ("pipeline", "inverted_residual.correct_bwd"): (
-        "reads the correction's matrix once in front of its walk over rows, whose loads are copied ahead"
+        "reads the correction's matrix, or makes it, once in front of its walk over rows, whose loads are copied ahead"
     ),
     ("pipeline", "row_gradients.input_bwd"): (
         "its second loop reads back, a few rows at a time, the product that it has just left in the caches: product, x"

@@ -30,6 +30,7 @@ WALKS = {("filter", 1): (2, 2), ("filter", 2): (2, 1), ("filter_backward", 1): (
 # of parameters, around these; once a tile, and there for 16 inputs; for a pass of its loop over dp.
 BACKWARD_COPY, BACKWARD_PARAMETERS, BACKWARD_AROUND, BACKWARD_TILE, BACKWARD_INPUTS, BACKWARD_DP = 8, 2, 12, 175, 32, 14
 WIDE_TILE = 235  # of more than 64 inputs
+PACKING = 45  # instructions for a word of packed parameters, by the code that float32 weights run
 
 
 @dataclass
@@ -220,20 +221,25 @@ def _filter(call: Any) -> list[CudaLaunch]:
     shared, name = _front_shared(most, stride, channels), f"6FilterINS_8BFloat16ELi{stride}ELi{most}E"
     tiles, slices, (pixels, rounded) = _tiles(x, stride, TILE[stride]), _ceil(expanded, channels), PIXELS[stride]
     code = find(name, stride)
-    parts = min(max(_resident(code, shared) // slices, 1), tiles)
+    parts = call.parts
     out = x.shape[0] * _ceil(x.shape[1], stride) * _ceil(x.shape[2], stride)
     read = 2.0 * tiles * slices * pixels * inputs
     if inputs > _slice(inputs):
         read += 2.0 * tiles * slices * channels * inputs
     way = _step(code, inputs, most, FRONT[stride, channels], 0, read / tiles / slices / 16 / THREADS)
+    before = []
+    if inputs > _slice(inputs):
+        before = [_small("inverted_residual.pack", expanded * (inputs + 20))]
+    else:  # each block packs its parameters, two numbers at a time
+        packed = channels * (most + 8) / 2 + 4 * channels + 16 * 48
+        way = way.then(paths.Way(0, Counter(all=PACKING * packed / THREADS * parts / tiles)))
     return [
-        _small("inverted_residual.pack", expanded * (inputs + 20)),
+        *before,
         CudaLaunch(
             "inverted_residual.filter", name, parts * slices, tiles / parts, shared,
             bytes=2.0 * x.numel() + 2.0 * out * expanded, cached=read + 2.0 * out * expanded,
             products=tiles * slices * channels * (2.0 * rounded * inputs + math.prod(TILE[stride]) * TAPS), way=way,
         ),
-        _small("inverted_residual.finish_moments", parts * expanded * 2),
     ]  # fmt: skip
 
 
@@ -342,7 +348,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
     again = (parts if parts > 1 else 0, slices if slices > 1 else 0)
     anew = (2 * out_pixels * width * parts if parts > 1 else 0) + (2 * 128 * inputs if slices > 1 else 0)
     return [
-        _small("inverted_residual.pack", chunks * packed / 4),
+        _small("inverted_residual.pack", chunks * packed / 4 + call.part.numel() + (expanded * inputs if wide else 0)),
         CudaLaunch(
             "inverted_residual.filter_backward", code, blocks, tiles * chunks / blocks, shared,
             bytes=moved,
@@ -354,7 +360,7 @@ def _filter_backward(call: Any) -> list[CudaLaunch]:
             ),
             way=_backward_step(find(code, stride), stride, inputs16, width, packed, again, chunks),
         ),
-        _small("inverted_residual.finish_backward", blocks * kept),
+        _small("inverted_residual.finish_backward", blocks * kept + (0 if wide else expanded * inputs**2)),
     ]  # fmt: skip
 
 
@@ -369,15 +375,16 @@ def _depthwise(op: str, code: str, call: Any, extra: int) -> list[CudaLaunch]:
     columns, rows_of_a_pass = WALKS[op, stride]
     units = -(-batch * _ceil(out_width, columns) // positions) * out_height
     resident = MULTIPROCESSORS * occupancy(find(code, stride).registers, WARPS, 0).blocks
-    blocks = min(max(resident // slices, 1), _ceil(units, 4))
+    blocks = min(max(resident // slices, 1), _ceil(units, 4)) if extra else call.parts
     out = batch * out_height * out_width * channels
     moved = 2.0 * (x.numel() * (2 if extra else 1) + out)
+    last = [_small(f"depthwise_conv.finish_{op}", blocks * channels * extra)] if extra else []
     return [
         CudaLaunch(
             f"depthwise_conv.{op}", code, blocks * slices, units / blocks / rows_of_a_pass, 16384,
             bytes=moved, cached=1.5 * moved,
         ),
-        _small(f"depthwise_conv.finish_{op}", blocks * channels * (9 if extra else 2)),
+        *last,
     ]  # fmt: skip
 
 
@@ -386,5 +393,5 @@ _LAUNCHES = {
     "inverted_residual_inference": _inference,
     "inverted_residual_filter_backward": _filter_backward,
     "depthwise_conv_filter": lambda call: _depthwise("filter", "15DepthwiseFilterI", call, 0),
-    "depthwise_conv_filter_backward": lambda call: _depthwise("filter_backward", "17DepthwiseBackwardI", call, 1),
+    "depthwise_conv_filter_backward": lambda call: _depthwise("filter_backward", "17DepthwiseBackwardI", call, 9),
 }

@@ -56,11 +56,13 @@ inline int slice_of(int inputs) {
   return (each + 15) / 16 * 16;
 }
 
-// z = depth-wise(act(norm(x expand^T))), and its mean and variance.
+// z = depth-wise(act(norm(x expand^T))), and of each of its parts and channels the mean and the sum of squared
+// differences from it, (2, parts, expanded), and the number of values (parts). A part is a block's, and may be empty.
 struct FilterArguments {
   ExpansionArguments front;
   void* z;
-  float *mean, *var;
+  float *moments, *counts;
+  int parts;
   float* workspace;  // filter_workspace floats
   int stride;
   bool bfloat16;
@@ -85,24 +87,28 @@ struct InferenceArguments {
 int64_t inference_workspace(const InferenceArguments& a);
 void inference(const InferenceArguments& a, void* stream);
 
-// The gradient dp of the projection to that of x, without the correction of the first norm (identity B of the design),
-// and what that needs.
-//   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z, da = depth-wise^T dz, pre = norm(x expand^T),
-//   G = da * act'(pre); dx = (G * scale) expand, n1 = G^T x, g1 = sum of G, dtaps = the gradient of the depth-wise
+// From the gradient dp of the projection to that of x without the correction of the first norm (identity B of the
+// design), to those of all parameters, and to what the correction is made of.
+//   g = (dp project) * act'(middle(z)), dz = its gradient through the middle norm, da = depth-wise^T dz,
+//   pre = norm(x expand^T), G = da * act'(pre); dx = (G * scale) expand, dtaps = the gradient of the depth-wise
 //   weights.
-// With more than kMostGradientInputs inputs G itself is written, `gradient` (B, H, W, expanded), and neither dx, n1 nor
-// g1.
+// The middle norm's sums are there, in parts of the pixels: `part` (parts, outputs + 2, expanded) has dp^T
+// act(middle(z)) and the sums of g and of g z. dexpand, dfirst_* and correction (2, expanded) are what
+// expand_gradient_kernel makes of G^T x, sum of G, and mean and covariance of x. With more than kMostGradientInputs
+// inputs G itself is written, `gradient` (B, H, W, expanded), and `scaled`, the expansion times its norm's scale, and
+// neither dx nor what follows from sums of G.
 constexpr int kMostGradientInputs = 64;
 
 struct BackwardArguments {
   ExpansionArguments front;
   const void *dp, *z;
   Values project;
-  const float *z_scale, *z_shift, *c0, *c1, *c2;
-  void* dx;
-  float *n1, *g1;
-  void* gradient;
-  float* dtaps;
+  Norm middle;
+  const float* part;
+  int parts;
+  const float *mean, *covariance;
+  void *dx, *gradient, *scaled;
+  float *correction, *dexpand, *dfirst_weight, *dfirst_bias, *dtaps, *dmiddle_weight, *dmiddle_bias, *dproject;
   float* workspace;  // backward_workspace floats
   int stride;
   bool bfloat16;
@@ -113,22 +119,22 @@ void backward(const BackwardArguments& a, void* stream);
 
 enum class Type { kFloat, kBFloat16, kFloat16 };
 
-// z = depth-wise(x), and its mean and variance; and the gradients of x and of the taps, from dz. Of `maps` inputs are
-// the channels, and outputs and expanded have no part. Neither map is empty, and the dilation is not larger than the
-// map.
+// z = depth-wise(x), and moments and counts of its parts, as above; and the gradients of x and of the taps, from dz. Of
+// `maps` inputs are the channels, and outputs and expanded have no part. Neither map is empty, and the dilation is not
+// larger than the map.
 struct DepthwiseArguments {
   Maps maps;
   const void *x, *dz;
   Values weight;  // (channels, 9)
   void *z, *dx;
-  float *mean, *var;
+  float *moments, *counts;
+  int parts;
   void* dweight;     // in the type of the weight
-  float* workspace;  // depthwise_filter_workspace or depthwise_backward_workspace floats
+  float* workspace;  // depthwise_backward_workspace floats
   int stride;        // 1, or 2 without dilation
   Type type;
 };
 
-int64_t depthwise_filter_workspace(const DepthwiseArguments& a);
 void depthwise_filter(const DepthwiseArguments& a, void* stream);
 int64_t depthwise_backward_workspace(const DepthwiseArguments& a);
 void depthwise_backward(const DepthwiseArguments& a, void* stream);

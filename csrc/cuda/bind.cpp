@@ -137,6 +137,18 @@ ExpansionArguments expansion_of(
       {}};
 }
 
+// The norm behind a convolution, by its statistics.
+Norm fixed_norm(Inputs& in, const FixedConvArguments& conv, int channels) {
+  return {
+      nullptr,
+      nullptr,
+      in.values("norm.weight", conv.norm_weight, channels),
+      in.values("norm.bias", conv.norm_bias, channels),
+      in.values("norm.running_mean", conv.mean, channels),
+      in.values("norm.running_var", conv.var, channels),
+      float(conv.eps)};
+}
+
 // The same as an op takes it in training, its norm folded.
 struct ExpansionTensors {
   Tensor x, expand, scale, shift, depthwise;
@@ -150,29 +162,37 @@ struct ExpansionTensors {
 struct FilterCall {
   ExpansionTensors expansion;
   BlockArguments block;
+  int64_t parts;
 };
 
-// z (B, H', W', expanded), and its mean and variance.
+int parts_of(int64_t parts) {
+  MVIT3_CHECK(1 <= parts && parts <= 65535, "parts must be 1 to 65535, got ", parts);
+  return int(parts);
+}
+
+// z (B, H', W', expanded), and moments and counts of its parts.
 std::array<Tensor, 3> inverted_residual_filter(const FilterCall& call) {
   const Tensor& x = call.expansion.x;
   const Maps m = block_maps(x, call.expansion.expand, 0, call.block);
   MVIT3_CHECK(x.numel() > 0, "x must not be empty");
   const DeviceGuard guard(x.get_device_index());
   Inputs in(x);
-  const Tensor z = empty_map(x, m, m.expanded), mean = empty_floats(x, {m.expanded}),
-               var = empty_floats(x, {m.expanded});
+  const int parts = parts_of(call.parts);
+  const Tensor z = empty_map(x, m, m.expanded), moments = empty_floats(x, {2, parts, m.expanded}),
+               counts = empty_floats(x, {parts});
   FilterArguments a{
       call.expansion.read(in, m, call.block.act),
       z.mutable_data_ptr(),
-      floats_of(mean),
-      floats_of(var),
+      floats_of(moments),
+      floats_of(counts),
+      parts,
       nullptr,
       int(call.block.taps.stride),
       is_bfloat16(x)};
   const Tensor workspace = empty_floats(x, {filter_workspace(a)});
   a.workspace = floats_of(workspace);
   filter(a, current_stream(x.get_device_index()));
-  return {z, mean, var};
+  return {z, moments, counts};
 }
 
 struct InferenceCall {
@@ -189,22 +209,12 @@ Tensor inverted_residual_inference(const InferenceCall& call) {
   if (y.numel() == 0) return y;
   const DeviceGuard guard(x.get_device_index());
   Inputs in(x);
-  const auto norm = [&in](const FixedConvArguments& conv, int channels) {
-    return Norm{
-        nullptr,
-        nullptr,
-        in.values("norm.weight", conv.norm_weight, channels),
-        in.values("norm.bias", conv.norm_bias, channels),
-        in.values("norm.running_mean", conv.mean, channels),
-        in.values("norm.running_var", conv.var, channels),
-        float(conv.eps)};
-  };
-  const Norm first = norm(expand, m.expanded);
+  const Norm first = fixed_norm(in, expand, m.expanded);
   InferenceArguments a{
       expansion_of(in, m, x, expand.weight, first, depthwise.weight, block.act),
-      norm(depthwise, m.expanded),
+      fixed_norm(in, depthwise, m.expanded),
       in.values("project", project.weight, int64_t(m.outputs) * m.expanded),
-      norm(project, m.outputs),
+      fixed_norm(in, project, m.outputs),
       y.mutable_data_ptr(),
       nullptr,
       block.taps.stride == 1 && m.inputs == m.outputs,
@@ -218,45 +228,60 @@ Tensor inverted_residual_inference(const InferenceCall& call) {
 
 // From the gradient dp of the projection on: what BackwardArguments says.
 struct FilterBackwardCall {
-  Tensor dp, project, z, z_scale, z_shift, c0, c1, c2;
-  ExpansionTensors expansion;
+  Tensor dp, z, part, project, x, mean, covariance;
+  FixedConvArguments expand, depthwise;
   BlockArguments block;
 };
 
-std::array<Tensor, 5> inverted_residual_filter_backward(const FilterBackwardCall& call) {
-  const Tensor& x = call.expansion.x;
-  const Maps m = block_maps(x, call.expansion.expand, call.project.size(0), call.block);
+std::array<Tensor, 11> inverted_residual_filter_backward(const FilterBackwardCall& call) {
+  const auto& [dp, z, part, project, x, mean, covariance, expand, depthwise, block] = call;
+  const Maps m = block_maps(x, expand.weight, project.size(0), block);
   MVIT3_CHECK(x.numel() > 0 && m.outputs > 0, "x and dp must not be empty");
   const DeviceGuard guard(x.get_device_index());
   Inputs in(x);
   const bool wide = m.inputs > kMostGradientInputs;
-  const Tensor dx = wide ? torch::stable::new_empty(x, {0}) : torch::stable::new_empty(x, x.sizes()),
-               n1 = empty_floats(x, {wide ? 0 : m.expanded, m.inputs}), g1 = empty_floats(x, {wide ? 0 : m.expanded}),
-               gradient = wide ? torch::stable::new_empty(x, {m.batch, m.height, m.width, m.expanded})
-                               : torch::stable::new_empty(x, {0}),
-               dtaps = empty_floats(x, {m.expanded, 1, 3, 3});
+  const auto map = [&x = x](bool wanted, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    return wanted ? torch::stable::new_empty(x, sizes) : torch::stable::new_empty(x, {0});
+  };
+  const auto floats = [&](bool wanted, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    return wanted ? empty_floats(x, sizes) : empty_floats(x, {0});
+  };
+  const Tensor dx = map(!wide, x.sizes()), gradient = map(wide, {m.batch, m.height, m.width, m.expanded}),
+               scaled = map(wide, {m.expanded, m.inputs}), correction = floats(!wide, {2, m.expanded}),
+               dexpand = floats(!wide, expand.weight.sizes()), dfirst_weight = floats(!wide, {m.expanded}),
+               dfirst_bias = floats(!wide, {m.expanded}), dtaps = floats(true, {m.expanded, 1, 3, 3}),
+               dmiddle_weight = floats(true, {m.expanded}), dmiddle_bias = floats(true, {m.expanded}),
+               dproject = floats(true, project.sizes());
+  const int parts = parts_of(part.size(0));
   BackwardArguments a{
-      call.expansion.read(in, m, call.block.act),
-      in.map("dp", call.dp, out_pixels(m) * m.outputs),
-      in.map("z", call.z, out_pixels(m) * m.expanded),
-      in.values("project", call.project, int64_t(m.outputs) * m.expanded),
-      in.floats("z_scale", call.z_scale, m.expanded),
-      in.floats("z_shift", call.z_shift, m.expanded),
-      in.floats("c0", call.c0, m.expanded),
-      in.floats("c1", call.c1, m.expanded),
-      in.floats("c2", call.c2, m.expanded),
+      expansion_of(in, m, x, expand.weight, fixed_norm(in, expand, m.expanded), depthwise.weight, block.act),
+      in.map("dp", dp, out_pixels(m) * m.outputs),
+      in.map("z", z, out_pixels(m) * m.expanded),
+      in.values("project", project, int64_t(m.outputs) * m.expanded),
+      fixed_norm(in, depthwise, m.expanded),
+      in.floats("part", part, int64_t(parts) * (m.outputs + 2) * m.expanded),
+      parts,
+      in.floats("mean", mean, m.inputs),
+      in.floats("covariance", covariance, int64_t(m.inputs) * m.inputs),
       dx.mutable_data_ptr(),
-      floats_of(n1),
-      floats_of(g1),
       gradient.mutable_data_ptr(),
+      scaled.mutable_data_ptr(),
+      floats_of(correction),
+      floats_of(dexpand),
+      floats_of(dfirst_weight),
+      floats_of(dfirst_bias),
       floats_of(dtaps),
+      floats_of(dmiddle_weight),
+      floats_of(dmiddle_bias),
+      floats_of(dproject),
       nullptr,
-      int(call.block.taps.stride),
+      int(block.taps.stride),
       is_bfloat16(x)};
   const Tensor workspace = empty_floats(x, {backward_workspace(a)});
   a.workspace = floats_of(workspace);
   backward(a, current_stream(x.get_device_index()));
-  return {dx, n1, g1, gradient, dtaps};
+  return {dx,          gradient, scaled,         correction,   dexpand, dfirst_weight,
+          dfirst_bias, dtaps,    dmiddle_weight, dmiddle_bias, dproject};
 }
 
 // ---- depthwise_conv
@@ -281,24 +306,24 @@ DepthwiseArguments depthwise_arguments(
 struct DepthwiseFilterCall {
   Tensor x, weight;
   StrideArguments geometry;
+  int64_t parts;
 };
 
-// z, and its mean and variance.
+// z, and moments and counts of its parts.
 std::array<Tensor, 3> depthwise_conv_filter(const DepthwiseFilterCall& call) {
   const Tensor& x = call.x;
   Inputs in(x);
   DepthwiseArguments a = depthwise_arguments(in, x, call.weight, call.geometry);
   const DeviceGuard guard(x.get_device_index());
+  a.parts = parts_of(call.parts);
   const Tensor z = empty_map(x, a.maps, a.maps.inputs);
-  Tensor mean = empty_floats(x, {a.maps.inputs}), var = empty_floats(x, {a.maps.inputs});
-  if (z.numel() == 0) return {z, torch::stable::zero_(mean), torch::stable::zero_(var)};
+  Tensor moments = empty_floats(x, {2, a.parts, a.maps.inputs}), counts = empty_floats(x, {a.parts});
+  if (z.numel() == 0) return {z, torch::stable::zero_(moments), torch::stable::zero_(counts)};
   a.z = z.mutable_data_ptr();
-  a.mean = floats_of(mean);
-  a.var = floats_of(var);
-  const Tensor workspace = empty_floats(x, {depthwise_filter_workspace(a)});
-  a.workspace = floats_of(workspace);
+  a.moments = floats_of(moments);
+  a.counts = floats_of(counts);
   depthwise_filter(a, current_stream(x.get_device_index()));
-  return {z, mean, var};
+  return {z, moments, counts};
 }
 
 struct DepthwiseBackwardCall {

@@ -9,8 +9,8 @@ namespace mvit3 {
 // channel, over the pixels of a block.
 //
 // Reads x (B, H, W, C) once, and again the rows around those of a block and the columns around those of a thread; the
-// taps (C, 9) once a thread. Writes z (B, H', W', C) once, and to the workspace the moments (blocks, C) and the number
-// of pixels (blocks).
+// taps (C, 9) once a thread. Writes z (B, H', W', C) once, and the moments (2, blocks, C) and the number of pixels
+// (blocks).
 template <typename T, int Stride, bool Vectors>
 struct DepthwiseFilter {
   static constexpr int kBlocksAtOnce = 2;
@@ -22,7 +22,6 @@ struct DepthwiseFilter {
   static int shared(const Plan& walk) {
     return walk.positions * (walk.groups * kChannels * int(sizeof(Moments)) + int(sizeof(float)));
   }
-  static int64_t kept(const Plan& walk) { return 2 * int64_t(walk.channels) + 1; }
 
   // to = sum + a row of x times row Row of the taps
   template <int Row>
@@ -97,7 +96,7 @@ struct DepthwiseFilter {
     z.advance();
   }
 
-  // The moments of the threads of a block, joined in their order, to the workspace.
+  // The moments of the threads of a block, joined in their order.
   static MVIT3_DEVICE
   void keep(const Arguments& a, const Seen& seen) {
     const Plan& walk = a.walk;
@@ -124,8 +123,7 @@ struct DepthwiseFilter {
       sum = total == 0.0f ? part : merge(sum, total, part, counts[p]);
       total += counts[p];
     }
-    reinterpret_cast<Moments*>(a.workspace)[int64_t(block()) * m.inputs + of_slice] = sum;
-    if (of_slice == 0) a.workspace[2 * int64_t(blocks()) * m.inputs + block()] = total;
+    store_moments(a, m.inputs, of_slice, sum, total);
   }
 
   static MVIT3_DEVICE
@@ -186,15 +184,11 @@ struct DepthwiseFilter {
   }
 };
 
-int64_t depthwise_filter_workspace(const DepthwiseArguments& a) { return depthwise_workspace<DepthwiseFilter>(a); }
-
 void depthwise_filter(const DepthwiseArguments& a, void* stream) {
   choose_depthwise<DepthwiseFilter>(a, [&](auto kernel) {
-    const DepthwiseLaunch<typename decltype(kernel)::type> call(a);
+    DepthwiseLaunch<typename decltype(kernel)::type> call(a);
+    call.blocks = a.parts;
     call(stream);
-    const int channels = a.maps.inputs;
-    launch<FinishMoments>(
-        {a.workspace, a.mean, a.var, call.blocks, channels}, int(ceil_div(channels, kWarp)), 1, kThreads * 8, stream);
   });
 }
 

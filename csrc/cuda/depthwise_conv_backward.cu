@@ -222,7 +222,7 @@ struct FinishTaps {
   static MVIT3_DEVICE
   void run(const Arguments& a) {
     const int64_t i = int64_t(block()) * kWarp + lane();
-    const float sum = sum_of_parts(a.workspace, a.parts, a.count, i);
+    const float sum = sum_of_parts(a.workspace, a.parts, a.count, i, i < a.count);
     if (warp() == 0 && i < a.count) a.dweight[i] = from_float<T>(sum);
   }
 };

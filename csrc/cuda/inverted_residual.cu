@@ -13,8 +13,9 @@ namespace mvit3 {
 //
 // A slice of blocks has 64 expanded channels, whose weights stay in shared memory and whose sums stay in registers
 // while a block walks over its tiles. Reads x (B, H, W, inputs) once for each slice and tile of z, with a border of one
-// pixel; the packed parameters once for each block (with more than 128 inputs the weights once for each tile). Writes z
-// (B, H', W', expanded) once, and to the workspace the moments (blocks, expanded) and the number of pixels (blocks).
+// pixel; the parameters once for each block, which packs them for itself (with more than 128 inputs they are packed
+// before, and the weights read once for each tile). Writes z
+// (B, H', W', expanded) once, and the moments (2, blocks, expanded) and the number of pixels (blocks).
 template <typename T, int Stride, int Inputs>
 struct Filter {
   using Arguments = FilterArguments;
@@ -40,13 +41,6 @@ struct Filter {
 
   static MVIT3_BOTH
   int slices(const Maps& m) { return (m.expanded + kSlice - 1) / kSlice; }
-
-  // Blocks of a slice.
-  static int parts(const Arguments& a, int shared) {
-    const int64_t most = resident_blocks<Filter>(shared) / slices(a.front.maps),
-                  tiles = TileWalk<Stride>::tiles(a.front.maps);
-    return int(most < 1 ? 1 : most < tiles ? most : tiles);
-  }
 
   // What a lane has seen of its channels: differences from one of the values, which are small, and 0 where all are
   // equal.
@@ -134,6 +128,29 @@ struct Filter {
     }
   }
 
+  // What the slice's expansion is made with, and the diagonals of its taps.
+  static MVIT3_DEVICE
+  void load_parameters(const ExpansionArguments& a, const Front& front, uint32_t* table, const char* step) {
+    if (!front.whole()) {
+      copy_run<Step::kDiagonals>(table, step + a.packed.expansion);
+      front.load_parameters(step);
+      return;
+    }
+    const PackArguments arguments = front_to_pack(a);
+    const Pack<T, Step> packed{arguments};
+    const int first = slice() * kSlice;
+    uint32_t* const norms = reinterpret_cast<uint32_t*>(front.norm);
+    for (int i = thread(); i < Step::kNorm / 4; i += kThreads) norms[i] = packed.norm(first, i);
+#pragma unroll 4
+    for (int row = warp(); row < kSlice; row += kWarps) {
+      uint32_t* const words = reinterpret_cast<uint32_t*>(front.weight.row(row));
+      const float scale = Step::kFolds ? packed.first(first + row).scale : 1.0f;
+      for (int word = lane(); 2 * word < a.slice; word += kWarp)
+        words[word] = packed.weights(a.expand, first + row, a.maps.expanded, 2 * word, a.maps.inputs, scale);
+    }
+    for (int i = thread(); i < Step::kDiagonals / 4; i += kThreads) table[i] = packed.tap(first, i);
+  }
+
   static MVIT3_DEVICE
   void run(const Arguments& a) {
     const Layout layout(a);
@@ -147,9 +164,8 @@ struct Filter {
 
     uint32_t* const table = Front::template at<uint32_t>(layout.diagonals);
     uint32_t* const zeros = table + 2 * 8 * kTapWords;
-    copy_run<Step::kDiagonals>(table, step + a.front.packed.expansion);
+    load_parameters(a.front, front, table, step);
     for (int i = thread(); i < kTapWords; i += kThreads) zeros[i] = 0;
-    front.load_parameters(step);
     front.begin(tile, start);
     synchronize();
 
@@ -160,7 +176,7 @@ struct Filter {
     const int top = 16 * Own::strip() / Tile::kWidth, left = lane() / 4;
     const uint32_t offset = uint32_t(top * m.out_width + left) * uint32_t(m.dilation * m.expanded);
     Sums sums{};
-    if (front.whole()) front.load_x(front.stop(start), 0);
+    if (front.whole() && start < 0) front.load_x(front.stop(start), 0);
 #pragma unroll 1
     for (int at = start; at < 0; ++at) {
       copies_arrive();
@@ -229,8 +245,7 @@ struct Filter {
       sum = merge(sum, total, moments[w * kChunk + c % kChunk], counts[w]);
       total += counts[w];
     }
-    reinterpret_cast<Moments*>(a.workspace)[int64_t(block()) * m.expanded + to] = sum;
-    if (to == 0) a.workspace[int64_t(blocks()) * m.expanded * 2 + block()] = total;
+    store_moments(a, m.expanded, to, sum, total);
   }
 };
 
@@ -246,24 +261,22 @@ auto choose_filter(const FilterArguments& a, const F& f) {
                                                : choose<NarrowFilter>(a.bfloat16, a.stride, f);
 }
 
+// Whether inputs come in several slices, whose weights each tile copies anew.
+bool packs_before(const FilterArguments& a) { return a.front.slice < a.front.maps.inputs; }
+
 int64_t filter_workspace(const FilterArguments& a) {
-  return choose_filter(a, [&](auto kernel) {
-    using K = typename decltype(kernel)::type;
-    return packed_floats<typename K::Step>(a.front) +
-           int64_t(K::parts(a, typename K::Layout(a).carver.bytes)) * (2 * a.front.maps.expanded + 1);
-  });
+  if (!packs_before(a)) return 0;
+  return choose_filter(a, [&](auto kernel) { return packed_floats<typename decltype(kernel)::type::Step>(a.front); });
 }
 
 void filter(const FilterArguments& a, void* stream) {
   choose_filter(a, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
-    const int shared = typename K::Layout(a).carver.bytes, parts = K::parts(a, shared),
-              channels = a.front.maps.expanded;
+    const int shared = typename K::Layout(a).carver.bytes;
     FilterArguments ready = a;
-    ready.workspace = pack_into<typename K::Type, typename K::Step>(ready.front, {}, a.workspace, stream);
-    launch<K>(ready, parts, K::slices(a.front.maps), shared, stream);
-    launch<FinishMoments>(
-        {ready.workspace, a.mean, a.var, parts, channels}, (channels + kWarp - 1) / kWarp, 1, kThreads * 8, stream);
+    if (packs_before(a)) pack_into<typename K::Type, typename K::Step>(ready.front, {}, a.workspace, stream);
+    resident_blocks<K>(shared);
+    launch<K>(ready, a.parts, K::slices(a.front.maps), shared, stream);
   });
 }
 

@@ -1,8 +1,8 @@
 // What the forward kernels of inverted_residual share: the packed parameters, and the choice of a kernel.
 //
-// A call is a small kernel that packs the parameters (they are copied many times), then one whose blocks walk each over
-// a run of tiles. Sums over the whole map are kept per block in a workspace and added up by a last, small kernel, so
-// that results repeat from run to run.
+// A call is a small kernel that packs the parameters, where they are copied many times, then one whose blocks walk each
+// over a run of tiles. Sums over the whole map are kept per block and added up by whoever needs them, so that results
+// repeat from run to run.
 #pragma once
 
 #include "expansion.h"
@@ -70,18 +70,27 @@ struct Pack {
     return row % 2 ? pack<T>(0.0f, tap) : pack<T>(tap, 0.0f);
   }
 
+  // A word of what is added to its expansion, and of the expansion's weights.
+  MVIT3_DEVICE
+  uint32_t norm(int channel, int at) const {
+    return added(first(channel + at / 4 * 2), first(channel + at / 4 * 2 + 1), at % 4);
+  }
+  MVIT3_DEVICE
+  uint32_t expansion(int channel, int at) const {
+    constexpr int kWide = Steps::kPitch / 2;
+    const int row = at / kWide, word = at % kWide;
+    const int c = channel + row % kChannels, input = row / kChannels * a.slice + 2 * word;
+    if (2 * word >= a.slice) return 0;
+    return weights(a.expand, c, a.expanded, input, a.inputs, Steps::kFolds ? first(c).scale : 1.0f);
+  }
+
   // Word `at` of the step from `channel` on.
   MVIT3_DEVICE
   uint32_t word(int channel, int at) const {
-    constexpr int kWide = Steps::kPitch / 2, kDeep = Steps::kProjectPitch / 2;
+    constexpr int kDeep = Steps::kProjectPitch / 2;
     const int expansion = a.to.expansion / 4;
-    if (at < Steps::kNorm / 4) return added(first(channel + at / 4 * 2), first(channel + at / 4 * 2 + 1), at % 4);
-    if (at < expansion) {
-      const int row = (at - Steps::kNorm / 4) / kWide, word = (at - Steps::kNorm / 4) % kWide;
-      const int c = channel + row % kChannels, input = row / kChannels * a.slice + 2 * word;
-      if (2 * word >= a.slice) return 0;
-      return weights(a.expand, c, a.expanded, input, a.inputs, Steps::kFolds ? first(c).scale : 1.0f);
-    }
+    if (at < Steps::kNorm / 4) return norm(channel, at);
+    if (at < expansion) return this->expansion(channel, at - Steps::kNorm / 4);
     at -= expansion;
     if (at < Steps::kDiagonals / 4) return tap(channel, at);
     at -= Steps::kDiagonals / 4;
@@ -124,24 +133,37 @@ int64_t packed_floats(const ExpansionArguments& front) {
   return floats;
 }
 
-// Packs the parameters of a call into its workspace, and gives back the rest of it.
-template <typename T, typename Steps>
-float* pack_into(ExpansionArguments& front, PackArguments arguments, float* workspace, void* stream) {
-  const Maps& m = front.maps;
-  int64_t floats;
-  front.packed = packed_in<Steps>(front, workspace, &floats);
+// The part of the arguments that a call without a projection has.
+MVIT3_BOTH
+PackArguments front_to_pack(const ExpansionArguments& front) {
+  PackArguments arguments{};
   arguments.expand = front.expand;
   arguments.depthwise = front.depthwise;
   arguments.norm = front.norm;
-  arguments.inputs = m.inputs;
-  arguments.expanded = m.expanded;
-  arguments.outputs = arguments.folds ? m.outputs : 0;
+  arguments.inputs = front.maps.inputs;
+  arguments.expanded = front.maps.expanded;
   arguments.slice = front.slice;
   arguments.act = front.act;
   arguments.to = front.packed;
+  return arguments;
+}
+
+// Packs the parameters of a call into its workspace; `last`: where norms are folded, those behind the expansion and the
+// projection.
+template <typename T, typename Steps>
+void pack_into(ExpansionArguments& front, const PackArguments& last, float* workspace, void* stream) {
+  int64_t floats;
+  front.packed = packed_in<Steps>(front, workspace, &floats);
+  PackArguments arguments = front_to_pack(front);
+  if (last.folds) {
+    arguments.project = last.project;
+    arguments.middle = last.middle;
+    arguments.last = last.last;
+    arguments.folds = true;
+    arguments.outputs = front.maps.outputs;
+  }
   using Kernel = Pack<T, Steps>;
   launch<Kernel>(arguments, int(ceil_div(Kernel::count(arguments), kThreads)), 1, 0, stream);
-  return workspace + floats;
 }
 
 // ---- The kernel of a call

@@ -5,7 +5,7 @@
 namespace mvit3 {
 
 // With dp (B, H', W', outputs), the gradient of the projection, and z as Filter left it:
-//   g = (dp project) * act'(z_scale z + z_shift), dz = c0 g + c1 + c2 z,
+//   g = (dp project) * act'(middle(z)), dz = scale g + c1 + c2 z,
 //   e = norm(x expand^T) again, G = (depthwise^T * dz) * act'(e), dx = (G * scale) expand;
 // and per block, over its tiles, n1 = G^T x, g1 = sum of G, dtaps = sum of act(e) times the dz that meets it.
 //
@@ -423,13 +423,13 @@ void backward(const BackwardArguments& a, void* stream) {
   choose_backward(a, [&](auto kernel) {
     using K = typename decltype(kernel)::type;
     BackwardPlan plan = plan_of<K>(a);
-    const int64_t packed = K::Pack::count(plan);
-    launch<typename K::Pack>(plan, int(ceil_div(packed, kThreads)), 1, 0, stream);
-    plan.workspace += packed;
+    const typename K::Pack::Blocks pack(plan);
+    launch<typename K::Pack>(plan, pack.steps + pack.project + pack.scaled, 1, K::Pack::kShared, stream);
+    plan.workspace += K::Pack::count(plan);
     const int shared = K::shared(plan), parts = blocks_for<K>(plan, shared);
     launch<K>(plan, parts, 1, shared, stream);
     using Finish = FinishBackward<K>;
-    launch<Finish>({plan, parts}, int(ceil_div(Finish::count(plan), kWarp)), 1, kThreads * 4, stream);
+    launch<Finish>({plan, parts}, a.front.maps.expanded, 1, Finish::kShared, stream);
   });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "inverted_residual.h"
+#include "sums.h"
 
 #if defined(__CUDACC__)
 
@@ -180,19 +181,72 @@ struct BackwardPlan : BackwardArguments {
   const char* packed;  // the parameters of all steps
 };
 
-// Writes the parameters of all steps, four bytes to a thread.
+// 1 / sqrt(var + eps) of a channel.
+template <typename T>
+MVIT3_DEVICE
+float inverse_std(const Norm& norm, int channel) {
+  return fold_norm(1.0f, 0.0f, 0.0f, value_at<T>(norm.var, channel), norm.eps).scale;
+}
+
+// Writes the parameters of all steps, four bytes to a thread, and what else follows from the sums over z: the gradients
+// of the projection, 32 numbers to a block, and of the middle norm; of wide inputs the scaled expansion. Reads the sums
+// of the middle norm once for each block of a step, all others once.
 template <typename T, int Stride, int Steps>
 struct PackBackward {
   using Arguments = BackwardPlan;
   using Parameters = StepParameters<T, Steps>;
   static constexpr int kBlocksAtOnce = 1;
 
+  // The middle norm of a channel: g + c1 + c2 z, times its scale, is the gradient of z.
+  struct alignas(16) Coefficients {
+    float scale, shift, c1, c2;
+  };
+  static constexpr int kShared = kThreads * int(sizeof(float)) + kChunk * int(sizeof(Coefficients));
+
   static MVIT3_BOTH
   int64_t count(const Arguments& a) { return ceil_div(a.front.maps.expanded, kChunk) * (a.sizes.bytes / 4); }
+  // Blocks for a step, for all steps, for the projection, and for the scaled expansion.
+  struct Blocks {
+    int step, steps, project, scaled;
+    MVIT3_BOTH
+    explicit Blocks(const Arguments& a)
+        : step(int(ceil_div(a.sizes.bytes / 4, kThreads))), steps(step * int(ceil_div(a.front.maps.expanded, kChunk))),
+          project(int(ceil_div(int64_t(a.front.maps.outputs) * a.front.maps.expanded, kWarp))),
+          scaled(
+              Parameters::kWide ? int(ceil_div(int64_t(a.front.maps.inputs) * a.front.maps.expanded, kThreads)) : 0) {}
+  };
 
   const Arguments& a;
   const Maps& m;
   int chunk;
+
+  static MVIT3_DEVICE
+  Coefficients* coefficients() { return reinterpret_cast<Coefficients*>(shared_memory()) + kThreads / 4; }
+  MVIT3_DEVICE
+  const Coefficients& middle(int channel) const { return coefficients()[channel - chunk]; }
+
+  // Adds up the sums of the middle norm over parts of the pixels.
+  MVIT3_DEVICE
+  void find_coefficients(bool writes) const {
+    const int channel = chunk + lane();
+    const bool there = channel < m.expanded;
+    const int64_t of_sums = int64_t(m.outputs) * m.expanded + channel, step = int64_t(m.outputs + 2) * m.expanded;
+    const float sum = sum_of_parts(a.part, a.parts, step, of_sums, there);
+    synchronize();
+    const float weighted = sum_of_parts(a.part, a.parts, step, of_sums + m.expanded, there);
+    if (there && warp() == 0) {
+      const Affine folded = affine_at<T>(a.middle, channel);
+      const float rstd = inverse_std<T>(a.middle, channel), mean = value_at<T>(a.middle.mean, channel),
+                  share = 1.0f / float(m.batch * m.out_height * m.out_width);
+      const float dweight = rstd * (weighted - mean * sum), c2 = -folded.scale * rstd * dweight * share;
+      coefficients()[lane()] = {folded.scale, folded.shift, -folded.scale * sum * share - c2 * mean, c2};
+      if (writes) {
+        a.dmiddle_weight[channel] = dweight;
+        a.dmiddle_bias[channel] = sum;
+      }
+    }
+    synchronize();
+  }
 
   MVIT3_DEVICE
   Affine first_norm(int channel) const { return affine_at<T>(a.front.norm, channel); }
@@ -201,7 +255,7 @@ struct PackBackward {
   float projection(int output, int c) const {
     if (output >= m.outputs || c >= kChunk || chunk + c >= m.expanded) return 0.0f;
     const float weight = value_at<T>(a.project, int64_t(output) * m.expanded + chunk + c);
-    return Parameters::kFolds ? weight * (0.5f * a.c0[chunk + c]) : weight;
+    return Parameters::kFolds ? weight * (0.5f * middle(chunk + c).scale) : weight;
   }
   MVIT3_DEVICE
   float expansion(int c, int slice, int column, bool scaled) const {
@@ -221,7 +275,7 @@ struct PackBackward {
       return tap == kNoTap ? 0.0f : 0.5f * value_at<T>(a.front.depthwise, int64_t(channel) * 9 + tap);
     }
     if (i > 1 && !Parameters::kFolds) return 0.0f;
-    const float value = i < 2 ? 0.5f * a.z_scale[channel] : a.c2[channel];
+    const float value = i < 2 ? 0.5f * middle(channel).scale : middle(channel).c2;
     return i % 2 ? left_of(value) : value;
   }
   // Register `word` of the diagonals of 8 channels, of which one half is on the diagonal; both parts of c1.
@@ -231,7 +285,7 @@ struct PackBackward {
     const int unit = in_group / (kUnit / 4), lane = of_c1 < 0 ? in_group % (kUnit / 4) / 4 : of_c1;
     const int channel = chunk + 8 * group + lane;
     if (lane >= 8 || channel >= m.expanded) return 0;
-    if (of_c1 >= 0) return Parameters::kFolds ? pack<T>(a.c1[channel], left_of(a.c1[channel])) : 0;
+    if (of_c1 >= 0) return Parameters::kFolds ? pack<T>(middle(channel).c1, left_of(middle(channel).c1)) : 0;
     const float value = on_diagonal(channel, unit, in_group % 4);
     return lane % 2 ? pack<T>(0.0f, value) : pack<T>(value, 0.0f);
   }
@@ -243,9 +297,10 @@ struct PackBackward {
     const int kind = i < 2 * kOfOne ? i / kOfOne : 2, in_kind = i - kind * kOfOne;
     const int channel = chunk + (kind == 1 ? in_kind / 4 * 2 + in_kind % 2 : kind == 0 ? in_kind / 2 : in_kind / 4);
     if (channel >= m.expanded) return 0.0f;
-    if (kind == 1) return 0.5f * a.z_shift[channel];
+    if (kind == 1) return 0.5f * middle(channel).shift;
     if (kind == 0) return 0.5f * (i % 2 ? first_norm(channel).shift : first_norm(channel).scale);
-    return i % 4 == 0 ? 0.5f * a.c0[channel] : i % 4 == 3 ? 0.0f : (i % 4 == 1 ? a.c1 : a.c2)[channel];
+    const Coefficients of = middle(channel);
+    return i % 4 == 0 ? 0.5f * of.scale : i % 4 == 3 ? 0.0f : i % 4 == 1 ? of.c1 : of.c2;
   }
 
   MVIT3_DEVICE
@@ -277,10 +332,25 @@ struct PackBackward {
 
   static MVIT3_DEVICE
   void run(const Arguments& a) {
-    const int64_t i = int64_t(block()) * kThreads + thread(), words = a.sizes.bytes / 4;
-    if (i >= count(a)) return;
-    const PackBackward self{a, a.front.maps, int(i / words) * kChunk};
-    reinterpret_cast<uint32_t*>(const_cast<char*>(a.packed))[i] = self.word_at(int(i % words));
+    const Maps& m = a.front.maps;
+    const Blocks all(a);
+    const int number = block(), of_project = number - all.steps;
+    if (of_project < 0) {
+      const int step = number / all.step, words = int(a.sizes.bytes / 4), at = number % all.step * kThreads + thread();
+      const PackBackward self{a, m, step * kChunk};
+      self.find_coefficients(number % all.step == 0);
+      if (at < words)
+        reinterpret_cast<uint32_t*>(const_cast<char*>(a.packed))[int64_t(step) * words + at] = self.word_at(at);
+    } else if (of_project < all.project) {
+      const int64_t i = int64_t(of_project) * kWarp + lane(), numbers = int64_t(m.outputs) * m.expanded;
+      const float sum = sum_of_parts(a.part, a.parts, numbers + 2 * m.expanded, i, i < numbers);
+      if (warp() == 0 && i < numbers) a.dproject[i] = sum;
+    } else {
+      const int64_t i = int64_t(of_project - all.project) * kThreads + thread();
+      if (i >= int64_t(m.inputs) * m.expanded) return;
+      const float weight = to_float(from_float<T>(value_at<T>(a.front.expand, i)));
+      static_cast<T*>(a.scaled)[i] = from_float<T>(weight * affine_at<T>(a.front.norm, int(i / m.inputs)).scale);
+    }
   }
 };
 

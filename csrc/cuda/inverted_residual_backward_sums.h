@@ -138,21 +138,21 @@ struct BackwardSums : BackwardTile<T, Stride, Steps> {
   }
 };
 
-// Adds up what the blocks kept, 32 sums to a block of threads: n1 (expanded, inputs), then of each channel the nine
-// gradients of its taps (expanded, 9) and g1 (expanded); with wide inputs those of the taps. Reads the workspace and
-// writes the sums once.
+// Adds up what the blocks kept, a channel to a block of threads: the nine gradients of its taps (expanded, 9) and, but
+// for wide inputs, G^T x and the sum g of G, of which it makes the gradients of the expansion W and its norm (identity
+// B), with the covariance S of x:
+//   N = G^T x - g mean, dweight = rstd * sum(W * N), dW = scale * (N - dweight * rstd * W S), dbias = g;
+//   correction = (scale * rstd * dweight, scale * g) / pixels.
+// Reads the workspace and writes the gradients once, S once for each channel.
 template <typename K>
 struct FinishBackward {
   struct Arguments {
     BackwardPlan plan;
     int parts;
   };
-  static constexpr int kBlocksAtOnce = 1, kOthers = K::kWide ? 9 : 10;
-
-  static MVIT3_BOTH
-  int64_t products(const Maps& m) { return K::kWide ? 0 : int64_t(m.expanded) * m.inputs; }
-  static MVIT3_BOTH
-  int64_t count(const BackwardPlan& a) { return products(a.front.maps) + int64_t(a.front.maps.expanded) * kOthers; }
+  using T = typename K::Type;
+  static constexpr int kBlocksAtOnce = 1, kSlots = (K::kRow + kWarp - 1) / kWarp, kRow = (kSlots + 1) * kWarp;
+  static constexpr int kShared = (kWarps * kRow + 6 * kMostGradientInputs) * int(sizeof(float));
 
   // The parts of a sum in a row of the workspace.
   struct Parts {
@@ -166,32 +166,80 @@ struct FinishBackward {
       if (tap_of<K::kStride>(i / 2, i % 2) == tap) slot = i;
     return {K::kFirstTap + slot, K::kHalf ? 2 : 1, K::kHalf};
   }
+  static MVIT3_DEVICE
+  float sum_of(const float* row, const Parts& parts) {
+    float sum = 0.0f;
+    for (int i = 0; i < parts.count; ++i) sum += row[parts.first + i * parts.apart];
+    return sum;
+  }
+
+  // The row of the channel, added up over blocks; behind it four parts of g, which channels with an 8 in their number
+  // have in the row of the one 8 before.
+  static MVIT3_DEVICE
+  const float* add_up(const Arguments& arguments) {
+    const BackwardPlan& a = arguments.plan;
+    float* const rows = reinterpret_cast<float*>(shared_memory());  // (kWarps, kRow)
+    const int other = block() / 8 % 2;
+    const float* const from = a.workspace + int64_t(block()) * K::kRow;
+    float sum[kSlots + 1] = {};
+#pragma unroll 4
+    for (int p = warp(); p < arguments.parts; p += kWarps) {
+      const float* const row = from + int64_t(p) * a.sizes.kept;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i)
+        if (i * kWarp + lane() < K::kRow) sum[i] += row[i * kWarp + lane()];
+      if (!K::kWide && lane() < 4) sum[kSlots] += row[16 + other - 8 * other * K::kRow + lane() * K::kPart];
+    }
+#pragma unroll
+    for (int i = 0; i <= kSlots; ++i) rows[warp() * kRow + i * kWarp + lane()] = sum[i];
+    synchronize();
+    if (thread() < kRow)
+      for (int w = 1; w < kWarps; ++w) rows[thread()] += rows[w * kRow + thread()];
+    synchronize();
+    return rows;
+  }
 
   static MVIT3_DEVICE
   void run(const Arguments& arguments) {
     const BackwardPlan& a = arguments.plan;
-    const Maps& m = a.front.maps;
-    const int64_t i = int64_t(block()) * kWarp + lane();
-    const bool product = i < products(m);
-    const int width = product ? m.inputs : kOthers;
-    const int64_t of_kind = product ? i : i - products(m);
-    const int channel = int(of_kind / width), k = int(of_kind % width);
-    const int other = channel / 8 % 2;  // of channels whose part of g1 lies 8 rows above their own
-    const Parts row = product ? Parts{k / 16 * K::kPart + k % 16, K::kShares, K::kPart * K::kInputs / 16}
-                      : k < 9 ? parts_of_tap(k)
-                              : Parts{16 + other - 8 * other * K::kRow, 4, K::kPart};
-    const float* const from = a.workspace + int64_t(channel) * K::kRow + row.first;
-    float* const sums = reinterpret_cast<float*>(shared_memory());  // (kWarps, 32)
-    float sum = 0.0f;
-    if (i < count(a))
-#pragma unroll 4
-      for (int p = warp(); p < arguments.parts; p += kWarps)
-        for (int j = 0; j < row.count; ++j) sum += from[int64_t(p) * a.sizes.kept + j * row.apart];
-    sums[thread()] = sum;
+    const float* const row = add_up(arguments);
+    const int t = thread(), channel = block();
+    if (t < 9) a.dtaps[channel * 9 + t] = sum_of(row, parts_of_tap(t));
+    if constexpr (!K::kWide) expand(a, row, t, channel);
+  }
+
+  static MVIT3_DEVICE
+  void expand(const BackwardPlan& a, const float* row, int t, int channel) {
+    constexpr int kMost = kMostGradientInputs;
+    const int inputs = a.front.maps.inputs;
+    float* const products = reinterpret_cast<float*>(shared_memory()) + kWarps * kRow;  // N
+    float *const weights = products + kMost, *const sums = weights + kMost;             // W; (4, kMost), of W S
+    const float g = sum_of(row, {kSlots * kWarp, 4, 1});
+    const float scale = affine_at<T>(a.front.norm, channel).scale, rstd = inverse_std<T>(a.front.norm, channel);
+    if (t < inputs) {
+      const Parts parts{t / 16 * K::kPart + t % 16, K::kShares, K::kPart * K::kInputs / 16};
+      products[t] = sum_of(row, parts) - g * a.mean[t];
+      weights[t] = to_float(from_float<T>(value_at<T>(a.front.expand, int64_t(channel) * inputs + t)));
+    }
     synchronize();
-    if (warp() || i >= count(a)) return;
-    for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane()];
-    (product ? a.n1[i] : k < 9 ? a.dtaps[channel * 9 + k] : a.g1[channel]) = sum;
+    const int column = t % kMost, group = t / kMost;
+    float sum = 0.0f, dweight = 0.0f;
+    if (column < inputs)
+      for (int i = group; i < inputs; i += kThreads / kMost) sum += weights[i] * a.covariance[i * inputs + column];
+    sums[t] = sum;
+    for (int i = 0; i < inputs; ++i) dweight += weights[i] * products[i];
+    dweight *= rstd;
+    synchronize();
+    if (t < inputs) {
+      const float weight_covariance = sums[t] + sums[kMost + t] + sums[2 * kMost + t] + sums[3 * kMost + t];
+      a.dexpand[int64_t(channel) * inputs + t] = scale * (products[t] - dweight * rstd * weight_covariance);
+    }
+    if (t > 0) return;
+    const float share = 1.0f / float(a.front.maps.batch * a.front.maps.height * a.front.maps.width);
+    a.dfirst_weight[channel] = dweight;
+    a.dfirst_bias[channel] = g;
+    a.correction[channel] = scale * rstd * dweight * share;
+    a.correction[a.front.maps.expanded + channel] = scale * g * share;
   }
 };
 

@@ -8,6 +8,7 @@ namespace mvit3 {
 template <typename T, int Stride, int Steps>
 struct BackwardTile {
   using Arguments = BackwardPlan;
+  using Type = T;
   using Pack = PackBackward<T, Stride, Steps>;
   using Parameters = StepParameters<T, Steps>;
   static constexpr bool kWide = Parameters::kWide;

@@ -19,15 +19,16 @@ struct Call {
   const void *x, *expand, *depthwise, *project;
   const float *scale, *shift;
   void* z;
-  float *mean, *var;
+  float *moments, *counts;
+  int64_t parts;
   const float* norms;  // weight, bias, mean and variance of the three norms, one after the other
   void* y;
   const void* dp;
-  const float *z_scale, *z_shift, *c0, *c1, *c2;
-  void* dx;
-  float *n1, *g1;
-  void* gradient;
-  float* dtaps;
+  const float* part;
+  int64_t parts_of_sums;
+  const float *mean, *covariance;
+  void *dx, *gradient, *scaled;
+  float *correction, *dexpand, *dfirst_weight, *dfirst_bias, *dtaps, *dmiddle_weight, *dmiddle_bias, *dproject;
 };
 
 struct DepthwiseCall {
@@ -35,7 +36,8 @@ struct DepthwiseCall {
   int32_t type, single, processors, backwards;
   const void *x, *dz, *weight;
   void *z, *dx;
-  float *mean, *var;
+  float *moments, *counts;
+  int64_t parts;
   void* dweight;
 };
 
@@ -46,6 +48,13 @@ ExpansionArguments front_of(const Call& c) {
   const Norm norm{c.scale, c.shift, {}, {}, {}, {}, 0.0f};
   return {maps,       c.x, {c.expand, bool(c.single)}, norm, {c.depthwise, bool(c.single)}, slice_of(int(c.inputs)),
           int(c.act), {}};
+}
+
+// The next norm.
+Norm norm_at(const float*& next, int64_t channels) {
+  const auto values = [&] { return Values{std::exchange(next, next + channels), true}; };
+  const Values weight = values(), bias = values(), mean = values(), var = values();
+  return {nullptr, nullptr, weight, bias, mean, var, 1e-5f};
 }
 
 // Memory of the exact size, which a sanitizer sees, full of NaN.
@@ -61,15 +70,18 @@ DepthwiseArguments arguments_of(const DepthwiseCall& c) {
   const auto out = [&](int64_t n) { return int((n + c.stride - 1) / c.stride); };
   const Maps maps{c.batch, int(c.height),  int(c.width), int(c.channels), out(c.height), out(c.width), 0,
                   0,       int(c.dilation)};
-  return {maps,    c.x,           c.dz,        {c.weight, bool(c.single)}, c.z, c.dx, c.mean, c.var, c.dweight,
-          nullptr, int(c.stride), Type(c.type)};
+  return {maps,         c.x,       c.dz,      {c.weight, bool(c.single)},
+          c.z,          c.dx,      c.moments, c.counts,
+          int(c.parts), c.dweight, nullptr,   int(c.stride),
+          Type(c.type)};
 }
 
 }  // namespace
 
 extern "C" void run_filter(const Call* c) {
   prepare(*c);
-  FilterArguments a{front_of(*c), c->z, c->mean, c->var, nullptr, int(c->stride), bool(c->bfloat16)};
+  FilterArguments a{front_of(*c),  c->z,    c->moments,     c->counts,
+                    int(c->parts), nullptr, int(c->stride), bool(c->bfloat16)};
   auto memory = workspace(filter_workspace(a));
   a.workspace = memory.data();
   filter(a, nullptr);
@@ -79,14 +91,9 @@ extern "C" void run_inference(const Call* c) {
   prepare(*c);
   emulation::runs = c->runs;
   const float* next = c->norms;
-  const auto norm = [&](int64_t channels) {
-    const auto values = [&] { return Values{std::exchange(next, next + channels), true}; };
-    const Values weight = values(), bias = values(), mean = values(), var = values();
-    return Norm{nullptr, nullptr, weight, bias, mean, var, 1e-5f};
-  };
   ExpansionArguments front = front_of(*c);
-  front.norm = norm(c->expanded);
-  const Norm middle = norm(c->expanded), last = norm(c->outputs);
+  front.norm = norm_at(next, c->expanded);
+  const Norm middle = norm_at(next, c->expanded), last = norm_at(next, c->outputs);
   const bool residual = c->stride == 1 && c->inputs == c->outputs;
   InferenceArguments a{front,          middle,           {c->project, bool(c->single)}, last, c->y, nullptr, residual,
                        int(c->stride), bool(c->bfloat16)};
@@ -97,21 +104,30 @@ extern "C" void run_inference(const Call* c) {
 
 extern "C" void run_backward(const Call* c) {
   prepare(*c);
+  const float* next = c->norms;
+  ExpansionArguments front = front_of(*c);
+  front.norm = norm_at(next, c->expanded);
   BackwardArguments a{
-      front_of(*c),
+      front,
       c->dp,
       c->z,
       {c->project, bool(c->single)},
-      c->z_scale,
-      c->z_shift,
-      c->c0,
-      c->c1,
-      c->c2,
+      norm_at(next, c->expanded),
+      c->part,
+      int(c->parts_of_sums),
+      c->mean,
+      c->covariance,
       c->dx,
-      c->n1,
-      c->g1,
       c->gradient,
+      c->scaled,
+      c->correction,
+      c->dexpand,
+      c->dfirst_weight,
+      c->dfirst_bias,
       c->dtaps,
+      c->dmiddle_weight,
+      c->dmiddle_bias,
+      c->dproject,
       nullptr,
       int(c->stride),
       bool(c->bfloat16)};
@@ -122,10 +138,7 @@ extern "C" void run_backward(const Call* c) {
 
 extern "C" void run_depthwise_filter(const DepthwiseCall* c) {
   prepare(*c);
-  DepthwiseArguments a = arguments_of(*c);
-  auto memory = workspace(depthwise_filter_workspace(a));
-  a.workspace = memory.data();
-  depthwise_filter(a, nullptr);
+  depthwise_filter(arguments_of(*c), nullptr);
 }
 
 extern "C" void run_depthwise_backward(const DepthwiseCall* c) {

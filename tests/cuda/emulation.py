@@ -36,12 +36,16 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("bfloat16", "single", "processors", "backwards", "runs")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "mean", "var", "norms", "y")
+            for name in ("x", "expand", "depthwise", "project", "scale", "shift", "z", "moments", "counts")
         ),
+        ("parts", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("norms", "y", "dp", "part")),
+        ("parts_of_sums", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in ("dp", "z_scale", "z_shift", "c0", "c1", "c2", "dx", "n1", "g1", "gradient", "dtaps")
+            for name in ("mean", "covariance", "dx", "gradient", "scaled", "correction", "dexpand", "dfirst_weight")
         ),
+        *((name, ctypes.c_void_p) for name in ("dfirst_bias", "dtaps", "dmiddle_weight", "dmiddle_bias", "dproject")),
     )
 
 
@@ -51,7 +55,9 @@ class DepthwiseCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels", "stride", "dilation")),
         *((name, ctypes.c_int32) for name in ("type", "single", "processors", "backwards")),
-        *((name, ctypes.c_void_p) for name in ("x", "dz", "weight", "z", "dx", "mean", "var", "dweight")),
+        *((name, ctypes.c_void_p) for name in ("x", "dz", "weight", "z", "dx", "moments", "counts")),
+        ("parts", ctypes.c_int64),
+        ("dweight", ctypes.c_void_p),
     )
 
 
@@ -76,6 +82,15 @@ def library(sanitized: bool = False) -> ctypes.CDLL:
         assert done.returncode == 0, done.stderr
         unfinished.rename(built)
     return ctypes.CDLL(str(built))
+
+
+def joined(moments: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """Mean and biased variance from those of parts: means and sums of squared differences (2, parts, channels), and
+    numbers of values (parts,)."""
+    (means, squares), counts = moments.double(), counts.double()[:, None]
+    mean = (means * counts).sum(0) / counts.sum()
+    var = (squares + counts * (means - mean).square()).sum(0) / counts.sum()
+    return {"mean": mean.float(), "var": var.float()}
 
 
 def call(name: str, *, processors: int = 3, backwards: bool = False, runs: bool = True, **values: Tensor | int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mvit3_kernels import _native
+from tests.cuda import emulation
 from tests.gpu.replays import check_graph, check_repeats
 from tests.ops.test_inverted_residual_cuda import CASES, arguments, check
 
@@ -14,6 +15,10 @@ pytestmark = [
     pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not())),
 ]
 
+RESULTS = (
+    "dx", "gradient", "scaled", "correction", "dexpand", "dfirst_weight", "dfirst_bias", "dtaps",
+    "dmiddle_weight", "dmiddle_bias", "dproject",
+)  # fmt: skip
 NAMES = ("filter", "inference", "backward")
 STAGES = {
     f"{shape}, stride {stride}": (shape, stride, 1, "silu", dtype, torch.float32)
@@ -37,11 +42,14 @@ def run(name: str, a: dict) -> dict[str, Tensor]:
     geometry = (a["stride"], a["dilation"], a["act"])
     front = (a["x"], a["expand"], a["scale"], a["shift"], a["depthwise"])
     if name == "filter":
-        return dict(zip(("z", "mean", "var"), torch.ops.mvit3.inverted_residual_filter(*front, *geometry), strict=True))
+        z, *moments = torch.ops.mvit3.inverted_residual_filter(*front, *geometry, 100)
+        return {"z": z, **emulation.joined(*moments)}
     if name == "backward":
-        middle = [a[k] for k in ("dp", "project", "z", "z_scale", "z_shift", "c0", "c1", "c2")]
-        results = torch.ops.mvit3.inverted_residual_filter_backward(*middle, *front, *geometry)
-        found = dict(zip(("dx", "n1", "g1", "gradient", "dtaps"), results, strict=True))
+        first = [a[k] for k in ("dp", "z", "part", "project", "x", "mean", "covariance")]
+        norms = a["norms"][: 8 * len(a["expand"])].view(2, 4, -1)
+        fixed = (v for w, norm in zip((a["expand"], a["depthwise"]), norms, strict=True) for v in (w, *norm, 1e-5))
+        results = torch.ops.mvit3.inverted_residual_filter_backward(*first, *fixed, *geometry)
+        found = dict(zip(RESULTS, results, strict=True))
         return {key: value for key, value in found.items() if value.numel()}
     fixed, norms = [], a["norms"]
     for weight in (a["expand"], a["depthwise"], a["project"]):

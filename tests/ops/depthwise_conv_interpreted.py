@@ -38,7 +38,7 @@ class TestDepthwiseConv(TritonResults):
 
 
 @torch.library.impl("mvit3::depthwise_conv_filter", "CPU")
-def _filter(x, weight, stride, dilation):
+def _filter(x, weight, stride, dilation, parts):
     """Stands for the CUDA C++ op, which has the same meaning; calls are counted."""
     assert x.is_contiguous() and weight.is_contiguous()
     counted.append(("filter", stride))
@@ -50,6 +50,12 @@ def _filter_backward(dz, x, weight, stride, dilation):
     assert dz.is_contiguous() and x.is_contiguous()
     counted.append(("backward", stride))
     return kernels.depthwise_backward(dz, x, weight, stride, dilation)
+
+
+def measured(x, weight, stride, dilation):
+    """z, its mean and its variance."""
+    z, *moments = kernels.depthwise(x, weight, stride, dilation)
+    return z, *kernels._joined(*moments)
 
 
 counted = []
@@ -101,7 +107,7 @@ def test_the_convolution_by_itself(shape, stride, dilation, dtype):
     dz = draw(*exact.shape).to(dtype)
     exact_dx, exact_dweight = torch.autograd.grad(exact, (exact_x, exact_weight), dz.double())
 
-    z, mean, var = kernels.depthwise(x, weight, stride, dilation)
+    z, mean, var = measured(x, weight, stride, dilation)
     dx, dweight = kernels.depthwise_backward(dz, x, weight, stride, dilation)
     assert z.dtype == dx.dtype == dtype and mean.dtype == var.dtype == dweight.dtype == torch.float32
 
@@ -121,7 +127,7 @@ def test_moments_of_a_large_mean():
     x[0, 0, 0, 1] = 1e6
     weight = torch.zeros(6, 1, 3, 3)
     weight[:, 0, 1, 1] = 1
-    z, mean, var = kernels.depthwise(x, weight, 1, 1)
+    z, mean, var = measured(x, weight, 1, 1)
     assert torch.equal(z, x)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1, 2)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), x.double().var((0, 1, 2), correction=0), rtol=1e-5, atol=0)
@@ -131,7 +137,7 @@ def test_more_parts_than_one_read_takes(monkeypatch):
     monkeypatch.setattr(triton_common, "BLOCK_PARTS", tl.constexpr(4))
     monkeypatch.setattr(kernels, "MIN_ROWS", 1)
     x, weight = Draw()(2, 9, 19, 5, mean=3.0).float(), Draw(1)(5, 1, 3, 3).float()
-    z, mean, var = kernels.depthwise(x, weight, 1, 2)
+    z, mean, var = measured(x, weight, 1, 2)
     torch.testing.assert_close(mean, z.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var, z.var((0, 1, 2), correction=0), rtol=1e-5, atol=1e-6)
 
@@ -139,9 +145,9 @@ def test_more_parts_than_one_read_takes(monkeypatch):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_batch_0(stride):
     x, weight = torch.empty(0, 5, 4, 3), torch.ones(3, 1, 3, 3)
-    z, mean, var = kernels.depthwise(x, weight, stride, 1)
+    z, *moments = kernels.depthwise(x, weight, stride, 1)
     dx, dweight = kernels.depthwise_backward(z, x, weight, stride, 1)
-    assert z.shape[0] == 0 and dx.shape == x.shape and not any(t.any() for t in (mean, var, dweight))
+    assert z.shape[0] == 0 and dx.shape == x.shape and not any(t.any() for t in (*moments, dweight))
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -155,7 +161,7 @@ def test_every_configuration_computes_the_same(monkeypatch, dtype, backward):
             if config is not None:
                 monkeypatch.setattr(kernels, "MIN_ROWS", 0)
                 monkeypatch.setattr(kernels, "configurations", lambda *_, config=config: [config])
-            z, mean, var = kernels.depthwise(x, weight, stride, 1)
+            z, mean, var = measured(x, weight, stride, 1)
             found.append((z, mean, var, *kernels.depthwise_backward(z, x, weight, stride, 1)))
         monkeypatch.undo()
         assert len(found) > 2

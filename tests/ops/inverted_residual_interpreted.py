@@ -145,31 +145,55 @@ def _expanded(x, expand, scale, shift):
 
 
 @torch.library.impl("mvit3::inverted_residual_filter", "CPU")
-def _filter(x, expand, scale, shift, depthwise, stride, dilation, act):
+def _filter(x, expand, scale, shift, depthwise, stride, dilation, act, parts):
     a = _activate(_expanded(x, expand, scale, shift), act)
     z = (
         nhwc(F.conv2d(nchw(a), depthwise.float(), None, stride, dilation, dilation, len(scale)))
         .to(x.dtype)
         .contiguous()
     )
-    return z, z.double().mean((0, 1, 2)).float(), z.double().var((0, 1, 2), correction=0).float()
+    # Parts of unequal sizes, the last one empty.
+    rows, moments, counts = z.double().flatten(0, 2), torch.zeros(2, parts + 1, len(scale)), torch.zeros(parts + 1)
+    for part, some in enumerate(rows.tensor_split(parts)):
+        moments[0, part], moments[1, part] = some.mean(0), some.var(0, correction=0) * len(some)
+        counts[part] = len(some)
+    return z, moments, counts
 
 
 @torch.library.impl("mvit3::inverted_residual_filter_backward", "CPU")
 def _filter_backward(*arguments):
     call = FORMS["inverted_residual_filter_backward"].call(*arguments)
     x, dp, act = call.x, call.dp, call.act
-    z, wide = call.z.float(), len(call.scale)
-    g = (dp.float() @ call.project.flatten(1).to(dp.dtype).float()) * _slope(z * call.z_scale + call.z_shift, act)
-    dz, pre = nchw(call.c0 * g + call.c1 + call.c2 * z), _expanded(x, call.expand, call.scale, call.shift)
+    weight, rows = call.expand.flatten(1).to(x.dtype).float(), call.z[..., 0].numel()
+    rstd = (call.expand_var + call.expand_eps).rsqrt()
+    scale = rstd * call.expand_weight
+    z_rstd = (call.depthwise_var + call.depthwise_eps).rsqrt()
+    z_scale, z, wide = z_rstd * call.depthwise_weight, call.z.float(), len(scale)
+    z_shift = call.depthwise_bias - call.depthwise_mean * z_scale
+    *dproject, total, weighted = call.part.sum(0)
+    if x.dtype is not torch.float32:  # else the sums of g * (z - mean) come, but for these tests never to this op
+        weighted = weighted - call.depthwise_mean * total
+    dmiddle = z_rstd * weighted
+    normal = (z - call.depthwise_mean) * z_rstd
+    g = (dp.float() @ call.project.flatten(1).to(dp.dtype).float()) * _slope(z * z_scale + z_shift, act)
+    dz = nchw(z_scale * (g - total / rows - normal * dmiddle / rows))
+    pre = _expanded(x, call.expand, scale, call.expand_bias - call.expand_mean * scale)
     a, geometry = nchw(_activate(pre, act)), (call.stride, call.dilation, call.dilation, wide)
     ddepthwise = conv2d_weight(a, (wide, 1, 3, 3), dz, *geometry)
     grad = nhwc(conv2d_input(a.shape, call.depthwise.float(), dz, *geometry)) * _slope(pre, act)
+    dprojection, none = torch.stack(dproject).view(call.project.shape), call.part.new_empty
     if x.shape[-1] > MOST_INPUTS_IN_BACKWARD:
-        none = ddepthwise.new_empty
-        return x.new_empty(0), none(0, x.shape[-1]), none(0), grad.to(x.dtype).contiguous(), ddepthwise
-    dx = ((grad * call.scale) @ call.expand.flatten(1).to(x.dtype).float()).to(x.dtype)
-    return dx, grad.flatten(0, 2).T @ x.float().flatten(0, 2), grad.sum((0, 1, 2)), x.new_empty(0), ddepthwise
+        scaled = (weight * scale[:, None]).to(x.dtype)
+        return (x.new_empty(0), grad.to(x.dtype).contiguous(), scaled, *(none(0) for _ in range(4)),
+                ddepthwise, dmiddle, total.clone(), dprojection)  # fmt: skip
+    dx = ((grad * scale) @ weight).to(x.dtype)
+    grad, dbias = grad.flatten(0, 2), grad.sum((0, 1, 2))
+    product = grad.T @ x.float().flatten(0, 2) - dbias[:, None] * call.mean
+    dweight = rstd * (weight * product).sum(1)
+    dexpand = scale[:, None] * (product - (dweight * rstd)[:, None] * (weight @ call.covariance))
+    correction = torch.stack((scale * rstd * dweight, scale * dbias)) / len(grad)
+    return (dx, x.new_empty(0), x.new_empty(0), correction, dexpand.view(call.expand.shape), dweight, dbias,
+            ddepthwise, dmiddle, total.clone(), dprojection)  # fmt: skip
 
 
 class TestFused(TritonResults):

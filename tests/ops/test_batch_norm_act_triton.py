@@ -32,7 +32,7 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool):
     if training:
         yield kernels.moments_fwd_kernel.warmup(dtype, f32, rows, parts, per_part, C=channels, **sums_of_one, grid=(1,))
     yield kernels.normalize_fwd_kernel.warmup(
-        dtype, dtype if residual else None, f32, f32, f32 if training else None, dtype, f32, f32,
+        dtype, dtype if residual else None, f32, f32, f32 if training else None, None, dtype, f32, f32,
         rows, per_part, parts, per_part, eps,
         **flags, **(two if residual else one), grid=(1,),
     )  # fmt: skip

@@ -57,17 +57,21 @@ def run(name: str, a: dict, **options: int) -> dict[str, Tensor]:
     """What the kernel of that name writes; memory that it does not write stays NaN."""
     x, weight, dz = a["x"], a["weight"], a["dz"]
     batch, height, width, channels = x.shape
+    parts = options.get("processors", 3)  # more than some maps have strips
 
     def empty(like: Tensor, *shape: int) -> Tensor:
         return like.new_full(shape or like.shape, float("nan"))
 
     if name == "filter":
-        results = dict(z=empty(dz), mean=empty(weight.float(), channels), var=empty(weight.float(), channels))
+        shapes = {"moments": (2, parts, channels), "counts": (parts,)}
+        results = dict(z=empty(dz), **{key: empty(weight.float(), *shape) for key, shape in shapes.items()})
     else:
         results = dict(dx=empty(x), dweight=empty(weight))
     sizes = dict(batch=batch, height=height, width=width, channels=channels)
-    emulation.call_depthwise(f"run_depthwise_{name}", **sizes, **{**a, **results}, **options)
-    return results
+    emulation.call_depthwise(f"run_depthwise_{name}", **sizes, parts=parts, **{**a, **results}, **options)
+    return (
+        {"z": results["z"], **emulation.joined(results["moments"], results["counts"])} if name == "filter" else results
+    )
 
 
 def meaning(name: str, a: dict, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def moments_fwd_kernel(
 def normalize_fwd_kernel(
     x_ptr, residual_ptr,  # (rows, C); residual or None
     weight_ptr, bias_ptr,  # (C,)
-    part_ptr,  # (2, parts, C), float32; TRAINING only
+    part_ptr, count_ptr,  # (2, parts, C), float32; TRAINING only; count as load_moments takes it
     y_ptr,  # written: (rows, C), like x
     mean_ptr, var_ptr,  # (C,), float32: written where TRAINING, else the running statistics, read
     rows, rows_per_program, parts, rows_per_part, eps,
@@ -88,7 +88,9 @@ def normalize_fwd_kernel(
     Reads x and the residual once, the parts once for each program; writes y once."""
     column, valid = _columns(C=C, BLOCK_C=BLOCK_C)
     if TRAINING:
-        mean, var = load_moments(part_ptr, parts, rows, rows_per_part, column, valid, C=C, BLOCK_C=BLOCK_C)
+        mean, var = load_moments(
+            part_ptr, parts, rows, rows_per_part, column, valid, C=C, BLOCK_C=BLOCK_C, count_ptr=count_ptr
+        )
         if tl.program_id(1) == 0:
             store_vector(mean_ptr, column, mean, WIDTH=C)
             store_vector(var_ptr, column, var, WIDTH=C)

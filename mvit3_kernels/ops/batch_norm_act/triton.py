@@ -94,14 +94,6 @@ def batch_norm_act_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     return y, *moments
 
 
-def apply_norm(x: Tensor, norm: BatchNorm, act: int) -> Tensor:
-    """act(norm(x)) of a contiguous map by the statistics of `norm`, as they are known."""
-    y = torch.empty_like(x)
-    if x.numel() > 0:
-        _launch_normalize(x, norm, act, None, y, contiguous(norm.running_mean, norm.running_var), (None, 0, 0))
-    return y
-
-
 def _moments(x: Tensor) -> tuple[Tensor, int, int]:
     """Means and sums of squared deviations of parts of x: (workspace, parts, rows of each)."""
     channels, rows = x.shape[-1], x.numel() // x.shape[-1]
@@ -115,13 +107,18 @@ def _moments(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def normalize(
-    x: Tensor, norm: BatchNorm, act: int, residual: Tensor | None, partials: tuple[Tensor, int, int]
+    x: Tensor,
+    norm: BatchNorm,
+    act: int,
+    residual: Tensor | None,
+    partials: tuple[Tensor, int, int],
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the batch's mean and variance, from the moments of parts of x: the second half of the forward pass in
-    training."""
+    """y, and the batch's mean and variance, from the moments of parts of x, which is not empty: the second half of the
+    forward pass in training. counts: how many rows each part has, where they are not of one size."""
     y = torch.empty_like(x)
     moments = tuple(torch.empty(x.shape[-1], dtype=torch.float32, device=x.device) for _ in range(2))
-    _launch_normalize(x, norm, act, residual, y, moments, partials)
+    _launch_normalize(x, norm, act, residual, y, moments, partials, counts)
     return y, *moments
 
 
@@ -133,6 +130,7 @@ def _launch_normalize(
     y: Tensor,
     statistics: tuple[Tensor, Tensor],
     partials: tuple[Tensor | None, int, int],
+    counts: Tensor | None = None,
 ) -> None:
     """Fills y, and `statistics` where there are partial moments; without them the statistics are read."""
     channels, rows, training = x.shape[-1], x.numel() // x.shape[-1], partials[0] is not None
@@ -144,7 +142,7 @@ def _launch_normalize(
     part, parts, rows_per_part = partials
     with on_device(x):
         kernels.normalize_fwd_kernel[(columns, programs)](
-            x, residual, weight, bias, part, y, *statistics,
+            x, residual, weight, bias, part, counts, y, *statistics,
             rows, rows_per_program, parts, rows_per_part, norm.eps,
             ACT=act, TRAINING=training, C=channels, **config,
         )  # fmt: skip

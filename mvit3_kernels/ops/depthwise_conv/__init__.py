@@ -125,14 +125,15 @@ for _way, _stored, _fake in (("", "", _forward_fake), ("_cuda", ", Tensor z", _s
     )
 
 
-# Ops of csrc/cuda/depthwise_conv*.cu, with the meaning of `depthwise` and `depthwise_backward` of triton.py: z and its
-# mean and biased variance as stored, float32; the gradients of x and of the weight from that of z.
+# Ops of csrc/cuda/depthwise_conv*.cu, with the meaning of `depthwise` and `depthwise_backward` of triton.py: z and the
+# moments of so many parts of it as stored, float32; the gradients of x and of the weight from that of z.
 @registry.kernel(
-    "depthwise_conv_filter", f"(Tensor x, Tensor weight, {_GEOMETRY}) -> (Tensor z, Tensor mean, Tensor var)"
+    "depthwise_conv_filter",
+    f"(Tensor x, Tensor weight, {_GEOMETRY}, int parts) -> (Tensor z, Tensor moments, Tensor counts)",
 )
 def _filter_fake(call: Call) -> tuple[Tensor, ...]:
-    moments = (call.x.new_empty(call.x.shape[3], dtype=torch.float32) for _ in range(2))
-    return _empty_map(call.x, call.stride), *moments
+    shapes = (2, call.parts, call.x.shape[3]), (call.parts,)
+    return _empty_map(call.x, call.stride), *(call.x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 @registry.kernel(

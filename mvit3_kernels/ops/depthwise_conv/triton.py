@@ -25,11 +25,13 @@ import triton
 from torch import Tensor
 
 from .. import tuning
-from ..batch_norm_act.triton import apply_norm, normalize_backward
+from ..batch_norm_act.triton import normalize, normalize_backward
 from ..registry import Call
 from ..triton_common import contiguous, multiprocessors, on_device, split_rows
 from ..types import BatchNorm
 from . import backward_kernels, kernels
+
+PartMoments = tuple[Tensor, Tensor]  # of parts: means and sums of squared deviations (2, parts, C), and counts (parts,)
 
 # Three of a program's size fit a multiprocessor with their registers: two rounds.
 PROGRAMS_PER_SM = 6
@@ -110,9 +112,9 @@ def _at_most_the_map(dilation: int, x: Tensor) -> int:
 def _launch(
     x: Tensor, weight: Tensor, norm: BatchNorm | None, act: int, y: Tensor | None, stride: int, dilation: int,
     measured: bool = False,
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+) -> PartMoments | None:  # fmt: skip
     """Fills y, where given, with the convolution or, with a norm, whose statistics are known, with its activation.
-    Returns the moments of the convolution where `measured`. All tensors are contiguous."""
+    Returns the moments of parts of the convolution where `measured`. All tensors are contiguous."""
     channels, out, dilation = x.shape[-1], _output_size(x, stride), _at_most_the_map(dilation, x)
     config = configuration("fwd", x)
     work = _Work(x, out[1], out[0], dilation, config)
@@ -129,23 +131,29 @@ def _launch(
             x, weight, *parameters, y, part, count, *work.sizes(x, out), eps,
             ACT=act, STRIDE=stride, DILATION=dilation, C=channels, **config,
         )  # fmt: skip
-        if not measured:
-            return None
-        mean, var = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
-        kernels.moments_fwd_kernel[(triton.cdiv(channels, 16),)](
-            part, count, mean, var, work.parts, C=channels, BLOCK_C=16, num_warps=4
-        )
+    return (part, count) if measured else None
+
+
+def _joined(part: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (C,), from the moments of parts."""
+    _, parts, channels = part.shape
+    mean, var = (torch.empty(channels, dtype=torch.float32, device=part.device) for _ in range(2))
+    kernels.moments_fwd_kernel[(triton.cdiv(channels, 16),)](
+        part, count, mean, var, parts, C=channels, BLOCK_C=16, num_warps=4
+    )
     return mean, var
 
 
 def depthwise(x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
     """The depth-wise convolution z of x (B, H, W, C) by weight (C, 1, 3, 3) with a padding of `dilation`: (B, ceil(H /
-    stride), ceil(W / stride), C), contiguous, in the dtype of x; and mean and biased variance of each channel of z as
-    it is stored, (C,), float32, zeros where z is empty. Sums in float32; the same result in every run."""
+    stride), ceil(W / stride), C), contiguous, in the dtype of x; and, float32, of parts of z as it is stored mean and
+    sum of squared deviations of each channel, (2, parts, C), and how many values they are of, (parts,): zeros where z
+    is empty. Sums in float32; the same result in every run."""
     x, weight = contiguous(x, weight)
     z = x.new_empty(x.shape[0], *_output_size(x, stride), x.shape[-1])
     if z.numel() == 0:
-        return z, *(torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device) for _ in range(2))
+        shapes = (2, 1, x.shape[-1]), (1,)
+        return z, *(torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes)
     return z, *_launch(x, weight, None, 0, z, stride, dilation, measured=True)
 
 
@@ -186,7 +194,9 @@ def depthwise_conv_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     if y.numel() == 0:
         return y, *moments
     if call.training:
-        statistics = moments = _launch(x, weight, None, 0, None, call.stride, call.dilation, measured=True)
+        part = _launch(x, weight, None, 0, None, call.stride, call.dilation, measured=True)
+        with on_device(x):
+            statistics = moments = _joined(*part)
     norm = BatchNorm(*contiguous(call.norm_weight, call.norm_bias, *statistics), call.training, call.eps)
     _launch(x, weight, norm, call.act, y, call.stride, call.dilation)
     return y, *moments
@@ -202,9 +212,16 @@ def depthwise_conv_forward_cuda(call: Call) -> tuple[Tensor, Tensor, Tensor, Ten
     and from the gradient of z to those of x and weight, are in CUDA C++."""
     if not call.training:
         return *depthwise_conv_forward(call), call.x.new_empty(0)
-    z, mean, var = torch.ops.mvit3.depthwise_conv_filter(*contiguous(call.x, call.weight), call.stride, call.dilation)
-    norm = BatchNorm(call.norm_weight, call.norm_bias, mean, var, False, call.eps)
-    return apply_norm(z, norm, call.act), mean, var, z
+    x, weight = contiguous(call.x, call.weight)
+    height, width = _output_size(x, call.stride)
+    # Two blocks a multiprocessor, of at most 64 groups of four channels, and no fewer than four rows of each thread.
+    values, slices = x.shape[0] * height * width * x.shape[-1], triton.cdiv(x.shape[-1], 256)
+    parts = max(min(2 * multiprocessors(x) // slices, values // 8192), 1)
+    z, moments, counts = torch.ops.mvit3.depthwise_conv_filter(x, weight, call.stride, call.dilation, parts)
+    if z.numel() == 0:
+        return torch.empty_like(z), *(torch.zeros_like(moments[0, 0]) for _ in range(2)), z
+    norm = BatchNorm(call.norm_weight, call.norm_bias, None, None, True, call.eps)
+    return *normalize(z, norm, call.act, None, (moments, len(counts), 0), counts), z
 
 
 def depthwise_conv_backward_cuda(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -233,16 +233,19 @@ _PARTS = ("expand", "depthwise", "project")
 _GEOMETRY = "int stride, int dilation, int act"
 _NORMED = ", ".join(f"Tensor {part}, {batch_norm_schema(f'{part}_')}" for part in _PARTS)
 _LEARNED = ", ".join(f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, float {part}_eps" for part in _PARTS)
-_FIXED, _FOLLOWING = (
+_FIXED, _FOLLOWING, _FILTERING = (
     ", ".join(
         f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, Tensor {part}_mean, Tensor {part}_var, "
         f"float {part}_eps"
         for part in parts
     )
-    for parts in (_PARTS, _PARTS[1:])
+    for parts in (_PARTS, _PARTS[1:], _PARTS[:2])
 )
 _MOMENTS = ", ".join(f"Tensor {part}_mean, Tensor {part}_var" for part in _PARTS)
-_GRADIENTS = ", ".join(f"Tensor d{part}, Tensor d{part}_weight, Tensor d{part}_bias" for part in _PARTS)
+_GRADIENTS, _GRADIENTS_TO_FILTER = (
+    ", ".join(f"Tensor d{part}, Tensor d{part}_weight, Tensor d{part}_bias" for part in parts)
+    for parts in (_PARTS, _PARTS[:2])
+)
 
 
 @register("inverted_residual", f"(Tensor x, {_NORMED}, {_GEOMETRY}, bool? skip=None) -> (Tensor y, {_MOMENTS})")
@@ -300,32 +303,42 @@ registry.backward(
 )
 
 # The fused CUDA way calls two ops of csrc/cuda/inverted_residual*.cu (x in bfloat16 or float16). The first makes z, the
-# filtered map of act(scale * (x @ expand^T) + shift), and its mean and biased variance as stored. The second takes the
-# gradient of p to that of x without the correction of the first norm, with
-#   g = (dp @ project) * act'(z_scale * z + z_shift), c0 g + c1 + c2 z for the gradient of z,
-# and G for that of the first norm's output:
-#   dx0 = (G * scale) @ expand, products = G^T x, sums = sum of G, ddepthwise = the gradient of the taps,
-# all but dx0 in float32. With more inputs than MOST_INPUTS_IN_BACKWARD the first three are empty, and `gradient` is G,
-# which else is empty.
+# filtered map of act(scale * (x @ expand^T) + shift), and of each of `parts` parts of it, as stored, and each channel
+# the mean and the sum of squared deviations, and how many values a part has: some may have none. The second takes the
+# gradient dp of p to those of all parameters and, without the correction of the first norm, of x: `part` is what
+# project_bwd_kernel leaves, `mean` and `covariance` are those of x. With G for the gradient of the first norm's output
+#   dx0 = (G * scale) @ expand, and correction (2, expanded) is what expand_gradient_kernel says.
+# Gradients of parameters are float32. With more inputs than MOST_INPUTS_IN_BACKWARD dx0, correction and the gradients
+# of the expansion and its norm are empty, and `gradient` is G and `scaled` is expand times the norm's scale, which else
+# are empty.
 _SOURCE = "Tensor x, Tensor expand, Tensor scale, Tensor shift, Tensor depthwise"
-_MIDDLE = "Tensor dp, Tensor project, Tensor z, Tensor z_scale, Tensor z_shift, Tensor c0, Tensor c1, Tensor c2"
 
 
-@registry.kernel("inverted_residual_filter", f"({_SOURCE}, {_GEOMETRY}) -> (Tensor z, Tensor mean, Tensor var)")
+@registry.kernel(
+    "inverted_residual_filter",
+    f"({_SOURCE}, {_GEOMETRY}, int parts) -> (Tensor z, Tensor moments, Tensor counts)",
+)
 def _filter_fake(call: Call) -> tuple[Tensor, ...]:
-    expanded = call.depthwise.shape[0]
-    return _empty_map(call.x, call.stride, expanded), call.scale.new_empty(expanded), call.scale.new_empty(expanded)
+    expanded, new = call.depthwise.shape[0], call.scale.new_empty
+    return _empty_map(call.x, call.stride, expanded), new(2, call.parts, expanded), new(call.parts)
 
 
 @registry.kernel(
     "inverted_residual_filter_backward",
-    f"({_MIDDLE}, {_SOURCE}, {_GEOMETRY})"
-    " -> (Tensor dx0, Tensor products, Tensor sums, Tensor gradient, Tensor ddepthwise)",
+    f"(Tensor dp, Tensor z, Tensor part, Tensor project, Tensor x, Tensor mean, Tensor covariance, {_FILTERING}, "
+    f"{_GEOMETRY}) -> (Tensor dx0, Tensor gradient, Tensor scaled, Tensor correction, {_GRADIENTS_TO_FILTER}, "
+    "Tensor dproject)",
 )
 def _filter_backward_fake(call: Call) -> tuple[Tensor, ...]:
-    x, expanded, inputs, new = call.x, call.depthwise.shape[0], call.x.shape[-1], call.scale.new_empty
-    taps = new(expanded, 1, 3, 3)
+    x, expanded, inputs = call.x, call.depthwise.shape[0], call.x.shape[-1]
+
+    def new(*shape: int) -> Tensor:
+        return call.part.new_empty(shape)
+
+    of_middle = new(expanded, 1, 3, 3), new(expanded), new(expanded), new(*call.project.shape)
     if inputs > MOST_INPUTS_IN_BACKWARD:
-        return x.new_empty(0), new(0, inputs), new(0), _empty_map(x, 1, expanded), taps
+        gradient, scaled = _empty_map(x, 1, expanded), x.new_empty(expanded, inputs)
+        return x.new_empty(0), gradient, scaled, *(new(0) for _ in range(4)), *of_middle
     dx0 = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx0, new(expanded, inputs), new(expanded), x.new_empty(0), taps
+    of_first = new(2, expanded), new(*call.expand.shape), new(expanded), new(expanded)
+    return dx0, x.new_empty(0), x.new_empty(0), *of_first, *of_middle

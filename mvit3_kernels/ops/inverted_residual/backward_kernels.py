@@ -170,19 +170,23 @@ def project_gradient_kernel(
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
     first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr,  # of the first norm, (E,)
     dproject_ptr, dweight_ptr, dbias_ptr,  # written: (OUT, E) and (E,), like the parameters
-    coefficients_ptr, folded_ptr,  # written: (4, E), (2, E), float32
+    coefficients_ptr,  # written: (4, E), float32
+    expand_ptr, scaled_ptr,  # W, (E, C); written, if not None: (E, C), like the map
     rows, parts, eps, first_eps,
-    CENTRED: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """What the parts add up to: the gradients of the projection's weight and of the middle norm's weight and bias. And
-    what the passes behind it need of both norms: scale and shift of the first, folded; and for each channel of the
-    middle one scale and shift, and offset and slope, with which dz = scale * g + offset + slope * z:
+    what the passes behind it need: for each channel of the middle norm scale and shift, and offset and slope, with
+    which dz = scale * g + offset + slope * z:
 
         dbias = sum g;  dweight = rstd * sum(g * (z - mean)), CENTRED already or not
         slope = -scale * rstd * dweight / rows;  offset = -scale * dbias / rows - slope * mean
 
-    The first programs have BLOCK channels of the norms each, the others BLOCK values of the weight."""
+    And W, rounded, times the scale of the first norm. The first programs have BLOCK channels of the norms each, the
+    next ones BLOCK values of the projection's weight, the last ones BLOCK_W of W."""
     blocks: tl.constexpr = (E + BLOCK - 1) // BLOCK
+    last: tl.constexpr = blocks + (OUT * E + BLOCK - 1) // BLOCK
     SIZE: tl.constexpr = (OUT + 2) * E
     if tl.program_id(0) < blocks:
         column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -201,15 +205,18 @@ def project_gradient_kernel(
         store_vector(coefficients_ptr + E, column, shift, WIDTH=E)
         store_vector(coefficients_ptr + 2 * E, column, offset, WIDTH=E)
         store_vector(coefficients_ptr + 3 * E, column, slope, WIDTH=E)
-        scale, shift = load_folded_norm(
-            first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr, column, first_eps, C=E
-        )
-        store_vector(folded_ptr, column, scale, WIDTH=E)
-        store_vector(folded_ptr + E, column, shift, WIDTH=E)
-    else:
+    elif tl.program_id(0) < last:
         column = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)
         total = add_up(part_ptr, parts, column, column < OUT * E, N=SIZE, FEW=FEW)
         store_vector(dproject_ptr, column, total, WIDTH=OUT * E)
+    elif scaled_ptr is not None:
+        dtype: tl.constexpr = scaled_ptr.dtype.element_ty
+        at = (tl.program_id(0) - last) * BLOCK_W + tl.arange(0, BLOCK_W)
+        scale, _ = load_folded_norm(
+            first_weight_ptr, first_bias_ptr, first_mean_ptr, first_var_ptr, at // C, first_eps, C=E, DTYPE=dtype
+        )
+        weight = load_vector(expand_ptr, at, WIDTH=E * C).to(dtype).to(tl.float32)
+        store_vector(scaled_ptr, at, weight * scale, WIDTH=E * C)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -410,85 +417,3 @@ def expand_gradient_kernel(
         store_vector(dnorm_bias_ptr, output, total, WIDTH=E)
         store_vector(correction_ptr, output, scale * rstd * dnorm_weight / rows, WIDTH=E)
         store_vector(correction_ptr + E, output, scale * total / rows, WIDTH=E)
-
-
-@triton.jit
-def correction_bwd_kernel(
-    x_ptr,  # only its dtype is used
-    weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
-    matrix_ptr, shift_ptr,  # written: (C, C), like x but float32 where x is float16; (C,), float32
-    C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """K = W^T diag(k) W and shift = s W, with which correct_bwd_kernel completes dx. A program has a tile of K."""
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    left = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    right = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    matrix = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    shift = tl.zeros((BLOCK_C,), tl.float32)
-    for first in range(0, E, BLOCK_E):
-        output = first + tl.arange(0, BLOCK_E)
-        weight = load_rounded_weight(weight_ptr, x_ptr, output, right, OUT=E, WIDTH=C)
-        scaled = load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C)
-        scaled *= load_vector(correction_ptr, output, WIDTH=E)[:, None]
-        matrix = dot(tl.trans(scaled), weight, matrix)
-        shift += tl.sum(weight * load_vector(correction_ptr + E, output, WIDTH=E)[:, None], 0)
-    store_tile(matrix_ptr, left, left < C, right, matrix, WIDTH=C)
-    if tl.program_id(0) < blocks:
-        store_vector(shift_ptr, right, shift, WIDTH=C)
-
-
-@triton.jit
-def _load_correction(matrix_ptr, x_ptr, inner, column, C: tl.constexpr):
-    """A tile of K in the dtype of x, and what its product is to be multiplied by."""
-    matrix = load_tile(matrix_ptr, inner, inner < C, column, WIDTH=C)
-    largest = 1.0
-    if x_ptr.dtype.element_ty == tl.float16:
-        largest = tl.max(tl.abs(matrix))
-        largest = tl.where(largest > 1e-30, largest, 1.0)
-        matrix *= 1.0 / largest
-    return matrix.to(x_ptr.dtype.element_ty), largest
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def correct_bwd_kernel(
-    x_ptr, residual_ptr,  # (rows, C); (rows, C) or None
-    mean_ptr,  # of x (C,), float32
-    matrix_ptr, shift_ptr,  # K (C, C) and shift (C,) of correction_bwd_kernel
-    dx_ptr,  # read and written: (rows, C), like x
-    rows, rows_per_part,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dx -= (x - mean) K + shift, what the first norm's statistics contribute; then a residual's gradient is added.
-
-    It is x K + offset for offset = shift - mean K with K as it is multiplied, so that x needs no subtraction.
-    A program has BLOCK_N inputs of a part, and holds their K where BLOCK_K are all. Reads dx and the residual once, x
-    once for each block of inputs; writes dx once."""
-    columns: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    begin, length = row_range(rows, rows_per_part, tl.program_id(0) // columns)
-    column, lane = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)
-    offset = load_vector(shift_ptr, column, WIDTH=C)
-    matrix, largest = _load_correction(matrix_ptr, x_ptr, tl.arange(0, BLOCK_K), column, C=C)
-    for first in range(0, C, BLOCK_K):
-        inner = first + tl.arange(0, BLOCK_K)
-        tile, scale = _load_correction(matrix_ptr, x_ptr, inner, column, C=C)
-        offset -= tl.sum(tile.to(tl.float32) * load_vector(mean_ptr, inner, WIDTH=C)[:, None], 0) * scale
-    for first in range(0, length, BLOCK_M):
-        start, valid = begin + first, first + lane < length
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if C <= BLOCK_K:
-            x = load_tile(x_ptr + start * C, lane, valid, tl.arange(0, BLOCK_K), WIDTH=C)
-            sums = dot(x, matrix, sums) * largest
-        else:
-            for second in range(0, C, BLOCK_K):
-                inner = second + tl.arange(0, BLOCK_K)
-                tile, scale = _load_correction(matrix_ptr, x_ptr, inner, column, C=C)
-                x = load_tile(x_ptr + start * C, lane, valid, inner, WIDTH=C)
-                if x.dtype == tl.float16:
-                    sums += tl.dot(x, tile) * scale
-                else:
-                    sums = dot(x, tile, sums)
-        dx = load_tile(dx_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
-        dx -= sums + offset[None, :]
-        if residual_ptr is not None:
-            dx += load_tile(residual_ptr + start * C, lane, valid, column, WIDTH=C).to(tl.float32)
-        store_tile(dx_ptr + start * C, lane, valid, column, dx, WIDTH=C)

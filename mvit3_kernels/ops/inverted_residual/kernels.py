@@ -16,7 +16,7 @@ from ..triton_common import (
     at_least_zero,
     dot,
     inverse_std,
-    load_folded_norm,
+    load_moments,
     load_sums,
     load_tile,
     load_vector,
@@ -233,28 +233,35 @@ def expanded_moments_kernel(
     store_vector(folded_ptr + E, output, load_vector(norm_bias_ptr, output, WIDTH=E) - mean * scale, WIDTH=E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def prepare_project_kernel(
-    norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
+    norm_weight_ptr, norm_bias_ptr,  # of the middle norm, (E,)
+    part_ptr, count_ptr,  # moments of parts of z, (2, parts, E) and (parts,), float32
     weight_ptr,  # (OUT, E)
-    folded_ptr, pivot_ptr,  # written: (2, E) and (OUT,), float32
+    mean_ptr, var_ptr, folded_ptr, pivot_ptr,  # written: of z, (E,); (2, E) and (OUT,), float32
     packed_ptr,  # written: the weight, (OUT, E), as it is multiplied
-    eps,
-    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+    parts, eps,
+    ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What project_fwd_kernel needs many times: scale and shift of the norm, `halved`, the weight in the dtype of the
-    map, and a value near the mean of each output, the product of a pixel whose channels are all at their means.
+    map, and a value near the mean of each output, the product of a pixel whose channels are all at their means. And the
+    moments of z.
 
-    The first programs have BLOCK_E channels of the norm each, the others BLOCK_O outputs."""
-    blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    The first programs have BLOCK channels of the norm each, the others BLOCK outputs, for BLOCK_E channels at a
+    time."""
+    blocks: tl.constexpr = (E + BLOCK - 1) // BLOCK
     if tl.program_id(0) < blocks:
-        column = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-        scale, shift = load_folded_norm(norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, column, eps, C=E)
+        column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mean, var = load_moments(part_ptr, parts, 0, 0, column, column < E, C=E, BLOCK_C=BLOCK, count_ptr=count_ptr)
+        store_vector(mean_ptr, column, mean, WIDTH=E)
+        store_vector(var_ptr, column, var, WIDTH=E)
+        scale = load_vector(norm_weight_ptr, column, WIDTH=E) * inverse_std(var, eps)
+        shift = load_vector(norm_bias_ptr, column, WIDTH=E) - mean * scale
         store_vector(folded_ptr, column, halved(scale, ACT=ACT), WIDTH=E)
         store_vector(folded_ptr + E, column, halved(shift, ACT=ACT), WIDTH=E)
     else:
-        output = (tl.program_id(0) - blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-        pivot = tl.zeros((BLOCK_O,), tl.float32)
+        output = (tl.program_id(0) - blocks) * BLOCK + tl.arange(0, BLOCK)
+        pivot = tl.zeros((BLOCK,), tl.float32)
         for first in range(0, E, BLOCK_E):
             column = first + tl.arange(0, BLOCK_E)
             weight = load_tile(weight_ptr, output, output < OUT, column, WIDTH=E).to(packed_ptr.dtype.element_ty)

@@ -41,8 +41,8 @@ from ..triton_common import (
     split_rows,
 )
 from ..types import BatchNorm
-from . import backward_kernels, evaluation_kernels, kernels
-from .cost import MOST_INPUTS_IN_BACKWARD, fits_a_program, values_moved
+from . import backward_kernels, correction_kernels, evaluation_kernels, kernels
+from .cost import fits_a_program, values_moved
 
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
@@ -192,23 +192,34 @@ def _expansion_moments(x: Tensor, weight: Tensor, norm: BatchNorm) -> tuple[Tens
     return mean, covariance, expanded_mean, expanded_var, folded
 
 
-def _project(z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> tuple[Tensor, tuple[Tensor, int, int]]:
-    """p and its partial moments: (workspace, parts, rows of each)."""
+def _project(
+    z: Tensor, moments: tuple[Tensor, Tensor], weight: Tensor, norm: BatchNorm, act: int
+) -> tuple[Tensor, tuple[Tensor, int, int], Tensor, Tensor]:
+    """p and its partial moments: (workspace, parts, rows of each); mean and variance of z from the moments of its parts
+    and their counts."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     p = z.new_empty(*z.shape[:-1], outputs)
     config = configuration("project", z, outputs, expanded)
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     parts, rows_per_part = split_rows(rows, max(2 * multiprocessors(z) // blocks, 1), config["BLOCK_M"])
     part, folded, pivot = _float32(z, 2, parts, outputs), _float32(z, 2, expanded), _float32(z, outputs)
-    packed = z.new_empty(outputs, expanded)
-    kernels.prepare_project_kernel[(triton.cdiv(expanded, 128) + triton.cdiv(outputs, 16),)](
-        *norm[:4], weight, folded, pivot, packed, norm.eps, ACT=act, E=expanded, OUT=outputs,
-        BLOCK_E=128, BLOCK_O=16, num_warps=4,
+    packed, (mean, var) = z.new_empty(outputs, expanded), (_float32(z, expanded) for _ in range(2))
+    kernels.prepare_project_kernel[(triton.cdiv(expanded, 16) + triton.cdiv(outputs, 16),)](
+        *norm[:2], *moments, weight, mean, var, folded, pivot, packed, moments[0].shape[1], norm.eps,
+        ACT=act, E=expanded, OUT=outputs, BLOCK_E=128, BLOCK=16, num_warps=4,
     )  # fmt: skip
     kernels.project_fwd_kernel[(blocks * parts,)](
         z, folded, pivot, packed, p, part, rows, parts, rows_per_part, ACT=act, E=expanded, OUT=outputs, **config
     )
-    return p, (part, parts, rows_per_part)
+    return p, (part, parts, rows_per_part), mean, var
+
+
+def _filter_parts(x: Tensor, expanded: int, stride: int) -> int:
+    """Blocks of the fused filter for 64 expanded channels: two a multiprocessor, and none without a tile of 8 x 16 or
+    4 x 8 outputs."""
+    outputs = x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
+    tiles = triton.cdiv(outputs, 128 if stride == 1 else 32)
+    return max(min(2 * multiprocessors(x) // triton.cdiv(expanded, 64), tiles), 1)
 
 
 def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
@@ -221,11 +232,13 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
         norm = _norm(call, "expand", *first)
         if call.store:
             a = convolve(Convolution(x, None, expand, None, norm, act, None))
-            z, *middle = depthwise(a, depthwise_weight, *geometry)
+            z, *moments = depthwise(a, depthwise_weight, *geometry)
         else:
             a = x.new_empty(0)
-            z, *middle = torch.ops.mvit3.inverted_residual_filter(x, expand, *folded, depthwise_weight, *geometry, act)
-        p, partials = _project(z, project, _norm(call, "depthwise", *middle), act)
+            z, *moments = torch.ops.mvit3.inverted_residual_filter(
+                x, expand, *folded, depthwise_weight, *geometry, act, _filter_parts(x, len(expand), call.stride)
+            )
+        p, partials, *middle = _project(z, moments, project, _norm(call, "depthwise", None, None), act)
         residual = x if call.stride == 1 and x.shape[-1] == p.shape[-1] else None
         y, *last = normalize(p, _norm(call, "project", None, None), IDENTITY.value, residual, partials)
     return y, *first, *middle, *last, a, z, p, mean, covariance
@@ -234,11 +247,9 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
 # Backward
 
 
-def _project_backward(
-    dp: Tensor, z: Tensor, weight: Tensor, first: BatchNorm, norm: BatchNorm, act: int
-) -> tuple[Tensor, ...]:
-    """The gradients of the projection's weight and of the middle norm's weight and bias, that norm's coefficients (4,
-    E), and scale and shift of the first norm."""
+def _project_backward(dp: Tensor, z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> Tensor:
+    """Parts of the sums over z that give the gradients of the projection and of the middle norm: (parts, outputs + 2,
+    expanded)."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     config = configuration("project_bwd", z, expanded, outputs)
     columns, blocks = triton.cdiv(expanded, config["BLOCK_N"]), triton.cdiv(outputs, config["BLOCK_K"])
@@ -251,15 +262,26 @@ def _project_backward(
         rounded = multiplied(z, weight)
         backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, *rounded, *rest, **flags)
         backward_kernels.project_product_bwd_kernel[(columns * blocks * len(part),)](dp, z, *rest, **flags)
+    return part.view(len(part), outputs + 2, expanded)
+
+
+def _project_gradient(
+    part: Tensor, z: Tensor, weight: Tensor, first: BatchNorm, norm: BatchNorm, expand: Tensor, scales: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of the projection's weight and of the middle norm's weight and bias, that norm's coefficients (4,
+    E), and, where it `scales`, the expansion's weight times the scale of the first norm."""
+    outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     gradients = tuple(torch.empty_like(t) for t in (weight, *norm[:2]))
-    coefficients, folded = _float32(z, 4, expanded), _float32(z, 2, expanded)
-    config = _sums(len(part))
-    grid = (triton.cdiv(expanded, config["BLOCK"]) + triton.cdiv(outputs * expanded, config["BLOCK"]),)
-    backward_kernels.project_gradient_kernel[grid](
-        part, *norm[:4], *first[:4], *gradients, coefficients, folded, rows, len(part), norm.eps, first.eps,
-        CENTRED=z.dtype is torch.float32, E=expanded, OUT=outputs, **config,
+    coefficients, inputs = _float32(z, 4, expanded), expand.shape[1]
+    scaled, config = z.new_empty(expanded, inputs) if scales else None, _sums(len(part))
+    programs = sum(triton.cdiv(n, config["BLOCK"]) for n in (expanded, outputs * expanded))
+    programs += triton.cdiv(inputs * expanded, 1024) if scales else 0
+    backward_kernels.project_gradient_kernel[(programs,)](
+        part, *norm[:4], *first[:4], *gradients, coefficients, expand, scaled,
+        rows, len(part), norm.eps, first.eps,
+        CENTRED=z.dtype is torch.float32, C=inputs, E=expanded, OUT=outputs, BLOCK_W=1024, **config,
     )  # fmt: skip
-    return *gradients, coefficients, folded
+    return *gradients, coefficients, scaled
 
 
 def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tensor, act: int) -> Tensor:
@@ -278,10 +300,10 @@ Sums = tuple[Tensor, Tensor, bool]  # G^T (x - mean) or, where the third is Fals
 
 
 def _expand_backward(
-    da: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, scale: Tensor, mean: Tensor, act: int
+    da: Tensor, x: Tensor, weight: Tensor, norm: BatchNorm, scaled: Tensor | None, mean: Tensor, act: int
 ) -> tuple[Tensor, Sums]:
     """dx without the norm's correction, and the sums for the gradient G of the first norm's output, which may replace
-    da. `scale`: of the folded norm."""
+    da. scaled: the weight times the norm's scale, where its gradient does not fit a program."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     flags = {"C": inputs, "E": expanded}
     if fits_a_program(x, expanded):
@@ -300,12 +322,12 @@ def _expand_backward(
     backward_kernels.expanded_bwd_kernel[(parts * columns,)](
         x, rounded, *norm[:4], da, rows, rows_per_part, norm.eps, ACT=act, **flags, **config
     )
-    return _products_backward(da, x, rounded, scale, mean)
+    return _products_backward(da, x, scaled, mean)
 
 
-def _products_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor, mean: Tensor) -> tuple[Tensor, Sums]:
+def _products_backward(gradient: Tensor, x: Tensor, scaled: Tensor, mean: Tensor) -> tuple[Tensor, Sums]:
     """The same from the gradient G of the first norm's output."""
-    rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
+    rows, (expanded, inputs) = x.shape[:-1].numel(), scaled.shape
     config = configuration("products_bwd", x, expanded, inputs)
     blocks = triton.cdiv(expanded, config["BLOCK_N"]) * triton.cdiv(inputs, config["BLOCK_K"])
     part, rows_per_part = _parts(x, rows, config, blocks, expanded * (inputs + 1))
@@ -315,7 +337,6 @@ def _products_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tenso
         gradient, x, mean if centred else None, part, rows, rows_per_part, C=inputs, E=expanded, **config
     )
     total = _add_parts(part)
-    scaled = (weight.flatten(1).to(x.dtype) * scale[:, None]).to(x.dtype)
     dx = (gradient.view(rows, expanded) @ scaled).view(x.shape)
     return dx, (total[: expanded * inputs], total[expanded * inputs :], centred)
 
@@ -339,17 +360,22 @@ def _expand_gradient(
 def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, correction: Tensor, mean: Tensor) -> None:
     """Completes dx in place: what the first norm's statistics contribute, and a residual's gradient."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
-    # K is of the order of 1 / rows, which float16 may not hold.
-    dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
-    matrix, shift = x.new_empty(inputs, inputs, dtype=dtype), _float32(x, inputs)
-    backward_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
-        x, weight, correction, matrix, shift, C=inputs, E=expanded, BLOCK_E=64, BLOCK_C=16, num_warps=4
-    )
     config = configuration("correct_bwd", x, inputs, inputs)
-    columns = triton.cdiv(inputs, config["BLOCK_N"])
+    columns, sizes = (
+        triton.cdiv(inputs, config["BLOCK_N"]),
+        {"C": inputs, "E": expanded, "BLOCK_E": 64 if inputs <= 64 else 128},
+    )
+    matrix = shift = None
+    if x.dtype is torch.float32 or inputs > min(config["BLOCK_N"], config["BLOCK_K"], 64):  # else each program has it
+        # K is of the order of 1 / rows, which float16 may not hold.
+        dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
+        matrix, shift = x.new_empty(inputs, inputs, dtype=dtype), _float32(x, inputs)
+        correction_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
+            x, weight, correction, matrix, shift, BLOCK_C=16, num_warps=4, **sizes
+        )
     parts, rows_per_part = _split(x, rows, config, columns)
-    backward_kernels.correct_bwd_kernel[(parts * columns,)](
-        x, residual, mean, matrix, shift, dx, rows, rows_per_part, C=inputs, **config
+    correction_kernels.correct_bwd_kernel[(parts * columns,)](
+        x, residual, mean, matrix, shift, weight, correction, dx, rows, rows_per_part, **sizes, **config
     )
 
 
@@ -361,28 +387,37 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     first, middle, last = (_norm_backward(call, part) for part in ("expand", "depthwise", "project"))
     act, geometry = call.act, (call.stride, call.dilation)
     residual = dy if call.stride == 1 and x.shape[-1] == call.p.shape[-1] else None
+    sums = None
     with on_device(x):
         dp, *dlast = normalize_backward(dy, call.p, last, IDENTITY.value)
-        dproject, *dmiddle, coefficients, folded = _project_backward(dp, z, project, first, middle, act)
+        part = _project_backward(dp, z, project, middle, act)
         if a.numel() > 0:
+            scales = not fits_a_program(x, len(expand))
+            dproject, *dmiddle, coefficients, scaled = _project_gradient(
+                part, z, project, first, middle, expand, scales
+            )
             # The gradient of z lives no longer than it is read.
             da, ddepthwise = depthwise_backward(
                 _filtered_backward(dp, z, project, coefficients, act), a, depthwise_weight, *geometry
             )
-            dx, sums = _expand_backward(da, x, expand, first, folded[0], mean, act)
+            dx, sums = _expand_backward(da, x, expand, first, scaled, mean, act)
         else:
-            scale, shift, offset, slope = coefficients
-            dx, product, total, gradient, ddepthwise = torch.ops.mvit3.inverted_residual_filter_backward(
-                dp, project, z, scale, shift, scale, offset, slope,
-                x, expand, *folded, depthwise_weight, *geometry, act,
-            )  # fmt: skip
-            sums = product, total, False
-            if x.shape[-1] > MOST_INPUTS_IN_BACKWARD:
-                dx, sums = _products_backward(gradient, x, expand, folded[0], mean)
-        dfirst, correction = _expand_gradient(sums, x, expand, first, mean, call.covariance)
+            norms = (expand, *first[:4], first.eps, depthwise_weight, *middle[:4], middle.eps)
+            dx, gradient, scaled, correction, *dfirst, ddepthwise, dmiddle_weight, dmiddle_bias, dproject = (
+                torch.ops.mvit3.inverted_residual_filter_backward(
+                    dp, z, part, project, x, mean, call.covariance, *norms, *geometry, act
+                )
+            )
+            dmiddle = dmiddle_weight, dmiddle_bias
+            if scaled.numel() > 0:
+                dx, sums = _products_backward(gradient, x, scaled, mean)
+        if sums is not None:
+            dfirst, correction = _expand_gradient(sums, x, expand, first, mean, call.covariance)
         _correct(dx, x, residual, expand, correction, mean)
-    ddepthwise = ddepthwise.view(depthwise_weight.shape).to(depthwise_weight.dtype)
-    return dx, *dfirst, ddepthwise, *dmiddle, dproject, *dlast
+    ddepthwise = ddepthwise.view(depthwise_weight.shape)
+    of_parameters = (*dfirst, ddepthwise, *dmiddle, dproject)
+    parameters = (expand, *first[:2], depthwise_weight, *middle[:2], project)
+    return dx, *(d.to(t.dtype) for d, t in zip(of_parameters, parameters, strict=True)), *dlast
 
 
 def inverted_residual_project_inference(call: Call) -> Tensor:
