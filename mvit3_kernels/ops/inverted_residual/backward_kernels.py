@@ -23,7 +23,14 @@ from ..triton_common import (
     sum_of_pairs,
 )
 from ..triton_math import silu_of_half_and_gradient
-from .kernels import NOT_SPECIALIZED, activate_folded, add_up, halved, load_deviations, load_rounded_weight
+from .kernels import (
+    NOT_SPECIALIZED,
+    activate_folded,
+    add_up,
+    exact_product,
+    halved,
+    load_deviations,
+)
 
 
 @triton.jit
@@ -358,11 +365,32 @@ def expand_bwd_kernel(
 def _load_centred_product(
     product_ptr, total, mean_ptr, output, column, CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr
 ):
-    """A tile of N = G^T (x - mean); where the matrix (E, C) is not CENTRED, it is G^T x."""
-    product = load_tile(product_ptr, output, output < E, column, WIDTH=C)
+    """Values of N = G^T (x - mean) for rows and columns that broadcast, as `total` does; where the matrix (E, C) is not
+    CENTRED, it is G^T x."""
+    product = _load_matrix(product_ptr, output, column, E=E, C=C)
     if not CENTRED:
-        product -= total[:, None] * load_vector(mean_ptr, column, WIDTH=C)[None, :]
+        product -= total * load_vector(mean_ptr, column, WIDTH=C)
     return product
+
+
+@triton.jit
+def _load_matrix(ptr, output, column, E: tl.constexpr, C: tl.constexpr):
+    """Values of a matrix (E, C) for rows and columns that broadcast; zeros outside."""
+    return tl.load(ptr + output * C + column, mask=(output < E) & (column < C), other=0.0)
+
+
+@triton.jit
+def _load_rounded(weight_ptr, x_ptr, output, column, E: tl.constexpr, C: tl.constexpr):
+    """The same of a weight as the products see it, rounded to the dtype of x, in float32."""
+    return _load_matrix(weight_ptr, output, column, E=E, C=C).to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def shares(BLOCK: tl.constexpr, SHARES: tl.constexpr):
+    """0 to BLOCK - 1 as (SHARES, BLOCK / SHARES). A product of three dimensions has a warp for each share of what is
+    summed over, where one of few rows and columns would have all warps make the same."""
+    each: tl.constexpr = BLOCK // SHARES
+    return tl.arange(0, SHARES)[:, None] * each + tl.arange(0, each)[None, :]
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -374,7 +402,8 @@ def expand_gradient_kernel(
     dweight_ptr, dnorm_weight_ptr, dnorm_bias_ptr,  # written: like the parameters
     correction_ptr,  # written: (2, E), float32
     rows, eps,
-    CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of W and of the first norm's parameters (identity B), from N = G^T (x - mean), g = sum G and the
     covariance S of x, with rstd = 1 / sqrt(var + eps) and scale = norm_weight * rstd:
@@ -388,21 +417,22 @@ def expand_gradient_kernel(
     total = load_vector(sums_ptr, output, WIDTH=E)
     rstd = inverse_std(load_vector(var_ptr, output, WIDTH=E, OTHER=1.0), eps)
     scale = load_vector(norm_weight_ptr, output, WIDTH=E) * rstd
-    dnorm_weight = tl.zeros((BLOCK_E,), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        column = first + tl.arange(0, BLOCK_C)
-        product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
-        weight = load_rounded_weight(weight_ptr, x_ptr, output, column, OUT=E, WIDTH=C)
-        dnorm_weight += tl.sum(product * weight, 1)
-    dnorm_weight *= rstd
+    dnorm_weight = tl.zeros((SHARES, BLOCK_E, BLOCK_K // SHARES), tl.float32)
+    weight_covariance = tl.zeros((SHARES, BLOCK_E, BLOCK_C), tl.float32)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
-    weight_covariance = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        inner = first + tl.arange(0, BLOCK_C)
-        covariance = load_tile(covariance_ptr, inner, inner < C, column, WIDTH=C)
-        weight = load_rounded_weight(weight_ptr, x_ptr, output, inner, OUT=E, WIDTH=C)
-        weight_covariance = dot(weight, covariance, weight_covariance)
+    for first in range(0, C, BLOCK_K):
+        inner, row = first + shares(BLOCK_K, SHARES), output[None, :, None]
+        weight = _load_rounded(weight_ptr, x_ptr, row, inner[:, None, :], E=E, C=C)
+        dnorm_weight += weight * _load_centred_product(
+            product_ptr, total[None, :, None], mean_ptr, row, inner[:, None, :], CENTRED=CENTRED, C=C, E=E
+        )
+        covariance = _load_matrix(covariance_ptr, inner[:, :, None], column[None, None, :], E=C, C=C)
+        weight_covariance = exact_product(weight, covariance, weight_covariance, DTYPE=x_ptr.dtype.element_ty)
+    dnorm_weight = tl.sum(tl.sum(dnorm_weight, 0), 1) * rstd
+    weight_covariance = tl.sum(weight_covariance, 0)
+    product = _load_centred_product(
+        product_ptr, total[:, None], mean_ptr, output[:, None], column[None, :], CENTRED=CENTRED, C=C, E=E
+    )
     dweight = scale[:, None] * (product - (dnorm_weight * rstd)[:, None] * weight_covariance)
     store_tile(dweight_ptr, output, output < E, column, dweight, WIDTH=C)
     if tl.program_id(1) == 0:
@@ -417,24 +447,29 @@ def correction_bwd_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
     matrix_ptr, shift_ptr,  # written: (C, C), like x but float32 where x is float16; (C,), float32
-    C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """K = W^T diag(k) W and shift = s W, with which correct_bwd_kernel completes dx. A program has a tile of K."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     left = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     right = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    matrix = tl.zeros((BLOCK_C, BLOCK_C), tl.float32)
-    shift = tl.zeros((BLOCK_C,), tl.float32)
+    matrix = tl.zeros((SHARES, BLOCK_C, BLOCK_C), tl.float32)
+    shift = tl.zeros((SHARES, BLOCK_E // SHARES, BLOCK_C), tl.float32)
     for first in range(0, E, BLOCK_E):
-        output = first + tl.arange(0, BLOCK_E)
-        weight = load_rounded_weight(weight_ptr, x_ptr, output, right, OUT=E, WIDTH=C)
-        scaled = load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C)
-        scaled *= load_vector(correction_ptr, output, WIDTH=E)[:, None]
-        matrix = dot(tl.trans(scaled), weight, matrix)
-        shift += tl.sum(weight * load_vector(correction_ptr + E, output, WIDTH=E)[:, None], 0)
-    store_tile(matrix_ptr, left, left < C, right, matrix, WIDTH=C)
+        output = (first + shares(BLOCK_E, SHARES))[:, :, None]
+        weight = _load_rounded(weight_ptr, x_ptr, output, right[None, None, :], E=E, C=C)
+        other = _load_rounded(weight_ptr, x_ptr, output, left[None, None, :], E=E, C=C)
+        shift += weight * load_vector(correction_ptr + E, output, WIDTH=E)
+        scaled = weight * load_vector(correction_ptr, output, WIDTH=E)
+        other = tl.permute(other, (0, 2, 1))
+        if x_ptr.dtype.element_ty == tl.bfloat16:  # as which K is stored
+            matrix = tl.dot(other.to(tl.bfloat16), scaled.to(tl.bfloat16), matrix)
+        else:
+            matrix = exact_product(other, scaled, matrix, DTYPE=x_ptr.dtype.element_ty)
+    store_tile(matrix_ptr, left, left < C, right, tl.sum(matrix, 0), WIDTH=C)
     if tl.program_id(0) < blocks:
-        store_vector(shift_ptr, right, shift, WIDTH=C)
+        store_vector(shift_ptr, right, tl.sum(tl.sum(shift, 0), 0), WIDTH=C)
 
 
 @triton.jit

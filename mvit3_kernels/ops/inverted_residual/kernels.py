@@ -168,7 +168,7 @@ def moments_fwd_kernel(
 
 
 @triton.jit
-def _exact_product(weight, s, sums, DTYPE: tl.constexpr):
+def exact_product(weight, s, sums, DTYPE: tl.constexpr):
     """sums + weight @ s for float32 tiles, the weight rounded to DTYPE. Tensor cores add up in float32 what they
     multiply in 16 bits, and three numbers of bfloat16 have all digits of one of float32, two those of float16."""
     if tl.float32 == DTYPE:
@@ -217,7 +217,7 @@ def expanded_moments_kernel(
             covariance = load_tile(total_ptr, left, left < C, right, WIDTH=C) * share
             covariance -= left_offset[:, None] * right_offset[None, :]
             weight = load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C)
-            product = _exact_product(weight, covariance, product, DTYPE=dtype)
+            product = exact_product(weight, covariance, product, DTYPE=dtype)
             if (first // BLOCK_C * blocks + second // BLOCK_C) % programs == tl.program_id(0):
                 store_tile(covariance_ptr, left, left < C, right, covariance, WIDTH=C)
         weight = load_rounded_weight(weight_ptr, x_ptr, output, right, OUT=E, WIDTH=C)
