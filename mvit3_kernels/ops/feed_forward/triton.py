@@ -64,7 +64,7 @@ def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
     if rows.small() and not drops:
-        return rows.small_tiles("BLOCK_F")
+        return rows.small_tiles("BLOCK_F", shared=not forward)
     if not rows.from_shared_memory or width > 256:
         first = {"BLOCK_M": 32, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
     elif drops:
