@@ -129,7 +129,8 @@ class Rows(NamedTuple):
         for."""
         first = {"BLOCK_M": 16, block: 64, "num_warps": 8, "num_stages": 2}
         if not shared:
-            first |= {block: 128, "num_warps": 16}
+            # two stages of weights of more channels do not fit shared memory where they are float32
+            first |= {block: 128, "num_warps": 16, "num_stages": 1 if self.width() > 192 else 2}
         return [first, first | {"num_warps": 4}, first | {block: 32}, first | {"BLOCK_M": 32, block: 32}]
 
     def shares(self, blocks: int, pieces: int) -> int:

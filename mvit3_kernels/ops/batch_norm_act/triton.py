@@ -61,7 +61,7 @@ def configurations(channels: int, itemsize: int, tensors: int, sums: bool = Fals
     return [first, *(first | other for other in others)]
 
 
-def _few_configuration(channels: int) -> dict[str, int | bool]:
+def few_configuration(channels: int) -> dict[str, int | bool]:
     """Of a map that leaves most of a GPU idle: four values a thread, so that each program ends soon."""
     columns = min(triton.next_power_of_2(channels), BLOCK_C)
     return {"BLOCK_M": FEW_VALUES // columns, "BLOCK_C": columns, **LAUNCH_OPTIONS}
@@ -69,7 +69,7 @@ def _few_configuration(channels: int) -> dict[str, int | bool]:
 
 def configuration(kernel: str, x: Tensor, tensors: int) -> dict[str, int | bool]:
     channels, sums = x.shape[-1], kernel in ("moments", "sums")
-    few = _few_configuration(channels)
+    few = few_configuration(channels)
     tiles = triton.cdiv(x.numel() // channels, few["BLOCK_M"]) * triton.cdiv(channels, few["BLOCK_C"])
     if tiles <= PROGRAMS_PER_SM * multiprocessors(x):
         return few
