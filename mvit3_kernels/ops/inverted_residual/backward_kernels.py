@@ -29,7 +29,11 @@ from .kernels import (
     add_up,
     exact_product,
     halved,
+    load_centred_product,
     load_deviations,
+    load_matrix,
+    load_rounded,
+    shares,
 )
 
 
@@ -361,38 +365,6 @@ def expand_bwd_kernel(
     store_vector(part_ptr + E * C, column, total, WIDTH=E)
 
 
-@triton.jit
-def _load_centred_product(
-    product_ptr, total, mean_ptr, output, column, CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr
-):
-    """Values of N = G^T (x - mean) for rows and columns that broadcast, as `total` does; where the matrix (E, C) is not
-    CENTRED, it is G^T x."""
-    product = _load_matrix(product_ptr, output, column, E=E, C=C)
-    if not CENTRED:
-        product -= total * load_vector(mean_ptr, column, WIDTH=C)
-    return product
-
-
-@triton.jit
-def _load_matrix(ptr, output, column, E: tl.constexpr, C: tl.constexpr):
-    """Values of a matrix (E, C) for rows and columns that broadcast; zeros outside."""
-    return tl.load(ptr + output * C + column, mask=(output < E) & (column < C), other=0.0)
-
-
-@triton.jit
-def _load_rounded(weight_ptr, x_ptr, output, column, E: tl.constexpr, C: tl.constexpr):
-    """The same of a weight as the products see it, rounded to the dtype of x, in float32."""
-    return _load_matrix(weight_ptr, output, column, E=E, C=C).to(x_ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def shares(BLOCK: tl.constexpr, SHARES: tl.constexpr):
-    """0 to BLOCK - 1 as (SHARES, BLOCK / SHARES). A product of three dimensions has a warp for each share of what is
-    summed over, where one of few rows and columns would have all warps make the same."""
-    each: tl.constexpr = BLOCK // SHARES
-    return tl.arange(0, SHARES)[:, None] * each + tl.arange(0, each)[None, :]
-
-
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def expand_gradient_kernel(
     x_ptr,  # only its dtype is used
@@ -422,15 +394,15 @@ def expand_gradient_kernel(
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     for first in range(0, C, BLOCK_K):
         inner, row = first + shares(BLOCK_K, SHARES), output[None, :, None]
-        weight = _load_rounded(weight_ptr, x_ptr, row, inner[:, None, :], E=E, C=C)
-        dnorm_weight += weight * _load_centred_product(
+        weight = load_rounded(weight_ptr, x_ptr, row, inner[:, None, :], E=E, C=C)
+        dnorm_weight += weight * load_centred_product(
             product_ptr, total[None, :, None], mean_ptr, row, inner[:, None, :], CENTRED=CENTRED, C=C, E=E
         )
-        covariance = _load_matrix(covariance_ptr, inner[:, :, None], column[None, None, :], E=C, C=C)
+        covariance = load_matrix(covariance_ptr, inner[:, :, None], column[None, None, :], E=C, C=C)
         weight_covariance = exact_product(weight, covariance, weight_covariance, DTYPE=x_ptr.dtype.element_ty)
     dnorm_weight = tl.sum(tl.sum(dnorm_weight, 0), 1) * rstd
     weight_covariance = tl.sum(weight_covariance, 0)
-    product = _load_centred_product(
+    product = load_centred_product(
         product_ptr, total[:, None], mean_ptr, output[:, None], column[None, :], CENTRED=CENTRED, C=C, E=E
     )
     dweight = scale[:, None] * (product - (dnorm_weight * rstd)[:, None] * weight_covariance)
@@ -458,8 +430,8 @@ def correction_bwd_kernel(
     shift = tl.zeros((SHARES, BLOCK_E // SHARES, BLOCK_C), tl.float32)
     for first in range(0, E, BLOCK_E):
         output = (first + shares(BLOCK_E, SHARES))[:, :, None]
-        weight = _load_rounded(weight_ptr, x_ptr, output, right[None, None, :], E=E, C=C)
-        other = _load_rounded(weight_ptr, x_ptr, output, left[None, None, :], E=E, C=C)
+        weight = load_rounded(weight_ptr, x_ptr, output, right[None, None, :], E=E, C=C)
+        other = load_rounded(weight_ptr, x_ptr, output, left[None, None, :], E=E, C=C)
         shift += weight * load_vector(correction_ptr + E, output, WIDTH=E)
         scaled = weight * load_vector(correction_ptr, output, WIDTH=E)
         other = tl.permute(other, (0, 2, 1))
