@@ -419,8 +419,7 @@ def correction_bwd_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
     matrix_ptr, shift_ptr,  # written: (C, C), like x but float32 where x is float16; (C,), float32
-    C: tl.constexpr, E: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """K = W^T diag(k) W and shift = s W, with which correct_bwd_kernel completes dx. A program has a tile of K."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
