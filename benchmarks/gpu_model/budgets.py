@@ -148,6 +148,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "global_representation.layer_fwd"): _SPREAD,
     ("registers", "global_representation.attend_fwd"): _SPREAD,
     ("registers", "global_representation.feed_fwd"): _SPREAD,
+    ("registers", "separable_attention.values_bwd"): _SPREAD,
+    ("registers", "inverted_residual.expanded_moments"): (
+        "has fewer blocks than a GPU multiprocessors, whatever the batch, and divides each among 16 warps to end sooner"
+    ),
     ("registers", "inverted_residual.filter_project"): (
         "is for maps of fewer blocks than multiprocessors, and divides 32 pixels among 16 warps to end sooner"
     ),

@@ -28,6 +28,7 @@ GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (r
 # Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors
 # has at most 264 partials: three trips.
 BLOCK_PARTS = tl.constexpr(128)
+FEW_PARTS = 16
 # As of a call at batch 1. Of more rows small tiles ask for a weight more often than the idle part of a GPU is worth, by
 # the model of benchmarks/gpu_model.
 MOST_FEW_ROWS = 1024
@@ -278,16 +279,19 @@ def moments_from_pivot(total, squares, pivot, count):
 
 @triton.jit
 def load_moments(
-    part_ptr, parts, rows, rows_per_part, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr, count_ptr=None
-):
+    part_ptr, parts, rows, rows_per_part, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr, count_ptr=None,
+    MOST: tl.constexpr = None,
+):  # fmt: skip
     """Mean and biased variance of columns `column` over all rows, from the means and sums of squared deviations of
     parts of the rows, a (2, parts, C) float32 workspace. A part has `rows_per_part` rows, the last one what is left;
-    or as many as `count_ptr` says, (parts,), float32."""
-    lane = tl.arange(0, BLOCK_PARTS)
-    count = tl.zeros((BLOCK_PARTS,), tl.float32)
-    mean = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    m2 = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for first in range(0, parts, BLOCK_PARTS):
+    or as many as `count_ptr` says, (parts,), float32. Where there are at most MOST parts, their loads are on their way
+    at once, together with those of what follows."""
+    AT_ONCE: tl.constexpr = BLOCK_PARTS if MOST is None else MOST
+    lane = tl.arange(0, AT_ONCE)
+    count = tl.zeros((AT_ONCE,), tl.float32)
+    mean = tl.zeros((AT_ONCE, BLOCK_C), tl.float32)
+    m2 = tl.zeros((AT_ONCE, BLOCK_C), tl.float32)
+    for first in range(0, parts if MOST is None else MOST, AT_ONCE):
         part = first + lane
         mask = (part < parts)[:, None] & valid[None, :]
         offset = part[:, None] * C + column[None, :]
@@ -307,11 +311,12 @@ def load_moments(
 
 
 @triton.jit
-def load_sums(part_ptr, parts, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums of columns `column` over the parts of a (parts, C) float32 workspace."""
-    lane = tl.arange(0, BLOCK_PARTS)
-    total = tl.zeros((BLOCK_PARTS, BLOCK_C), tl.float32)
-    for first in range(0, parts, BLOCK_PARTS):
+def load_sums(part_ptr, parts, column, valid, C: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr = None):
+    """Sums of columns `column` over the parts of a (parts, C) float32 workspace, of which there are at most MOST."""
+    AT_ONCE: tl.constexpr = BLOCK_PARTS if MOST is None else MOST
+    lane = tl.arange(0, AT_ONCE)
+    total = tl.zeros((AT_ONCE, BLOCK_C), tl.float32)
+    for first in range(0, parts if MOST is None else MOST, AT_ONCE):
         part = first + lane
         mask = (part < parts)[:, None] & valid[None, :]
         total += tl.load(part_ptr + part[:, None] * C + column[None, :], mask=mask, other=0.0)
@@ -394,6 +399,11 @@ def rows_at_one_distance(x: Tensor) -> tuple[Tensor, int]:
     for size, outer, inner in zip(x.shape[1:-1], x.stride(), x.stride()[1:-1], strict=False):
         whole = whole and outer == inner * size
     return (x, stride) if whole and x.numel() > 0 else (x.contiguous(), x.shape[-1])
+
+
+def most_parts(parts: int) -> int | None:
+    """A bound for so many parts that a kernel is compiled for, which reads them at once then, or None."""
+    return next((most for most in (FEW_PARTS, BLOCK_PARTS.value) if parts <= most), None)
 
 
 def split_rows(rows: int, programs: int, block: int) -> tuple[int, int]:

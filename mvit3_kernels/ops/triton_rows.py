@@ -68,7 +68,7 @@ def input_configurations(rows: Rows) -> list[dict[str, int]]:
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}]
     if rows.small():
-        return rows.small_tiles("BLOCK_N")
+        return rows.small_tiles("BLOCK_N", shared=False)
     if not rows.from_shared_memory or rows.width() > 256:
         first = {"BLOCK_M": 32, "BLOCK_N": 32 if rows.width() <= 256 else 16, "num_warps": 8, "num_stages": 2}
         return [first]
@@ -123,9 +123,14 @@ class Rows(NamedTuple):
         """Whether a call takes small tiles: of so few rows others would leave most of a GPU idle."""
         return self.few() and self.from_shared_memory and self.width() <= 256 and self.x.dtype is not torch.float32
 
-    def small_tiles(self, block: str) -> list[dict[str, int]]:
-        """Configurations of such a call; `block`: what a program walks over, outputs or hidden channels."""
+    def small_tiles(self, block: str, shared: bool = True) -> list[dict[str, int]]:
+        """Configurations of such a call; `block`: what a program walks over, outputs or hidden channels. `shared`:
+        programs share that walk. One that has all of it ends sooner with as many warps as a block of it has columns
+        for."""
         first = {"BLOCK_M": 16, block: 64, "num_warps": 8, "num_stages": 2}
+        if not shared:
+            # two stages of weights of more channels do not fit shared memory where they are float32
+            first |= {block: 128, "num_warps": 16, "num_stages": 1 if self.width() > 192 else 2}
         return [first, first | {"num_warps": 4}, first | {block: 32}, first | {"BLOCK_M": 32, block: 32}]
 
     def shares(self, blocks: int, pieces: int) -> int:

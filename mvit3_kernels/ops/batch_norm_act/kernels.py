@@ -81,7 +81,8 @@ def normalize_fwd_kernel(
     y_ptr,  # written: (rows, C), like x
     mean_ptr, var_ptr,  # (C,), float32: written where TRAINING, else the running statistics, read
     rows, rows_per_program, parts, rows_per_part, eps,
-    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """y = act((x - mean) * weight / sqrt(var + eps) + bias) + residual; mean and var from the parts where TRAINING.
 
@@ -89,7 +90,16 @@ def normalize_fwd_kernel(
     column, valid = _columns(C=C, BLOCK_C=BLOCK_C)
     if TRAINING:
         mean, var = load_moments(
-            part_ptr, parts, rows, rows_per_part, column, valid, C=C, BLOCK_C=BLOCK_C, count_ptr=count_ptr
+            part_ptr,
+            parts,
+            rows,
+            rows_per_part,
+            column,
+            valid,
+            C=C,
+            BLOCK_C=BLOCK_C,
+            count_ptr=count_ptr,
+            MOST=MOST,
         )
         if tl.program_id(1) == 0:
             store_vector(mean_ptr, column, mean, WIDTH=C)
@@ -175,7 +185,7 @@ def input_bwd_kernel(
     dx_ptr, dweight_ptr, dbias_ptr,  # written: (rows, C), where TRAINING; (C,); (C,)
     rows, parts, rows_per_program, eps,
     ACT: tl.constexpr, TRAINING: tl.constexpr, C: tl.constexpr, DY_STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """dbias and dweight, the sums of g and of g * n added up from their parts, and in training
 
@@ -183,8 +193,8 @@ def input_bwd_kernel(
 
     with g, n and rstd as in sums_bwd_kernel. Reads dy and x once, the parts once for each program; writes dx once."""
     column, valid = _columns(C=C, BLOCK_C=BLOCK_C)
-    dbias = load_sums(part_ptr, parts, column, valid, C=C, BLOCK_C=BLOCK_C)
-    dweight = load_sums(part_ptr + parts * C, parts, column, valid, C=C, BLOCK_C=BLOCK_C)
+    dbias = load_sums(part_ptr, parts, column, valid, C=C, BLOCK_C=BLOCK_C, MOST=MOST)
+    dweight = load_sums(part_ptr + parts * C, parts, column, valid, C=C, BLOCK_C=BLOCK_C, MOST=MOST)
     if tl.program_id(1) == 0:
         store_vector(dbias_ptr, column, dbias, WIDTH=C)
         store_vector(dweight_ptr, column, dweight, WIDTH=C)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call, batch_norm
-from ..triton_common import contiguous, multiprocessors, on_device, rows_at_one_distance, split_rows
+from ..triton_common import contiguous, most_parts, multiprocessors, on_device, rows_at_one_distance, split_rows
 from ..types import BatchNorm
 from . import kernels
 
@@ -34,6 +34,7 @@ BLOCK_C = 32
 TILE_BYTES = 16384
 LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 PROGRAMS_PER_SM = 2
+FEW_VALUES = 1024  # of a tile of a map that has no more of them than all multiprocessors together take programs
 # Kernels that keep sums, whose registers leave room for as many programs: all that wait for memory at once.
 MOMENTS_PER_SM, SUMS_PER_SM = 4, 5
 # Kernels that join no parts pay nothing for more programs, and short ones end together.
@@ -60,8 +61,18 @@ def configurations(channels: int, itemsize: int, tensors: int, sums: bool = Fals
     return [first, *(first | other for other in others)]
 
 
+def few_configuration(channels: int) -> dict[str, int | bool]:
+    """Of a map that leaves most of a GPU idle: four values a thread, so that each program ends soon."""
+    columns = min(triton.next_power_of_2(channels), BLOCK_C)
+    return {"BLOCK_M": FEW_VALUES // columns, "BLOCK_C": columns, **LAUNCH_OPTIONS}
+
+
 def configuration(kernel: str, x: Tensor, tensors: int) -> dict[str, int | bool]:
     channels, sums = x.shape[-1], kernel in ("moments", "sums")
+    few = few_configuration(channels)
+    tiles = triton.cdiv(x.numel() // channels, few["BLOCK_M"]) * triton.cdiv(channels, few["BLOCK_C"])
+    if tiles <= PROGRAMS_PER_SM * multiprocessors(x):
+        return few
     offer = partial(configurations, channels, x.element_size(), tensors, sums)
     return tuning.choose(f"batch_norm_act_{kernel}{tensors}", x, (channels,), offer)
 
@@ -144,7 +155,7 @@ def _launch_normalize(
         kernels.normalize_fwd_kernel[(columns, programs)](
             x, residual, weight, bias, part, counts, y, *statistics,
             rows, rows_per_program, parts, rows_per_part, norm.eps,
-            ACT=act, TRAINING=training, C=channels, **config,
+            ACT=act, TRAINING=training, C=channels, MOST=most_parts(parts), **config,
         )  # fmt: skip
 
 
@@ -190,6 +201,6 @@ def normalize_backward(dy: Tensor, x: Tensor, norm: BatchNorm, act: int) -> tupl
     with on_device(x):
         kernels.input_bwd_kernel[(columns, programs)](
             dy, x, *parameters, part, dx, dweight, dbias, rows, parts, rows_per_program, norm.eps,
-            ACT=act, TRAINING=norm.training, C=channels, DY_STRIDE=dy_stride, **config,
+            ACT=act, TRAINING=norm.training, C=channels, DY_STRIDE=dy_stride, MOST=most_parts(parts), **config,
         )  # fmt: skip
     return dx, dweight, dbias

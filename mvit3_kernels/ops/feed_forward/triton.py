@@ -56,15 +56,16 @@ from ..types import LayerNorm, Linear
 _NOT_SPECIALIZED = [*NOT_SPECIALIZED, "hidden_keep", "hidden_scale", "output_keep", "output_scale"]
 
 
-def configurations(rows: Rows, forward: bool, drops: bool) -> list[dict[str, int]]:
-    """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over; `drops`: with dropout,
-    whose words leave no registers for more rows. One group of 4 warps multiplies 64 rows from shared memory: of two
-    groups, each would do the same work for half of the columns, unless there are 128 rows."""
+def configurations(rows: Rows, forward: bool, drops: bool, shared: bool = False) -> list[dict[str, int]]:
+    """BLOCK_M rows of a program, and the blocks of BLOCK_F hidden channels that it walks over or, `shared`, some of
+    them; `drops`: with dropout, whose words leave no registers for more rows. One group of 4 warps multiplies 64 rows
+    from shared memory: of two groups, each would do the same work for half of the columns,
+    unless there are 128 rows."""
     width = rows.width()
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}]
     if rows.small() and not drops:
-        return rows.small_tiles("BLOCK_F")
+        return rows.small_tiles("BLOCK_F", shared=shared)
     if not rows.from_shared_memory or width > 256:
         first = {"BLOCK_M": 32, "BLOCK_F": 16, "num_warps": 8, "num_stages": 1}
     elif drops:
@@ -98,10 +99,10 @@ def _tall(rows: Rows) -> bool:
 
 
 def configuration(kernel: str, rows: Rows, hidden: int, drops: bool) -> dict[str, int]:
-    forward = kernel == "fwd"
+    forward, shared = kernel == "fwd", kernel == "bwd"
     size = "_few" if rows.few() else "_tall" if forward and _tall(rows) and not drops else ""
     name = f"feed_forward_{kernel}{size}{'_dropout' if drops else ''}"
-    return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, forward, drops))
+    return tuning.choose(name, rows.x, (rows.channels, hidden), lambda: configurations(rows, forward, drops, shared))
 
 
 def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
@@ -350,12 +351,13 @@ def hidden_backward(
     rows, features = Rows.of(call.x), weight1.shape[0]
     norm_weight, norm_bias, bias1 = contiguous(call.norm_weight, call.norm_bias, call.bias1)
     seeds, dropouts = _dropouts(call)
-    config = configuration("bwd", rows, features, any(t is not None for t in seeds))
+    # sums over all hidden channels of a row are those of one program
+    kernel = "bwd" if folded is None else "samples_bwd"
+    config = configuration(kernel, rows, features, any(t is not None for t in seeds))
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
     known = None if folded is None else rows.float32(2, rows.samples(), rows.rows_per_sample)
     if rows.rows:
         blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(features, config["BLOCK_F"])
-        # sums over all hidden channels of a row are those of one program
         per_program = rows.shares(blocks, pieces) if known is None else pieces
         with on_device(rows.x):
             _hidden_bwd_kernel[(blocks, triton.cdiv(pieces, per_program))](

@@ -23,7 +23,18 @@ from ..triton_common import (
     sum_of_pairs,
 )
 from ..triton_math import silu_of_half_and_gradient
-from .kernels import NOT_SPECIALIZED, activate_folded, add_up, halved, load_deviations, load_rounded_weight
+from .kernels import (
+    NOT_SPECIALIZED,
+    activate_folded,
+    add_up,
+    exact_product,
+    halved,
+    load_centred_product,
+    load_deviations,
+    load_matrix,
+    load_rounded,
+    shares,
+)
 
 
 @triton.jit
@@ -361,17 +372,6 @@ def expand_bwd_kernel(
     store_vector(part_ptr + E * C, column, total, WIDTH=E)
 
 
-@triton.jit
-def _load_centred_product(
-    product_ptr, total, mean_ptr, output, column, CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr
-):
-    """A tile of N = G^T (x - mean); where the matrix (E, C) is not CENTRED, it is G^T x."""
-    product = load_tile(product_ptr, output, output < E, column, WIDTH=C)
-    if not CENTRED:
-        product -= total[:, None] * load_vector(mean_ptr, column, WIDTH=C)[None, :]
-    return product
-
-
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def expand_gradient_kernel(
     x_ptr,  # only its dtype is used
@@ -381,7 +381,8 @@ def expand_gradient_kernel(
     dweight_ptr, dnorm_weight_ptr, dnorm_bias_ptr,  # written: like the parameters
     correction_ptr,  # written: (2, E), float32
     rows, eps,
-    CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradients of W and of the first norm's parameters (identity B), from N = G^T (x - mean), g = sum G and the
     covariance S of x, with rstd = 1 / sqrt(var + eps) and scale = norm_weight * rstd:
@@ -395,21 +396,22 @@ def expand_gradient_kernel(
     total = load_vector(sums_ptr, output, WIDTH=E)
     rstd = inverse_std(load_vector(var_ptr, output, WIDTH=E, OTHER=1.0), eps)
     scale = load_vector(norm_weight_ptr, output, WIDTH=E) * rstd
-    dnorm_weight = tl.zeros((BLOCK_E,), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        column = first + tl.arange(0, BLOCK_C)
-        product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
-        weight = load_rounded_weight(weight_ptr, x_ptr, output, column, OUT=E, WIDTH=C)
-        dnorm_weight += tl.sum(product * weight, 1)
-    dnorm_weight *= rstd
+    dnorm_weight = tl.zeros((SHARES, BLOCK_E, BLOCK_K // SHARES), tl.float32)
+    weight_covariance = tl.zeros((SHARES, BLOCK_E, BLOCK_C), tl.float32)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    product = _load_centred_product(product_ptr, total, mean_ptr, output, column, CENTRED=CENTRED, C=C, E=E)
-    weight_covariance = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
-    for first in range(0, C, BLOCK_C):
-        inner = first + tl.arange(0, BLOCK_C)
-        covariance = load_tile(covariance_ptr, inner, inner < C, column, WIDTH=C)
-        weight = load_rounded_weight(weight_ptr, x_ptr, output, inner, OUT=E, WIDTH=C)
-        weight_covariance = dot(weight, covariance, weight_covariance)
+    for first in range(0, C, BLOCK_K):
+        inner, row = first + shares(BLOCK_K, SHARES), output[None, :, None]
+        weight = load_rounded(weight_ptr, x_ptr, row, inner[:, None, :], E=E, C=C)
+        dnorm_weight += weight * load_centred_product(
+            product_ptr, total[None, :, None], mean_ptr, row, inner[:, None, :], CENTRED=CENTRED, C=C, E=E
+        )
+        covariance = load_matrix(covariance_ptr, inner[:, :, None], column[None, None, :], E=C, C=C)
+        weight_covariance = exact_product(weight, covariance, weight_covariance, DTYPE=x_ptr.dtype.element_ty)
+    dnorm_weight = tl.sum(tl.sum(dnorm_weight, 0), 1) * rstd
+    weight_covariance = tl.sum(weight_covariance, 0)
+    product = load_centred_product(
+        product_ptr, total[:, None], mean_ptr, output[:, None], column[None, :], CENTRED=CENTRED, C=C, E=E
+    )
     dweight = scale[:, None] * (product - (dnorm_weight * rstd)[:, None] * weight_covariance)
     store_tile(dweight_ptr, output, output < E, column, dweight, WIDTH=C)
     if tl.program_id(1) == 0:

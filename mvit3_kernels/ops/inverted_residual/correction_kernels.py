@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import dot, load_tile, load_vector, row_range, store_tile, store_vector
-from .kernels import NOT_SPECIALIZED, load_rounded_weight
+from .kernels import NOT_SPECIALIZED, exact_product, load_rounded, load_rounded_weight, shares
 
 
 @triton.jit
@@ -44,16 +44,28 @@ def correction_bwd_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
     matrix_ptr, shift_ptr,  # written: (C, C), like x but float32 where x is float16; (C,), float32
-    C: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """K = W^T diag(k) W and shift = s W, with which correct_bwd_kernel completes dx. A program has a tile of K."""
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     left = tl.program_id(0) // blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     right = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    matrix, shift = _correction(x_ptr, weight_ptr, correction_ptr, left, right, SAME=False, C=C, E=E, BLOCK_E=BLOCK_E)
-    store_tile(matrix_ptr, left, left < C, right, matrix, WIDTH=C)
+    matrix = tl.zeros((SHARES, BLOCK_C, BLOCK_C), tl.float32)
+    shift = tl.zeros((SHARES, BLOCK_E // SHARES, BLOCK_C), tl.float32)
+    for first in range(0, E, BLOCK_E):
+        output = (first + shares(BLOCK_E, SHARES))[:, :, None]
+        weight = load_rounded(weight_ptr, x_ptr, output, right[None, None, :], E=E, C=C)
+        other = load_rounded(weight_ptr, x_ptr, output, left[None, None, :], E=E, C=C)
+        shift += weight * load_vector(correction_ptr + E, output, WIDTH=E)
+        scaled = weight * load_vector(correction_ptr, output, WIDTH=E)
+        other = tl.permute(other, (0, 2, 1))
+        if x_ptr.dtype.element_ty == tl.bfloat16:  # as which K is stored
+            matrix = tl.dot(other.to(tl.bfloat16), scaled.to(tl.bfloat16), matrix)
+        else:
+            matrix = exact_product(other, scaled, matrix, DTYPE=x_ptr.dtype.element_ty)
+    store_tile(matrix_ptr, left, left < C, right, tl.sum(matrix, 0), WIDTH=C)
     if tl.program_id(0) < blocks:
-        store_vector(shift_ptr, right, shift, WIDTH=C)
+        store_vector(shift_ptr, right, tl.sum(tl.sum(shift, 0), 0), WIDTH=C)
 
 
 @triton.jit

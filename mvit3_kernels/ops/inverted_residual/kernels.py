@@ -45,6 +45,38 @@ def load_rounded_weight(weight_ptr, x_ptr, output, column, OUT: tl.constexpr, WI
 
 
 @triton.jit
+def load_matrix(ptr, output, column, E: tl.constexpr, C: tl.constexpr):
+    """Values of a matrix (E, C) for rows and columns that broadcast; zeros outside."""
+    return tl.load(ptr + output * C + column, mask=(output < E) & (column < C), other=0.0)
+
+
+@triton.jit
+def load_centred_product(
+    product_ptr, total, mean_ptr, output, column, CENTRED: tl.constexpr, C: tl.constexpr, E: tl.constexpr
+):
+    """Values of N = G^T (x - mean) for rows and columns that broadcast, as `total` does; where the matrix (E, C) is not
+    CENTRED, it is G^T x."""
+    product = load_matrix(product_ptr, output, column, E=E, C=C)
+    if not CENTRED:
+        product -= total * load_vector(mean_ptr, column, WIDTH=C)
+    return product
+
+
+@triton.jit
+def load_rounded(weight_ptr, x_ptr, output, column, E: tl.constexpr, C: tl.constexpr):
+    """The same of a weight as the products see it, rounded to the dtype of x, in float32."""
+    return load_matrix(weight_ptr, output, column, E=E, C=C).to(x_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def shares(BLOCK: tl.constexpr, SHARES: tl.constexpr):
+    """0 to BLOCK - 1 as (SHARES, BLOCK / SHARES). A product of three dimensions has a warp for each share of what is
+    summed over, where one of few rows and columns would have all warps make the same."""
+    each: tl.constexpr = BLOCK // SHARES
+    return tl.arange(0, SHARES)[:, None] * each + tl.arange(0, each)[None, :]
+
+
+@triton.jit
 def halved(factor, ACT: tl.constexpr):
     """Scale or shift of a norm as activate_folded takes it: SiLU is a function of half its argument."""
     if ACT == SILU:
@@ -168,7 +200,7 @@ def moments_fwd_kernel(
 
 
 @triton.jit
-def _exact_product(weight, s, sums, DTYPE: tl.constexpr):
+def exact_product(weight, s, sums, DTYPE: tl.constexpr):
     """sums + weight @ s for float32 tiles, the weight rounded to DTYPE. Tensor cores add up in float32 what they
     multiply in 16 bits, and three numbers of bfloat16 have all digits of one of float32, two those of float16."""
     if tl.float32 == DTYPE:
@@ -217,7 +249,7 @@ def expanded_moments_kernel(
             covariance = load_tile(total_ptr, left, left < C, right, WIDTH=C) * share
             covariance -= left_offset[:, None] * right_offset[None, :]
             weight = load_rounded_weight(weight_ptr, x_ptr, output, left, OUT=E, WIDTH=C)
-            product = _exact_product(weight, covariance, product, DTYPE=dtype)
+            product = exact_product(weight, covariance, product, DTYPE=dtype)
             if (first // BLOCK_C * blocks + second // BLOCK_C) % programs == tl.program_id(0):
                 store_tile(covariance_ptr, left, left < C, right, covariance, WIDTH=C)
         weight = load_rounded_weight(weight_ptr, x_ptr, output, right, OUT=E, WIDTH=C)

@@ -58,7 +58,7 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
             max(16, min(triton.next_power_of_2(width), most))
             for width, most in ((columns, most_columns), (inner, most_inner))
         )
-        if kernel == "project" and x.dtype is not torch.float32 and multiplies_from_shared_memory(x):
+        if kernel in ("project", "project_few") and x.dtype is not torch.float32 and multiplies_from_shared_memory(x):
             n = max(n, 64)  # rows of its products
         config = {"BLOCK_M": rows, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         return config if registers is None or not multiplies_from_shared_memory(x) else config | {"maxnreg": registers}
@@ -100,6 +100,7 @@ def _tiles(kernel: str, x: Tensor, columns: int, inner: int) -> tuple[tuple[int 
 _TILES = {
     "moments": ((32, 128, 64, 8, 3, 128), (64, 64, 64, 4), (128, 64, 64, 4)),
     "project": ((128, 128, 32, 8, 2, 128), (128, 64, 64, 8, 2, 128), (128, 64, 32, 8, 2, 128)),
+    "project_few": ((16, 64, 128, 8),),
     "project_bwd": ((32, 64, 64, 4), (32, 64, 128, 8), (32, 64, 256, 8, 2, 128), (64, 64, 128, 8), (64, 64, 64, 8)),
     "filtered_bwd": ((64, 64, 64, 8), (128, 64, 32, 8)),
     "expanded_bwd": ((128, 64, 32, 8, 3, 128), (128, 64, 32, 8), (64, 64, 64, 8)),
@@ -114,6 +115,14 @@ def configuration(kernel: str, x: Tensor, columns: int, inner: int) -> dict[str,
     return tuning.choose(
         f"inverted_residual_{kernel}", x, (columns, inner), lambda: configurations(kernel, x, columns, inner)
     )
+
+
+def _project_configuration(z: Tensor, outputs: int, expanded: int) -> dict[str, int]:
+    """Of a map so small that most of a GPU would be idle, tiles of few rows."""
+    config = configuration("project", z, outputs, expanded)
+    programs = triton.cdiv(z.shape[:-1].numel(), config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
+    few = z.dtype is not torch.float32 and multiplies_from_shared_memory(z) and 4 * programs <= multiprocessors(z)
+    return configuration("project_few", z, outputs, expanded) if few else config
 
 
 def bytes_moved(x: Tensor, expanded: int, outputs: int, stride: int, store: bool) -> tuple[int, int]:
@@ -157,15 +166,16 @@ def _parts(x: Tensor, rows: int, config: dict[str, int], blocks: int, count: int
     return _float32(x, parts, count), rows_per_part
 
 
-def _sums(parts: int) -> dict[str, int | bool]:
-    """How programs add up so many parts: BLOCK columns each."""
-    few = parts <= MOST_FEW
+def _sums(x: Tensor, parts: int, count: int) -> dict[str, int | bool]:
+    """How programs add up so many parts of `count` values: BLOCK columns each. One part after the other, unless the
+    many columns of such a program left most of a GPU to wait for few of them."""
+    few = parts <= MOST_FEW and (parts <= 16 or count > 64 * multiprocessors(x))
     return {"FEW": few, "BLOCK": 256 if few else 32, "num_warps": 4}
 
 
 def _add_parts(part: Tensor) -> Tensor:
     """(parts, N) to (N,)."""
-    (parts, count), config = part.shape, _sums(len(part))
+    (parts, count), config = part.shape, _sums(part, *part.shape)
     total = _float32(part, count)
     kernels.add_parts_kernel[(triton.cdiv(count, config["BLOCK"]),)](part, total, parts, N=count, **config)
     return total
@@ -187,7 +197,7 @@ def _expansion_moments(x: Tensor, weight: Tensor, norm: BatchNorm) -> tuple[Tens
     kernels.expanded_moments_kernel[(triton.cdiv(expanded, 16),)](
         x, weight, *norm[:2], _add_parts(part), pivot, mean, covariance, expanded_mean, expanded_var, folded,
         rows, norm.eps, C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=block,
-        num_warps=4 if block <= 32 else 8, num_stages=2,
+        num_warps=4 if block <= 32 else 8 if inputs <= 64 else 16, num_stages=2,
     )  # fmt: skip
     return mean, covariance, expanded_mean, expanded_var, folded
 
@@ -199,7 +209,7 @@ def _project(
     and their counts."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     p = z.new_empty(*z.shape[:-1], outputs)
-    config = configuration("project", z, outputs, expanded)
+    config = _project_configuration(z, outputs, expanded)
     blocks = triton.cdiv(outputs, config["BLOCK_N"])
     parts, rows_per_part = split_rows(rows, max(2 * multiprocessors(z) // blocks, 1), config["BLOCK_M"])
     part, folded, pivot = _float32(z, 2, parts, outputs), _float32(z, 2, expanded), _float32(z, outputs)
@@ -273,7 +283,7 @@ def _project_gradient(
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     gradients = tuple(torch.empty_like(t) for t in (weight, *norm[:2]))
     coefficients, inputs = _float32(z, 4, expanded), expand.shape[1]
-    scaled, config = z.new_empty(expanded, inputs) if scales else None, _sums(len(part))
+    scaled, config = z.new_empty(expanded, inputs) if scales else None, _sums(z, len(part), (outputs + 2) * expanded)
     programs = sum(triton.cdiv(n, config["BLOCK"]) for n in (expanded, outputs * expanded))
     programs += triton.cdiv(inputs * expanded, 1024) if scales else 0
     backward_kernels.project_gradient_kernel[(programs,)](
@@ -349,10 +359,12 @@ def _expand_gradient(
     product, total, centred = sums
     gradients = tuple(torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
     correction = _float32(x, 2, expanded)
-    backward_kernels.expand_gradient_kernel[(triton.cdiv(expanded, 16), triton.cdiv(inputs, 16))](
+    inner = max(16, min(triton.next_power_of_2(inputs), 128))
+    block = 32 if inputs > 128 and x.dtype is not torch.float32 else 16
+    backward_kernels.expand_gradient_kernel[(triton.cdiv(expanded, 16), triton.cdiv(inputs, block))](
         x, product, total, weight, norm.weight, mean, covariance, norm.running_var, *gradients, correction,
         rows, norm.eps, CENTRED=centred, C=inputs, E=expanded,
-        BLOCK_E=16, BLOCK_C=16, num_warps=4,  # larger tiles spill at some widths
+        SHARES=inner // 16, BLOCK_E=16, BLOCK_C=block, BLOCK_K=inner, num_warps=inner // 16,
     )  # fmt: skip
     return gradients, correction
 
@@ -371,7 +383,7 @@ def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, cor
         dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
         matrix, shift = x.new_empty(inputs, inputs, dtype=dtype), _float32(x, inputs)
         correction_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
-            x, weight, correction, matrix, shift, BLOCK_C=16, num_warps=4, **sizes
+            x, weight, correction, matrix, shift, C=inputs, E=expanded, SHARES=8, BLOCK_E=128, BLOCK_C=16, num_warps=8
         )
     parts, rows_per_part = _split(x, rows, config, columns)
     correction_kernels.correct_bwd_kernel[(parts * columns,)](

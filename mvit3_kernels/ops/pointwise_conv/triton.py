@@ -130,7 +130,7 @@ def configuration(a: Tensor, b: Tensor | None, outputs: int, norm: bool, measure
     config = tuning.choose(name, a, channels, lambda: configurations(a, b, wide))
     rows = a.shape[:-1].numel()
     programs = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
-    few = half and not measured and programs <= multiprocessors(a) and _few(rows, outputs * sum(channels[:2]))
+    few = half and programs <= multiprocessors(a) and _few(rows, outputs * sum(channels[:2]))
     return _few_configuration(a, b, outputs, rows) if few else config
 
 

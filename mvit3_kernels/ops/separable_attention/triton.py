@@ -44,6 +44,9 @@ def configurations(kernel: str, rows: Rows, drops: bool) -> list[dict[str, int]]
     """Of the kernels with products, "fwd", "values_bwd" and "input_bwd": BLOCK_M tokens of a program, the blocks of
     BLOCK_F values that it walks over; `drops`: with dropout, whose words take registers. The first is shipped."""
     width, tall = rows.width(), _tall(rows)
+    if rows.small() and not drops:
+        # with 16 warps more channels spill: float32 weights forward, float16 backward
+        return rows.small_tiles("BLOCK_F", shared=kernel != "values_bwd" and width > 192)
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 2}]
     if not rows.from_shared_memory or width > 256:
@@ -69,7 +72,8 @@ def _tall(rows: Rows) -> bool:
 
 
 def configuration(kernel: str, rows: Rows, drops: bool) -> dict[str, int]:
-    name = f"separable_attention_{kernel}{'_tall' if _tall(rows) else ''}{'_dropout' if drops else ''}"
+    size = "_few" if rows.few() else "_tall" if _tall(rows) else ""
+    name = f"separable_attention_{kernel}{size}{'_dropout' if drops else ''}"
     return tuning.choose(name, rows.x, (rows.channels,), lambda: configurations(kernel, rows, drops))
 
 
@@ -131,6 +135,9 @@ class _Groups(NamedTuple):
     def context_flags(self, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
         """Grid and flags of a kernel of the contexts, where `columns` are cut into blocks."""
         tiles = {"BLOCK_M": GROUPS, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+        if self.blocks() * triton.cdiv(columns, 32) < multiprocessors(self.rows.x):  # which end sooner in larger steps
+            inner = max(min(triton.next_power_of_2(self.rows.channels), 128), 16)
+            tiles |= {"BLOCK_N": 16, "BLOCK_K": inner, "num_warps": 8}
         tiles |= self.rows.unhurried()
         flags = {"LANES": self.lanes, "C": self.rows.channels, **tiles}
         return (self.blocks(), triton.cdiv(columns, tiles["BLOCK_N"])), flags
