@@ -28,9 +28,6 @@ GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (r
 # Partials read at once. Two tiles of 128 x 32 float32 are 32 registers of a thread, and a GPU of 132 multiprocessors
 # has at most 264 partials: three trips.
 BLOCK_PARTS = tl.constexpr(128)
-# As of a call at batch 1. Of more rows small tiles ask for a weight more often than the idle part of a GPU is worth, by
-# the model of benchmarks/gpu_model.
-MOST_FEW_ROWS = 1024
 # Whose compiler spills a few bytes in tiles that fit with others.
 OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 
