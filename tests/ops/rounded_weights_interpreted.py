@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mvit3_kernels import ops
+from mvit3_kernels.ops.pointwise_conv import product_for_two
 from mvit3_kernels.ops.rounded_weights import find_rounded, rounded_together
 from mvit3_kernels.ops.types import BatchNorm, ConvNorm, Layer, LayerNorm, Linear
 
@@ -59,6 +60,11 @@ def fusion():
     return [weight], [weight, *after[:2]], lambda x: ops.pointwise_fusion(x, x, weight, after, "silu")[0]
 
 
+def two_readers():
+    conv = Linear(draw(24, 16, 1, 1), None)
+    return [conv.weight], [conv.weight], lambda x: torch.cat(product_for_two(x, conv), -1)
+
+
 def residual():
     shapes = (80, 80), (80, 1, 3, 3), (144, 80)  # beyond what a program holds
     parts = tuple(ConvNorm(draw(*shape), norm(shape[0])) for shape in shapes)
@@ -85,8 +91,15 @@ CASES = {
     "pointwise_conv, dropout": lambda: point(dropout=0.5, seed=torch.tensor(7)),
     "pointwise_conv, evaluation": lambda: point(False),
     "pointwise_conv, fusion": fusion,
+    "pointwise_conv_twice": two_readers,
     "inverted_residual": residual,
     "global_representation, dropout": lambda: layers(output_dropout=0.5, seed=torch.tensor(7)),
+}
+
+
+FORMS = {  # that take a rounded weight or None
+    "global_representation": "global_representation_layer_forward",
+    "pointwise_conv_twice": "pointwise_conv_twice_forward",
 }
 
 
@@ -109,12 +122,10 @@ def test_results_are_the_same(case):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert asked == [1] and "aten::_foreach_copy_" in called
     name, (op, args) = next((name, call) for name, call in called.items() if name.startswith("mvit3::"))
-    assert name == f"mvit3::{case.partition(',')[0]}{ENDINGS[case[:5]]}"
+    op_name = case.partition(",")[0]
+    assert name == "mvit3::" + FORMS.get(op_name, f"{op_name}_forward_rounded")
     given = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
     torch.library.opcheck(op, given, test_utils=("test_schema", "test_faketensor"))
-
-
-ENDINGS = {"globa": "_layer_forward", "point": "_forward_rounded", "inver": "_forward_rounded"}
 
 
 @pytest.mark.parametrize("many", [False, True])
