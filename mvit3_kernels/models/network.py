@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ..nn import ConvNormAct, InvertedResidual
 from ..nn.guard import Guard, known, tampered_below
 from ..nn.layout import to_nchw, to_nhwc
+from ..nn.weights import weights_of_products
+from ..ops.rounded_weights import rounded_together
 from ..ops.running_stats import written_together
 from .saving import Savable, refuse_script
 
@@ -56,7 +58,8 @@ class Architecture:
 
 
 def _why_one_by_one(network: nn.Module) -> str | None:
-    """Why the running statistics of a network's norms are written one by one; None where nobody can tell."""
+    """Why the running statistics of a network's norms are written, and its weights rounded, one by one; None where
+    nobody can tell."""
     places = [m for _, m in network.named_modules(remove_duplicate=False) if isinstance(m, nn.BatchNorm2d)]
     if len(set(places)) < len(places):
         return "a norm stands in two places, and each may read what the other wrote"
@@ -115,7 +118,7 @@ class MobileViT(Savable, nn.Module):
     head. State-dict keys are the published ones. Use `create_model`, which documents the arguments.
     """
 
-    _norms: Guard | None = None  # what is known about them for `_statistics`
+    _whole: Guard | None = None  # what `_why_apart` says, with the weights of products
 
     def __init__(
         self,
@@ -290,7 +293,7 @@ class MobileViT(Savable, nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        with self._statistics():
+        with self._statistics(), self._weights():
             if self.features_only:
                 maps = self.forward_maps(x)
                 return [maps[i] for i in self.feature_info.out_indices]
@@ -302,6 +305,24 @@ class MobileViT(Savable, nn.Module):
         this library does not know."""
         if not self.training or torch.compiler.is_compiling():
             return nullcontext()
-        if self._norms is None:
-            self._norms = Guard()
-        return nullcontext() if self._norms.ask(self, _why_one_by_one) else written_together()
+        return nullcontext() if self._why_apart() else written_together()
+
+    def _weights(self) -> AbstractContextManager[None]:
+        """Inside, ops on a GPU find the weights that they multiply with maps of 16 bits rounded, all in one launch.
+        Only where nobody could change them in between."""
+        if self.grad_checkpointing or torch.compiler.is_compiling():
+            return nullcontext()
+        return rounded_together(self._weights_of_products)
+
+    def _weights_of_products(self) -> list[Tensor]:
+        if self._why_apart():
+            return []
+        whole = self._whole
+        if whole.plan is None or whole.plan[0] is not whole.answer:
+            whole.plan = whole.answer, weights_of_products(self)
+        return whole.plan[1]
+
+    def _why_apart(self) -> str | None:
+        if self._whole is None:
+            self._whole = Guard()
+        return self._whole.ask(self, _why_one_by_one)

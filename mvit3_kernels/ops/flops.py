@@ -64,7 +64,7 @@ def _layer(call: Call) -> int:
     return _linear(_rows(call.x), *weights) + _attention(*call.x.shape, (call.patch_height, call.patch_width))
 
 
-# By the name of a form without "_forward", "_inference", "_backward" and the backend.
+# By the name of a form without "_forward", "_inference", "_backward", the backend and "_rounded".
 FORMULAS: dict[str, Callable[[Call], int]] = {
     "batch_norm_act": lambda call: 0,
     "conv3x3": lambda call: _linear(_rows(call.x), call.weight),
@@ -94,11 +94,12 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
 
 def formula_of(form: str) -> Callable[[Call], int] | None:
     """What a call of a form counts; None where nobody has said it."""
-    name = form.removesuffix("_cuda")
+    form = form.removesuffix("_cuda").removesuffix("_rounded")
+    name = form
     for ending in ("_forward", "_inference", "_backward"):
         name = name.removesuffix(ending)
     forward = FORMULAS.get(name)
-    if forward is None or not form.removesuffix("_cuda").endswith("_backward"):
+    if forward is None or not form.endswith("_backward"):
         return forward
     if name == "inverted_residual_filter":  # of the projection it takes the gradient of the filtered map alone
         return lambda call: 2 * forward(call) + _linear(_rows(call.dp), call.project)

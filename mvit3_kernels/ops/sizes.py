@@ -12,6 +12,10 @@ def values_per_channel(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
+# As of a call at batch 1. Of more rows small tiles ask for a weight more often than the idle part of a GPU is worth, by
+# the model of benchmarks/gpu_model.
+MOST_FEW_ROWS = 1024
+
 MOST_SAMPLE_PARTS = 128  # parts that a sample is measured in, which every program that needs its moments joins
 
 

@@ -29,9 +29,6 @@ GOLDEN, FIRST_MULTIPLIER, SECOND_MULTIPLIER = (tl.constexpr(word) for word in (r
 # has at most 264 partials: three trips.
 BLOCK_PARTS = tl.constexpr(128)
 FEW_PARTS = 16
-# As of a call at batch 1. Of more rows small tiles ask for a weight more often than the idle part of a GPU is worth, by
-# the model of benchmarks/gpu_model.
-MOST_FEW_ROWS = 1024
 # Whose compiler spills a few bytes in tiles that fit with others.
 OLD_TRITON = triton.__version__.startswith(("3.6.", "3.7."))
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from . import triton_row_gradients as gradients
 from . import triton_row_kernels as kernels
 from . import tuning
-from .sizes import most_sample_parts
+from .sizes import MOST_FEW_ROWS, most_sample_parts
 from .triton_common import (
-    MOST_FEW_ROWS,
     OLD_TRITON,
     contiguous,
     dropout_threshold,

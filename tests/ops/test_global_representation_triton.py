@@ -40,7 +40,7 @@ def registered_layer(arguments):
         settings = (per_sample, *settings[2:])
         forms = [("separable_layer", (x, *parameters, eps, *settings, None), (x, *parameters), settings)]
     else:
-        forms = [("layer", (x, *parameters, eps, *settings), (x, *parameters), settings)]
+        forms = [("layer", (x, *parameters, None, eps, *settings), (x, *parameters), (None, *settings))]
     if norm is not None and not per_sample:
         forms.append(("norm", (x, *norm[:3]), (x, *norm[:2]), ()))
     for name, inputs, given, rest in forms:

@@ -49,9 +49,8 @@ class TestPointwiseConvTriton(TritonKernel):
         *pixels, inputs, outputs = sizes
         x, dy = (torch.empty(*pixels, channels, device="meta", dtype=dtype) for channels in (inputs, outputs))
         with offline(90) as kernels:
-            launcher(
-                FORMS["pointwise_conv_twice_backward"].call(dy, dy, x, torch.empty(outputs, inputs, device="meta"))
-            )
+            weight = torch.empty(outputs, inputs, device="meta")
+            launcher(FORMS["pointwise_conv_twice_backward"].call(dy, dy, x, weight, None))
         (used,) = map(resources, kernels)
         assert used.stack == 0 and used.shared <= SHARED_MEMORY_LIMITS[90] and used.load_bits == 128, used
 

@@ -18,9 +18,10 @@ from ..patch_attention import patch_attention
 from ..patch_attention import triton_why_not as attention_why_not
 from ..pointwise_conv import pointwise_conv
 from ..registry import Call, register
+from ..rounded_weights import aligned, find_packed, find_rounded
 from ..separable_attention import separable_attention
 from ..separable_attention import triton_why_not as separable_why_not
-from ..sizes import most_sample_parts, values_per_channel
+from ..sizes import MOST_FEW_ROWS, most_sample_parts, values_per_channel
 from ..types import Layer, LayerNorm, Linear
 from . import reference
 
@@ -38,6 +39,20 @@ LONGEST_SPREAD_GROUP = 256  # with multi-head attention, whose keys a program of
 def _flat(layers: Sequence[Layer]) -> list[Tensor | None]:
     """Weight and bias of norm1, qkv, out_proj, norm2, fc1 and fc2 of each layer in turn."""
     return [t for layer in layers for norm_or_linear in layer for t in norm_or_linear[:2]]
+
+
+def _rounded(x: Tensor, layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The layers with their weights rounded, where a pass of a network has them so; few rows read them as they are."""
+    if not layers or values_per_channel(x) <= MOST_FEW_ROWS:
+        return layers
+    weights = find_rounded(x, *(part.weight for layer in layers for part in layer if isinstance(part, Linear)))
+    if weights is None:
+        return layers
+    given = iter(weights)
+    return [
+        Layer(*(part._replace(weight=next(given)) if isinstance(part, Linear) else part for part in layer))
+        for layer in layers
+    ]
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -217,6 +232,7 @@ def global_representation(
     if kernel is STAGE or kernel is SPREAD:
         final, kind = (None, None) if norm is None else norm[:2], layers[0].norm1[2:]
         way = "_spread" if kernel is SPREAD else ""
+        layers = _rounded(x, layers) if kernel is STAGE else layers
         op = getattr(torch.ops.mvit3, f"global_representation{way}_inference")
         return registry.run_without_gradient(op, x, _flat(layers), *final, *kind, num_heads, *patch_size)
     if kernel is LAYERWISE:
@@ -233,7 +249,8 @@ def global_representation(
                 x, moments, hidden = results[0], results[-1], layer.fc1.weight.shape[0]
             else:
                 settings = (*layer.norm1[2:], num_heads, *patch_size, *dropouts, own)
-                x = torch.ops.mvit3.global_representation_layer_forward(x, *_flat([layer]), *settings)[0]
+                packed = find_packed(x, layer.qkv.weight, layer.out_proj.weight, layer.fc1.weight, layer.fc2.weight)
+                x = torch.ops.mvit3.global_representation_layer_forward(x, *_flat([layer]), packed, *settings)[0]
         if norm is None or norm.per_sample:
             return x if norm is None else reference.final_norm(x, norm)
         return torch.ops.mvit3.global_representation_norm_forward(x, *norm[:3])[0]
@@ -280,7 +297,7 @@ for _way in ("", "_spread"):
 # A layer of multi-head attention in training as one node of autograd: its weights are rounded to the dtype of x in one
 # launch for all kernels of both passes, and the gradients of its residuals are added where the kernels of the norms
 # write. Backward needs beside the inputs what the ops of the layer keep, the tokens between its two branches and the
-# rounded weights, one behind the other (empty where they have that dtype).
+# rounded weights, one behind the other (empty where they have that dtype, or are `rounded` so already).
 
 _LAYER = (
     "Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, "
@@ -315,12 +332,12 @@ def packed_sizes(x: Tensor, weights: Sequence[Tensor]) -> list[int]:
     rounded."""
     if all(weight.dtype is x.dtype for weight in weights):
         return [0] * len(weights)
-    return [-(-weight.numel() // 64) * 64 for weight in weights]
+    return [aligned(weight) for weight in weights]
 
 
 @registry.forward(
     "global_representation_layer_forward",
-    f"(Tensor x, {_LAYER}, float eps, {_SETTINGS}) -> (Tensor y, {_LAYER_KEPT})",
+    f"(Tensor x, {_LAYER}, Tensor? rounded, float eps, {_SETTINGS}) -> (Tensor y, {_LAYER_KEPT})",
     triton=__name__,
 )
 def _layer_forward_fake(call: Call) -> tuple[Tensor, ...]:
@@ -331,12 +348,13 @@ def _layer_forward_fake(call: Call) -> tuple[Tensor, ...]:
     qkv = x.new_empty(batch, height, width, 3 * channels)
     lse = x.new_empty(batch, positions, call.num_heads, tokens, dtype=torch.float32)
     first, second = (empty_statistics(x, call.per_sample) for _ in range(2))
-    return y, qkv, out, lse, *first, middle, *second, x.new_empty(sum(packed_sizes(x, weights_of_layer(call))))
+    size = sum(packed_sizes(x, weights_of_layer(call))) if call.rounded is None else 0
+    return y, qkv, out, lse, *first, middle, *second, x.new_empty(size)
 
 
 registry.backward(
     "global_representation_layer_backward",
-    f"(Tensor dy, Tensor x, {_LAYER}, {_LAYER_KEPT}, {_SETTINGS}) -> {_LAYER_GRADIENTS}",
+    f"(Tensor dy, Tensor x, {_LAYER}, {_LAYER_KEPT}, Tensor? rounded, {_SETTINGS}) -> {_LAYER_GRADIENTS}",
     triton=__name__,
 )
 
@@ -368,7 +386,7 @@ def _separable_layer_forward_fake(call: Call) -> tuple[Tensor, ...]:
 
     scores, lanes = float32(batch, positions, height * width // positions), -(-channels // 16) * 16
     pooled, context, sums = float32(2, batch, positions, lanes), float32(batch, positions, lanes), batch * positions
-    packed = x.new_empty(sum(-(-weight.numel() // 64) * 64 for weight in weights))
+    packed = x.new_empty(sum(aligned(weight) for weight in weights))
     folded = float32(2 * (weights[0].shape[0] + weights[2].shape[0]))
     moments = float32(3, batch, most_sample_parts(height * width)) if call.per_sample else float32(0)
     return y, *first, scores, pooled, context, float32(3, sums), middle, *second, packed, folded, moments

@@ -275,6 +275,11 @@ def _unpack(packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t[: weight.numel()].view(weight.shape) for t, weight in zip(rounded, weights, strict=True))
 
 
+def _weights(call: Call, packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those of a layer as products read them: rounded beforehand, for a whole network, or `packed` in forward."""
+    return _unpack(packed if call.rounded is None else call.rounded, weights)
+
+
 def _seeds(call: Call) -> tuple[Tensor | None, ...]:
     """Of attention, its output and the feed-forward network."""
     rates = ((call.attention_dropout,), (call.output_dropout,), (call.hidden_dropout, call.ffn_output_dropout))
@@ -295,8 +300,8 @@ def _feed_forward(call: Call, weight1: Tensor, weight2: Tensor, seed: Tensor | N
 def global_representation_layer_forward(call: Call) -> tuple[Tensor, ...]:
     """Launches the forward pass of a layer: y, and what backward needs."""
     x, weights = call.x.contiguous(), contiguous(*weights_of_layer(call))
-    packed = _pack(x, weights)
-    qkv_weight, out_weight, weight1, weight2 = _unpack(packed, weights)
+    packed = _pack(x, weights) if call.rounded is None else x.new_empty(0)
+    qkv_weight, out_weight, weight1, weight2 = _weights(call, packed, weights)
     seed, output_seed, ffn_seed = _seeds(call)
     kind = (call.eps, call.per_sample)
     norm = (call.norm1_weight, call.norm1_bias, *kind)
@@ -316,7 +321,7 @@ def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
     """Launches the backward pass of a layer: the gradients of x and of its parameters (empty where there is none)."""
     dy, x, out, packed = contiguous(call.dy, call.x, call.out, call.packed)
     weights = contiguous(*weights_of_layer(call))
-    qkv_weight, out_weight, weight1, weight2 = _unpack(packed, weights)
+    qkv_weight, out_weight, weight1, weight2 = _weights(call, packed, weights)
     seed, output_seed, ffn_seed = _seeds(call)
     rows, channels = Rows.of(x), x.shape[-1]
 

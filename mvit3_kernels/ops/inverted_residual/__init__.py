@@ -11,6 +11,7 @@ from ..checks import check_activation, check_batch_norm, check_depthwise, check_
 from ..depthwise_conv import depthwise_conv
 from ..pointwise_conv import pointwise_conv
 from ..registry import Call, batch_norm_schema, flat, register
+from ..rounded_weights import find_rounded
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, ConvNorm, Linear, Moments
 from . import reference
@@ -221,9 +222,13 @@ def inverted_residual(
         return y, (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
     store = _stores(x, expanded, stride) if kernel.backend == "cpu" else kernel.backend == "triton"
-    y, mean0, var0, mean1, var1, mean2, var2, *_ = torch.ops.mvit3.inverted_residual_forward(
-        x, *learned, *geometry, store
-    )
+    # the fused kernels round for themselves
+    rounded = find_rounded(x, expand.weight, project.weight) if store else None
+    if rounded is None:
+        results = torch.ops.mvit3.inverted_residual_forward(x, *learned, *geometry, store)
+    else:
+        results = torch.ops.mvit3.inverted_residual_forward_rounded(x, *learned, *rounded, *geometry, store)
+    y, mean0, var0, mean1, var1, mean2, var2, *_ = results
     return y, (Moments(mean0, var0), Moments(mean1, var1), Moments(mean2, var2))
 
 
@@ -279,11 +284,6 @@ def _project_inference_fake(call: Call) -> Tensor:
 _KEPT = "Tensor e, Tensor z, Tensor p, Tensor mean, Tensor covariance"
 
 
-@registry.forward(
-    "inverted_residual_forward",
-    f"(Tensor x, {_LEARNED}, {_GEOMETRY}, bool store) -> (Tensor y, {_MOMENTS}, {_KEPT})",
-    triton=__name__,
-)
 def _forward_fake(call: Call) -> tuple[Tensor, ...]:
     x, expanded, outputs = call.x, call.expand.shape[0], call.project.shape[0]
     y, z, p = (_empty_map(x, call.stride, channels) for channels in (outputs, expanded, outputs))
@@ -296,11 +296,18 @@ def _forward_fake(call: Call) -> tuple[Tensor, ...]:
     return y, *moments, e, z, p, x.new_empty(inputs, dtype=torch.float32), covariance
 
 
-registry.backward(
-    "inverted_residual_backward",
-    f"(Tensor dy, Tensor x, {_FIXED}, {_KEPT}, {_GEOMETRY}) -> (Tensor dx, {_GRADIENTS})",
-    triton=__name__,
-)
+# Those with `_rounded` are a GPU's, and take two of the weights in the dtype of x, too.
+for _way, _rounded in (("", ""), ("_rounded", "Tensor rounded_expand, Tensor rounded_project, ")):
+    registry.forward(
+        f"inverted_residual_forward{_way}",
+        f"(Tensor x, {_LEARNED}, {_rounded}{_GEOMETRY}, bool store) -> (Tensor y, {_MOMENTS}, {_KEPT})",
+        triton=__name__,
+    )(_forward_fake)
+    registry.backward(
+        f"inverted_residual_backward{_way}",
+        f"(Tensor dy, Tensor x, {_FIXED}, {_KEPT}, {_rounded}{_GEOMETRY}) -> (Tensor dx, {_GRADIENTS})",
+        triton=__name__,
+    )
 
 # The fused CUDA way calls two ops of csrc/cuda/inverted_residual*.cu (x in bfloat16 or float16). The first makes z, the
 # filtered map of act(scale * (x @ expand^T) + shift), and of each of `parts` parts of it, as stored, and each channel

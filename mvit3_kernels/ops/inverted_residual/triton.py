@@ -181,6 +181,11 @@ def _add_parts(part: Tensor) -> Tensor:
     return total
 
 
+def _rounded(call: Call) -> tuple[Tensor, Tensor]:
+    """The weights of expansion and projection for products with maps: rounded beforehand, or not at all."""
+    return contiguous(*(getattr(call, f"rounded_{part}", getattr(call, part)) for part in ("expand", "project")))
+
+
 # Forward
 
 
@@ -241,7 +246,7 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
         mean, covariance, *first, folded = _expansion_moments(x, expand, _norm(call, "expand", None, None))
         norm = _norm(call, "expand", *first)
         if call.store:
-            a = convolve(Convolution(x, None, expand, None, norm, act, None))
+            a = convolve(Convolution(x, None, _rounded(call)[0], None, norm, act, None))
             z, *moments = depthwise(a, depthwise_weight, *geometry)
         else:
             a = x.new_empty(0)
@@ -257,9 +262,9 @@ def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
 # Backward
 
 
-def _project_backward(dp: Tensor, z: Tensor, weight: Tensor, norm: BatchNorm, act: int) -> Tensor:
+def _project_backward(dp: Tensor, z: Tensor, weight: Tensor, rounded: Tensor, norm: BatchNorm, act: int) -> Tensor:
     """Parts of the sums over z that give the gradients of the projection and of the middle norm: (parts, outputs + 2,
-    expanded)."""
+    expanded). `rounded`: the weight, or what `_rounded` has of it."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     config = configuration("project_bwd", z, expanded, outputs)
     columns, blocks = triton.cdiv(expanded, config["BLOCK_N"]), triton.cdiv(outputs, config["BLOCK_K"])
@@ -269,8 +274,8 @@ def _project_backward(dp: Tensor, z: Tensor, weight: Tensor, norm: BatchNorm, ac
     if blocks == 1:
         backward_kernels.project_bwd_kernel[(columns * len(part),)](dp, z, weight, *rest, **flags)
     else:
-        rounded = multiplied(z, weight)
-        backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](dp, z, *rounded, *rest, **flags)
+        tensors = (dp, z, *multiplied(z, rounded), *rest)
+        backward_kernels.project_sums_bwd_kernel[(columns * len(part),)](*tensors, **flags)
         backward_kernels.project_product_bwd_kernel[(columns * blocks * len(part),)](dp, z, *rest, **flags)
     return part.view(len(part), outputs + 2, expanded)
 
@@ -402,7 +407,8 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     sums = None
     with on_device(x):
         dp, *dlast = normalize_backward(dy, call.p, last, IDENTITY.value)
-        part = _project_backward(dp, z, project, middle, act)
+        rounded_expand, rounded_project = _rounded(call)
+        part = _project_backward(dp, z, project, rounded_project, middle, act)
         if a.numel() > 0:
             scales = not fits_a_program(x, len(expand))
             dproject, *dmiddle, coefficients, scaled = _project_gradient(
@@ -410,9 +416,9 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
             )
             # The gradient of z lives no longer than it is read.
             da, ddepthwise = depthwise_backward(
-                _filtered_backward(dp, z, project, coefficients, act), a, depthwise_weight, *geometry
+                _filtered_backward(dp, z, rounded_project, coefficients, act), a, depthwise_weight, *geometry
             )
-            dx, sums = _expand_backward(da, x, expand, first, scaled, mean, act)
+            dx, sums = _expand_backward(da, x, rounded_expand if scales else expand, first, scaled, mean, act)
         else:
             norms = (expand, *first[:4], first.eps, depthwise_weight, *middle[:4], middle.eps)
             dx, gradient, scaled, correction, *dfirst, ddepthwise, dmiddle_weight, dmiddle_bias, dproject = (
@@ -430,6 +436,11 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
     of_parameters = (*dfirst, ddepthwise, *dmiddle, dproject)
     parameters = (expand, *first[:2], depthwise_weight, *middle[:2], project)
     return dx, *(d.to(t.dtype) for d, t in zip(of_parameters, parameters, strict=True)), *dlast
+
+
+# With weights rounded beforehand.
+inverted_residual_forward_rounded = inverted_residual_forward
+inverted_residual_backward_rounded = inverted_residual_backward
 
 
 def inverted_residual_project_inference(call: Call) -> Tensor:

@@ -9,7 +9,8 @@ from .. import dispatch, registry
 from ..batch_norm_act import batch_norm_act
 from ..checks import check_activation, check_batch_norm, check_dropout, check_linear, check_map, check_same
 from ..registry import Call, batch_norm_schema, flat, register
-from ..sizes import values_per_channel
+from ..rounded_weights import find_rounded
+from ..sizes import MOST_FEW_ROWS, values_per_channel
 from ..types import ACTIVATIONS, BatchNorm, Linear, Moments
 from . import reference
 
@@ -67,6 +68,11 @@ def pointwise_conv(
     return run(x, None, conv, norm, act, residual, dropout, seed)
 
 
+def few_rows(rows: int, size_of_weight: int) -> bool:
+    """Whether so few rows ask for the weight that a smaller tile, and float32, cost less than they save."""
+    return rows <= MOST_FEW_ROWS or (rows <= 4 * MOST_FEW_ROWS and size_of_weight <= 256 * 128)
+
+
 def run(
     a: Tensor,
     b: Tensor | None,
@@ -83,10 +89,17 @@ def run(
     inputs = (a, b, *conv, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, residual))
     if not (training or needs_grad or dropout > 0):
+        few = few_rows(values_per_channel(a), conv.weight.numel())
+        rounded = None if few else find_rounded(a, conv.weight)
+        inputs = (a, b, *(rounded or conv[:1]), *inputs[3:])
         op = torch.ops.mvit3.pointwise_conv_inference
         return registry.run_without_gradient(op, *inputs, mean, var, eps, code, residual), None
     rest = (mean, var, training, eps, code, dropout, seed, residual)
-    y, *moments, _ = torch.ops.mvit3.pointwise_conv_forward(*inputs, *rest)
+    rounded = find_rounded(a, conv.weight)
+    if rounded is None:
+        y, *moments, _ = torch.ops.mvit3.pointwise_conv_forward(*inputs, *rest)
+    else:
+        y, *moments, _ = torch.ops.mvit3.pointwise_conv_forward_rounded(*inputs, *rounded, *rest)
     return y, Moments(*moments) if training else None
 
 
@@ -104,7 +117,8 @@ def product_for_two(x: Tensor, conv: Linear) -> tuple[Tensor, Tensor]:
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
     apart = kernel is not None and kernel.backend == "triton" and needs_grad and conv.bias is None
     if apart and not torch.compiler.is_compiling():
-        return torch.ops.mvit3.pointwise_conv_twice_forward(x, conv.weight)
+        (rounded,) = find_rounded(x, conv.weight) or (None,)
+        return torch.ops.mvit3.pointwise_conv_twice_forward(x, conv.weight, rounded)
     if kernel is None:
         y, _ = reference.pointwise_conv(x, conv, None, "identity", None, batch_norm_act=batch_norm_act)
     else:
@@ -143,31 +157,35 @@ def _inference_fake(call: Call) -> Tensor:
     return call.a.new_empty(*call.a.shape[:-1], call.weight.shape[0])
 
 
-@registry.forward(
-    "pointwise_conv_forward",
-    f"({_INPUTS}, {_RUNNING}, bool training, float eps, int act, float dropout, Tensor? seed, Tensor? residual) "
-    "-> (Tensor y, Tensor mean, Tensor var, Tensor p)",
-    triton=__name__,
-)
 def _forward_fake(call: Call) -> tuple[Tensor, ...]:
     y = _inference_fake(call)
     mean, var = (y.new_empty(y.shape[-1] if call.training else 0, dtype=torch.float32) for _ in range(2))
     return y, mean, var, y.new_empty(0) if call.norm_weight is None and call.act == 0 else torch.empty_like(y)
 
 
-registry.backward(
-    "pointwise_conv_backward",
-    f"(Tensor dy, {_INPUTS}, Tensor? mean, Tensor? var, Tensor p, bool training, float eps, int act, "
-    "float dropout, Tensor? seed) "
-    "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
-    triton=__name__,
-    choices=registry.BATCH_STATISTICS,
-    residual="residual",
-)
+# Those with `_rounded` are a GPU's. They take the weight in the dtype of a, too, which multiplies in both passes.
+for _way, _rounded in (("", ""), ("_rounded", ", Tensor rounded")):
+    registry.forward(
+        f"pointwise_conv_forward{_way}",
+        f"({_INPUTS}{_rounded}, {_RUNNING}, bool training, float eps, int act, float dropout, Tensor? seed, "
+        "Tensor? residual) -> (Tensor y, Tensor mean, Tensor var, Tensor p)",
+        triton=__name__,
+    )(_forward_fake)
+    registry.backward(
+        f"pointwise_conv_backward{_way}",
+        f"(Tensor dy, {_INPUTS}{_rounded}, Tensor? mean, Tensor? var, Tensor p, bool training, float eps, int act, "
+        "float dropout, Tensor? seed) "
+        "-> (Tensor da, Tensor db, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias)",
+        triton=__name__,
+        choices=registry.BATCH_STATISTICS,
+        residual="residual",
+    )
 
 
 @registry.forward(
-    "pointwise_conv_twice_forward", "(Tensor x, Tensor weight) -> (Tensor y, Tensor again)", triton=__name__
+    "pointwise_conv_twice_forward",
+    "(Tensor x, Tensor weight, Tensor? rounded) -> (Tensor y, Tensor again)",
+    triton=__name__,
 )
 def _twice_fake(call: Call) -> tuple[Tensor, Tensor]:
     return call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0]), call.x.new_empty(0)
@@ -175,7 +193,7 @@ def _twice_fake(call: Call) -> tuple[Tensor, Tensor]:
 
 registry.backward(
     "pointwise_conv_twice_backward",
-    "(Tensor dy, Tensor? dagain, Tensor x, Tensor weight) -> (Tensor dx, Tensor dweight)",
+    "(Tensor dy, Tensor? dagain, Tensor x, Tensor weight, Tensor? rounded) -> (Tensor dx, Tensor dweight)",
     triton=__name__,
     again="again",
 )

@@ -34,7 +34,6 @@ from ..dropout.triton import drop
 from ..registry import Call
 from ..triton_common import (
     IDENTITY,
-    MOST_FEW_ROWS,
     OLD_TRITON,
     contiguous,
     multiplied,
@@ -46,7 +45,7 @@ from ..triton_common import (
     split_rows,
 )
 from ..types import BatchNorm
-from . import backward_kernels, kernels
+from . import backward_kernels, few_rows, kernels
 
 # Of a block on sm_90; beside its tiles it keeps one of the outputs for a while.
 SHARED_MEMORY = 227 * 1024
@@ -77,11 +76,6 @@ def configurations(a: Tensor, b: Tensor | None, wide: bool = False) -> list[dict
 
 def _even(a: Tensor, b: Tensor | None) -> bool:
     return a.shape[-1] % 64 == 0 and (b is None or b.shape[-1] % 64 == 0)
-
-
-def _few(rows: int, size_of_weight: int) -> bool:
-    """Whether so few rows ask for the weight that a smaller tile, and float32, cost less than they save."""
-    return rows <= MOST_FEW_ROWS or (rows <= 4 * MOST_FEW_ROWS and size_of_weight <= 256 * 128)
 
 
 def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> dict[str, int]:
@@ -130,7 +124,7 @@ def configuration(a: Tensor, b: Tensor | None, outputs: int, norm: bool, measure
     config = tuning.choose(name, a, channels, lambda: configurations(a, b, wide))
     rows = a.shape[:-1].numel()
     programs = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
-    few = half and programs <= multiprocessors(a) and _few(rows, outputs * sum(channels[:2]))
+    few = half and programs <= multiprocessors(a) and few_rows(rows, outputs * sum(channels[:2]))
     return _few_configuration(a, b, outputs, rows) if few else config
 
 
@@ -145,6 +139,12 @@ def bytes_moved(
     forward = size_of_inputs + size_of_y * (1 + residual + keeps_p * (2 if training else 1))
     products = 2 if b is None else 4
     return forward, 2 * size_of_inputs + size_of_y * (products + keeps_p * (5 if training else 3))
+
+
+def _multiplying(call: Call) -> Tensor:
+    """The weight for products with maps: rounded beforehand, or as it is."""
+    rounded = getattr(call, "rounded", None)
+    return call.weight if rounded is None else rounded
 
 
 class Convolution(NamedTuple):
@@ -164,7 +164,7 @@ class Convolution(NamedTuple):
         if call.norm_weight is not None:
             statistics = (call.running_mean, call.running_var)
             norm = BatchNorm(call.norm_weight, call.norm_bias, *statistics, training, call.eps)
-        return Convolution(call.a, call.b, call.weight, call.bias, norm, call.act, call.residual)
+        return Convolution(call.a, call.b, _multiplying(call), call.bias, norm, call.act, call.residual)
 
 
 def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -257,7 +257,7 @@ def pointwise_conv_backward(call: Call) -> tuple[Tensor, ...]:
 def _inputs_backward(call: Call, dp: Tensor) -> list[Tensor]:
     """The gradients of a and b, an empty tensor without b, from that of p."""
     inputs, first, dp = [], 0, dp.view(-1, dp.shape[-1])
-    matrix = call.weight.flatten(1).to(dp.dtype)
+    matrix = _multiplying(call).flatten(1).to(dp.dtype)
     for x in (call.a, call.b):
         if x is None:
             inputs.append(dp.new_empty(0))
@@ -305,7 +305,7 @@ def _product_and_inputs_backward(call: Call, config: dict[str, int]) -> tuple[Te
     a, b, outputs = call.a, call.b, call.weight.shape[0]
     dy, dy_stride = rows_at_one_distance(call.dy)
     p, *parameters = contiguous(call.p, call.norm_weight, call.norm_bias, call.mean, call.var)
-    (weight,) = multiplied(p, call.weight)
+    (weight,) = multiplied(p, _multiplying(call))
     dp, dnorm_weight, dnorm_bias = (torch.empty_like(t) for t in (p, *parameters[:2]))
     da, db = (None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a, b))
     part, parts = gradient_sums(dy, dy_stride, p, BatchNorm(*parameters, True, call.eps), call.act, dp)
@@ -353,7 +353,9 @@ def _product_backward(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None,
 
 def pointwise_conv_twice_forward(call: Call) -> tuple[Tensor, Tensor]:
     """Launches the forward pass of a product alone: y, and an empty tensor in the place of y for its second reader."""
-    return convolve(Convolution(call.x, None, call.weight, None, None, IDENTITY.value, None)), call.x.new_empty(0)
+    return convolve(Convolution(call.x, None, _multiplying(call), None, None, IDENTITY.value, None)), call.x.new_empty(
+        0
+    )
 
 
 def pointwise_conv_twice_backward(call: Call) -> tuple[Tensor, Tensor]:
@@ -363,15 +365,20 @@ def pointwise_conv_twice_backward(call: Call) -> tuple[Tensor, Tensor]:
     config = None if more is None else _inputs_configuration(x, None, outputs)
     if config is None:
         dp = dy if more is None else dy + more
-        dx = (dp.view(-1, outputs) @ call.weight.flatten(1).to(dp.dtype)).view(x.shape)
+        dx = (dp.view(-1, outputs) @ _multiplying(call).flatten(1).to(dp.dtype)).view(x.shape)
     else:
         dp, dx, rows = torch.empty_like(dy), torch.empty_like(x), x.shape[:-1].numel()
         programs, rows_per_program = split_rows(rows, multiprocessors(x), config["BLOCK_M"])
         with on_device(x):
             backward_kernels.inputs_bwd_kernel[(programs,)](
-                dy, more, *(None,) * 6, *multiplied(x, call.weight), None, dp, dx, *(None,) * 3,
+                dy, more, *(None,) * 6, *multiplied(x, _multiplying(call)), None, dp, dx, *(None,) * 3,
                 rows, 0, rows_per_program, 0.0,
                 ACT=IDENTITY.value, CA=x.shape[-1], CB=0, OUT=outputs, DY_STRIDE=outputs, WIDTH=16, **config,
             )  # fmt: skip
     dweight = product_in(call.weight.dtype, dp.view(-1, outputs).t(), x.view(-1, x.shape[-1]))
     return dx, dweight.view(call.weight.shape)
+
+
+# With the weight rounded beforehand.
+pointwise_conv_forward_rounded = pointwise_conv_forward
+pointwise_conv_backward_rounded = pointwise_conv_backward
