@@ -132,6 +132,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "norm_linear.*"): (
         "takes up to 256 rows in a block of 16 warps, which fills a multiprocessor: weights are asked for half as often"
     ),
+    ("registers", "row_gradients.input_bwd"): _WHOLE_ROWS,
     ("registers", "separable_attention.*"): _WHOLE_ROWS,
     ("registers", "pointwise_conv.pointwise_held_fwd"): (
         "holds the weights of 64 to 192 outputs, which leave no shared memory for a second block; 8 warps then have all"

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .triton_common import dot, folded_rows, load_sums, load_tile, load_vector, store_tile, store_vector
+from .triton_math import opaque
 from .triton_row_kernels import (
     NOT_SPECIALIZED,
     drop_rows,
@@ -90,17 +91,19 @@ def input_bwd_kernel(
     norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr,  # (C,); (OUT, C); (rows,) or, PER_SAMPLE, (samples,), float32
     known_ptr,  # (2, samples, parts), float32: sums of g and of g * n of each sample, where they are known, or None
     dx_ptr, sums_ptr,  # written: (rows, C); (2, rows), float32, or None
+    made,  # None, or, where x = z weight^T: that weight, (C, C), and, written, the gradient of z, (rows, C)
     rows, rows_per_sample, samples, parts,
     PER_SAMPLE: tl.constexpr, OUT: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x where y = norm(x) weight^T: g = norm_weight * (dy weight), then as in store_norm_gradient.
+    """The gradient of x where y = norm(x) weight^T: g = norm_weight * (dy weight), then as in store_norm_gradient; and
+    from it, as it is rounded, that of what x is `made` of.
 
     A program has BLOCK_M rows, with `known_ptr` of one sample, whose gradient it finishes. It leaves dy weight in dx,
     rounded as a library's product would hand it to the norm, and reads it again from cache, ROWS rows at a time: the
     product as it is made, x and a residual would be more than the registers of half a multiprocessor. Reads dy, x and
     the residual once, the weight once for each program."""
-    ROWS: tl.constexpr = min(BLOCK_M, 32)
+    ROWS: tl.constexpr = 64 if BLOCK_M >= 256 and HEAD + TAIL <= 160 else min(BLOCK_M, 32)
     lane = tl.arange(0, BLOCK_M)
     begin_row, end = tl.program_id(0) * BLOCK_M, rows
     if known_ptr is not None:
@@ -112,17 +115,12 @@ def input_bwd_kernel(
             known_ptr, sample, samples, parts, rows_per_sample.to(tl.float32) * C
         )
     start, valid = begin_row.to(tl.int64), begin_row + lane < end
-    head = tl.zeros((BLOCK_M, HEAD), tl.float32)
-    tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
-    for first in range(0, OUT, BLOCK_N):
-        output = first + tl.arange(0, BLOCK_N)
-        dy = load_tile(dy_ptr + start * OUT, lane, valid, output, WIDTH=OUT)
-        head_weight, tail_weight = load_weight(weight_ptr, output, dy, C=C, OUT=OUT, HEAD=HEAD, TAIL=TAIL)
-        head = dot(dy, head_weight, head)
-        tail = dot(dy, tail_weight, tail)
     x_ptr += start * C
     dx_ptr += start * C
-    store_rows(dx_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+    _store_rows_product(
+        dy_ptr + start * OUT, weight_ptr, dx_ptr, lane, valid,
+        OUT=OUT, C=C, HEAD=HEAD, TAIL=TAIL, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
     if residual_ptr is not None:
         residual_ptr += start * C
     tl.debug_barrier()
@@ -151,6 +149,31 @@ def input_bwd_kernel(
                 residual_ptr, dx_ptr, sums_ptr, at, token, here, head_grad, tail_grad, head_normal, tail_normal,
                 rstd, rows, PER_SAMPLE=PER_SAMPLE, C=C, HEAD=HEAD, TAIL=TAIL,
             )  # fmt: skip
+    if made is not None:
+        tl.debug_barrier()
+        lane = opaque(lane)  # anew: the product has no registers for what was kept since the last one
+        valid = begin_row + lane < end
+        _store_rows_product(
+            dx_ptr, made[0], made[1] + start * C, lane, valid, OUT=C, C=C, HEAD=HEAD, TAIL=TAIL, BLOCK_N=BLOCK_N
+        )
+
+
+@triton.jit
+def _store_rows_product(
+    dy_ptr, weight_ptr,  # (.., OUT); (OUT, C)
+    dx_ptr,  # written: (.., C)
+    lane, valid, OUT: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx = dy weight of rows `lane`."""
+    head = tl.zeros((lane.shape[0], HEAD), tl.float32)
+    tail = tl.zeros((lane.shape[0], TAIL), tl.float32)
+    for first in range(0, OUT, BLOCK_N):
+        output = first + tl.arange(0, BLOCK_N)
+        dy = load_tile(dy_ptr, lane, valid, output, WIDTH=OUT)
+        head_weight, tail_weight = load_weight(weight_ptr, output, dy, C=C, OUT=OUT, HEAD=HEAD, TAIL=TAIL)
+        head = dot(dy, head_weight, head)
+        tail = dot(dy, tail_weight, tail)
+    store_rows(dx_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

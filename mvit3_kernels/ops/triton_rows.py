@@ -62,8 +62,9 @@ def products_configuration(rows: Rows, outputs: int, more: str) -> dict[str, int
     return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: products_configurations(rows, outputs, more))
 
 
-def input_configurations(rows: Rows) -> list[dict[str, int]]:
-    """Of the gradient of the input: BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over."""
+def input_configurations(rows: Rows, tall: bool = False) -> list[dict[str, int]]:
+    """Of the gradient of the input: BLOCK_M rows of a program, and the blocks of BLOCK_N outputs that it walks over.
+    `tall`: with a multiprocessor to itself."""
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}]
     if rows.small():
@@ -71,14 +72,25 @@ def input_configurations(rows: Rows) -> list[dict[str, int]]:
     if not rows.from_shared_memory or rows.width() > 256:
         first = {"BLOCK_M": 32, "BLOCK_N": 32 if rows.width() <= 256 else 16, "num_warps": 8, "num_stages": 2}
         return [first]
-    block = 128 if rows.width() <= 192 else 64
+    block = 128 if rows.width() <= 160 else 64
     first = {"BLOCK_M": block, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+    if tall:
+        first = {"BLOCK_M": _tallest_input(rows), "BLOCK_N": 64, "num_warps": 16, "num_stages": 2}
+        return [first, first | {"BLOCK_N": 32}, first | {"num_stages": 3}]
     return [first, first | {"BLOCK_N": 64}, first | {"num_stages": 3}, first | {"BLOCK_M": 64, "num_warps": 4}]
 
 
-def input_configuration(rows: Rows, outputs: int) -> dict[str, int]:
-    name = f"row_input_bwd{'_few' if rows.few() else ''}"
-    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: input_configurations(rows))
+def _tallest_input(rows: Rows) -> int:
+    """Rows of a program of the gradient of the input with a multiprocessor to itself."""
+    return 256 if rows.width() <= 192 else 128
+
+
+def input_configuration(rows: Rows, outputs: int, of_samples: bool) -> dict[str, int]:
+    """`of_samples`: a program's rows are of one sample."""
+    block = _tallest_input(rows)
+    tall = rows.tall(block) and not (of_samples and rows.rows_per_sample < block)
+    name = f"row_input_bwd{'_few' if rows.few() else '_tall' if tall else ''}"
+    return tuning.choose(name, rows.x, (rows.channels, outputs), lambda: input_configurations(rows, tall))
 
 
 def _few(rows: int) -> bool:
@@ -212,20 +224,23 @@ class Rows(NamedTuple):
         mean: Tensor,
         rstd: Tensor,
         known: Tensor | None = None,
+        made: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The gradient of x where `dy` is that of weight @ norm(x), and that of a residual on top. `known`: the sums of
-        each sample that its norm's gradient needs, in parts, (2, samples, parts), float32."""
+        each sample that its norm's gradient needs, in parts, (2, samples, parts), float32. `made`: where x is the
+        product of a weight with what it was made of, that weight and room for the gradient of that; the norm is of
+        tokens then, or its sums are known."""
         dx = torch.empty_like(self.x)
         if not self.rows:
             return dx
-        config = input_configuration(self, weight.shape[0])
+        config = input_configuration(self, weight.shape[0], known is not None)
         sums = self.float32(2, self.rows) if norm.per_sample and known is None else None
         programs, parts = triton.cdiv(self.rows, config["BLOCK_M"]), 0
         if known is not None:
             config = self.within_samples(config)
             programs, parts = self.programs_of_samples(config["BLOCK_M"]), known.shape[2]
         gradients.input_bwd_kernel[(programs,)](
-            dy, self.x, residual, norm.weight, weight, mean, rstd, known, dx, sums,
+            dy, self.x, residual, norm.weight, weight, mean, rstd, known, dx, sums, made,
             self.rows, self.rows_per_sample, self.samples(), parts,
             PER_SAMPLE=norm.per_sample, OUT=weight.shape[0], **self.tiles, **config,
         )  # fmt: skip

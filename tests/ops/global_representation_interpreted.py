@@ -243,6 +243,15 @@ class TestLayers(TritonResults):
         assert "gradients" in refusal(arguments, OP.LAYERWISE, False)
         assert refusal({**arguments, "num_heads": None}, OP.LAYERWISE, True) is None
 
+    def test_many_rows(self, monkeypatch):
+        """In blocks that fill a multiprocessor, the last of which is not whole."""
+        monkeypatch.setattr(triton_rows, "MOST_FEW_INTERPRETED", 0)
+        monkeypatch.setattr(triton_rows, "multiprocessors", lambda x: 1)
+        arguments = self.arguments(Draw(), 3, 8, 12, 20, 18, num_heads=2, layers=1)
+        arguments = mapped(arguments, lambda _, t: t.bfloat16().double())
+        given = (("triton", BF16), ("reference", BF16), ("reference", torch.float64))
+        assert_bound(*(self.results(name, arguments, dtype) for name, dtype in given), half_a_rounding(BF16))
+
     def test_autocast_in_the_backward_pass_alone(self):
         """Of a forward pass in float32: what its launches call of PyTorch stays in float32, too."""
         arguments = in_float32(self.arguments(Draw(), *self.shapes[0], num_heads=1, layers=1))
@@ -272,7 +281,7 @@ class TestSeparableLayers(TestLayers):
         },
         "per-token": {"layers": 1, "patch_size": (3, 2), "final": False, "dropouts": (0.2, 0.0, 0.0)},
     }
-    test_what_runs_as_ops = test_autocast_in_the_backward_pass_alone = None
+    test_what_runs_as_ops = test_autocast_in_the_backward_pass_alone = test_many_rows = None
 
     def test_a_norm_of_samples_behind_norms_of_tokens(self):
         """Which have no moments to tell."""

@@ -2,14 +2,17 @@
 
 Forward, the hidden tensor exists in registers and shared memory only: a program holds its rows, normalised once, and
 the sums of their outputs, and walks over the hidden channels; a block of them is made, activated, and multiplied into
-the sums. Nothing of it is saved. Backward makes it again and writes it, beside its gradient, for the products that
-follow: norm_linear's backward, and the second weight's. Making both again inside each of those instead would cost 8
-products where these are 5, and save 10 passes over C channels (about as long, by count, at C = 144); but a row, two
-weights and sums together do not fit the registers of any configuration that was tried. Launches: 1 forward and 6
-backward, for a norm of samples 2 and 7; and those of `multiplied`, where weights have another dtype than x.
+the sums. Nothing of it is saved. In a layer of multi-head attention a program makes its rows as well, from what
+attention found (`Projected`). Backward makes the hidden tensor again and writes it, beside its gradient, for the
+products that follow: norm_linear's backward, and the second weight's. Making both again inside each of those instead
+would cost 8 products where these are 5, and save 10 passes over C channels (about as long, by count, at C = 144); but a
+row, two weights and sums together do not fit the registers of any configuration that was tried. Launches: 1 forward and
+6 backward, for a norm of samples 2 and 7; and those of `multiplied`, where weights have another dtype than x.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +29,7 @@ from ..triton_common import (
     contiguous,
     dropout_threshold,
     dropped,
+    load_tile,
     load_vector,
     multiplied,
     on_device,
@@ -113,9 +117,45 @@ def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
     return size * (3 if per_sample else 2), size * (10 if per_sample else 7) + 5 * size // x.shape[-1] * hidden
 
 
+@triton.jit
+def _project_rows(
+    attended_ptr, weight_ptr, bias_ptr, residual_ptr,  # (.., C), (C, C), (C,) or None, (.., C)
+    x_ptr,  # written: (.., C)
+    at, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """x = attended weight^T + bias + residual for rows `at`, BLOCK_N channels at a time."""
+    head, tail = load_rows(attended_ptr, at, valid, C=C, HEAD=HEAD, TAIL=TAIL)
+    for first in range(0, C, BLOCK_N):
+        output = first + tl.arange(0, BLOCK_N)
+        head_weight, tail_weight = load_weight(weight_ptr, output, head, C=C, OUT=C, HEAD=HEAD, TAIL=TAIL)
+        sums = multiply_rows(head, tail, head_weight, tail_weight)
+        residual = load_tile(residual_ptr, at, valid, output, WIDTH=C).to(tl.float32)
+        store_tile(x_ptr, at, valid, output, sums + load_vector(bias_ptr, output, WIDTH=C)[None, :] + residual, WIDTH=C)
+
+
+@triton.jit
+def _finish_rows(
+    head, tail, x_ptr, bias_ptr, seed_ptr, lane, row, valid, rows_per_sample, keep, keep_scale,
+    C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The sums with their bias; with a seed after dropout, which x does not take part in and is added behind."""
+    head_bias, tail_bias = load_row_vector(bias_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
+    head += head_bias
+    tail += tail_bias
+    if seed_ptr is not None:
+        head, tail = drop_rows(
+            head, tail, seed_ptr, row, rows_per_sample, keep, keep_scale, SITE=1, C=C, HEAD=HEAD, TAIL=TAIL
+        )
+        head_again, tail_again = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
+        head += head_again
+        tail += tail_again
+    return head, tail
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _feed_forward_fwd_kernel(
-    x_ptr,  # (rows, C)
+    projected,  # None, or what x is made of first: attended, weight, bias and residual, as of _project_rows
+    x_ptr,  # (rows, C), written where it is made first
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr,  # (C,), (C,), (F, C), (F,) or None
     weight2_ptr, bias2_ptr,  # (C, F), (C,) or None
     hidden_seed_ptr, output_seed_ptr,  # one int64, or None without dropout
@@ -129,7 +169,8 @@ def _feed_forward_fwd_kernel(
     """y = x + dropout(dropout(SiLU(norm(x) weight1^T + bias1)) weight2^T + bias2).
 
     A program has BLOCK_M rows, with `moments_ptr` of one sample. It leaves norm(x) in y, ROWS rows at a time, and reads
-    it from there: it has no registers for an operand. Reads x once and again from cache, both weights once."""
+    it from there: it has no registers for an operand. Reads x once and again from cache, both weights once; where x is
+    `projected`, the norm is of tokens."""
     ROWS: tl.constexpr = min(BLOCK_M, 64)
     lane = tl.arange(0, BLOCK_M)
     begin_row, end = tl.program_id(0) * BLOCK_M, rows
@@ -144,6 +185,12 @@ def _feed_forward_fwd_kernel(
     start, valid = begin_row.to(tl.int64), row < end
     x_ptr += start * C
     y_ptr += start * C
+    if projected is not None:
+        _project_rows(
+            projected[0] + start * C, projected[1], projected[2], projected[3] + start * C, x_ptr, lane, valid,
+            C=C, HEAD=HEAD, TAIL=TAIL, BLOCK_N=64,
+        )  # fmt: skip
+        tl.debug_barrier()
     for begin in range(0, BLOCK_M, ROWS):
         at = begin + tl.arange(0, ROWS)
         token = begin_row + at
@@ -180,17 +227,10 @@ def _feed_forward_fwd_kernel(
         lane = opaque(lane)  # anew, for the loop has no registers to keep rows and which are valid
         row = begin_row + lane
         valid = row < end
-    head_bias, tail_bias = load_row_vector(bias2_ptr, C=C, HEAD=HEAD, TAIL=TAIL)
-    head += head_bias
-    tail += tail_bias
-    if output_seed_ptr is not None:
-        head, tail = drop_rows(
-            head, tail, output_seed_ptr, row, rows_per_sample, output_keep, output_scale,
-            SITE=1, C=C, HEAD=HEAD, TAIL=TAIL,
-        )  # fmt: skip
-        head_again, tail_again = load_rows_in_float32(x_ptr, lane, valid, C=C, HEAD=HEAD, TAIL=TAIL, AGAIN=True)
-        head += head_again
-        tail += tail_again
+    head, tail = _finish_rows(
+        head, tail, x_ptr, bias2_ptr, output_seed_ptr, lane, row, valid, rows_per_sample, output_keep, output_scale,
+        C=C, HEAD=HEAD, TAIL=TAIL,
+    )  # fmt: skip
     store_rows(y_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
     if next_ptr is not None:
         pivot = tl.load(moments_ptr + (samples + sample) * most_parts)  # the mean of the first part of x
@@ -283,11 +323,25 @@ def feed_forward_forward(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, mean, rstd, call.x.new_empty(0)
 
 
+class Projected(NamedTuple):
+    """What `feed` makes x of: attended @ weight^T + bias + residual, with the weight as it is multiplied."""
+
+    attended: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor
+
+
 def feed(
-    call: Call, weights: tuple[Tensor, Tensor], moments: tuple[Tensor, int] | None = None, wanted: bool = False
+    call: Call,
+    weights: tuple[Tensor, Tensor],
+    moments: tuple[Tensor, int] | None = None,
+    wanted: bool = False,
+    projected: Projected | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Launches the forward pass with both weights as they are multiplied: y, mean, rstd. `moments`: of the samples of
-    x in parts, as of part_statistics_kernel, and their number; if `wanted`, also those of y, in `parts_of_samples`."""
+    x in parts, as of part_statistics_kernel, and their number; if `wanted`, also those of y, in `parts_of_samples`.
+    With `projected` the launch makes x itself, in the space of `call.x`; the norm is of tokens then."""
     rows, hidden = Rows.of(call.x), call.weight1.shape[0]
     y = torch.empty_like(rows.x)
     (seeds, dropouts), config = _dropouts(call), _forward_configuration(call, moments is not None)
@@ -302,8 +356,8 @@ def feed(
         norm_weight, norm_bias, bias1, bias2 = contiguous(call.norm_weight, call.norm_bias, call.bias1, call.bias2)
         with on_device(rows.x):
             _feed_forward_fwd_kernel[(programs,)](
-                rows.x, norm_weight, norm_bias, weights[0], bias1, weights[1], bias2, *seeds, y, mean, rstd, measured,
-                found, rows.rows, rows.rows_per_sample, rows.samples(), parts, most,
+                projected, rows.x, norm_weight, norm_bias, weights[0], bias1, weights[1], bias2, *seeds,
+                y, mean, rstd, measured, found, rows.rows, rows.rows_per_sample, rows.samples(), parts, most,
                 call.eps, *dropouts, PER_SAMPLE=call.per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip
     return y, mean, rstd, found

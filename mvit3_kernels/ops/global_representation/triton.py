@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from ..dropout.triton import drop
-from ..feed_forward.triton import feed_forward_forward, hidden_backward, parameters
+from ..feed_forward.triton import Projected, feed, feed_forward_forward, hidden_backward, parameters
 from ..norm_linear.triton import norm_linear_forward
 from ..patch_attention.triton import LOG2E, attend, patch_attention_backward, patch_attention_forward
 from ..pointwise_conv.triton import Convolution, convolve
@@ -111,9 +111,11 @@ def global_representation_inference(call: Call) -> Tensor:
         else:
             projected, *_ = norm_linear_forward(FORMS["norm_linear_forward"].call(x, *norm, *kind, *qkv))
             tokens = attend(FORMS["patch_attention_forward"].call(projected, call.num_heads, *patch, 0.0, None), None)
-            x = convolve(Convolution(tokens, None, *out, None, IDENTITY.value, x))
-        network = (*layer[6:8], *kind, *layer[8:], 0.0, 0.0, None, False)
-        x, *_ = feed_forward_forward(FORMS["feed_forward_forward"].call(x, *network))
+        network = FORMS["feed_forward_forward"].call(x, *layer[6:8], *kind, *layer[8:], 0.0, 0.0, None, False)
+        if call.num_heads is None:
+            x, *_ = feed_forward_forward(network)
+        else:
+            _, x, *_ = _project_and_feed(network, tokens, Linear(*out), x)
     if call.norm_weight is None:
         return x
     if call.per_sample:
@@ -121,6 +123,18 @@ def global_representation_inference(call: Call) -> Tensor:
     return global_representation_norm_forward(
         FORMS["global_representation_norm_forward"].call(x, call.norm_weight, call.norm_bias, call.eps)
     )[0]
+
+
+def _project_and_feed(ffn: Call, attended: Tensor, out: Linear, residual: Tensor) -> tuple[Tensor, ...]:
+    """Attention's projection with its residual, and the feed-forward network behind it, which are one launch where the
+    norm between them is of tokens and nothing is dropped: what is between them, y, mean and rstd. `ffn.x` is ignored;
+    weights are as they are multiplied."""
+    weights = ffn.weight1, ffn.weight2
+    if ffn.per_sample or ffn.hidden_dropout or ffn.output_dropout:
+        middle = convolve(Convolution(attended, None, *out, None, IDENTITY.value, residual))
+        return middle, *feed(ffn._replace(x=middle), weights)[:3]
+    middle = torch.empty_like(residual)
+    return middle, *feed(ffn._replace(x=middle), weights, projected=Projected(attended, *out, residual))[:3]
 
 
 def _norm_of_samples(x: Tensor, call: Call) -> Tensor:
@@ -307,13 +321,15 @@ def global_representation_layer_forward(call: Call) -> tuple[Tensor, ...]:
     norm = (call.norm1_weight, call.norm1_bias, *kind)
     qkv, *first = norm_linear_forward(FORMS["norm_linear_forward"].call(x, *norm, qkv_weight, call.qkv_bias))
     out, lse = patch_attention_forward(FORMS["patch_attention_forward"].call(qkv, *_attention(call, seed)))
-    residual = x if call.output_dropout == 0 else None
-    middle = convolve(Convolution(out, None, out_weight, call.out_bias, None, IDENTITY.value, residual))
-    if residual is None:
-        middle = drop(middle, call.output_dropout, output_seed, x)
-    norm = (call.norm2_weight, call.norm2_bias, *kind)
+    projection = Linear(out_weight, *contiguous(call.out_bias))
     rest = (*_feed_forward(call, weight1, weight2, ffn_seed), False)
-    y, *second, _ = feed_forward_forward(FORMS["feed_forward_forward"].call(middle, *norm, *rest))
+    ffn = FORMS["feed_forward_forward"].call(x, call.norm2_weight, call.norm2_bias, *kind, *rest)
+    if call.output_dropout == 0:
+        middle, y, *second = _project_and_feed(ffn, out, projection, x)
+    else:
+        middle = convolve(Convolution(out, None, *projection, None, IDENTITY.value, None))
+        middle = drop(middle, call.output_dropout, output_seed, x)
+        y, *second, _ = feed(ffn._replace(x=middle), (weight1, weight2))
     return y, qkv, out, lse, *first, middle, *second, packed
 
 
@@ -332,10 +348,12 @@ def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
     hidden, dpre, _ = hidden_backward(ffn, dy, weight1, weight2)
     statistics1, statistics2 = contiguous(call.mean1, call.rstd1), (ffn.mean, ffn.rstd)
     middle = Rows.of(call.middle)
+    # the gradient of what attention hands its projection, where that of the projection is complete in one launch
+    made = None if call.per_sample or call.output_dropout > 0 else (out_weight, torch.empty_like(x))
     with on_device(x):
-        dmiddle = middle.input_gradient(dpre, dy, norm2, weight1, *statistics2)
+        dmiddle = middle.input_gradient(dpre, dy, norm2, weight1, *statistics2, made=made)
     dout = dmiddle if call.output_dropout == 0 else drop(dmiddle, call.output_dropout, output_seed, None)
-    dattended = (dout.view(-1, channels) @ out_weight.flatten(1)).view(x.shape)
+    dattended = (dout.view(-1, channels) @ out_weight.flatten(1)).view(x.shape) if made is None else made[1]
     dqkv = patch_attention_backward(
         FORMS["patch_attention_backward"].call(dattended, call.qkv, out, call.lse, *_attention(call, seed))
     )
