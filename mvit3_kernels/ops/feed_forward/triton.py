@@ -31,6 +31,7 @@ from ..triton_common import (
     on_device,
     store_tile,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import opaque
 from ..triton_row_gradients import load_folded
 from ..triton_row_kernels import (
@@ -112,7 +113,7 @@ def bytes_moved(x: Tensor, hidden: int, per_sample: bool) -> tuple[int, int]:
     return size * (3 if per_sample else 2), size * (10 if per_sample else 7) + 5 * size // x.shape[-1] * hidden
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _feed_forward_fwd_kernel(
     x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr,  # (C,), (C,), (F, C), (F,) or None
@@ -199,7 +200,7 @@ def _feed_forward_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _hidden_bwd_kernel(
     dy_ptr, x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # (C,), (C,), (F, C), (F,) or None, (C, F)

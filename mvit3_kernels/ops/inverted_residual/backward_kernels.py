@@ -22,6 +22,7 @@ from ..triton_common import (
     store_vector,
     sum_of_pairs,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import silu_of_half_and_gradient
 from .kernels import NOT_SPECIALIZED, activate_folded, add_up, halved, load_deviations, load_rounded_weight
 
@@ -76,7 +77,7 @@ def _store_norm_sums(part_ptr, column, total, weighted, E: tl.constexpr, OUT: tl
     store_vector(part_ptr + (OUT + 1) * E, column, sum_of_pairs(weighted), WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_bwd_kernel(
     dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
     weight_ptr,  # (OUT, E)
@@ -116,7 +117,7 @@ def project_bwd_kernel(
     _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_sums_bwd_kernel(
     dp_ptr, z_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, rows, rows_per_part, eps,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
@@ -140,7 +141,7 @@ def project_sums_bwd_kernel(
     _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_product_bwd_kernel(
     dp_ptr, z_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, rows, rows_per_part, eps,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
@@ -164,7 +165,7 @@ def project_product_bwd_kernel(
     store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_gradient_kernel(
     part_ptr,  # (parts, OUT + 2, E), float32, of project_bwd_kernel
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
@@ -212,7 +213,7 @@ def project_gradient_kernel(
         store_vector(dproject_ptr, column, total, WIDTH=OUT * E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def filtered_bwd_kernel(
     dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
     weight_ptr, coefficients_ptr,  # (OUT, E); (4, E), float32, of project_gradient_kernel
@@ -239,7 +240,7 @@ def filtered_bwd_kernel(
     store_tile(dz_ptr + start * E, lane, valid, column, scale * grad + offset + slope * z, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expanded_bwd_kernel(
     x_ptr,  # (rows, C)
     weight_ptr,  # W, (E, C), like x
@@ -274,7 +275,7 @@ def expanded_bwd_kernel(
         store_tile(da_ptr + start * E, lane, valid, column, grad, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def products_bwd_kernel(
     grad_ptr, x_ptr, mean_ptr,  # G (rows, E), x (rows, C); the mean of x (C,), float32, or None
     part_ptr,  # written: (parts, E * C + E), float32
@@ -311,7 +312,7 @@ def products_bwd_kernel(
         store_vector(part_ptr + E * C, column, tl.sum(total, 1) / 16, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expand_bwd_kernel(
     da_ptr, x_ptr, mean_ptr,  # (rows, E), (rows, C), the mean of x (C,), float32
     weight_ptr,  # W, (E, C)
@@ -365,7 +366,7 @@ def _load_centred_product(
     return product
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expand_gradient_kernel(
     x_ptr,  # only its dtype is used
     product_ptr, sums_ptr,  # (E, C) and (E,), float32: N or, not CENTRED, G^T x; g = sum G
@@ -412,7 +413,7 @@ def expand_gradient_kernel(
         store_vector(correction_ptr + E, output, scale * total / rows, WIDTH=E)
 
 
-@triton.jit
+@jit_kernel
 def correction_bwd_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
@@ -449,7 +450,7 @@ def _load_correction(matrix_ptr, x_ptr, inner, column, C: tl.constexpr):
     return matrix.to(x_ptr.dtype.element_ty), largest
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def correct_bwd_kernel(
     x_ptr, residual_ptr,  # (rows, C); (rows, C) or None
     mean_ptr,  # of x (C,), float32

@@ -24,6 +24,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import add_rounded, rounded, silu_of_half
 
 NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
@@ -72,7 +73,7 @@ def add_up(part_ptr, parts, column, valid, N: tl.constexpr, FEW: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def add_parts_kernel(
     part_ptr,  # (parts, N), float32
     total_ptr,  # written: (N,), float32
@@ -118,7 +119,7 @@ def _moments_step(
     return dot(tl.trans(x), other, product), total
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def moments_fwd_kernel(
     x_ptr,  # (rows, C)
     pivot_ptr, part_ptr,  # written: (C,) and (parts, C + 1, C), float32
@@ -185,7 +186,7 @@ def _exact_product(weight, s, sums, DTYPE: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expanded_moments_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, norm_weight_ptr, norm_bias_ptr,  # W, (E, C); of the first norm, (E,)
@@ -233,7 +234,7 @@ def expanded_moments_kernel(
     store_vector(folded_ptr + E, output, load_vector(norm_bias_ptr, output, WIDTH=E) - mean * scale, WIDTH=E)
 
 
-@triton.jit
+@jit_kernel
 def prepare_project_kernel(
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
     weight_ptr,  # (OUT, E)
@@ -310,7 +311,7 @@ def _project_tile(
     return p - pivot[:, None]
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_fwd_kernel(
     z_ptr,  # (rows, E)
     folded_ptr, pivot_ptr, weight_ptr,  # (2, E), (OUT,), (OUT, E) of prepare_project_kernel
