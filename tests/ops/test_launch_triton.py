@@ -146,6 +146,13 @@ def test_keys_of_both_languages_divide_alike():
     assert 100 < len(set(keys[0])) == len(set(keys[1])) < 300
 
 
+@pytest.mark.skipif(launching.launch_key is launching.launch_key_python, reason="the extension is not built")
+@pytest.mark.parametrize("arguments", [(), (torch.Tensor, (), {}, 1), ("Tensor", (), {}), (torch.Tensor, [], {})])
+def test_wrong_questions(arguments):
+    with pytest.raises(TypeError, match="launch_key takes a class, a tuple and a dictionary"):
+        launching.launch_key(*arguments)
+
+
 class Whole(int):
     pass
 
