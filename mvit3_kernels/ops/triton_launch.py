@@ -29,7 +29,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction, KernelInterface
 
 # Whose rules were compared with the key by tests/ops/test_launch_triton.py.
-KNOWN_VERSIONS = ("3.6.", "3.7.", "3.8.")
+KNOWN_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 # Of one kernel on one GPU. A call with more, as of maps of many sizes, begins anew.
 MOST_LAUNCHES = 1024
 
@@ -91,8 +91,9 @@ def why_ordinary() -> str | None:
     """None where launches are found by their keys, else the reason why Triton looks for each kernel itself."""
     if WHY_NEVER is not None:
         return WHY_NEVER
-    runtime = knobs.runtime
-    if runtime.debug or knobs.compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None:
+    runtime, compilation = knobs.runtime, knobs.compilation
+    special = compilation.instrumentation_mode or getattr(compilation, "fpsan_homomorphic_casts", False)  # 3.9 has it
+    if runtime.debug or special or runtime.add_stages_inspection_hook is not None:
         return "debugging, instrumentation or inspection of Triton is on"
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if getattr(hook, "calls", hook):  # a chain of hooks, or one

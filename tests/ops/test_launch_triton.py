@@ -222,16 +222,17 @@ def test_hooks_see_launches(hook, recorder, by_key, monkeypatch):
     [
         (knobs.runtime, "debug", True),
         (knobs.compilation, "instrumentation_mode", "fpsan"),
+        (knobs.compilation, "fpsan_homomorphic_casts", True),
         (knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash")),
         (launching, "WHY_NEVER", "a version that is not known"),
     ],
-    ids=["debug", "instrumentation", "inspection", "version"],
+    ids=["debug", "instrumentation", "casts", "inspection", "version"],
 )
 def test_other_settings_are_left_to_triton(owner, name, value, recorder, by_key, monkeypatch):
     kernel = recorder.kernel()
     ordinary = kernel[(1,)](TENSORS[0], None, None, 5, 5, 0.5, WIDTH=16)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, value)
+        patch.setattr(owner, name, value, raising=name != "fpsan_homomorphic_casts")  # since 3.9
         special = [kernel[(1,)](TENSORS[0], None, None, 5, 5, 0.5, WIDTH=16) for _ in range(2)]
         expected = JITFunction.run(kernel, TENSORS[0], None, None, 5, 5, 0.5, WIDTH=16, grid=(1,), warmup=True)
     assert len(by_key) == 4 and special[0] is special[1] is expected
