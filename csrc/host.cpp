@@ -1,6 +1,6 @@
-// What this CPU can run, how the extension was built, and the one question that every call of a block asks. Independent
-// of torch, so that it loads even where the kernels do not, and within Python's limited API, so that one file serves
-// every Python from 3.10 on.
+// What this CPU can run, how the extension was built, and the two questions asked most often: whether a block is as it
+// was, and whether a Triton kernel was launched with such arguments before. Independent of torch, so that it loads even
+// where the kernels do not, and within Python's limited API, so that one file serves every Python from 3.10 on.
 
 #undef Py_LIMITED_API  // torch's build sets it too
 #define Py_LIMITED_API 0x030A0000
@@ -211,6 +211,96 @@ PyObject* unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return PyBool_FromLong(same);
 }
 
+// What a launch of a Triton kernel is compiled for, as bytes that differ wherever Triton could compile another kernel:
+// of a tensor its dtype and the last bits of its address, of anything else its kind and value. A size goes in front of
+// what may be long, so that no two lists of arguments have the same bytes.
+class LaunchKey {
+ public:
+  explicit LaunchKey(PyObject* tensor) : tensor_(reinterpret_cast<PyTypeObject*>(tensor)) { bytes_.reserve(512); }
+
+  const std::string& bytes() const { return bytes_; }
+
+  // Whether `value` is of a kind that is known; without, an exception may be set.
+  bool add(PyObject* value) {
+    PyTypeObject* type = Py_TYPE(value);
+    if (PyType_IsSubtype(type, tensor_)) return add_tensor(value);
+    if (type == &PyLong_Type) return add_integer(value);
+    if (value == Py_None) return put('n', '0');
+    if (type == &PyBool_Type) return put('b', value == Py_True);
+    if (type == &PyFloat_Type) return put('f', PyFloat_AsDouble(value));
+    if (type == &PyUnicode_Type) return add_text(value);
+    return type == &PyTuple_Type && add_all(value);
+  }
+
+  bool add_all(PyObject* tuple) {
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    put('(', count);
+    for (Py_ssize_t i = 0; i < count; ++i)
+      if (!add(PyTuple_GetItem(tuple, i))) return false;
+    return true;
+  }
+
+  bool add_options(PyObject* dict) {
+    PyObject *name, *value;
+    for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &name, &value);)
+      if (!add_text(name) || !add(value)) return false;
+    return true;
+  }
+
+ private:
+  template <class T>
+  bool put(char kind, T value) {
+    bytes_ += kind;
+    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
+    return true;
+  }
+
+  bool add_integer(PyObject* value) {
+    int overflow;
+    const long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    return overflow == 0 && put('i', number);
+  }
+
+  bool add_text(PyObject* value) {
+    Py_ssize_t size;
+    const char* utf8 = PyUnicode_AsUTF8AndSize(value, &size);
+    if (utf8 == nullptr) return false;
+    put('s', size);
+    bytes_.append(utf8, size);
+    return true;
+  }
+
+  bool add_tensor(PyObject* value) {
+    static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"), *const address_name =
+                                                                                 PyUnicode_InternFromString("data_ptr");
+    PyObject* dtype = PyObject_GetAttr(value, dtype_name);
+    PyObject* address = dtype ? PyObject_CallMethodObjArgs(value, address_name, nullptr) : nullptr;
+    const bool known = address != nullptr && Py_TYPE(address) == &PyLong_Type;
+    if (known) {
+      put('t', word(dtype));  // a dtype of torch is never freed
+      put('a', char(PyLong_AsUnsignedLongLongMask(address) % 16));
+    }
+    Py_XDECREF(address);
+    Py_XDECREF(dtype);
+    return known;
+  }
+
+  PyTypeObject* tensor_;
+  std::string bytes_;
+};
+
+// launch_key(torch.Tensor, arguments, options): the key of a launch, None where a value is of a kind that is not known;
+// ops/triton_launch.py has the same function in Python.
+PyObject* launch_key(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || !PyType_Check(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyDict_Check(arguments[2]))
+    return PyErr_Format(PyExc_TypeError, "launch_key takes a class, a tuple and a dictionary");
+  LaunchKey key(arguments[0]);
+  if (key.add_all(arguments[1]) && key.add_options(arguments[2]))
+    return PyBytes_FromStringAndSize(key.bytes().data(), key.bytes().size());
+  PyErr_Clear();  // the launch itself tells what is wrong
+  Py_RETURN_NONE;
+}
+
 PyObject* text(const std::string& value) { return PyUnicode_FromStringAndSize(value.data(), value.size()); }
 
 // A list of what `make` gives for each item, a new reference or null.
@@ -265,6 +355,8 @@ PyMethodDef methods[] = {
     {"pack", fast(pack), METH_FASTCALL, "The last part of a snapshot of nn/guard.py."},
     {"unchanged", fast(unchanged), METH_FASTCALL,
      "Whether a module and those below it are as a snapshot of nn/guard.py says."},
+    {"launch_key", fast(launch_key), METH_FASTCALL,
+     "What a launch of a Triton kernel with these arguments and options is compiled for."},
     {"build_info", py_build_info, METH_NOARGS, "Compiler, flags and torch version of the build."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .triton_common import dot, folded_rows, load_sums, load_tile, load_vector, store_tile, store_vector
+from .triton_launch import jit_kernel
 from .triton_math import opaque
 from .triton_row_kernels import (
     NOT_SPECIALIZED,
@@ -85,7 +86,7 @@ def store_sample_gradient(
     store_tile(dx_ptr, at, valid, column, rstd * (grad - mean_grad - normal * mean_product) + residual, WIDTH=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def input_bwd_kernel(
     dy_ptr, x_ptr, residual_ptr,  # (rows, OUT); (rows, C); (rows, C) or None
     norm_weight_ptr, weight_ptr, mean_ptr, rstd_ptr,  # (C,); (OUT, C); (rows,) or, PER_SAMPLE, (samples,), float32
@@ -176,7 +177,7 @@ def _store_rows_product(
     store_rows(dx_ptr, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def sample_gradient_kernel(
     x_ptr, residual_ptr,  # (rows, C); (rows, C) or None
     mean_ptr, rstd_ptr, sums_ptr,  # (samples,), (samples,), (2, rows), float32
@@ -242,7 +243,7 @@ def store_norm_sums(
     store_vector(norm_ptr + C, column, tl.sum(dbias, 0), WIDTH=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def normalised_products_kernel(
     a_ptr, extra_ptr,  # (rows, OUT); (rows,), float32, or None
     x_ptr, mean_ptr, rstd_ptr,  # (rows, C); (rows,) or, PER_SAMPLE, (samples,), float32
@@ -305,7 +306,7 @@ def normalised_products_kernel(
         tl.store(sums_ptr + OUT, tl.sum(extra_total, 0))
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def dropped_products_kernel(
     a_ptr, x_ptr, seed_ptr,  # (rows, OUT); (rows, C); one int64, or None without dropout
     product_ptr, sums_ptr,  # written: (parts, OUT, C) and (parts, C), float32
@@ -421,7 +422,7 @@ def store_outputs_gradient(
         store_vector(dbias_ptr, output, total, WIDTH=OUT)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def norm_linear_gradient_kernel(
     product_ptr, sums_ptr, norm_ptr,  # (parts, OUT, C), (parts, OUT) and (norm_parts, 2, C), float32
     norm_weight_ptr, norm_bias_ptr,  # (C,)
@@ -445,7 +446,7 @@ def norm_linear_gradient_kernel(
         store_vector(dnorm_bias_ptr, column, dnorm_bias, WIDTH=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def second_gradient_kernel(
     product_ptr, sums_ptr,  # (parts, F, C) and (parts, C), float32
     dweight_ptr, dbias_ptr,  # written: (C, F); (C,) or None

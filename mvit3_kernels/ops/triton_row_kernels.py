@@ -24,6 +24,7 @@ from .triton_common import (
     merge_moments,
     store_tile,
 )
+from .triton_launch import jit_kernel
 
 MOST_SAMPLE_PARTS = tl.constexpr(sizes.MOST_SAMPLE_PARTS)
 
@@ -176,7 +177,7 @@ def _measure(x_ptr, rows, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexp
     return count, pivot + offset, var
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def sample_statistics_kernel(
     x_ptr,  # (samples * rows_per_sample, C)
     mean_ptr, rstd_ptr,  # written: (samples,), float32
@@ -191,7 +192,7 @@ def sample_statistics_kernel(
     tl.store(rstd_ptr + sample, inverse_std(var, eps))
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def part_statistics_kernel(
     x_ptr,  # (samples * rows_per_sample, C)
     moments_ptr,  # written: (3, samples, most_parts), float32

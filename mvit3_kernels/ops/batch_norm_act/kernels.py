@@ -19,6 +19,7 @@ from ..triton_common import (
     row_range,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 
 # one binary for every batch and map size
 _NOT_SPECIALIZED = ["rows", "rows_per_program", "parts", "rows_per_part"]
@@ -38,7 +39,7 @@ def _mask(lane, left, valid, C: tl.constexpr, BLOCK_C: tl.constexpr):
     return mask
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def moments_fwd_kernel(
     x_ptr,  # (rows, C)
     part_ptr,  # written: (2, parts, C), float32
@@ -73,7 +74,7 @@ def moments_fwd_kernel(
     store_vector(part_ptr + parts * C, column, m2, WIDTH=C)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def normalize_fwd_kernel(
     x_ptr, residual_ptr,  # (rows, C); residual or None
     weight_ptr, bias_ptr,  # (C,)
@@ -135,7 +136,7 @@ def _load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, column, C: tl.const
     return weight[None, :], bias[None, :], mean[None, :], rstd[None, :]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def sums_bwd_kernel(
     dy_ptr, x_ptr,  # (rows, C), the rows of dy DY_STRIDE values apart
     weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (C,)
@@ -177,7 +178,7 @@ def sums_bwd_kernel(
     store_vector(part_ptr + parts * C, column, tl.sum(dweight * rstd, 0), WIDTH=C)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def input_bwd_kernel(
     dy_ptr, x_ptr,  # (rows, C), the rows of dy DY_STRIDE values apart
     weight_ptr, bias_ptr, mean_ptr, var_ptr,  # (C,)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import activate_backward, inverse_std, load_sums, load_vector, store_vector
+from ..triton_launch import jit_kernel
 from .kernels import (
     NOT_SPECIALIZED,
     STAGES,
@@ -21,7 +22,7 @@ from .kernels import (
 )
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def norm_bwd_kernel(
     dy_ptr, x_ptr,  # (B, out_height, out_width, C), (B, height, width, C)
     weight_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (C, 1, 3, 3), then (C,)
@@ -86,7 +87,7 @@ def norm_bwd_kernel(
         store_vector(part_ptr + parts * C, channel, tl.sum(dweight, 0), WIDTH=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def norm_sums_bwd_kernel(
     part_ptr,  # (2, parts, C), float32
     dweight_ptr, dbias_ptr, means_ptr,  # written: (C,), like the norm's; (2, C), float32, or None
@@ -155,7 +156,7 @@ def _zero_sums(BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def depthwise_bwd_kernel(
     dz_ptr, x_ptr,  # (B, out_height, out_width, C), (B, height, width, C)
     weight_ptr,  # (C, 1, 3, 3)
@@ -214,7 +215,7 @@ def depthwise_bwd_kernel(
     _store_sums(part_ptr, sums, parts, channel, C=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def depthwise_stride_2_bwd_kernel(
     dz_ptr, x_ptr,  # (B, out_height, out_width, C), (B, height, width, C)
     weight_ptr,  # (C, 1, 3, 3)
@@ -279,7 +280,7 @@ def depthwise_stride_2_bwd_kernel(
     _store_sums(part_ptr, sums, parts, channel, C=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def taps_bwd_kernel(
     part_ptr,  # (9, parts, C), float32
     dweight_ptr,  # written: (C, 1, 3, 3), like the weight

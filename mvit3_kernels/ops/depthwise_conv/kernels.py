@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import activate, load_folded_norm, load_moments, merge_moments, store_vector
+from ..triton_launch import jit_kernel
 
 STAGES = tl.constexpr(3)  # rows on their way to shared memory while one is added up
 
@@ -134,7 +135,7 @@ def walk(at, masks, state, taps, y, height, width, STRIDE: tl.constexpr, DILATIO
     return z, state
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def depthwise_fwd_kernel(
     x_ptr,  # (B, height, width, C)
     weight_ptr,  # (C, 1, 3, 3)
@@ -207,7 +208,7 @@ def depthwise_fwd_kernel(
             tl.store(count_ptr + tl.program_id(1), total)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def moments_fwd_kernel(
     part_ptr, count_ptr,  # (2, parts, C) and (parts,), float32
     mean_ptr, var_ptr,  # written: (C,), float32

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from ..triton_common import dropout_kept, dropout_key
+from ..triton_launch import jit_kernel
 
 
-@triton.jit(do_not_specialize=["elements", "blocks", "keep", "keep_scale"])
+@jit_kernel(do_not_specialize=["elements", "blocks", "keep", "keep_scale"])
 def dropout_kernel(
     x_ptr,  # (samples, elements)
     residual_ptr,  # the same, or None

@@ -35,6 +35,7 @@ from ..triton_common import (
     on_device,
     store_tile,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import opaque
 from ..triton_row_gradients import load_folded
 from ..triton_row_kernels import (
@@ -152,7 +153,7 @@ def _finish_rows(
     return head, tail
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _feed_forward_fwd_kernel(
     projected,  # None, or what x is made of first: attended, weight, bias and residual, as of _project_rows
     x_ptr,  # (rows, C), written where it is made first
@@ -240,7 +241,7 @@ def _feed_forward_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _hidden_bwd_kernel(
     dy_ptr, x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr, weight2_ptr,  # (C,), (C,), (F, C), (F,) or None, (C, F)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import dot, folded_rows, load_tile, load_vector, store_vector
+from ..triton_launch import jit_kernel
 from ..triton_row_gradients import store_norm_sums
 from ..triton_row_kernels import load_row_statistics, row_columns
 
@@ -39,7 +40,7 @@ def _store_product(ptr, output, column, width, limit, outputs, tile):
     tl.store(ptr + output[:, None] * width + column[None, :], tile, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_sample", "rows_per_part"])
+@jit_kernel(do_not_specialize=["rows", "rows_per_sample", "rows_per_part"])
 def layer_products_kernel(
     qkv, fc1,  # a, x, mean, rstd, weight, and written product, sums and norm, as of normalised_products_kernel
     out, fc2,  # a, x, and written product and sums
@@ -108,7 +109,7 @@ def layer_products_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts", "qkv_norm_parts", "fc1_norm_parts"])
+@jit_kernel(do_not_specialize=["parts", "qkv_norm_parts", "fc1_norm_parts"])
 def layer_gradient_kernel(
     qkv, fc1,  # product, sums, norm, the norm's weight and bias, and written: their gradients, dweight, dbias or None
     out, fc2,  # product, sums, and written: dweight, dbias or None

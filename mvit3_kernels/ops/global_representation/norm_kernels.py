@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from ..triton_common import load_sums, store_vector
+from ..triton_launch import jit_kernel
 from ..triton_row_kernels import (
     NOT_SPECIALIZED,
     load_row_statistics,
@@ -18,7 +18,7 @@ from ..triton_row_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def norm_fwd_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr,  # (rows, C), (C,), (C,)
     y_ptr, mean_ptr, rstd_ptr,  # written: (rows, C), like x; (rows,), float32
@@ -37,7 +37,7 @@ def norm_fwd_kernel(
     store_rows(y_ptr + start * C, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def sample_norm_fwd_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr,  # (rows, C), (C,), (C,), (samples,), (samples,)
     y_ptr,  # written: (rows, C), like x
@@ -56,7 +56,7 @@ def sample_norm_fwd_kernel(
     store_rows(y_ptr + start * C, lane, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def norm_bwd_kernel(
     dy_ptr, x_ptr, norm_weight_ptr, mean_ptr, rstd_ptr,  # (rows, C), (rows, C), (C,), (rows,), (rows,)
     dx_ptr, part_ptr,  # written: (rows, C), like x; (parts, 2, C), float32
@@ -100,7 +100,7 @@ def norm_bwd_kernel(
     store_vector(part_ptr + C, tail_column, tl.sum(tail_sums, 0), WIDTH=C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def norm_gradient_kernel(
     part_ptr,  # (parts, 2, C), float32, of norm_bwd_kernel
     dweight_ptr, dbias_ptr,  # written: (C,), like the parameters

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ..separable_attention.kernels import LOWEST
 from ..triton_common import RELU, SILU, activate, at_least_zero, inverse_std, merge_moments
+from ..triton_launch import jit_kernel
 from ..triton_row_kernels import (
     add_columns_product,
     load_row_vector,
@@ -110,7 +111,7 @@ def _add_up(
         _store_moments(moments_ptr, head, tail, valid, C=C, HEAD=HEAD, TAIL=TAIL, DTYPE=y_ptr.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def enter_fwd_kernel(
     x_ptr,  # (B, H, W, C)
     t_ptr, moments_ptr, counter_ptr,  # written: (rows, C); (2, programs); (programs,), int32, zeros
@@ -168,7 +169,7 @@ def _pooled(
     return head_sum[None, :] * scale * head_norm + head_bias, tail_sum[None, :] * scale * tail_norm + tail_bias
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def attend_fwd_kernel(
     t_ptr, moments_ptr,  # (rows, C); of its blocks
     norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,  # (C,), (C,), (1 + 2 C, C), (1 + 2 C,) or None
@@ -222,7 +223,7 @@ def attend_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def feed_fwd_kernel(
     t_ptr, moments_ptr,  # (rows, C); of its blocks
     norm_weight_ptr, norm_bias_ptr, weight1_ptr, bias1_ptr,  # (C,), (C,), (F, C), (F,) or None
@@ -256,7 +257,7 @@ def feed_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def leave_fwd_kernel(
     t_ptr, moments_ptr,  # (rows, C); of its blocks
     norm_weight_ptr, norm_bias_ptr,  # of the final norm, (C,), or None

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import load_sums, load_tile, load_vector, store_tile, store_vector
+from ..triton_launch import jit_kernel
 from ..triton_row_gradients import norm_linear_gradient_kernel, second_gradient_kernel, store_outputs_gradient
 
 
@@ -33,7 +34,7 @@ def _pack_weight(
         store_vector(folded_ptr + OUT, output, shift, WIDTH=OUT)
 
 
-@triton.jit
+@jit_kernel
 def pack_kernel(
     qkv_ptr, out_ptr, weight1_ptr, weight2_ptr,  # (1 + 2 C, C), (C, C), (F, C), (C, F)
     norm1, norm2,  # weight and bias of each norm, (C,)
@@ -67,7 +68,7 @@ def pack_kernel(
 _PARTS = ["value_parts", "value_norm_parts", "key_parts", "context_parts", "fc1_parts", "fc1_norm_parts", "out_parts"]
 
 
-@triton.jit(do_not_specialize=[*_PARTS, "fc2_parts"])
+@jit_kernel(do_not_specialize=[*_PARTS, "fc2_parts"])
 def separable_gradient_kernel(
     value, key,  # (parts, C + 1, C), (parts, C + 1), (parts, 2, C); (parts, C, LANES), (parts, C), (parts, 2, C)
     norm, qkv,  # weight, bias and their gradients, written; weight and the gradients of weight and bias (None)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import SILU, activate, dot, load_tile, load_vector, pixel_of_token, store_tile
+from ..triton_launch import jit_kernel
 from ..triton_row_kernels import (
     add_columns_product,
     load_row_vector,
@@ -84,7 +85,7 @@ def _norm(
     )
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def qkv_fwd_kernel(
     t_ptr,  # (B, H, W, C) in the first layer, else (rows, C)
     part_ptr, part_bias_ptr,  # of the layer before: (PARTS, rows, C), float32, and (C,) or None; None in the first one
@@ -133,7 +134,7 @@ def _attend(
     return (out / tl.sum(weights, 1)[:, None]).to(q.dtype)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def layer_fwd_kernel(
     t_ptr, qkv_ptr,  # (rows, C), (rows, 3 C)
     out_ptr, out_bias_ptr,  # (C, C), (C,) or None

@@ -285,8 +285,11 @@ def _unpack(packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The weights as products read them."""
     if not packed.numel():
         return weights
-    rounded = packed.split(packed_sizes(packed, weights))
-    return tuple(t[: weight.numel()].view(weight.shape) for t, weight in zip(rounded, weights, strict=True))
+    rounded, first = [], packed.storage_offset()
+    for weight, size in zip(weights, packed_sizes(packed, weights), strict=True):
+        rounded.append(packed.as_strided(weight.shape, weight.stride(), first))  # one call of PyTorch for each
+        first += size
+    return tuple(rounded)
 
 
 def _weights(call: Call, packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

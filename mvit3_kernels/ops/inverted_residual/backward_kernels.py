@@ -22,6 +22,7 @@ from ..triton_common import (
     store_vector,
     sum_of_pairs,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import silu_of_half_and_gradient
 from .kernels import (
     NOT_SPECIALIZED,
@@ -87,7 +88,7 @@ def _store_norm_sums(part_ptr, column, total, weighted, E: tl.constexpr, OUT: tl
     store_vector(part_ptr + (OUT + 1) * E, column, sum_of_pairs(weighted), WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_bwd_kernel(
     dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
     weight_ptr,  # (OUT, E)
@@ -127,7 +128,7 @@ def project_bwd_kernel(
     _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_sums_bwd_kernel(
     dp_ptr, z_ptr, weight_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, rows, rows_per_part, eps,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
@@ -151,7 +152,7 @@ def project_sums_bwd_kernel(
     _store_norm_sums(part_ptr, column, total, weighted, E=E, OUT=OUT)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_product_bwd_kernel(
     dp_ptr, z_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, part_ptr, rows, rows_per_part, eps,
     ACT: tl.constexpr, E: tl.constexpr, OUT: tl.constexpr,
@@ -175,7 +176,7 @@ def project_product_bwd_kernel(
     store_tile(part_ptr, output, output < OUT, column, product, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_gradient_kernel(
     part_ptr,  # (parts, OUT + 2, E), float32, of project_bwd_kernel
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # of the middle norm, (E,)
@@ -230,7 +231,7 @@ def project_gradient_kernel(
         store_vector(scaled_ptr, at, weight * scale, WIDTH=E * C)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def filtered_bwd_kernel(
     dp_ptr, z_ptr,  # (rows, OUT), (rows, E)
     weight_ptr, coefficients_ptr,  # (OUT, E); (4, E), float32, of project_gradient_kernel
@@ -257,7 +258,7 @@ def filtered_bwd_kernel(
     store_tile(dz_ptr + start * E, lane, valid, column, scale * grad + offset + slope * z, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expanded_bwd_kernel(
     x_ptr,  # (rows, C)
     weight_ptr,  # W, (E, C), like x
@@ -292,7 +293,7 @@ def expanded_bwd_kernel(
         store_tile(da_ptr + start * E, lane, valid, column, grad, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def products_bwd_kernel(
     grad_ptr, x_ptr, mean_ptr,  # G (rows, E), x (rows, C); the mean of x (C,), float32, or None
     part_ptr,  # written: (parts, E * C + E), float32
@@ -329,7 +330,7 @@ def products_bwd_kernel(
         store_vector(part_ptr + E * C, column, tl.sum(total, 1) / 16, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expand_bwd_kernel(
     da_ptr, x_ptr, mean_ptr,  # (rows, E), (rows, C), the mean of x (C,), float32
     weight_ptr,  # W, (E, C)
@@ -372,7 +373,7 @@ def expand_bwd_kernel(
     store_vector(part_ptr + E * C, column, total, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expand_gradient_kernel(
     x_ptr,  # only its dtype is used
     product_ptr, sums_ptr,  # (E, C) and (E,), float32: N or, not CENTRED, G^T x; g = sum G

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import dot, load_tile, load_vector, row_range, store_tile, store_vector
+from ..triton_launch import jit_kernel
 from .kernels import NOT_SPECIALIZED, exact_product, load_rounded, load_rounded_weight, shares
 
 
@@ -39,7 +40,7 @@ def _correction(
     return matrix * largest, shift
 
 
-@triton.jit
+@jit_kernel
 def correction_bwd_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, correction_ptr,  # W, (E, C); k and s, (2, E), float32, of expand_gradient_kernel
@@ -85,7 +86,7 @@ def _load_correction(matrix_ptr, x_ptr, inner, column, C: tl.constexpr):
     return _multiplied_correction(matrix, DTYPE=x_ptr.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def correct_bwd_kernel(
     x_ptr, residual_ptr,  # (rows, C); (rows, C) or None
     mean_ptr,  # of x (C,), float32

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import activate, dot, load_folded_norm, load_tile, store_tile
+from ..triton_launch import jit_kernel
 
 _NOT_SPECIALIZED = ["pixels", "height", "width", "out_height", "out_width", "depthwise_eps", "project_eps"]
 
@@ -34,7 +35,7 @@ def _filter(
     return z
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def filter_project_kernel(
     e_ptr, taps_ptr, project_ptr,  # (B, H, W, E), the activated expansion; (E, 9), (OUT, E)
     weight1_ptr, bias1_ptr, mean1_ptr, var1_ptr,  # (E,), of the norm behind the depth-wise convolution

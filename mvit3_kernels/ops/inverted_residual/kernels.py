@@ -24,6 +24,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import add_rounded, rounded, silu_of_half
 
 NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
@@ -104,7 +105,7 @@ def add_up(part_ptr, parts, column, valid, N: tl.constexpr, FEW: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def add_parts_kernel(
     part_ptr,  # (parts, N), float32
     total_ptr,  # written: (N,), float32
@@ -150,7 +151,7 @@ def _moments_step(
     return dot(tl.trans(x), other, product), total
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def moments_fwd_kernel(
     x_ptr,  # (rows, C)
     pivot_ptr, part_ptr,  # written: (C,) and (parts, C + 1, C), float32
@@ -217,7 +218,7 @@ def exact_product(weight, s, sums, DTYPE: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def expanded_moments_kernel(
     x_ptr,  # only its dtype is used
     weight_ptr, norm_weight_ptr, norm_bias_ptr,  # W, (E, C); of the first norm, (E,)
@@ -265,7 +266,7 @@ def expanded_moments_kernel(
     store_vector(folded_ptr + E, output, load_vector(norm_bias_ptr, output, WIDTH=E) - mean * scale, WIDTH=E)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def prepare_project_kernel(
     norm_weight_ptr, norm_bias_ptr,  # of the middle norm, (E,)
     part_ptr, count_ptr,  # moments of parts of z, (2, parts, E) and (parts,), float32
@@ -349,7 +350,7 @@ def _project_tile(
     return p - pivot[:, None]
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def project_fwd_kernel(
     z_ptr,  # (rows, E)
     folded_ptr, pivot_ptr, weight_ptr,  # (2, E), (OUT,), (OUT, E) of prepare_project_kernel

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import tuning
 from ..registry import Call
 from ..triton_common import OLD_TRITON, contiguous, load_vector, on_device, store_tile
+from ..triton_launch import jit_kernel
 from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_normalise_rows, multiply_rows
 from ..triton_rows import Rows
 from ..types import LayerNorm, Linear
@@ -65,7 +66,7 @@ def bytes_moved(x: Tensor, outputs: int, per_sample: bool) -> tuple[int, int]:
     return size * (2 if per_sample else 1) + size_of_y, size * (6 if per_sample else 3) + 2 * size_of_y
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def _norm_linear_fwd_kernel(
     x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,  # (C,), (C,), (OUT, C), (OUT,) or None

@@ -38,6 +38,7 @@ from ..triton_common import (
     pixel_of_token,
     token_step,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import opaque
 
 LOG2E = 1 / math.log(2)
@@ -170,7 +171,7 @@ def _attend(
     return new_maximum, total, dot(probabilities.to(v.dtype), v, sums * shrink[:, None])
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_fwd_kernel(
     qkv_ptr, seed_ptr,  # (B, H, W, 3 HEADS DIM); one int64, or None without dropout
     out_ptr, lse_ptr,  # written: (B, H, W, HEADS DIM), like qkv; (B, positions, HEADS, tokens), float32, or None
@@ -237,7 +238,7 @@ def _product_of_out(dout, out):
     return tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _delta_bwd_kernel(
     dout_ptr, out_ptr,  # (B, H, W, HEADS DIM)
     delta_ptr,  # written: (B, positions, HEADS, tokens), float32
@@ -318,7 +319,7 @@ def _write_query_gradient(
     _store(dqkv_ptr, my_pixel, valid, channel, dq, STRIDE=3 * CHANNELS, DIM=DIM, BLOCK_D=BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def _attention_bwd_kernel(
     dout_ptr, qkv_ptr, out_ptr,  # like out and qkv
     lse_ptr, delta_ptr,  # (B, positions, HEADS, tokens), float32; WHOLE writes delta, others with dropout have none

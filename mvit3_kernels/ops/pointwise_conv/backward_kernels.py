@@ -14,6 +14,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import add_rounded
 
 # Values of the parts that a program loads at once: of 8 warps 64 registers of a thread.
@@ -82,7 +83,7 @@ def _store_product(
         store_tile(dx_ptr, lane, valid, column, sums, WIDTH=C)
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "rows_per_program", "eps"])
+@jit_kernel(do_not_specialize=["rows", "parts", "rows_per_program", "eps"])
 def inputs_bwd_kernel(
     dy_ptr, more_ptr, p_ptr,  # (rows, OUT), the rows of dy DY_STRIDE values apart; more or p is None
     norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,  # (OUT,); None without p, as all else of the norm

@@ -16,6 +16,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 from ..triton_math import rounded
 
 _NOT_SPECIALIZED = ["rows", "parts", "rows_per_part", "eps"]
@@ -73,7 +74,7 @@ def _store_moments(pivot_ptr, m2_ptr, total, squares, length, output, OUT: tl.co
     store_vector(m2_ptr, output, m2, WIDTH=OUT)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def pointwise_fwd_kernel(
     a_ptr, b_ptr, residual_ptr,  # (rows, CA); (rows, CB) or None; (rows, OUT) or None
     weight_ptr, bias_ptr,  # (OUT, CA + CB); (OUT,) or None
@@ -167,7 +168,7 @@ def _add_products(sums, x, weight):
     return sums
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def pointwise_held_fwd_kernel(
     a_ptr, b_ptr, residual_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr,
     p_ptr, y_ptr, part_ptr, rows, parts, rows_per_part, eps,

@@ -17,6 +17,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 from ..triton_row_gradients import (
     add_up_outputs,
     load_folded,
@@ -40,7 +41,7 @@ from ..triton_row_kernels import (
 from .kernels import NOT_SPECIALIZED, load_of_groups, tokens_of_block
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def values_bwd_kernel(
     dy_ptr, x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,  # (C,), (C,), (1 + 2 C, C), (1 + 2 C,) or None
@@ -122,7 +123,7 @@ def values_bwd_kernel(
         tl.store(known_ptr + samples.to(tl.int64) * sums_parts, tl.sum(product, 0))
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def context_bwd_kernel(
     part_ptr, context_ptr, scores_ptr,  # (splits, groups, C), (groups, LANES), (groups, tokens); float32
     qkv_weight_ptr, qkv_bias_ptr,  # (1 + 2 C, C), (1 + 2 C,) or None
@@ -255,7 +256,7 @@ def _add_pooled(dx_ptr, score_weight_ptr, at, valid, column, weight, dscore, poo
     return (grad + weight[:, None] * pooled + dscore[:, None] * score_weight) * scale
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def input_bwd_kernel(
     dvalues_ptr, x_ptr, residual_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr,  # (C,), (C,), (1 + 2 C, C)
@@ -345,7 +346,7 @@ def input_bwd_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def parameters_bwd_kernel(
     value_ptr, value_sums_ptr,  # (parts, C + 1, C) and (parts, C + 1), float32: of the values, then of the score
     key_ptr, key_sums_ptr,  # (key_parts, C, LANES) and (context_parts, C), float32

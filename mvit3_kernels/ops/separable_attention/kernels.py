@@ -30,6 +30,7 @@ from ..triton_common import (
     store_tile,
     store_vector,
 )
+from ..triton_launch import jit_kernel
 from ..triton_row_kernels import (
     add_columns_product,
     drop_rows,
@@ -71,7 +72,7 @@ def _load_score_weights(
     return head[None, :], tail[None, :], bias
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def pool_fwd_kernel(
     x_ptr,  # (B, H, W, C)
     norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,  # (C,), (C,), (1 + 2 C, C), (1 + 2 C,) or None
@@ -186,7 +187,7 @@ def _measure_tokens(
     return mean[:, None], rstd[:, None]
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def context_fwd_kernel(
     softmax_ptr, part_ptr,  # (3 or 5, splits, groups) and (1 or 2, splits, groups, C), float32, of pool_fwd_kernel
     norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,  # (C,), (C,), (1 + 2 C, C), (1 + 2 C,) or None
@@ -295,7 +296,7 @@ def load_of_groups(ptr, position, valid, column, WIDTH: tl.constexpr, STRIDE: tl
     return tile
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=NOT_SPECIALIZED)
 def attend_fwd_kernel(
     x_ptr,  # (rows, C)
     norm_weight_ptr, norm_bias_ptr, qkv_weight_ptr, qkv_bias_ptr,  # (C,), (C,), (1 + 2 C, C), (1 + 2 C,) or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_launch import jit_kernel
 from ..triton_upsampling import (
     LARGEST,
     NOT_SPECIALIZED,
@@ -27,7 +28,7 @@ def _not_finite(tiles, BLOCKS: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "groups"])
+@jit_kernel(do_not_specialize=[*NOT_SPECIALIZED, "groups"])
 def argmax_kernel(
     logits_ptr, target_ptr, best_ptr, labels_ptr, confusion_ptr,
     inputs_y, outputs_y, step_y, offset_y, whole_y, inputs_x, outputs_x, step_x, offset_x, whole_x, splits, blocks,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_launch import jit_kernel
 from ..triton_upsampling import (
     NOT_SPECIALIZED,
     classes_of_block,
@@ -138,7 +139,7 @@ def _store_parts(
         part_ptr += 2 * C
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def loss_fwd_kernel(
     logits_ptr, target_ptr, weight_ptr, most_ptr, total_ptr, sums_ptr, part_ptr,
     inputs_y, outputs_y, step_y, offset_y, whole_y, inputs_x, outputs_x, step_x, offset_x, whole_x, splits, blocks,
@@ -224,7 +225,7 @@ def loss_fwd_kernel(
         _store_parts(part_ptr, d_upper, d_lower, block, columns, group, C, BLOCKS, COLUMNS, DEPTH, LANES)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def statistics_fwd_kernel(
     logits_ptr, target_ptr, weight_ptr, most_ptr, total_ptr, at_label_ptr, sums_ptr,
     inputs_y, outputs_y, step_y, offset_y, whole_y, inputs_x, outputs_x, step_x, offset_x, whole_x, splits, blocks,
@@ -301,7 +302,7 @@ def _add_parts(
     return sums
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def gradient_fwd_kernel(
     part_ptr, gradient_ptr,
     inputs_y, outputs_y, step_y, offset_y, whole_y, inputs_x, outputs_x, step_x, offset_x, whole_x, splits, blocks,
@@ -329,7 +330,7 @@ def gradient_fwd_kernel(
     tl.store(gradient_ptr + pixel * C + c, sums, mask=c < C)
 
 
-@triton.jit
+@jit_kernel
 def finish_fwd_kernel(sums_ptr, loss_ptr, total_ptr, right_ptr):
     """Loss, the weight that it is the mean of, and whether all labels were right, from sums (3,) in float64. Where no
     pixel counts the loss is NaN, as PyTorch's, and the gradient 0."""
@@ -341,7 +342,7 @@ def finish_fwd_kernel(sums_ptr, loss_ptr, total_ptr, right_ptr):
     tl.store(right_ptr, wrong == 0)
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit_kernel(do_not_specialize=["count"])
 def scale_bwd_kernel(dloss_ptr, total_ptr, gradient_ptr, dlogits_ptr, count, BLOCK: tl.constexpr):
     """dlogits = gradient * dloss / total, element by element."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
