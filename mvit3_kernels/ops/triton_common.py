@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import random
+from .sizes import cdiv
 from .triton_math import silu, silu_and_gradient
 from .types import ACTIVATIONS
 
@@ -408,5 +409,5 @@ def split_rows(rows: int, programs: int, block: int) -> tuple[int, int]:
 
     The rows of a program need not be a multiple of the block: masked lanes cost no traffic, an uneven split costs time.
     """
-    per_program = max(triton.cdiv(rows, max(programs, 1)), block)
-    return triton.cdiv(rows, per_program), per_program
+    per_program = max(cdiv(rows, max(programs, 1)), block)
+    return cdiv(rows, per_program), per_program

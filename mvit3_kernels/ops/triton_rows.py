@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import triton_row_gradients as gradients
 from . import triton_row_kernels as kernels
 from . import tuning
-from .sizes import MOST_FEW_ROWS, most_sample_parts
+from .sizes import MOST_FEW_ROWS, cdiv, most_sample_parts, next_power_of_2
 from .triton_common import (
     OLD_TRITON,
     contiguous,
@@ -30,8 +29,8 @@ MOST_FEW_INTERPRETED = 32
 
 def two_tiles(channels: int, even: bool) -> tuple[int, int]:
     """Widths of the two tiles of a row, at least 16 each, which a product needs; `even`: both alike."""
-    head = max(triton.next_power_of_2(channels) // 2, 16)
-    return head, head if even else max(triton.next_power_of_2(max(channels - head, 1)), 16)
+    head = max(next_power_of_2(channels) // 2, 16)
+    return head, head if even else max(next_power_of_2(max(channels - head, 1)), 16)
 
 
 def products_configurations(rows: Rows, outputs: int, more: str) -> list[dict[str, int]]:
@@ -147,13 +146,13 @@ class Rows(NamedTuple):
     def shares(self, blocks: int, pieces: int) -> int:
         """How many of the `pieces` of a block of rows a program takes: where rows alone do not fill the GPU, programs
         share a block."""
-        return triton.cdiv(pieces, min(pieces, max(1, multiprocessors(self.x) // blocks)))
+        return cdiv(pieces, min(pieces, max(1, multiprocessors(self.x) // blocks)))
 
     def tall(self, block: int) -> bool:
         """Whether a forward pass has blocks of so many rows for three quarters of the multiprocessors. A block of 16
         warps fills one and asks the cache for a weight half as often as two of 8 warps and half as many rows."""
         whole = self.from_shared_memory and self.x.dtype is not torch.float32 and self.width() <= 256
-        return whole and not self.few() and 4 * triton.cdiv(self.rows, block) >= 3 * multiprocessors(self.x)
+        return whole and not self.few() and 4 * cdiv(self.rows, block) >= 3 * multiprocessors(self.x)
 
     def weights(self, *weights: Tensor) -> tuple[Tensor, ...]:
         """Of a forward pass, as its kernel reads them."""
@@ -193,7 +192,7 @@ class Rows(NamedTuple):
 
     def programs_of_samples(self, block: int) -> int:
         """Of `block` rows of one sample."""
-        return self.samples() * triton.cdiv(self.rows_per_sample, block)
+        return self.samples() * cdiv(self.rows_per_sample, block)
 
     def moments(self) -> Tensor:
         """Room for the moments of parts of each sample, as many as there may be."""
@@ -235,7 +234,7 @@ class Rows(NamedTuple):
             return dx
         config = input_configuration(self, weight.shape[0], known is not None)
         sums = self.float32(2, self.rows) if norm.per_sample and known is None else None
-        programs, parts = triton.cdiv(self.rows, config["BLOCK_M"]), 0
+        programs, parts = cdiv(self.rows, config["BLOCK_M"]), 0
         if known is not None:
             config = self.within_samples(config)
             programs, parts = self.programs_of_samples(config["BLOCK_M"]), known.shape[2]
@@ -253,7 +252,7 @@ class Rows(NamedTuple):
     ) -> None:
         """What store_norm_gradient leaves to do where the norm is of samples."""
         # One dimension: a grid has 2^31 programs in its first, but 65,535 in the second.
-        programs = self.rows // self.rows_per_sample * triton.cdiv(self.rows_per_sample, 32)
+        programs = self.rows // self.rows_per_sample * cdiv(self.rows_per_sample, 32)
         gradients.sample_gradient_kernel[(programs,)](
             self.x, residual, mean, rstd, sums, dx, self.rows, self.rows_per_sample,
             **self.tiles, BLOCK_M=32, num_warps=8,
@@ -299,7 +298,7 @@ class Rows(NamedTuple):
     def _products(self, a: Tensor, more: str) -> tuple[tuple[int, int], int, dict[str, int]]:
         """Grid (blocks of columns of a, parts), rows of a part and configuration of the products that sum over rows."""
         config = products_configuration(self, a.shape[-1], more)
-        blocks = triton.cdiv(a.shape[-1], config["BLOCK_N"])
+        blocks = cdiv(a.shape[-1], config["BLOCK_N"])
         parts, rows_per_part = split_rows(self.rows, 2 * multiprocessors(self.x) // blocks, config["BLOCK_M"])
         return (blocks, parts), rows_per_part, config
 
@@ -318,7 +317,7 @@ class Rows(NamedTuple):
         dx, parts = self.norm_linear_parts(dy, norm, linear, mean, rstd, residual, rounded)
         outputs = linear.weight.shape[0]
         with on_device(self.x):
-            gradients.norm_linear_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 16))](
+            gradients.norm_linear_gradient_kernel[(cdiv(self.channels, 32), cdiv(outputs, 16))](
                 *parts.tensors, *parts.counts, OUT=outputs, C=self.channels, BLOCK_C=32, BLOCK_O=16, num_warps=4
             )
         return dx, *parts.gradients(dx)
@@ -350,7 +349,7 @@ class Rows(NamedTuple):
         """The gradients of weight and bias (empty without one) of dropout(linear(hidden)), `hidden` being (rows, F)."""
         parts, outputs = self.second_weight_parts(dy, hidden, linear, dropout, seed), hidden.shape[1]
         with on_device(self.x):
-            gradients.second_gradient_kernel[(triton.cdiv(self.channels, 32), triton.cdiv(outputs, 32))](
+            gradients.second_gradient_kernel[(cdiv(self.channels, 32), cdiv(outputs, 32))](
                 *parts.tensors, *parts.counts, F=outputs, C=self.channels, BLOCK_C=32, BLOCK_F=32, num_warps=4
             )
         return parts.gradients(dy)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .sizes import cdiv, next_power_of_2
 from .triton_common import multiprocessors
 
 # Whose compiler divides the first of several axes that are alike to it among threads, where later ones take the last.
@@ -69,7 +70,7 @@ def configurations(classes: int) -> list[tuning.Configuration]:
     twice as many warps fit."""
     chosen = []
     for depth in (4, 2):
-        lanes = triton.next_power_of_2(triton.cdiv(classes, depth * MOST_BLOCKS))
+        lanes = next_power_of_2(cdiv(classes, depth * MOST_BLOCKS))
         if lanes > MOST_LANES:  # many, in groups: programs of 4 warps, which the assembler gives all their registers
             lanes = MOST_LANES // 2
         columns = max(32 // lanes, 16)
@@ -86,11 +87,11 @@ class Upsampling:
         self.config = tuning.choose(kernel, logits, (self.classes,), lambda: configurations(self.classes))
         block = self.config["DEPTH"] * self.config["LANES"]
         self.many = self.classes > block * MOST_BLOCKS  # classes than a program holds
-        self.class_blocks = MOST_BLOCKS - 1 if self.many else triton.cdiv(self.classes, block)
-        self.groups = triton.cdiv(self.classes, block * self.class_blocks)
-        self.blocks = triton.cdiv(self.columns.outputs, self.config["COLUMNS"])
-        wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(logits), max(self.batch * height * self.blocks, 1))
-        self.splits = min(wanted, triton.cdiv(self.rows.most_outputs, MIN_ROWS))
+        self.class_blocks = MOST_BLOCKS - 1 if self.many else cdiv(self.classes, block)
+        self.groups = cdiv(self.classes, block * self.class_blocks)
+        self.blocks = cdiv(self.columns.outputs, self.config["COLUMNS"])
+        wanted = cdiv(PROGRAMS_PER_SM * multiprocessors(logits), max(self.batch * height * self.blocks, 1))
+        self.splits = min(wanted, cdiv(self.rows.most_outputs, MIN_ROWS))
         self.programs = self.batch * height * self.splits * self.blocks
 
     @property

@@ -18,11 +18,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import tuning
 from ..registry import Call, batch_norm
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import contiguous, most_parts, multiprocessors, on_device, rows_at_one_distance, split_rows
 from ..types import BatchNorm
 from . import kernels
@@ -43,7 +43,7 @@ FREE_PROGRAMS_PER_SM = 8
 
 def configurations(channels: int, itemsize: int, tensors: int, sums: bool = False) -> list[dict[str, int | bool]]:
     """Tiles of a kernel that loads `tensors` maps of `channels` channels, half as large where it keeps sums of them."""
-    columns = min(triton.next_power_of_2(channels), BLOCK_C)
+    columns = min(next_power_of_2(channels), BLOCK_C)
     # Rows that do not start on 16 bytes load element by element: a quarter of the tile keeps such a kernel from
     # spilling.
     tile_bytes = TILE_BYTES if channels * itemsize % 16 == 0 else TILE_BYTES // 4
@@ -63,14 +63,14 @@ def configurations(channels: int, itemsize: int, tensors: int, sums: bool = Fals
 
 def few_configuration(channels: int) -> dict[str, int | bool]:
     """Of a map that leaves most of a GPU idle: four values a thread, so that each program ends soon."""
-    columns = min(triton.next_power_of_2(channels), BLOCK_C)
+    columns = min(next_power_of_2(channels), BLOCK_C)
     return {"BLOCK_M": FEW_VALUES // columns, "BLOCK_C": columns, **LAUNCH_OPTIONS}
 
 
 def configuration(kernel: str, x: Tensor, tensors: int) -> dict[str, int | bool]:
     channels, sums = x.shape[-1], kernel in ("moments", "sums")
     few = few_configuration(channels)
-    tiles = triton.cdiv(x.numel() // channels, few["BLOCK_M"]) * triton.cdiv(channels, few["BLOCK_C"])
+    tiles = cdiv(x.numel() // channels, few["BLOCK_M"]) * cdiv(channels, few["BLOCK_C"])
     if tiles <= PROGRAMS_PER_SM * multiprocessors(x):
         return few
     offer = partial(configurations, channels, x.element_size(), tensors, sums)
@@ -109,7 +109,7 @@ def _moments(x: Tensor) -> tuple[Tensor, int, int]:
     """Means and sums of squared deviations of parts of x: (workspace, parts, rows of each)."""
     channels, rows = x.shape[-1], x.numel() // x.shape[-1]
     config = configuration("moments", x, 1)
-    columns = triton.cdiv(channels, config["BLOCK_C"])
+    columns = cdiv(channels, config["BLOCK_C"])
     parts, rows_per_part = split_rows(rows, MOMENTS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
     part = _workspace(x, parts)
     with on_device(x):
@@ -146,7 +146,7 @@ def _launch_normalize(
     """Fills y, and `statistics` where there are partial moments; without them the statistics are read."""
     channels, rows, training = x.shape[-1], x.numel() // x.shape[-1], partials[0] is not None
     config = configuration("normalize", x, 1 if residual is None else 2)
-    columns = triton.cdiv(channels, config["BLOCK_C"])
+    columns = cdiv(channels, config["BLOCK_C"])
     per_sm = PROGRAMS_PER_SM if training else FREE_PROGRAMS_PER_SM
     programs, rows_per_program = split_rows(rows, per_sm * multiprocessors(x) // columns, config["BLOCK_M"])
     residual, weight, bias = contiguous(residual, norm.weight, norm.bias)
@@ -169,7 +169,7 @@ def gradient_sums(dy: Tensor, dy_stride: int, x: Tensor, norm: BatchNorm, act: i
     """Sums for the gradients of weight and bias in parts of the rows: (workspace, parts). The rows of `dy` are
     `dy_stride` values apart; all else is contiguous. Fills `dx` where the norm is not in training."""
     channels, config = x.shape[-1], configuration("sums", x, 2)
-    columns = triton.cdiv(channels, config["BLOCK_C"])
+    columns = cdiv(channels, config["BLOCK_C"])
     rows = x.numel() // channels
     parts, rows_per_part = split_rows(rows, SUMS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
     part = _workspace(x, parts)
@@ -194,7 +194,7 @@ def normalize_backward(dy: Tensor, x: Tensor, norm: BatchNorm, act: int) -> tupl
 
     part, parts = gradient_sums(dy, dy_stride, x, BatchNorm(*parameters, norm.training, norm.eps), act, dx)
     rows, config = x.numel() // channels, configuration("bwd", x, 2)
-    columns = triton.cdiv(channels, config["BLOCK_C"])
+    columns = cdiv(channels, config["BLOCK_C"])
     programs, rows_per_program = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
     if not norm.training:
         programs = 1  # the second launch only adds up

@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import tuning
 from ..batch_norm_act.triton import normalize, normalize_backward
 from ..registry import Call
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import contiguous, multiprocessors, on_device, split_rows
 from ..types import BatchNorm
 from . import backward_kernels, kernels
@@ -56,7 +56,7 @@ def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[st
     tiles = ((32, 16, 4), (64, 8, 4), (64, 16, 8)) if values == 4 else ((64, 16, 4), (32, 32, 4), (64, 8, 2))
     chosen = []
     for width, pixels, warps in tiles:
-        block_c = min(triton.next_power_of_2(channels), width)
+        block_c = min(next_power_of_2(channels), width)
         block_x = min(pixels * (width // block_c), 64)
         config = {
             "BLOCK_X": block_x,
@@ -70,7 +70,7 @@ def configurations(channels: int, itemsize: int, backward: bool) -> list[dict[st
 
 def _few_configuration(channels: int) -> dict[str, int]:
     """Of the forward pass where a map is too small to fill a GPU: two values a thread, so that a program ends soon."""
-    block_c = min(triton.next_power_of_2(channels), 64)
+    block_c = min(next_power_of_2(channels), 64)
     return {"BLOCK_X": min(512 // block_c, 64), "BLOCK_C": block_c, "num_warps": 8}
 
 
@@ -87,9 +87,9 @@ class _Work:
 
     def __init__(self, x: Tensor, width: int, rows: int, dilation: int, config: dict[str, int]):
         channels = x.shape[-1]
-        self.columns, self.depth = x.shape[0] * width, triton.cdiv(rows, dilation)
-        self.units = triton.cdiv(self.columns, config["BLOCK_X"]) * min(dilation, rows) * self.depth
-        blocks = triton.cdiv(channels, config["BLOCK_C"])
+        self.columns, self.depth = x.shape[0] * width, cdiv(rows, dilation)
+        self.units = cdiv(self.columns, config["BLOCK_X"]) * min(dilation, rows) * self.depth
+        blocks = cdiv(channels, config["BLOCK_C"])
         self.few = blocks * self.units < MIN_ROWS * multiprocessors(x)  # rows that are read twice cost no time then
         self.parts, self.units_per_part = split_rows(
             self.units, PROGRAMS_PER_SM * multiprocessors(x) // blocks, 1 if self.few else MIN_ROWS
@@ -138,7 +138,7 @@ def _joined(part: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (C,), from the moments of parts."""
     _, parts, channels = part.shape
     mean, var = (torch.empty(channels, dtype=torch.float32, device=part.device) for _ in range(2))
-    kernels.moments_fwd_kernel[(triton.cdiv(channels, 16),)](
+    kernels.moments_fwd_kernel[(cdiv(channels, 16),)](
         part, count, mean, var, parts, C=channels, BLOCK_C=16, num_warps=4
     )
     return mean, var
@@ -177,7 +177,7 @@ def depthwise_backward(dz: Tensor, x: Tensor, weight: Tensor, stride: int, dilat
             backward_kernels.depthwise_bwd_kernel[work.grid](
                 *arguments, STRIDE=stride, DILATION=dilation, C=channels, **config
             )
-        backward_kernels.taps_bwd_kernel[(triton.cdiv(channels, 16), 9)](
+        backward_kernels.taps_bwd_kernel[(cdiv(channels, 16), 9)](
             part, dweight, work.parts, C=channels, BLOCK_C=16, num_warps=4
         )
     return dx, dweight
@@ -215,7 +215,7 @@ def depthwise_conv_forward_cuda(call: Call) -> tuple[Tensor, Tensor, Tensor, Ten
     x, weight = contiguous(call.x, call.weight)
     height, width = _output_size(x, call.stride)
     # Two blocks a multiprocessor, of at most 64 groups of four channels, and no fewer than four rows of each thread.
-    values, slices = x.shape[0] * height * width * x.shape[-1], triton.cdiv(x.shape[-1], 256)
+    values, slices = x.shape[0] * height * width * x.shape[-1], cdiv(x.shape[-1], 256)
     parts = max(min(2 * multiprocessors(x) // slices, values // 8192), 1)
     z, moments, counts = torch.ops.mvit3.depthwise_conv_filter(x, weight, call.stride, call.dilation, parts)
     if z.numel() == 0:
@@ -258,7 +258,7 @@ def _gradients(call: Call, from_dz: Callable[..., tuple[Tensor, Tensor]]) -> tup
                 ACT=call.act, STRIDE=stride, DILATION=reach, C=channels, **config,
             )  # fmt: skip
             if targets[2] is not None:
-                backward_kernels.norm_sums_bwd_kernel[(triton.cdiv(channels, 16),)](
+                backward_kernels.norm_sums_bwd_kernel[(cdiv(channels, 16),)](
                     part, dnorm_weight, dnorm_bias, means, dy.numel() // channels, work.parts,
                     C=channels, BLOCK_C=16, num_warps=4,
                 )  # fmt: skip

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..registry import Call
+from ..sizes import cdiv
 from ..triton_common import contiguous, dropout_threshold, on_device
 from . import kernels
 
@@ -28,7 +28,7 @@ def drop(x: Tensor, p: float, seed: Tensor | None, residual: Tensor | None, site
     if x.numel() == 0:
         return y
     elements = x[0].numel()
-    blocks = triton.cdiv(elements, BLOCK)
+    blocks = cdiv(elements, BLOCK)
     with on_device(x):
         kernels.dropout_kernel[(x.shape[0] * blocks,)](
             x, residual, seed, y, elements, blocks, dropout_threshold(p), 1 / (1 - p),

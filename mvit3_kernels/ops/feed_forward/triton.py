@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..sizes import most_sample_parts
+from ..sizes import cdiv, most_sample_parts
 from ..triton_common import (
     SILU,
     activate,
@@ -348,7 +348,7 @@ def feed(
     (seeds, dropouts), config = _dropouts(call), _forward_configuration(call, moments is not None)
     if moments is None:
         (mean, rstd), most = rows.statistics(call.eps, call.per_sample), 0
-        measured, parts, programs = None, 0, triton.cdiv(rows.rows, config["BLOCK_M"])
+        measured, parts, programs = None, 0, cdiv(rows.rows, config["BLOCK_M"])
     else:
         (mean, rstd), most = (rows.float32(rows.samples()) for _ in range(2)), moments[0].shape[2]
         (measured, parts), programs = moments, rows.programs_of_samples(config["BLOCK_M"])
@@ -374,7 +374,7 @@ def _forward_configuration(call: Call, of_samples: bool) -> dict[str, int]:
 def parts_of_samples(call: Call) -> int:
     """In how many parts `feed` finds the moments of each sample; 0: in too many, or the norm is of tokens."""
     rows = Rows.of(call.x)
-    parts = triton.cdiv(rows.rows_per_sample, _forward_configuration(call, True)["BLOCK_M"])
+    parts = cdiv(rows.rows_per_sample, _forward_configuration(call, True)["BLOCK_M"])
     return parts if call.per_sample and parts <= most_sample_parts(rows.rows_per_sample) else 0
 
 
@@ -412,10 +412,10 @@ def hidden_backward(
     hidden, dpre = (call.x.new_empty(rows.rows, features) for _ in range(2))
     known = None if folded is None else rows.float32(2, rows.samples(), rows.rows_per_sample)
     if rows.rows:
-        blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(features, config["BLOCK_F"])
+        blocks, pieces = cdiv(rows.rows, config["BLOCK_M"]), cdiv(features, config["BLOCK_F"])
         per_program = rows.shares(blocks, pieces) if known is None else pieces
         with on_device(rows.x):
-            _hidden_bwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
+            _hidden_bwd_kernel[(blocks, cdiv(pieces, per_program))](
                 dy, rows.x, norm_weight, norm_bias, weight1, bias1, weight2, call.mean, call.rstd, folded,
                 *seeds, hidden, dpre, known, rows.rows, rows.rows_per_sample, per_program, *dropouts,
                 PER_SAMPLE=call.per_sample, F=features, **rows.tiles, **config,

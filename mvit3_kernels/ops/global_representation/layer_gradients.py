@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from ..sizes import cdiv
 from ..triton_common import multiprocessors, on_device, split_rows
 from ..triton_rows import Parts, Rows, gradient_like
 from ..types import LayerNorm, Linear
@@ -42,8 +42,8 @@ def parameter_gradients(rows: Rows, maps: tuple[Summed, ...]) -> list[tuple[Tens
     """The gradients of norm weight, norm bias, weight and bias of qkv and fc1, and of weight and bias of out and fc2,
     in two launches."""
     config, channels, features = products_configuration(rows), rows.channels, maps[1].a.shape[-1]
-    pieces = (1, 1, 1, triton.cdiv(features, channels))  # of inputs, as many as C at a time
-    blocks = [triton.cdiv(m.a.shape[-1], config["BLOCK_N"]) for m in maps]
+    pieces = (1, 1, 1, cdiv(features, channels))  # of inputs, as many as C at a time
+    blocks = [cdiv(m.a.shape[-1], config["BLOCK_N"]) for m in maps]
     programs = sum(count * each for count, each in zip(blocks, pieces, strict=True))
     parts, rows_per_part = split_rows(rows.rows, 2 * multiprocessors(rows.x) // programs, config["BLOCK_M"])
     summed, finished = [], []
@@ -64,7 +64,7 @@ def parameter_gradients(rows: Rows, maps: tuple[Summed, ...]) -> list[tuple[Tens
                 *summed, rows.rows, rows.rows_per_sample, rows_per_part,
                 PER_SAMPLE=maps[0].norm.per_sample, F=features, **rows.tiles, **config,
             )  # fmt: skip
-        grid = sum(triton.cdiv(m.a.shape[-1], 16) for m in maps), triton.cdiv(max(channels, features), 32)
+        grid = sum(cdiv(m.a.shape[-1], 16) for m in maps), cdiv(max(channels, features), 32)
         gradient_kernels.layer_gradient_kernel[grid](
             *(p.tensors for p in finished), parts, *(count for p in finished[:2] for count in p.counts),
             C=channels, F=features, BLOCK_C=32, BLOCK_O=16, num_warps=4,

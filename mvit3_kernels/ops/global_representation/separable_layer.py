@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..feed_forward.triton import feed, hidden_backward, parameters, parts_of_samples
 from ..registry import FORMS, Call
 from ..separable_attention.triton import Attention, Maps, Moments, maps_backward
+from ..sizes import cdiv
 from ..triton_common import contiguous, on_device
 from ..triton_rows import Parts, Rows
 from ..types import Linear
@@ -39,7 +39,7 @@ def _pack(call: Call, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, T
     folded = x.new_empty(2 * (outputs + hidden), dtype=torch.float32)
     norms = contiguous(call.norm1_weight, call.norm1_bias, call.norm2_weight, call.norm2_bias)
     with on_device(x):
-        separable_layer_kernels.pack_kernel[(triton.cdiv(max(outputs, hidden), 16), 4)](
+        separable_layer_kernels.pack_kernel[(cdiv(max(outputs, hidden), 16), 4)](
             *weights, norms[:2], norms[2:], packed, folded,
             OUT_AT=places[1], WEIGHT1_AT=places[2], WEIGHT2_AT=places[3],
             C=x.shape[-1], F=hidden, BLOCK_O=16, BLOCK_C=64, num_warps=4,
@@ -137,7 +137,7 @@ def _parameters_backward(
     of_norm = tuple(torch.empty_like(t) for t in norm)
     of_qkv = torch.empty_like(qkv_weight), None if call.qkv_bias is None else torch.empty_like(call.qkv_bias)
     parts = (len(maps.value[0]), len(maps.value[2]), len(maps.key), len(maps.dbias))
-    grid = (triton.cdiv(channels, 32), triton.cdiv(max(channels, hidden), 16), 6)
+    grid = (cdiv(channels, 32), cdiv(max(channels, hidden), 16), 6)
     with on_device(call.x):
         separable_layer_kernels.separable_gradient_kernel[grid](
             maps.value, (maps.key, maps.dbias, maps.norm), (*norm, *of_norm), (qkv_weight, *of_qkv),

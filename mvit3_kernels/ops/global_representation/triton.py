@@ -18,7 +18,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..dropout.triton import drop
@@ -28,6 +27,7 @@ from ..patch_attention.triton import LOG2E, attend, patch_attention_backward, pa
 from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import FORMS, Call
 from ..separable_attention.triton import separable_attention_inference
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import (
     IDENTITY,
     contiguous,
@@ -142,7 +142,7 @@ def _norm_of_samples(x: Tensor, call: Call) -> Tensor:
     rows, y = Rows.of(x), torch.empty_like(x)
     mean, rstd = rows.statistics(call.eps, per_sample=True)
     with on_device(x):
-        norm_kernels.sample_norm_fwd_kernel[(triton.cdiv(rows.rows, 16),)](
+        norm_kernels.sample_norm_fwd_kernel[(cdiv(rows.rows, 16),)](
             rows.x, *contiguous(call.norm_weight, call.norm_bias), mean, rstd, y, rows.rows, rows.rows_per_sample,
             **rows.tiles, BLOCK_M=16, num_warps=4,
         )  # fmt: skip
@@ -165,14 +165,14 @@ def _share(x: Tensor, channels: int, programs: int, step: int, most: int) -> int
     blocks of tokens they fill a GPU once."""
     shares = min(max(multiprocessors(x) // programs, 1), most)
     shares = 1 << (shares.bit_length() - 1)  # few numbers of parts, each of which makes a binary
-    return triton.cdiv(triton.cdiv(channels, step), shares) * step
+    return cdiv(cdiv(channels, step), shares) * step
 
 
 def spread(x: Tensor, tokens: int, groups: int, hidden: int) -> Spread:
     """Small blocks of tokens, and shares of what they are multiplied by until programs fill a GPU once."""
     block = SPREAD_TOKENS
-    blocks, tiles = triton.cdiv(tokens, block), triton.cdiv(tokens * groups, block)
-    keys = max(triton.next_power_of_2(tokens), 16)
+    blocks, tiles = cdiv(tokens, block), cdiv(tokens * groups, block)
+    keys = max(next_power_of_2(tokens), 16)
     outputs = _share(x, 3 * x.shape[-1], tiles, SPREAD_OUTPUTS, 16)
     return Spread(block, blocks, keys, outputs, _share(x, hidden, groups * blocks, SPREAD_HIDDEN, MOST_SHARES))
 
@@ -194,21 +194,21 @@ def global_representation_spread_inference(call: Call) -> Tensor:
     layers = _layers(call, rounded=True)
     hidden = layers[0].weight1.shape[0]
     plan = spread(x, tokens, groups, hidden)
-    parts = triton.cdiv(hidden, plan.hidden)
+    parts = cdiv(hidden, plan.hidden)
     head, tail = two_tiles(channels, even=False)
     # tiles of more columns than rows, whose products Triton divides among warps by columns
     tiles = {"C": channels, "HEAD": max(head, 32), "TAIL": max(tail, 32)}
-    heads = {"HEADS": call.num_heads, "DIM": dim, "BLOCK_D": max(triton.next_power_of_2(dim), 16)}
+    heads = {"HEADS": call.num_heads, "DIM": dim, "BLOCK_D": max(next_power_of_2(dim), 16)}
     before, between, qkv = (x.new_empty(rows, n * channels) for n in (1, 1, 3))
     part = x.new_empty(parts, rows, channels, dtype=torch.float32)
     programs = groups * plan.blocks
     counter = x.new_empty(programs, dtype=torch.int32)
-    of_qkv = {**patch, **tiles, "PARTS": parts, "PROGRAMS": triton.next_power_of_2(programs)}
+    of_qkv = {**patch, **tiles, "PARTS": parts, "PROGRAMS": next_power_of_2(programs)}
     last, final = (x, None, None), contiguous(call.norm_weight, call.norm_bias)
     with on_device(x):
         for layer in layers:
             norm1, to_qkv, out, norm2, fc1, fc2 = zip(*[iter(layer)] * 2, strict=True)
-            spread_kernels.qkv_fwd_kernel[(triton.cdiv(rows, plan.block), triton.cdiv(3 * channels, plan.outputs))](
+            spread_kernels.qkv_fwd_kernel[(cdiv(rows, plan.block), cdiv(3 * channels, plan.outputs))](
                 *last, *norm1, *to_qkv, before, qkv, counter if layer is layers[0] else None,
                 rows, tokens, pixels, width, programs, call.eps,
                 SHARE=plan.outputs, BLOCK_M=plan.block, BLOCK_N=SPREAD_OUTPUTS, **of_qkv, num_warps=8, num_stages=2,
@@ -231,20 +231,20 @@ def _launch_spread_separable(call: Call, x: Tensor, y: Tensor) -> None:
     groups, tokens = batch * positions, pixels // positions
     rows = batch * pixels
     block = SPREAD_TOKENS if rows <= MOST_SPREAD else 2 * SPREAD_TOKENS
-    blocks = triton.cdiv(tokens, block)
+    blocks = cdiv(tokens, block)
     layers = _layers(call, rounded=True)
     hidden = layers[0].weight1.shape[0]
     programs = groups * blocks
     values = _share(x, channels, programs, SPREAD_VALUES, MOST_SHARES)
     features = _share(x, hidden, programs, SEPARABLE_HIDDEN, MOST_SHARES)
-    attend_shares, feed_shares = triton.cdiv(channels, values), triton.cdiv(hidden, features)
+    attend_shares, feed_shares = cdiv(channels, values), cdiv(hidden, features)
     head, tail = two_tiles(channels, even=False)
     # tiles of more columns than rows, whose products Triton divides among warps by columns
     tiles = {"C": channels, "HEAD": max(head, 32), "TAIL": max(tail, 32), "BLOCK_M": block}
-    of_sample = {"BLOCKS": triton.next_power_of_2(positions * blocks)}
+    of_sample = {"BLOCKS": next_power_of_2(positions * blocks)}
     patch = {"PATCH_H": call.patch_height, "PATCH_W": call.patch_width}
     layer = {**of_sample, "POSITIONS": positions, **tiles, "num_warps": 16, "num_stages": 2}
-    keys = min(max(triton.next_power_of_2(tokens), 16), 64 if channels <= 128 else 32)  # 64 wider rows would spill
+    keys = min(max(next_power_of_2(tokens), 16), 64 if channels <= 128 else 32)  # 64 wider rows would spill
     t, between = (x.new_empty(rows, channels) for _ in range(2))
     moments, new_moments = (x.new_empty(2, programs, dtype=torch.float32) for _ in range(2))
     counter = x.new_empty(programs, dtype=torch.int32)
@@ -385,7 +385,7 @@ def global_representation_norm_forward(call: Call) -> tuple[Tensor, Tensor, Tens
     mean, rstd = (rows.float32(rows.rows) for _ in range(2))
     if rows.rows:
         with on_device(y):
-            norm_kernels.norm_fwd_kernel[(triton.cdiv(rows.rows, 16),)](
+            norm_kernels.norm_fwd_kernel[(cdiv(rows.rows, 16),)](
                 rows.x, *contiguous(call.weight, call.bias), y, mean, rstd, rows.rows, call.eps,
                 **rows.tiles, BLOCK_M=16, num_warps=4,
             )  # fmt: skip
@@ -406,7 +406,7 @@ def global_representation_norm_backward(call: Call) -> tuple[Tensor, Tensor, Ten
             dy, rows.x, weight, mean, rstd, dx, part, rows.rows, rows_per_part,
             **rows.tiles, BLOCK_M=16, num_warps=8,
         )  # fmt: skip
-        norm_kernels.norm_gradient_kernel[(triton.cdiv(channels, 32),)](
+        norm_kernels.norm_gradient_kernel[(cdiv(channels, 32),)](
             part, dweight, dbias, parts, C=channels, BLOCK=32, num_warps=4
         )
     return dx, dweight, dbias

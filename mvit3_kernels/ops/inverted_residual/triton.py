@@ -22,7 +22,6 @@ of its own op.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import tuning
@@ -30,6 +29,7 @@ from ..batch_norm_act.triton import normalize, normalize_backward
 from ..depthwise_conv.triton import depthwise, depthwise_backward
 from ..pointwise_conv.triton import Convolution, convolve
 from ..registry import Call
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import (
     IDENTITY,
     OLD_TRITON,
@@ -55,8 +55,7 @@ def configurations(kernel: str, x: Tensor, columns: int, inner: int) -> list[dic
         rows: int, most_columns: int, most_inner: int, warps: int, stages: int = 2, registers: int | None = None
     ) -> dict[str, int]:
         n, k = (
-            max(16, min(triton.next_power_of_2(width), most))
-            for width, most in ((columns, most_columns), (inner, most_inner))
+            max(16, min(next_power_of_2(width), most)) for width, most in ((columns, most_columns), (inner, most_inner))
         )
         if kernel in ("project", "project_few") and x.dtype is not torch.float32 and multiplies_from_shared_memory(x):
             n = max(n, 64)  # rows of its products
@@ -120,7 +119,7 @@ def configuration(kernel: str, x: Tensor, columns: int, inner: int) -> dict[str,
 def _project_configuration(z: Tensor, outputs: int, expanded: int) -> dict[str, int]:
     """Of a map so small that most of a GPU would be idle, tiles of few rows."""
     config = configuration("project", z, outputs, expanded)
-    programs = triton.cdiv(z.shape[:-1].numel(), config["BLOCK_M"]) * triton.cdiv(outputs, config["BLOCK_N"])
+    programs = cdiv(z.shape[:-1].numel(), config["BLOCK_M"]) * cdiv(outputs, config["BLOCK_N"])
     few = z.dtype is not torch.float32 and multiplies_from_shared_memory(z) and 4 * programs <= multiprocessors(z)
     return configuration("project_few", z, outputs, expanded) if few else config
 
@@ -177,7 +176,7 @@ def _add_parts(part: Tensor) -> Tensor:
     """(parts, N) to (N,)."""
     (parts, count), config = part.shape, _sums(part, *part.shape)
     total = _float32(part, count)
-    kernels.add_parts_kernel[(triton.cdiv(count, config["BLOCK"]),)](part, total, parts, N=count, **config)
+    kernels.add_parts_kernel[(cdiv(count, config["BLOCK"]),)](part, total, parts, N=count, **config)
     return total
 
 
@@ -193,13 +192,13 @@ def _expansion_moments(x: Tensor, weight: Tensor, norm: BatchNorm) -> tuple[Tens
     """Mean and covariance of x, mean and variance of its expansion, and scale and shift of the norm by these."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     config = configuration("moments", x, inputs, inputs)
-    blocks = triton.cdiv(inputs, config["BLOCK_N"]) ** 2
+    blocks = cdiv(inputs, config["BLOCK_N"]) ** 2
     part, rows_per_part = _parts(x, rows, config, blocks, inputs * (inputs + 1))
     pivot, mean, covariance = _float32(x, inputs), _float32(x, inputs), _float32(x, inputs, inputs)
     expanded_mean, expanded_var, folded = _float32(x, expanded), _float32(x, expanded), _float32(x, 2, expanded)
     kernels.moments_fwd_kernel[(blocks * len(part),)](x, pivot, part, rows, rows_per_part, C=inputs, **config)
-    block = 32 if x.dtype is torch.float32 else max(16, min(triton.next_power_of_2(inputs), 64))
-    kernels.expanded_moments_kernel[(triton.cdiv(expanded, 16),)](
+    block = 32 if x.dtype is torch.float32 else max(16, min(next_power_of_2(inputs), 64))
+    kernels.expanded_moments_kernel[(cdiv(expanded, 16),)](
         x, weight, *norm[:2], _add_parts(part), pivot, mean, covariance, expanded_mean, expanded_var, folded,
         rows, norm.eps, C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=block,
         num_warps=4 if block <= 32 else 8 if inputs <= 64 else 16, num_stages=2,
@@ -215,11 +214,11 @@ def _project(
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     p = z.new_empty(*z.shape[:-1], outputs)
     config = _project_configuration(z, outputs, expanded)
-    blocks = triton.cdiv(outputs, config["BLOCK_N"])
+    blocks = cdiv(outputs, config["BLOCK_N"])
     parts, rows_per_part = split_rows(rows, max(2 * multiprocessors(z) // blocks, 1), config["BLOCK_M"])
     part, folded, pivot = _float32(z, 2, parts, outputs), _float32(z, 2, expanded), _float32(z, outputs)
     packed, (mean, var) = z.new_empty(outputs, expanded), (_float32(z, expanded) for _ in range(2))
-    kernels.prepare_project_kernel[(triton.cdiv(expanded, 16) + triton.cdiv(outputs, 16),)](
+    kernels.prepare_project_kernel[(cdiv(expanded, 16) + cdiv(outputs, 16),)](
         *norm[:2], *moments, weight, mean, var, folded, pivot, packed, moments[0].shape[1], norm.eps,
         ACT=act, E=expanded, OUT=outputs, BLOCK_E=128, BLOCK=16, num_warps=4,
     )  # fmt: skip
@@ -233,8 +232,8 @@ def _filter_parts(x: Tensor, expanded: int, stride: int) -> int:
     """Blocks of the fused filter for 64 expanded channels: two a multiprocessor, and none without a tile of 8 x 16 or
     4 x 8 outputs."""
     outputs = x.shape[0] * -(-x.shape[1] // stride) * -(-x.shape[2] // stride)
-    tiles = triton.cdiv(outputs, 128 if stride == 1 else 32)
-    return max(min(2 * multiprocessors(x) // triton.cdiv(expanded, 64), tiles), 1)
+    tiles = cdiv(outputs, 128 if stride == 1 else 32)
+    return max(min(2 * multiprocessors(x) // cdiv(expanded, 64), tiles), 1)
 
 
 def inverted_residual_forward(call: Call) -> tuple[Tensor, ...]:
@@ -267,7 +266,7 @@ def _project_backward(dp: Tensor, z: Tensor, weight: Tensor, rounded: Tensor, no
     expanded). `rounded`: the weight, or what `_rounded` has of it."""
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     config = configuration("project_bwd", z, expanded, outputs)
-    columns, blocks = triton.cdiv(expanded, config["BLOCK_N"]), triton.cdiv(outputs, config["BLOCK_K"])
+    columns, blocks = cdiv(expanded, config["BLOCK_N"]), cdiv(outputs, config["BLOCK_K"])
     part, rows_per_part = _parts(z, rows, config, columns, (outputs + 2) * expanded)
     rest = (*norm[:4], part, rows, rows_per_part, norm.eps)
     flags = {"ACT": act, "E": expanded, "OUT": outputs, **config}
@@ -289,8 +288,8 @@ def _project_gradient(
     gradients = tuple(torch.empty_like(t) for t in (weight, *norm[:2]))
     coefficients, inputs = _float32(z, 4, expanded), expand.shape[1]
     scaled, config = z.new_empty(expanded, inputs) if scales else None, _sums(z, len(part), (outputs + 2) * expanded)
-    programs = sum(triton.cdiv(n, config["BLOCK"]) for n in (expanded, outputs * expanded))
-    programs += triton.cdiv(inputs * expanded, 1024) if scales else 0
+    programs = sum(cdiv(n, config["BLOCK"]) for n in (expanded, outputs * expanded))
+    programs += cdiv(inputs * expanded, 1024) if scales else 0
     backward_kernels.project_gradient_kernel[(programs,)](
         part, *norm[:4], *first[:4], *gradients, coefficients, expand, scaled,
         rows, len(part), norm.eps, first.eps,
@@ -304,7 +303,7 @@ def _filtered_backward(dp: Tensor, z: Tensor, weight: Tensor, coefficients: Tens
     outputs, expanded, rows = weight.shape[0], z.shape[-1], z.shape[:-1].numel()
     dz = torch.empty_like(z)
     config = configuration("filtered_bwd", z, expanded, outputs)
-    grid = (triton.cdiv(rows, config["BLOCK_M"]) * triton.cdiv(expanded, config["BLOCK_N"]),)
+    grid = (cdiv(rows, config["BLOCK_M"]) * cdiv(expanded, config["BLOCK_N"]),)
     backward_kernels.filtered_bwd_kernel[grid](
         dp, z, *multiplied(z, weight), coefficients, dz, rows, ACT=act, E=expanded, OUT=outputs, **config
     )
@@ -331,7 +330,7 @@ def _expand_backward(
         total = _add_parts(part)
         return dx, (total[: expanded * inputs], total[expanded * inputs :], True)
     config = configuration("expanded_bwd", x, expanded, inputs)
-    columns = triton.cdiv(expanded, config["BLOCK_N"])
+    columns = cdiv(expanded, config["BLOCK_N"])
     parts, rows_per_part = _split(x, rows, config, columns)
     (rounded,) = multiplied(x, weight)
     backward_kernels.expanded_bwd_kernel[(parts * columns,)](
@@ -344,7 +343,7 @@ def _products_backward(gradient: Tensor, x: Tensor, scaled: Tensor, mean: Tensor
     """The same from the gradient G of the first norm's output."""
     rows, (expanded, inputs) = x.shape[:-1].numel(), scaled.shape
     config = configuration("products_bwd", x, expanded, inputs)
-    blocks = triton.cdiv(expanded, config["BLOCK_N"]) * triton.cdiv(inputs, config["BLOCK_K"])
+    blocks = cdiv(expanded, config["BLOCK_N"]) * cdiv(inputs, config["BLOCK_K"])
     part, rows_per_part = _parts(x, rows, config, blocks, expanded * (inputs + 1))
     # x - mean rounded to 16 bits is no more exact than x; in float32 x is, by far.
     centred = x.dtype is torch.float32
@@ -364,9 +363,9 @@ def _expand_gradient(
     product, total, centred = sums
     gradients = tuple(torch.empty_like(t) for t in (weight, norm.weight, norm.bias))
     correction = _float32(x, 2, expanded)
-    inner = max(16, min(triton.next_power_of_2(inputs), 128))
+    inner = max(16, min(next_power_of_2(inputs), 128))
     block = 32 if inputs > 128 and x.dtype is not torch.float32 else 16
-    backward_kernels.expand_gradient_kernel[(triton.cdiv(expanded, 16), triton.cdiv(inputs, block))](
+    backward_kernels.expand_gradient_kernel[(cdiv(expanded, 16), cdiv(inputs, block))](
         x, product, total, weight, norm.weight, mean, covariance, norm.running_var, *gradients, correction,
         rows, norm.eps, CENTRED=centred, C=inputs, E=expanded,
         SHARES=inner // 16, BLOCK_E=16, BLOCK_C=block, BLOCK_K=inner, num_warps=inner // 16,
@@ -379,7 +378,7 @@ def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, cor
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     config = configuration("correct_bwd", x, inputs, inputs)
     columns, sizes = (
-        triton.cdiv(inputs, config["BLOCK_N"]),
+        cdiv(inputs, config["BLOCK_N"]),
         {"C": inputs, "E": expanded, "BLOCK_E": 64 if inputs <= 64 else 128},
     )
     matrix = shift = None
@@ -387,7 +386,7 @@ def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, cor
         # K is of the order of 1 / rows, which float16 may not hold.
         dtype = torch.float32 if x.dtype is torch.float16 else x.dtype
         matrix, shift = x.new_empty(inputs, inputs, dtype=dtype), _float32(x, inputs)
-        correction_kernels.correction_bwd_kernel[(triton.cdiv(inputs, 16) ** 2,)](
+        correction_kernels.correction_bwd_kernel[(cdiv(inputs, 16) ** 2,)](
             x, weight, correction, matrix, shift, C=inputs, E=expanded, SHARES=8, BLOCK_E=128, BLOCK_C=16, num_warps=8
         )
     parts, rows_per_part = _split(x, rows, config, columns)
@@ -453,10 +452,10 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
     if pixels == 0:
         return y
     norms = [getattr(call, f"{part}_{name}") for part in _FOLLOWING for name in ("weight", "bias", "mean", "var")]
-    config = {"BLOCK_M": 16, "BLOCK_N": min(max(triton.next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
+    config = {"BLOCK_M": 16, "BLOCK_N": min(max(next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
     if expanded % 128 == 0:  # taps, which a warp loads one by one, for twice as many pixels
         config |= {"BLOCK_M": 32, "BLOCK_K": 128}
-    grid = triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
+    grid = cdiv(pixels, config["BLOCK_M"]), cdiv(outputs, config["BLOCK_N"])
     with on_device(e):
         evaluation_kernels.filter_project_kernel[grid](
             e, *contiguous(call.depthwise, call.project, *norms, call.residual), y,

@@ -12,12 +12,12 @@ rows first; and those of `multiplied`, where the weight has another dtype than x
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
+from ..sizes import cdiv
 from ..triton_common import OLD_TRITON, contiguous, load_vector, on_device, store_tile
 from ..triton_launch import jit_kernel
 from ..triton_row_kernels import NOT_SPECIALIZED, load_weight, measure_and_normalise_rows, multiply_rows
@@ -103,11 +103,11 @@ def norm_linear_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     mean, rstd = rows.statistics(call.eps, call.per_sample)
     if y.numel() > 0:
         config = configuration(rows, outputs)
-        blocks, pieces = triton.cdiv(rows.rows, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
+        blocks, pieces = cdiv(rows.rows, config["BLOCK_M"]), cdiv(outputs, config["BLOCK_N"])
         per_program = rows.shares(blocks, pieces)
         norm_weight, norm_bias, bias = contiguous(call.norm_weight, call.norm_bias, call.bias)
         with on_device(x):
-            _norm_linear_fwd_kernel[(blocks, triton.cdiv(pieces, per_program))](
+            _norm_linear_fwd_kernel[(blocks, cdiv(pieces, per_program))](
                 rows.x, norm_weight, norm_bias, *rows.weights(weight), bias, y, mean, rstd,
                 rows.rows, rows.rows_per_sample, per_program, call.eps,
                 PER_SAMPLE=call.per_sample, OUT=outputs, **rows.tiles, **config,

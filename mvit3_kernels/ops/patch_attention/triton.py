@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import (
     OLD_TRITON,
     contiguous,
@@ -63,7 +64,7 @@ def whole_group(qkv: Tensor, dim: int, tokens: int, dropout: bool) -> int | None
 def configurations(dim: int, whole: int | None, dtype: torch.dtype, backward: bool) -> list[dict[str, int]]:
     """A program's BLOCK of tokens, and the STEP that it walks over the others in. Float32 has no matrix units of its
     own precision: its products are made in registers, so its tiles are small."""
-    columns = max(triton.next_power_of_2(dim), 16)
+    columns = max(next_power_of_2(dim), 16)
     float32 = dtype is torch.float32
     stages: tuple[int, ...] = (2,) if float32 else (2, 1)
     if whole == 16:
@@ -420,7 +421,7 @@ class _Launch:
         tokens = (height // patch_height) * (width // patch_width)
         whole = whole_group(call.qkv, dim, tokens, call.dropout > 0)
         config = configuration(call.qkv, dim, whole, backward)
-        blocks = triton.cdiv(tokens, config["BLOCK"])
+        blocks = cdiv(tokens, config["BLOCK"])
         self.grid = (batch * patch_height * patch_width * heads * blocks,)
         self.seed = call.seed if call.dropout > 0 else None
         keep = (dropout_threshold(call.dropout), 1 / (1 - call.dropout))

@@ -25,13 +25,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import tuning
 from ..batch_norm_act.triton import gradient_sums, normalize, normalize_backward
 from ..dropout.triton import drop
 from ..registry import Call
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import (
     IDENTITY,
     OLD_TRITON,
@@ -81,7 +81,7 @@ def _even(a: Tensor, b: Tensor | None) -> bool:
 def _few_configuration(a: Tensor, b: Tensor | None, outputs: int, rows: int) -> dict[str, int]:
     """Where tiles of any other would leave most of a GPU idle: the larger of two of which there are enough."""
     tile = (16, 32)
-    if 4 * triton.cdiv(rows, 32) * triton.cdiv(outputs, 64) >= 3 * multiprocessors(a):
+    if 4 * cdiv(rows, 32) * cdiv(outputs, 64) >= 3 * multiprocessors(a):
         tile = (32, 64)
     inputs = 64 if _even(a, b) else 32
     return {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "BLOCK_K": inputs, "num_warps": 4, "num_stages": 3}
@@ -94,13 +94,13 @@ def _held_configurations(a: Tensor, channels: tuple[int, int, int], norm: bool, 
     rows, columns = 128, 64
     config = {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
     room = SHARED_MEMORY - 2 * rows * columns - 4 * rows * inputs  # an output on its way to memory takes some, too
-    blocks = triton.cdiv(outputs, columns)
+    blocks = cdiv(outputs, columns)
     tight = channels[0] > 256 if measured else norm and channels[1] > 0 and a.dtype is torch.float16
     fit = 1 if tight else 2 if norm or measured else 3
     most = min(room // (2 * columns * inputs), blocks, fit)
     if most < 1 or channels[0] % 16 or channels[1] % 16:
         return []
-    offered = [config | {"BLOCKS": triton.cdiv(blocks, triton.cdiv(blocks, most))}]
+    offered = [config | {"BLOCKS": cdiv(blocks, cdiv(blocks, most))}]
     if channels[0] in (128, 256) and channels[1] == 0 and outputs >= 256 and not measured:
         # One product of all inputs: a sum of several would keep 16 warps from sharing the outputs.
         wide = {"BLOCK_N": 128, "BLOCK_K": channels[0], "BLOCKS": 1, "num_warps": 16}
@@ -112,18 +112,18 @@ def configuration(a: Tensor, b: Tensor | None, outputs: int, norm: bool, measure
     """With BLOCKS where programs hold their weights and walk down the rows: few rows and float32 are left to the
     others."""
     channels = (a.shape[-1], 0 if b is None else b.shape[-1], outputs)
-    tiles, half = triton.cdiv(a.shape[:-1].numel(), 128), a.dtype is not torch.float32
+    tiles, half = cdiv(a.shape[:-1].numel(), 128), a.dtype is not torch.float32
     if half and multiplies_from_shared_memory(a) and tiles >= 2 * multiprocessors(a):
         held = _held_configurations(a, channels, norm, measured)
         if held:
             purpose = "_moments" if measured else "_norm" if norm else ""
             return tuning.choose(f"pointwise_conv_held{purpose}", a, channels, lambda: held)
-    wide = outputs > 64 and tiles * triton.cdiv(outputs, 128) >= multiprocessors(a)
+    wide = outputs > 64 and tiles * cdiv(outputs, 128) >= multiprocessors(a)
     wide = wide and not (measured and b is not None)  # moments of a sum of two products spill there
     name = f"pointwise_conv_fwd{'_wide' if wide else ''}{'_moments' if measured else ''}"
     config = tuning.choose(name, a, channels, lambda: configurations(a, b, wide))
     rows = a.shape[:-1].numel()
-    programs = triton.cdiv(outputs, config["BLOCK_N"]) * triton.cdiv(rows, config["BLOCK_M"])
+    programs = cdiv(outputs, config["BLOCK_N"]) * cdiv(rows, config["BLOCK_M"])
     few = half and programs <= multiprocessors(a) and few_rows(rows, outputs * sum(channels[:2]))
     return _few_configuration(a, b, outputs, rows) if few else config
 
@@ -177,8 +177,8 @@ def _launch(conv: Convolution, p: Tensor | None, y: Tensor | None) -> tuple[Tens
     held = "BLOCKS" in config
     kernel = kernels.pointwise_held_fwd_kernel if held else kernels.pointwise_fwd_kernel
     (weight,) = contiguous(conv.weight) if config["BLOCK_M"] <= 32 else multiplied(a, conv.weight)  # few rows, float32
-    blocks = triton.cdiv(outputs, config["BLOCK_N"] * config.get("BLOCKS", 1))
-    programs = triton.cdiv(rows, config["BLOCK_M"])
+    blocks = cdiv(outputs, config["BLOCK_N"] * config.get("BLOCKS", 1))
+    programs = cdiv(rows, config["BLOCK_M"])
     if held or measured:
         at_once = 1 if held or config["num_warps"] == 16 else 2
         programs = at_once * multiprocessors(a) // blocks
@@ -317,7 +317,7 @@ def _product_and_inputs_backward(call: Call, config: dict[str, int]) -> tuple[Te
             dy, None, p, *parameters, part, weight, coefficients, dp, da, db, dnorm_weight, dnorm_bias,
             rows, parts, rows_per_program, call.eps,
             ACT=call.act, CA=a.shape[-1], CB=0 if b is None else b.shape[-1], OUT=outputs, DY_STRIDE=dy_stride,
-            WIDTH=triton.next_power_of_2(outputs), **config,
+            WIDTH=next_power_of_2(outputs), **config,
         )  # fmt: skip
     return dp, dnorm_weight, dnorm_bias, da, dp.new_empty(0) if db is None else db
 

@@ -26,12 +26,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import tuning
 from ..registry import Call
-from ..sizes import most_sample_parts
+from ..sizes import cdiv, most_sample_parts, next_power_of_2
 from ..triton_common import contiguous, dropout_threshold, multiplied, multiprocessors, on_device, split_rows
 from ..triton_rows import Rows
 from ..types import Linear
@@ -79,7 +78,7 @@ def configuration(kernel: str, rows: Rows, drops: bool) -> dict[str, int]:
 
 def pool_configuration(rows: Rows) -> dict[str, int]:
     """Of the kernel of the scores: BLOCK_M tokens at a time, whose sums stay apart, in registers, until the end."""
-    block = min(max(4096 // triton.next_power_of_2(rows.width()), 8), 32)
+    block = min(max(4096 // next_power_of_2(rows.width()), 8), 32)
     return {"BLOCK_M": block, "num_warps": 4 if block > 8 else 8, "num_stages": 2}
 
 
@@ -124,23 +123,23 @@ class _Groups(NamedTuple):
 
     def in_blocks(self, block: int) -> _Blocks:
         """Of `block` tokens."""
-        splits, per_block = triton.cdiv(self.tokens, block), max(min(block // max(self.tokens, 1), self.positions), 1)
-        of_sample = triton.cdiv(self.positions, per_block) * splits
+        splits, per_block = cdiv(self.tokens, block), max(min(block // max(self.tokens, 1), self.positions), 1)
+        of_sample = cdiv(self.positions, per_block) * splits
         return _Blocks(self.count // self.positions * of_sample, of_sample, (splits, per_block), per_block == 1)
 
     def blocks(self) -> int:
         """Programs along the groups of the kernels of the contexts."""
-        return triton.cdiv(self.count, GROUPS)
+        return cdiv(self.count, GROUPS)
 
     def context_flags(self, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
         """Grid and flags of a kernel of the contexts, where `columns` are cut into blocks."""
         tiles = {"BLOCK_M": GROUPS, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-        if self.blocks() * triton.cdiv(columns, 32) < multiprocessors(self.rows.x):  # which end sooner in larger steps
-            inner = max(min(triton.next_power_of_2(self.rows.channels), 128), 16)
+        if self.blocks() * cdiv(columns, 32) < multiprocessors(self.rows.x):  # which end sooner in larger steps
+            inner = max(min(next_power_of_2(self.rows.channels), 128), 16)
             tiles |= {"BLOCK_N": 16, "BLOCK_K": inner, "num_warps": 8}
         tiles |= self.rows.unhurried()
         flags = {"LANES": self.lanes, "C": self.rows.channels, **tiles}
-        return (self.blocks(), triton.cdiv(columns, tiles["BLOCK_N"])), flags
+        return (self.blocks(), cdiv(columns, tiles["BLOCK_N"])), flags
 
 
 class _Dropout(NamedTuple):
@@ -283,7 +282,7 @@ def separable_attention_backward(call: Call) -> tuple[Tensor, ...]:
     maps = maps_backward(call, dy, multiplied(rows.x, qkv_weight, out_weight))
     value, key, dbias = maps.value, maps.key, maps.dbias
     with on_device(rows.x):
-        backward_kernels.parameters_bwd_kernel[(triton.cdiv(rows.channels, 16),)](
+        backward_kernels.parameters_bwd_kernel[(cdiv(rows.channels, 16),)](
             *value, key, dbias, norm_weight, norm_bias, qkv_weight, *gradients, len(value[0]), len(key), len(dbias),
             LANES=key.shape[-1], C=rows.channels, BLOCK_C=16, BLOCK_O=64, num_warps=4,
         )  # fmt: skip

@@ -11,10 +11,10 @@ Nothing waits for the GPU. Parts are added up in a fixed order, so the result is
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..registry import Call
+from ..sizes import cdiv, next_power_of_2
 from ..triton_common import contiguous, on_device
 from ..triton_upsampling import Upsampling
 from . import kernels
@@ -53,9 +53,9 @@ def upsample_cross_entropy_forward(call: Call) -> tuple[Tensor, Tensor, Tensor]:
                 up.programs, SMOOTH=smooth, KEEP=call.keep, **up.flags,
             )  # fmt: skip
         if call.keep:
-            block = min(triton.next_power_of_2(up.classes), 256)
+            block = min(next_power_of_2(up.classes), 256)
             pixels = logits.shape[0] * logits.shape[1] * logits.shape[2]
-            kernels.gradient_fwd_kernel[(pixels, triton.cdiv(up.classes, block))](
+            kernels.gradient_fwd_kernel[(pixels, cdiv(up.classes, block))](
                 part, gradient, *up.sizes, up.slots, C=up.classes, COLUMNS=up.config["COLUMNS"], BLOCK_C=block,
                 num_warps=max(block // 64, 1),
             )  # fmt: skip
@@ -69,7 +69,7 @@ def upsample_cross_entropy_backward(call: Call) -> Tensor:
     block = 1024
     if dlogits.numel():
         with on_device(dlogits):
-            kernels.scale_bwd_kernel[(triton.cdiv(dlogits.numel(), block),)](
+            kernels.scale_bwd_kernel[(cdiv(dlogits.numel(), block),)](
                 call.dloss, call.total, call.gradient, dlogits, dlogits.numel(), BLOCK=block, num_warps=4
             )
     return dlogits
