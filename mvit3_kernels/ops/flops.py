@@ -82,6 +82,7 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "inverted_residual": _inverted_residual,
     "inverted_residual_filter": _expand_and_filter,
     "inverted_residual_project": _filter_and_project,
+    "inverted_residual_tile": _inverted_residual,
     "norm_linear": lambda call: _linear(_rows(call.x), call.weight),
     "patch_attention": _patch_attention,
     "pointwise_conv": lambda call: _linear(_rows(call.a), call.weight),

@@ -80,6 +80,23 @@ class TestInvertedResidual(TritonResults):
             assert moments == (None, None, None)
         assert_bound({"y": y}, {"y": reference}, {"y": truth}, half_a_rounding(torch.bfloat16), least=0)
 
+    @pytest.mark.parametrize("options", [{}, {"stride": 2, "act": "relu"}, {"act": "identity"}], ids=str)
+    @pytest.mark.parametrize(("sizes", "most"), [((2, 9, 11, 5, 40, 5), 128), ((2, 9, 7, 33, 130, 40), 8)], ids=str)
+    def test_evaluation_in_one_launch(self, sizes, most, options, monkeypatch):
+        """Tiles of 8x8, 4x8 and 4x4 outputs, some of which reach beyond the map, and whose inputs are read in several
+        steps; channels that fill no block."""
+        monkeypatch.setattr(sys.modules[f"{OP.__name__}.cost"], "MOST_PROGRAMS", most)
+        given = self.arguments(Draw(), *sizes, training=False, **options)
+        given = mapped(given, lambda _, t: t.bfloat16())
+        truth, _ = ops.inverted_residual(**mapped(given, lambda _, t: t.double()))
+        with mvit3_kernels.backend("reference"):
+            reference, _ = ops.inverted_residual(**given)
+        monkeypatch.setattr(OP, "KERNELS", (OP.ONE_LAUNCH,))
+        with mvit3_kernels.backend("triton"):
+            y, moments = ops.inverted_residual(**given)
+            assert moments == (None, None, None)
+        assert_bound({"y": y}, {"y": reference}, {"y": truth}, half_a_rounding(torch.bfloat16), least=0)
+
     def test_a_frozen_norm(self):
         """Norms in training beside one that is not: the three ops again."""
         given = in_float32(self.make(self.shapes[0]))

@@ -14,7 +14,13 @@ from ..registry import Call, batch_norm_schema, flat, register
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, ConvNorm, Linear, Moments
 from . import reference
-from .cost import MOST_INPUTS_IN_BACKWARD, evaluation_why_not, few_pixels_why_not, storing_is_cheaper
+from .cost import (
+    MOST_INPUTS_IN_BACKWARD,
+    evaluation_why_not,
+    few_pixels_why_not,
+    one_launch_why_not,
+    storing_is_cheaper,
+)
 
 __all__ = ["inverted_residual"]
 
@@ -105,29 +111,45 @@ def _triton_training_why_not(
     return None
 
 
+def _small_tiles_why_not(x: Tensor, parts: tuple[ConvNorm, ...]) -> str | None:
+    """Why no Triton kernel of small tiles can evaluate a call."""
+    reason = _triton_why_not(x, parts[0]) or dispatch.hopper_why_not(x)
+    if reason is not None:
+        return reason
+    if x.dtype is torch.float32:
+        return "small tiles evaluate maps of 16 bits"
+    if any(part.norm.training for part in parts):
+        return "small tiles are of evaluation"
+    parameters = [t for part in parts for t in (part.weight, part.norm.weight, part.norm.bias)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
+        return "small tiles have no gradients"
+    return None
+
+
+def _one_launch_why_not(
+    x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, dilation: int
+) -> str | None:
+    """Why evaluation is not one launch of Triton."""
+    expanded, outputs = expand.weight.shape[0], project.weight.shape[0]
+    reason = _small_tiles_why_not(x, (expand, depthwise, project))
+    return reason or one_launch_why_not(x, expanded, outputs, stride, dilation)
+
+
 def _few_pixels_why_not(
     x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, *_: object
 ) -> str | None:
     """Why evaluation is not two launches, of which the second filters and projects."""
-    reason = _triton_why_not(x, expand) or dispatch.hopper_why_not(x)
-    if reason is not None:
-        return reason
-    if x.dtype is torch.float32:
-        return "two launches evaluate maps of 16 bits"
-    parts = (expand, depthwise, project)
-    if any(part.norm.training for part in parts):
-        return "two launches are of evaluation"
-    parameters = [t for part in parts for t in (part.weight, part.norm.weight, part.norm.bias)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
-        return "two launches have no gradients"
-    return few_pixels_why_not(x, expand.weight.shape[0], stride)
+    reason = _small_tiles_why_not(x, (expand, depthwise, project))
+    return reason or few_pixels_why_not(x, expand.weight.shape[0], stride)
 
 
-# The expansion, and all that follows, in Triton; the three convolutions as ops of their own, each in Triton.
+# In Triton: all of the block; the expansion, and all that follows; the three convolutions as ops of their own.
+ONE_LAUNCH = dispatch.Kernel("triton", _one_launch_why_not)
 FEW_PIXELS = dispatch.Kernel("triton", _few_pixels_why_not)
 SEPARATE = dispatch.Kernel("triton", _triton_why_not)
 KERNELS = (
     dispatch.Kernel("cpu", _cpu_why_not),
+    ONE_LAUNCH,
     dispatch.Kernel("cuda", _cuda_why_not),
     FEW_PIXELS,
     dispatch.Kernel("triton", _triton_training_why_not),
@@ -217,7 +239,9 @@ def inverted_residual(
         fixed = [
             value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)
         ]
-        y = registry.run_without_gradient(torch.ops.mvit3.inverted_residual_inference, x, *fixed, *geometry)
+        ops = torch.ops.mvit3
+        op = ops.inverted_residual_tile_inference if kernel is ONE_LAUNCH else ops.inverted_residual_inference
+        y = registry.run_without_gradient(op, x, *fixed, *geometry)
         return y, (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
     store = _stores(x, expanded, stride) if kernel.backend == "cpu" else kernel.backend == "triton"
@@ -260,6 +284,7 @@ def _empty_map(x: Tensor, stride: int, channels: int) -> Tensor:
 
 
 @registry.kernel("inverted_residual_inference", f"(Tensor x, {_FIXED}, {_GEOMETRY}) -> Tensor y")
+@registry.kernel("inverted_residual_tile_inference", f"(Tensor x, {_FIXED}, {_GEOMETRY}) -> Tensor y", triton=__name__)
 def _inference_fake(call: Call) -> Tensor:
     return _empty_map(call.x, call.stride, call.project.shape[0])
 
