@@ -68,6 +68,7 @@ def _layer(call: Call) -> int:
 FORMULAS: dict[str, Callable[[Call], int]] = {
     "batch_norm_act": lambda call: 0,
     "conv3x3": lambda call: _linear(_rows(call.x), call.weight),
+    "conv3x3_image": lambda call: _linear(_rows(call.x, call.stride), call.weight),
     "depthwise_conv": lambda call: _linear(_rows(call.x, call.stride), call.weight),
     "depthwise_conv_filter": lambda call: _linear(_rows(call.x, call.stride), call.weight),
     "dropout": lambda call: 0,
