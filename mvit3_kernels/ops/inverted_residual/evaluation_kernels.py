@@ -40,7 +40,7 @@ def _filter(
 def filter_project_kernel(
     e_ptr, taps_ptr, project_ptr,  # (B, H, W, E), the activated expansion; (E, 9), (OUT, E)
     weight1_ptr, bias1_ptr, mean1_ptr, var1_ptr,  # (E,), of the norm behind the depth-wise convolution
-    weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr,  # (OUT,), of the norm behind the projection
+    weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr,  # (OUT,), of the norm behind the projection, or None
     residual_ptr,  # like y, or None
     y_ptr,  # written: (B, OUT_H, OUT_W, OUT), like e
     pixels, height, width, out_height, out_width, depthwise_eps, project_eps,
@@ -65,10 +65,12 @@ def filter_project_kernel(
         z = activate(z * scale[None, :] + shift[None, :], ACT=ACT, DTYPE=dtype).to(dtype)
         weight = load_tile(project_ptr, output, output < OUT, column, WIDTH=E).to(dtype)
         sums = dot(z, tl.trans(weight), sums)
-    scale, shift = load_folded_norm(
-        weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr, output, project_eps, C=OUT, DTYPE=dtype
-    )
-    y = sums * scale[None, :] + shift[None, :]
+    y = sums
+    if weight2_ptr is not None:
+        scale, shift = load_folded_norm(
+            weight2_ptr, bias2_ptr, mean2_ptr, var2_ptr, output, project_eps, C=OUT, DTYPE=dtype
+        )
+        y = y * scale[None, :] + shift[None, :]
     if residual_ptr is not None:
         y += load_tile(residual_ptr, pixel, valid, output, WIDTH=OUT).to(tl.float32)
     store_tile(y_ptr, pixel, valid, output, y, WIDTH=OUT)

@@ -42,7 +42,7 @@ from ..triton_common import (
 )
 from ..types import BatchNorm
 from . import backward_kernels, correction_kernels, evaluation_kernels, kernels
-from .cost import fits_a_program, tile_of, values_moved
+from .cost import MOST_LOCAL_TILES, fits_a_program, tile_of, values_moved
 
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
@@ -421,7 +421,7 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
 
 
 def inverted_residual_project_inference(call: Call) -> Tensor:
-    """Launches all that follows the expansion, in evaluation."""
+    """Launches all that follows the expansion, in evaluation; also without a norm behind the projection."""
     e, outputs, expanded = call.e.contiguous(), call.project.shape[0], call.e.shape[-1]
     batch, height, width, _ = e.shape
     out_height, out_width = -(-height // call.stride), -(-width // call.stride)
@@ -431,7 +431,11 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
         return y
     norms = [getattr(call, f"{part}_{name}") for part in _FOLLOWING for name in ("weight", "bias", "mean", "var")]
     config = {"BLOCK_M": 16, "BLOCK_N": min(max(triton.next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
-    if expanded % 128 == 0:  # taps, which a warp loads one by one, for twice as many pixels
+    tiles = triton.cdiv(pixels, 16)
+    if call.project_weight is None:  # as many programs as a GPU has multiprocessors, of 16 warps
+        config["BLOCK_N"] = max(triton.next_power_of_2(outputs), 32) if tiles > MOST_LOCAL_TILES // 2 else 64
+        config["BLOCK_K"] = min(max(triton.next_power_of_2(expanded), 16), 128)
+    elif expanded % 128 == 0:  # taps, which a warp loads one by one, for twice as many pixels
         config |= {"BLOCK_M": 32, "BLOCK_K": 128}
     grid = triton.cdiv(pixels, config["BLOCK_M"]), triton.cdiv(outputs, config["BLOCK_N"])
     with on_device(e):
@@ -439,7 +443,7 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
             e, *contiguous(call.depthwise, call.project, *norms, call.residual), y,
             pixels, height, width, out_height, out_width, call.depthwise_eps, call.project_eps,
             STRIDE=call.stride, DILATION=call.dilation, ACT=call.act, E=expanded, OUT=outputs, **config,
-            num_warps=config["BLOCK_M"] // 2, num_stages=2,
+            num_warps=16 if call.project_weight is None else config["BLOCK_M"] // 2, num_stages=2,
         )  # fmt: skip
     return y
 
