@@ -145,6 +145,19 @@ def test_evaluation_of_few_pixels_fits(expanded, outputs, stride, dtype, tmp_pat
     fits(launchers, f"{op}_inference", inputs)
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("side", "channels", "outputs", "dtype"), [(32, 128, 144, BF16), (32, 128, 128, F16), (16, 256, 192, F16)]
+)
+def test_a_local_representation_fits(side, channels, outputs, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launchers = importlib.import_module("mvit3_kernels.ops.inverted_residual.triton")
+    x = torch.empty(1, side, side, channels, device="meta", dtype=dtype)
+    depthwise = (torch.empty(channels, 1, 3, 3, device="meta"), *torch.empty(4, channels, device="meta"), 1e-5)
+    project = (torch.empty(outputs, channels, 1, 1, device="meta"), None, None, None, None, 0.0)
+    fits(launchers, "inverted_residual_project_inference", (x, *depthwise, *project, 1, 1, 1, None))
+
+
 def fits(launchers, op, inputs):
     """The one kernel that an op launches does not spill, and fits sm_90, the one that it is for."""
     with offline(90, True) as kernels:
