@@ -123,11 +123,12 @@ def conv3x3(
     Source: Chen et al., arXiv 1706.05587 (the dilated branches of ASPP); the ConvLayer of the MobileViT releases.
     """
     check_map("x", x)
-    cast, training = dispatch.as_autocast(x), _in_training(x, weight, norm)
+    cast = dispatch.as_autocast(x)
     outputs, rows = check_conv3x3("weight", weight, cast, stride, dilation)
     if norm is not None:
         check_batch_norm("norm", norm, rows, outputs, cast)
     check_activation(act)
+    training = _in_training(x, weight, norm)
     kernel = dispatch.select("conv3x3", KERNELS, cast, weight, stride, dilation, training)
     gamma, beta, mean, var, _, eps = norm or (None, None, None, None, False, 0.0)
     fixed = (gamma, beta, mean, var, eps, ACTIVATIONS.index(act))
