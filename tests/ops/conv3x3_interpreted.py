@@ -35,12 +35,15 @@ def given(dtype, **options):
     ids=str,
 )
 def test_bound(options, dtype, image):
-    """Rows of several blocks and of less than one; images as they are, cast in the kernel, and in 16 bits."""
+    """Rows of several blocks and of less than one; images as they are, cast in the kernel, and in 16 bits; weights in
+    both layouts."""
     arguments = given(dtype, **options)
     truth, _ = ops.conv3x3(**mapped(arguments, lambda _, t: t.double()))
     found = {}
     for backend in ("reference", "triton"):
         own = arguments | {"x": arguments["x"].to(image or dtype)}
+        if image is None:
+            own["weight"] = own["weight"].to(memory_format=torch.channels_last)
         with mvit3_kernels.backend(backend), torch.autocast("cpu", dtype, enabled=image is not None), torch.no_grad():
             y, moments = ops.conv3x3(**own)
         assert y.dtype is dtype and moments is None

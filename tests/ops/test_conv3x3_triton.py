@@ -28,7 +28,8 @@ def test_kernel_fits(architecture, image, dtype, outputs, tmp_path, monkeypatch)
     """It does not spill, and is one binary for images of every size."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     launchers = importlib.import_module("mvit3_kernels.ops.conv3x3.triton")
-    fixed = (torch.empty(outputs, 3, 3, 3, device="meta"), *torch.empty(4, outputs, device="meta"), 1e-5, 1, 2, dtype)
+    weight = torch.empty(outputs, 3, 3, 3, device="meta").to(memory_format=torch.channels_last)
+    fixed = (weight, *torch.empty(4, outputs, device="meta"), 1e-5, 1, 2, dtype)
     with offline(architecture, True) as kernels:
         for sides in ((256, 256), (111, 97)):
             x = torch.empty(2, *sides, 3, device="meta", dtype=image)

@@ -5,6 +5,7 @@ and the norm behind it: one launch reads the image as it is and writes the activ
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from . import kernels
 
 def conv3x3_image_inference(call: Call) -> Tensor:
     """Launches the convolution with what follows it."""
-    x, weight = contiguous(call.x, call.weight)
+    x, weight = call.x.contiguous(), call.weight
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    weight = weight if last else weight.contiguous()
     (batch, height, width, channels), outputs = x.shape, weight.shape[0]
     out_height, out_width = -(-height // call.stride), -(-width // call.stride)
     y = x.new_empty(batch, out_height, out_width, outputs, dtype=call.dtype)
@@ -26,7 +29,7 @@ def conv3x3_image_inference(call: Call) -> Tensor:
     with on_device(x):
         kernels.image_fwd_kernel[(batch * out_height * triton.cdiv(out_width, block),)](
             x, weight, *norm, y, height, width, out_height, out_width, call.eps,
-            STRIDE=call.stride, ACT=call.act, C=channels, OUT=outputs,
+            STRIDE=call.stride, ACT=call.act, C=channels, OUT=outputs, LAST=last,
             BLOCK_M=block, BLOCK_N=max(triton.next_power_of_2(outputs), 16),
             BLOCK_K=max(triton.next_power_of_2(9 * channels), 16), num_warps=4,
         )  # fmt: skip
