@@ -149,7 +149,6 @@ def test_every_form_names_its_outputs():
     assert len(FORMS) > 30
     form = re.compile(
         r"(\w+?)((_spread|_project|_tile|_image)?_inference"
-        r"(\w+?)((_spread|_project|_tile|_image)?_inference"
         r"|(_layer|_separable_layer|_norm|_twice)?(_forward|_backward)|_filter"
         r"|_filter_backward)?(_cuda)?"
     )
