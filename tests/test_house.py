@@ -148,7 +148,8 @@ def test_registration_is_by_name(path):
 def test_every_form_names_its_outputs():
     assert len(FORMS) > 30
     form = re.compile(
-        r"(\w+?)((_spread|_project)?_inference|(_layer|_separable_layer|_norm|_twice)?(_forward|_backward)|_filter"
+        r"(\w+?)((_spread|_project|_tile|_image)?_inference"
+        r"|(_layer|_separable_layer|_norm|_twice)?(_forward|_backward)|_filter"
         r"|_filter_backward)?(_cuda|_rounded)?"
     )
     for op, kind in FORMS.items():

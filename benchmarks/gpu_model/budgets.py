@@ -153,8 +153,8 @@ REASONS: dict[tuple[str, str], str] = {
     ("registers", "inverted_residual.expanded_moments"): (
         "has fewer blocks than a GPU multiprocessors, whatever the batch, and divides each among 16 warps to end sooner"
     ),
-    ("registers", "inverted_residual.filter_project"): (
-        "is for maps of fewer blocks than multiprocessors, and divides 32 pixels among 16 warps to end sooner"
+    ("registers", "inverted_residual.*filter_project"): (
+        "is for maps of fewer blocks than multiprocessors, and divides 16 or 32 pixels among 16 warps to end sooner"
     ),
     ("registers", "patch_attention.attention_*"): (
         "takes a whole group of up to 256 tokens in one block of 16 warps, which fills a multiprocessor: scores are"
@@ -236,7 +236,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("floor", "row_kernels.sample_statistics"): _SAMPLE,
     ("floor", "global_representation.attend_fwd"): _CHAIN,
     ("floor", "global_representation.layer_fwd"): _CHAIN,
-    ("floor", "inverted_residual.filter_project"): _CHAIN,
+    ("floor", "inverted_residual.*filter_project"): _CHAIN,
     ("pipeline", "global_representation.attend_fwd"): (
         "reads the tokens of a group in one to four steps, for sums that no product makes"
     ),
@@ -252,7 +252,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
     ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
-    ("blocks", "inverted_residual.filter_project"): _SMALL_MAP,
     ("blocks", "inverted_residual.prepare_project"): _PREPARES,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
     ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import ops
 from ..nn import ConvNormAct, InvertedResidual
-from ..nn.guard import Guard, known, tampered_below
+from ..nn.guard import Guard, hooked, known, tampered_below
 from ..nn.layout import to_nchw, to_nhwc
 from ..nn.weights import weights_of_products
+from ..ops import dispatch
 from ..ops.rounded_weights import rounded_together
 from ..ops.running_stats import written_together
+from ..ops.types import Linear
 from .saving import Savable, refuse_script
 
 LAYERS = ("layer_1", "layer_2", "layer_3", "layer_4", "layer_5")
@@ -55,6 +58,30 @@ class Architecture:
     def v1_style(self) -> bool:
         """MobileViTv1 and MobileViTv3-XXS/XS/S, as opposed to MobileViTv2 and MobileViTv3-w."""
         return self.head_channels is not None
+
+
+MOST_FEW_SAMPLES = 32  # of which a product reads a weight in float32 sooner than it is rounded by a launch of its own
+
+
+def _linear_why_not(classifier: nn.Module) -> str | None:
+    """Why the last layer of a classifier is not what `ops.pointwise_conv` computes; None where it is."""
+    if type(classifier) is not nn.Sequential or type(classifier[-1]) is not nn.Linear:
+        return "its last layer is not an nn.Linear in an nn.Sequential"
+    return tampered_below(classifier)
+
+
+def _casts_weights(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether PyTorch would round a layer's weights for a map x of few samples, where a Triton kernel reads them as
+    they are."""
+    if x.shape[0] > MOST_FEW_SAMPLES or dispatch.forced_backend() not in (None, "triton"):
+        return False
+    cast = dispatch.as_autocast(x)
+    if cast.dtype is torch.float32 or layer.weight.dtype is not torch.float32:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        return False
+    plain = torch.compiler.is_compiling() or dispatch.writes_aten() or dispatch.transform() is not None
+    return not plain and dispatch.triton_32_bit_why_not(cast) is None
 
 
 def _why_one_by_one(network: nn.Module) -> str | None:
@@ -119,6 +146,7 @@ class MobileViT(Savable, nn.Module):
     """
 
     _whole: Guard | None = None  # what `_why_apart` says, with the weights of products
+    _head: Guard | None = None  # what is known about the classifier for `_few`
 
     def __init__(
         self,
@@ -286,11 +314,27 @@ class MobileViT(Savable, nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, dropout and, unless `pre_logits`, the classifier."""
-        if not pre_logits:
+        few = not pre_logits and self._few(x)
+        if not pre_logits and not few:
             return self.classifier(x)
         for layer in self.classifier[:-1]:
             x = layer(x)
+        if few:
+            layer = self.classifier[-1]
+            x = ops.pointwise_conv(x[:, None, None], Linear(layer.weight, layer.bias))[0].flatten(1)
         return x
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether the last layer is one launch of few samples' own, where PyTorch's has two more for its casts."""
+        if x.device.type == "cpu" and not dispatch.INTERPRETED:
+            return False
+        layer = self.get_classifier()
+        if type(layer) is not nn.Linear or not _casts_weights(x, layer):
+            return False
+        if self._head is None:
+            self._head = Guard()
+        reason = hooked(self.classifier) or self._head.ask(self.classifier, _linear_why_not)
+        return reason is None and self._head.altered is None
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         with self._statistics(), self._weights():

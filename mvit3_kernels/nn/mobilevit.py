@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, TransformerLayer
-from .conv import ConvNormAct, conv_of_concat, run_for_two
+from .conv import ConvNormAct, conv_of_concat, local_representation, run_for_two
 from .guard import known
 from .layout import resize, whole_patches
 
@@ -48,7 +48,7 @@ class _TransformerBlock(nn.Module):
         if readers:
             local, beside = run_for_two(self.local_rep, x, self.global_rep, *readers)
         else:
-            local = beside = self.local_rep(x)
+            local = beside = local_representation(self.local_rep, x)
         # A map that the patches do not divide is resized for the transformer only: the published models do so.
         tokens = self.global_rep(resize(local, whole_patches(local, self.patch_size), align_corners=False))
         return beside, self.conv_proj(resize(tokens, local.shape[2:], align_corners=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .attention import GlobalRepresentation, SeparableLayer
-from .conv import ConvNormAct, run_for_two
+from .conv import ConvNormAct, local_representation, run_for_two
 from .guard import known
 from .layout import resize, whole_patches
 
@@ -43,7 +43,7 @@ class _SeparableBlock(nn.Module):
         if readers:
             local, beside = run_for_two(self.local_rep, x, self.global_rep, *readers)
         else:
-            local = beside = self.local_rep(x)
+            local = beside = local_representation(self.local_rep, x)
         return x, beside, self.global_rep(local)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops import dispatch
+from ..ops.conv3x3 import reads_image
 from ..ops.pointwise_conv import product_for_two
 from ..ops.random import draw_seed
 from ..ops.running_stats import update_all_running_stats
@@ -116,14 +117,15 @@ class ConvPlan(NamedTuple):
             and conv.padding == conv.dilation == (conv.dilation[0], conv.dilation[0])
         )
 
-    def _is_conv3x3_op(self) -> bool:
-        """Whether `ops.conv3x3` takes the call: it has a kernel for stride 1, on the CPU alone."""
-        return (
-            self.is_dense3x3()
-            and self.conv.stride == (1, 1)
-            and self.conv.bias is None
-            and dispatch.forced_backend() not in ("triton", "cuda")
-        )
+    def _is_conv3x3_op(self, x: Tensor) -> bool:
+        """Whether `ops.conv3x3` takes the call: it has a kernel for stride 1, on the CPU alone, and one for images, on
+        a GPU in evaluation."""
+        conv = self.conv
+        if not self.is_dense3x3() or conv.bias is not None:
+            return False
+        if conv.stride == (1, 1) and dispatch.forced_backend() not in ("triton", "cuda"):
+            return True
+        return reads_image(x, conv.weight, batch_norm(self.norm), conv.stride[0], conv.dilation[0])
 
     def misfit(self) -> str | None:
         """Why no op computes this; None where one does."""
@@ -152,8 +154,8 @@ class ConvPlan(NamedTuple):
             y, moments = ops.pointwise_conv(x, linear(conv), parameters, act, residual)
         elif residual is None and self.is_depthwise():
             y, moments = ops.depthwise_conv(x, conv.weight, parameters, act, conv.stride[0], conv.dilation[0])
-        elif residual is None and self._is_conv3x3_op():
-            y, moments = ops.conv3x3(x, conv.weight, parameters, act, 1, conv.dilation[0])
+        elif residual is None and self._is_conv3x3_op(x):
+            y, moments = ops.conv3x3(x, conv.weight, parameters, act, conv.stride[0], conv.dilation[0])
         else:
             y, moments = ops.batch_norm_act(to_nhwc(conv(to_nchw(x))), parameters, act, residual)
         return y if norm is None else measured(y, (norm, moments, y))

@@ -151,10 +151,21 @@ def _note(op: str, kernel: Kernel | None, reason: str) -> Kernel | None:
 
 def autocast(x: Tensor) -> Tensor:
     """`x` as a matrix product sees it: in autocast's lower precision where autocast is on, unchanged elsewhere."""
+    dtype = _autocast_dtype(x)
+    return x if dtype is x.dtype else x.to(dtype)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """Shape, device and dtype of `autocast(x)`, for a kernel that reads `x` as it is."""
+    dtype = _autocast_dtype(x)
+    return x if dtype is x.dtype else x.new_empty((), dtype=dtype).expand(x.shape)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is torch.float32:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def _dtype_why_not(x: Tensor) -> str | None:

@@ -68,6 +68,7 @@ def _layer(call: Call) -> int:
 FORMULAS: dict[str, Callable[[Call], int]] = {
     "batch_norm_act": lambda call: 0,
     "conv3x3": lambda call: _linear(_rows(call.x), call.weight),
+    "conv3x3_image": lambda call: _linear(_rows(call.x, call.stride), call.weight),
     "depthwise_conv": lambda call: _linear(_rows(call.x, call.stride), call.weight),
     "depthwise_conv_filter": lambda call: _linear(_rows(call.x, call.stride), call.weight),
     "dropout": lambda call: 0,
@@ -82,6 +83,7 @@ FORMULAS: dict[str, Callable[[Call], int]] = {
     "inverted_residual": _inverted_residual,
     "inverted_residual_filter": _expand_and_filter,
     "inverted_residual_project": _filter_and_project,
+    "inverted_residual_tile": _inverted_residual,
     "norm_linear": lambda call: _linear(_rows(call.x), call.weight),
     "patch_attention": _patch_attention,
     "pointwise_conv": lambda call: _linear(_rows(call.a), call.weight),

@@ -1,6 +1,7 @@
 # ruff: noqa: RUF012 -- class attributes are the tables of the tests
 """The Triton kernels of inverted_residual on CPU tensors, step by step; run by test_inverted_residual_triton.py."""
 
+import copy
 import importlib
 import sys
 
@@ -11,6 +12,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 import mvit3_kernels
 from mvit3_kernels import ops
+from mvit3_kernels.nn import ConvNormAct
+from mvit3_kernels.nn import conv as nn_conv
 from mvit3_kernels.ops import dispatch
 from mvit3_kernels.ops.inverted_residual.cost import MOST_INPUTS_IN_BACKWARD
 from mvit3_kernels.ops.registry import FORMS
@@ -79,6 +82,58 @@ class TestInvertedResidual(TritonResults):
             y, moments = ops.inverted_residual(**given)
             assert moments == (None, None, None)
         assert_bound({"y": y}, {"y": reference}, {"y": truth}, half_a_rounding(torch.bfloat16), least=0)
+
+    @pytest.mark.parametrize("options", [{}, {"stride": 2, "act": "relu"}, {"act": "identity"}], ids=str)
+    @pytest.mark.parametrize(("sizes", "most"), [((2, 9, 11, 5, 40, 5), 128), ((2, 9, 7, 33, 130, 40), 8)], ids=str)
+    def test_evaluation_in_one_launch(self, sizes, most, options, monkeypatch):
+        """Tiles of 8x8, 4x8 and 4x4 outputs, some of which reach beyond the map, and whose inputs are read in several
+        steps; channels that fill no block."""
+        monkeypatch.setattr(sys.modules[f"{OP.__name__}.cost"], "MOST_PROGRAMS", most)
+        given = self.arguments(Draw(), *sizes, training=False, **options)
+        given = mapped(given, lambda _, t: t.bfloat16())
+        truth, _ = ops.inverted_residual(**mapped(given, lambda _, t: t.double()))
+        with mvit3_kernels.backend("reference"):
+            reference, _ = ops.inverted_residual(**given)
+        monkeypatch.setattr(OP, "KERNELS", (OP.ONE_LAUNCH,))
+        with mvit3_kernels.backend("triton"):
+            y, moments = ops.inverted_residual(**given)
+            assert moments == (None, None, None)
+        assert_bound({"y": y}, {"y": reference}, {"y": truth}, half_a_rounding(torch.bfloat16), least=0)
+
+    @pytest.mark.parametrize("sizes", [(1, 5, 7, 20, 33), (2, 9, 8, 130, 40)], ids=str)
+    def test_a_local_representation(self, sizes, monkeypatch):
+        """Depth-wise and 1x1 convolution of a block in one launch, without a norm behind the latter; channels and
+        outputs of several blocks; what has a hook, another form or a gradient runs as its modules."""
+        monkeypatch.setattr(sys.modules[f"{OP.__name__}.cost"], "LEAST_LOCAL_TILES", 1)
+        batch, height, width, channels, outputs = sizes
+        local = ConvNormAct(channels, channels, 3, groups=channels, dilation=2)
+        convs = torch.nn.Sequential(local, ConvNormAct(channels, outputs, norm=False, act="identity")).eval()
+        for t in (local.norm.running_mean, local.norm.running_var, local.norm.weight, local.norm.bias):
+            t.data.uniform_(0.5, 1.5)
+        convs, x = convs.bfloat16(), torch.randn(batch, channels, height, width).bfloat16()
+        seen, one_launch = [], nn_conv.filter_and_project
+        monkeypatch.setattr(nn_conv, "filter_and_project", lambda *given: seen.append(one_launch(*given)) or seen[-1])
+
+        def result(backend, convs=convs, x=x, grad=False):
+            """What the block computes, and whether in one launch."""
+            seen.clear()
+            with mvit3_kernels.backend(backend), torch.set_grad_enabled(grad):
+                y = nn_conv.local_representation(convs, x)
+            return {"y": y.detach()}, [t is not None for t in seen] == [True]
+
+        (found, one), (reference, two) = result("triton"), result("reference")
+        truth, _ = result("reference", copy.deepcopy(convs).double(), x.double())
+        assert one and not two
+        assert_bound(found, reference, truth, half_a_rounding(torch.bfloat16), least=0)
+        assert not result("triton", grad=True)[1] and not result("triton", copy.deepcopy(convs).float(), x.float())[1]
+        called = []
+        for module in (convs, convs[1], local, local.norm):
+            with module.register_forward_hook(lambda module, *_: called.append(module)):
+                y, one = result("triton")
+            assert called.pop() is module and not one
+            assert_bound(y, reference, truth, half_a_rounding(torch.bfloat16), least=0)
+        convs[1].act = "relu"
+        assert not result("triton")[1]
 
     def test_a_frozen_norm(self):
         """Norms in training beside one that is not: the three ops again."""

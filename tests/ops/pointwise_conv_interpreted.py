@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mvit3_kernels
 from mvit3_kernels import nn, ops
@@ -46,6 +47,35 @@ class TestPointwiseConv(TritonResults):
     def test_whole_channels(self, sizes, name):
         """Channels and rows for the kernel that multiplies the gradient of p as it makes it."""
         self.hold(self.make(sizes, name), torch.bfloat16 if sizes[-1] == 80 else torch.float16)
+
+    @pytest.mark.parametrize("name", ["mobilevitv3_xxs", "mobilevitv3_050"])
+    def test_the_classifier_of_few_samples(self, name):
+        """One launch reads its weights in float32; what a hook, a forward of its own or a gradient asks for is done."""
+        network = mvit3_kernels.create_model(name, num_classes=7).eval()
+        classifier, layer = network.classifier, network.get_classifier()
+        x, seen = torch.randn(2, network.num_features, 3, 2), []
+
+        def logits(name, grad=False, samples=2):
+            given = x[:1].expand(samples, -1, -1, -1) if samples > 2 else x
+            autocast = torch.autocast("cpu", torch.bfloat16)
+            with mvit3_kernels.backend(name), autocast, torch.set_grad_enabled(grad), Counted() as counted:
+                y = network.forward_head(given)
+            return y, not {"aten::linear", "aten::addmm"}.intersection(counted.names)
+
+        truth = {"y": F.linear(x.double().mean((2, 3)), layer.weight.double(), layer.bias.double())}
+        (y, one), (reference, two) = logits("triton"), logits("reference")
+        assert one and not two and y.dtype is torch.bfloat16 and y.shape == (2, 7)
+        assert_bound({"y": y}, {"y": reference}, truth, half_a_rounding(torch.bfloat16), least=0)
+        assert not logits("triton", grad=True)[1] and not logits("triton", samples=40)[1]
+        for module in (layer, classifier, classifier[0]):
+            handle = module.register_forward_hook(lambda module, *_: seen.append(module))
+            assert not logits("triton")[1]
+            assert seen.pop() is module
+            handle.remove()
+        layer.forward = lambda x: x[:, :7]
+        assert torch.equal(logits("triton")[0], x.mean((2, 3))[:, :7])
+        del layer.forward
+        assert logits("triton")[1]
 
 
 F64 = torch.float64

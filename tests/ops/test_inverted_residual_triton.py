@@ -142,8 +142,77 @@ def test_evaluation_of_few_pixels_fits(expanded, outputs, stride, dtype, tmp_pat
     e = torch.empty(1, 16, 16, expanded, device="meta", dtype=dtype)
     residual = e.new_empty(1, 16, 16, outputs) if stride == 1 else None
     inputs = (e, *part(expanded, 1, 3, 3), *part(outputs, expanded, 1, 1), stride, 1, 1, residual)
+    fits(launchers, f"{op}_inference", inputs)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("side", "channels", "outputs", "dtype"), [(32, 128, 144, BF16), (32, 128, 128, F16), (16, 256, 192, F16)]
+)
+def test_a_local_representation_fits(side, channels, outputs, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launchers = importlib.import_module("mvit3_kernels.ops.inverted_residual.triton")
+    x = torch.empty(1, side, side, channels, device="meta", dtype=dtype)
+    depthwise = (torch.empty(channels, 1, 3, 3, device="meta"), *torch.empty(4, channels, device="meta"), 1e-5)
+    project = (torch.empty(outputs, channels, 1, 1, device="meta"), None, None, None, None, 0.0)
+    fits(launchers, "inverted_residual_project_inference", (x, *depthwise, *project, 1, 1, 1, None))
+
+
+def fits(launchers, op, inputs):
+    """The one kernel that an op launches does not spill, and fits sm_90, the one that it is for."""
     with offline(90, True) as kernels:
-        getattr(launchers, f"{op}_inference")(FORMS[f"{op}_inference"].call(*inputs))
+        getattr(launchers, op)(FORMS[op].call(*inputs))
     [kernel] = kernels
     used = resources(kernel)
     assert used.stack == 0 and used.shared <= SHARED_MEMORY_LIMITS[90], used
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("side", "widths", "stride", "dtype"),
+    [
+        (128, (16, 64, 32), 1, BF16),
+        (128, (64, 128, 128), 2, F16),
+        (64, (64, 256, 64), 1, BF16),
+        (64, (64, 256, 64), 1, F16),
+        (64, (128, 256, 128), 1, BF16),
+        (64, (64, 256, 128), 2, BF16),
+        (64, (128, 256, 256), 2, F16),
+        (64, (24, 72, 24), 1, BF16),
+    ],
+)
+def test_evaluation_in_one_launch_fits(side, widths, stride, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launchers = importlib.import_module("mvit3_kernels.ops.inverted_residual.triton")
+    inputs, expanded, outputs = widths
+
+    def part(*shape):
+        return (torch.empty(shape, device="meta"), *torch.empty(4, shape[0], device="meta"), 1e-5)
+
+    x = torch.empty(1, side, side, inputs, device="meta", dtype=dtype)
+    parts = (*part(expanded, inputs, 1, 1), *part(expanded, 1, 3, 3), *part(outputs, expanded, 1, 1))
+    fits(launchers, "inverted_residual_tile_inference", (x, *parts, stride, 1, 1))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("batch", "side", "inputs", "expanded", "stride", "said"),
+    [
+        (1, 128, 16, 64, 1, None),
+        (2, 128, 16, 64, 1, "at most 256 tiles"),  # more than run at once
+        (1, 64, 64, 256, 1, None),
+        (1, 64, 64, 256, 2, None),
+        (2, 64, 64, 256, 1, "at most 128 tiles"),
+        (1, 32, 128, 512, 2, "one launch evaluates up to"),
+    ],
+)
+def test_one_launch_is_for_maps_of_few_tiles(batch, side, inputs, expanded, stride, said):
+    op = importlib.import_module("mvit3_kernels.ops.inverted_residual")
+    given = mapped(arguments(Draw(), batch, side, side, inputs, expanded, 32), lambda _, t: t.bfloat16())
+    parts = [given[k]._replace(norm=given[k].norm._replace(training=False)) for k in ("expand", "depthwise", "project")]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op.dispatch, "triton_32_bit_why_not", lambda x: None)
+        reason = op._one_launch_why_not(given["x"], *parts, stride, 1)
+        assert reason is None if said is None else said in reason
+        if said is None:
+            assert "undilated" in op._one_launch_why_not(given["x"], *parts, stride, 2)

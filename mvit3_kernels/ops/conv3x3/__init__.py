@@ -46,7 +46,44 @@ def _slower(x: Tensor, weight: Tensor, dilation: int, training: bool) -> str | N
     return None
 
 
-KERNELS = (dispatch.Kernel("cpu", _cpu_why_not),)
+# What a Triton kernel reads and writes in one program, as of an image and a first convolution.
+MOST_IMAGE_CHANNELS, MOST_IMAGE_OUTPUTS = 4, 64
+
+
+def _image_why_not(x: Tensor, weight: Tensor, stride: int, dilation: int, training: bool) -> str | None:
+    if reason := dispatch.triton_32_bit_why_not(x):
+        return reason
+    if x.dtype is torch.float32:
+        return "its Triton kernel makes maps of 16 bits"
+    if training:
+        return "its Triton kernel is of evaluation"
+    if dilation != 1:
+        return f"its Triton kernel is not dilated, got {dilation}"
+    outputs, channels = weight.shape[:2]
+    if channels > MOST_IMAGE_CHANNELS or outputs > MOST_IMAGE_OUTPUTS:
+        most = f"{MOST_IMAGE_CHANNELS} channels to {MOST_IMAGE_OUTPUTS}"
+        return f"its Triton kernel takes up to {most}, weight is {tuple(weight.shape)}"
+    return None
+
+
+IMAGE = dispatch.Kernel("triton", _image_why_not)
+KERNELS = (dispatch.Kernel("cpu", _cpu_why_not), IMAGE)
+
+
+def _in_training(x: Tensor, weight: Tensor, norm: BatchNorm | None) -> bool:
+    """Whether a call has gradients, or measures its batch."""
+    learned = (weight,) if norm is None else (weight, norm.weight, norm.bias)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *learned))
+    return needs_grad or (norm is not None and norm.training)
+
+
+def reads_image(x: Tensor, weight: Tensor, norm: BatchNorm | None, stride: int, dilation: int) -> bool:
+    """Whether a call runs on the Triton kernel."""
+    if weight.shape[1] > MOST_IMAGE_CHANNELS or dispatch.forced_backend() not in (None, "triton"):
+        return False
+    training = _in_training(x, weight, norm)
+    plain = dispatch.writes_aten() or dispatch.transform() is not None
+    return not plain and IMAGE.can_run(dispatch.as_autocast(x), weight, stride, dilation, training)
 
 
 def conv3x3(
@@ -77,32 +114,35 @@ def conv3x3(
         TypeError, ValueError: an argument does not fit.
 
     Bound: error <= 2 x that of the reference in the same dtype, both against float64.
-    Kernels: on the CPU, for stride 1. PyTorch's convolution runs elsewhere (cuDNN on a GPU), for stride 2, and where it
-    is as fast on the CPU (`explain` tells): in bfloat16; in float32 with fewer than 32 channels, in training with
+    Kernels: on the CPU, for stride 1; on a GPU, in evaluation, for images: up to 4 channels to 64, to maps in 16 bits,
+    undilated. PyTorch's convolution runs elsewhere (cuDNN on a GPU), for stride 2 on the CPU, and where it is as fast
+    there (`explain` tells): in bfloat16; in float32 with fewer than 32 channels, in training with
     fewer than 96, and undilated from more than 512 channels or, in training, on maps of more than 256 pixels.
     Products: those of taps inside of the map alone, (H - dilation) * (W - dilation) pixels for a corner tap, in forward
     and backward; a library that pads multiplies H * W pixels at each tap.
     Source: Chen et al., arXiv 1706.05587 (the dilated branches of ASPP); the ConvLayer of the MobileViT releases.
     """
     check_map("x", x)
-    x = dispatch.autocast(x)
-    outputs, rows = check_conv3x3("weight", weight, x, stride, dilation)
+    cast = dispatch.as_autocast(x)
+    outputs, rows = check_conv3x3("weight", weight, cast, stride, dilation)
     if norm is not None:
-        check_batch_norm("norm", norm, rows, outputs, x)
+        check_batch_norm("norm", norm, rows, outputs, cast)
     check_activation(act)
-    learned = (weight,) if norm is None else (weight, norm.weight, norm.bias)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *learned))
-    training = needs_grad or (norm is not None and norm.training)
-    if dispatch.select("conv3x3", KERNELS, x, weight, stride, dilation, training) is None:
+    training = _in_training(x, weight, norm)
+    kernel = dispatch.select("conv3x3", KERNELS, cast, weight, stride, dilation, training)
+    gamma, beta, mean, var, _, eps = norm or (None, None, None, None, False, 0.0)
+    fixed = (gamma, beta, mean, var, eps, ACTIVATIONS.index(act))
+    if kernel is IMAGE:
+        op = torch.ops.mvit3.conv3x3_image_inference
+        return registry.run_without_gradient(op, x, weight, *fixed, stride, cast.dtype), None
+    x = dispatch.autocast(x)
+    if kernel is None:
         return reference.conv3x3(x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act)
     if training:
         return reference.conv3x3(
             x, weight, norm, act, stride, dilation, batch_norm_act=batch_norm_act, convolve=_convolve
         )
-    gamma, beta, mean, var, _, eps = norm or (None, None, None, None, False, 0.0)
-    op = torch.ops.mvit3.conv3x3_inference
-    y = registry.run_without_gradient(op, x, weight, gamma, beta, mean, var, eps, ACTIVATIONS.index(act), dilation)
-    return y, None
+    return registry.run_without_gradient(torch.ops.mvit3.conv3x3_inference, x, weight, *fixed, dilation), None
 
 
 def _convolve(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
@@ -130,6 +170,18 @@ def _op(call: Call) -> tuple[Tensor, ...]:
 @registry.forward("conv3x3_forward", "(Tensor x, Tensor weight, int dilation) -> Tensor y")
 def _fake(call: Call) -> Tensor:
     return call.x.new_empty(*call.x.shape[:-1], call.weight.shape[0])
+
+
+@registry.kernel(
+    "conv3x3_image_inference",
+    "(Tensor x, Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, Tensor? running_var, "
+    "float eps, int act, int stride, ScalarType dtype) -> Tensor y",
+    triton=__name__,
+)
+def _image_fake(call: Call) -> Tensor:
+    batch, height, width, _ = call.x.shape
+    sides = -(-height // call.stride), -(-width // call.stride)
+    return call.x.new_empty(batch, *sides, call.weight.shape[0], dtype=call.dtype)
 
 
 registry.backward(

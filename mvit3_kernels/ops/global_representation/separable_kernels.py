@@ -29,9 +29,9 @@ from ..triton_row_kernels import (
     row_columns,
     store_rows,
 )
-from .spread_kernels import pixel_of_row, project
+from .spread_kernels import pixel_of_row, project, round_weights
 
-_NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "eps"]
+_NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "programs", "eps"]
 
 
 @triton.jit
@@ -44,7 +44,15 @@ def _block_of_tokens(tokens, blocks, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _store_moments(
-    moments_ptr, head, tail, valid, C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, DTYPE: tl.constexpr
+    moments_ptr,
+    head,
+    tail,
+    valid,
+    programs,
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Mean and sum of squared deviations of all values of the program's block, as they are stored. The second sum
     corrects the mean, so that one of many standard deviations costs no accuracy."""
@@ -58,7 +66,7 @@ def _store_moments(
     offset = (tl.sum(tl.sum(head, 1), 0) + tl.sum(tl.sum(tail, 1), 0)) / count
     m2 = tl.sum(tl.sum(head * head, 1), 0) + tl.sum(tl.sum(tail * tail, 1), 0)
     tl.store(moments_ptr + tl.program_id(0), mean + offset)
-    tl.store(moments_ptr + tl.num_programs(0) + tl.program_id(0), at_least_zero(m2 - count * offset * offset))
+    tl.store(moments_ptr + programs + tl.program_id(0), at_least_zero(m2 - count * offset * offset))
 
 
 @triton.jit
@@ -108,24 +116,34 @@ def _add_up(
         head += head_t + head_bias
         tail += tail_t + tail_bias
         store_rows(y_ptr, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
-        _store_moments(moments_ptr, head, tail, valid, C=C, HEAD=HEAD, TAIL=TAIL, DTYPE=y_ptr.dtype.element_ty)
+        _store_moments(
+            moments_ptr, head, tail, valid, tl.num_programs(0), C=C, HEAD=HEAD, TAIL=TAIL, DTYPE=y_ptr.dtype.element_ty
+        )
 
 
 @jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def enter_fwd_kernel(
     x_ptr,  # (B, H, W, C)
     t_ptr, moments_ptr, counter_ptr,  # written: (rows, C); (2, programs); (programs,), int32, zeros
-    tokens, pixels, width, blocks,
+    weights, packed_ptr,  # of later launches; written: these, rounded
+    tokens, pixels, width, blocks, programs,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr,
     PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Tokens group by group, and the moments of each block. A program has a block."""
-    _, row, valid = _block_of_tokens(tokens, blocks, BLOCK_M=BLOCK_M)
-    pixel = pixel_of_row(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-    head, tail = load_rows_in_float32(x_ptr, pixel, valid, C=C, HEAD=HEAD, TAIL=TAIL)
-    store_rows(t_ptr, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
-    _store_moments(moments_ptr, head, tail, valid, C=C, HEAD=HEAD, TAIL=TAIL, DTYPE=t_ptr.dtype.element_ty)
-    tl.store(counter_ptr + tl.program_id(0), 0)
+    """Tokens group by group, and the moments of each block. A program has a block; those behind the `programs` blocks
+    round BLOCK values of a weight."""
+    if tl.program_id(0) >= programs:
+        round_weights(weights, packed_ptr, tl.program_id(0) - programs, SIZES=SIZES, BLOCK=BLOCK)
+    else:
+        _, row, valid = _block_of_tokens(tokens, blocks, BLOCK_M=BLOCK_M)
+        pixel = pixel_of_row(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+        head, tail = load_rows_in_float32(x_ptr, pixel, valid, C=C, HEAD=HEAD, TAIL=TAIL)
+        store_rows(t_ptr, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+        _store_moments(
+            moments_ptr, head, tail, valid, programs, C=C, HEAD=HEAD, TAIL=TAIL, DTYPE=t_ptr.dtype.element_ty
+        )
+        tl.store(counter_ptr + tl.program_id(0), 0)
 
 
 @triton.jit

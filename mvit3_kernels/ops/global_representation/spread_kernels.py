@@ -10,6 +10,9 @@ the one that comes last adds up, and makes the final norm. Which one is last is 
 for another.
 
 Between the launches tokens lie group by group: (rows, C), where a row is group * tokens + token.
+
+The first launch of a stage has programs beside its own that round the weights of all later ones: it waits for its rows
+and not for bytes, so these cost next to nothing there, and a launch by themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from ..triton_row_kernels import (
 )
 
 # Few tokens: positions in these tensors are counted in 32 bits.
-_NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "programs", "eps", "scale"]
+_NOT_SPECIALIZED = ["rows", "tokens", "pixels", "width", "blocks", "programs", "tiles", "eps", "scale"]
 
 
 @triton.jit
@@ -85,6 +88,25 @@ def _norm(
     )
 
 
+@triton.jit
+def round_weights(weights, packed_ptr, block, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes values `block` * BLOCK.. of the weights to their places in a packed tensor, rounded to its dtype: they lie
+    there one behind the other, each in blocks of its own, SIZES values each."""
+    if len(SIZES) > 0:
+        weight_ptr, first, place, size = weights[0], 0, 0, SIZES[0]  # of the weight that the block is of
+        next_first, next_place = 0, 0
+        for i in tl.static_range(len(SIZES)):
+            here = block >= next_first
+            weight_ptr = tl.where(here, weights[i], weight_ptr)
+            first = tl.where(here, next_first, first)
+            place, size = tl.where(here, next_place, place), tl.where(here, SIZES[i], size)
+            next_first += (SIZES[i] + BLOCK - 1) // BLOCK
+            next_place += (SIZES[i] + 63) // 64 * 64
+        at = (block - first) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(weight_ptr + at, mask=at < size)
+        tl.store(packed_ptr + place + at, value.to(packed_ptr.dtype.element_ty), mask=at < size)
+
+
 @jit_kernel(do_not_specialize=_NOT_SPECIALIZED)
 def qkv_fwd_kernel(
     t_ptr,  # (B, H, W, C) in the first layer, else (rows, C)
@@ -92,27 +114,36 @@ def qkv_fwd_kernel(
     norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr,  # (C,), (C,), (3 C, C), (3 C,) or None
     sum_ptr, qkv_ptr,  # written: (rows, C), the tokens in front of this layer, and (rows, 3 C), both like t
     counter_ptr,  # written in the first layer: (programs,), int32, zeros
-    rows, tokens, pixels, width, programs, eps,
+    weights, packed_ptr,  # in the first layer: weights of later launches; written: these, rounded
+    rows, tokens, pixels, width, programs, tiles, eps,
+    SIZES: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, SHARE: tl.constexpr, PROGRAMS: tl.constexpr,
     C: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """qkv(norm1(t)). A program has BLOCK_M tokens and SHARE outputs, BLOCK_N at a time."""
-    dtype: tl.constexpr = t_ptr.dtype.element_ty
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid, at = row < rows, row
-    if part_ptr is None:
-        at = pixel_of_row(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
-        if tl.program_id(0) == 0 and tl.program_id(1) == 0:
-            program = tl.arange(0, PROGRAMS)
-            tl.store(counter_ptr + program, 0, mask=program < programs)
-    head, tail = _load_tokens(t_ptr, part_ptr, part_bias_ptr, at, valid, rows, PARTS=PARTS, C=C, HEAD=HEAD, TAIL=TAIL)
-    if tl.program_id(1) == 0:
-        store_rows(sum_ptr, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
-    head, tail = _norm(head, tail, norm_weight_ptr, norm_bias_ptr, eps, DTYPE=dtype, C=C, HEAD=HEAD, TAIL=TAIL)
-    for first in range(0, SHARE, BLOCK_N):
-        output = tl.program_id(1) * SHARE + first + tl.arange(0, BLOCK_N)
-        block = project(head, tail, weight_ptr, bias_ptr, output, OUT=3 * C, C=C, HEAD=HEAD, TAIL=TAIL)
-        store_tile(qkv_ptr, row, valid, output, block, WIDTH=3 * C)
+    """qkv(norm1(t)). A program has BLOCK_M tokens and SHARE outputs, BLOCK_N at a time. Programs behind those of the
+    `tiles` blocks of tokens round BLOCK values of a weight."""
+    if tl.program_id(0) >= tiles:
+        block = (tl.program_id(0) - tiles) * tl.num_programs(1) + tl.program_id(1)
+        round_weights(weights, packed_ptr, block, SIZES=SIZES, BLOCK=BLOCK)
+    else:
+        dtype: tl.constexpr = t_ptr.dtype.element_ty
+        row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid, at = row < rows, row
+        if part_ptr is None:
+            at = pixel_of_row(row, tokens, pixels, width, PATCH_H=PATCH_H, PATCH_W=PATCH_W)
+            if tl.program_id(0) == 0 and tl.program_id(1) == 0:
+                program = tl.arange(0, PROGRAMS)
+                tl.store(counter_ptr + program, 0, mask=program < programs)
+        head, tail = _load_tokens(
+            t_ptr, part_ptr, part_bias_ptr, at, valid, rows, PARTS=PARTS, C=C, HEAD=HEAD, TAIL=TAIL
+        )
+        if tl.program_id(1) == 0:
+            store_rows(sum_ptr, row, valid, head, tail, C=C, HEAD=HEAD, TAIL=TAIL)
+        head, tail = _norm(head, tail, norm_weight_ptr, norm_bias_ptr, eps, DTYPE=dtype, C=C, HEAD=HEAD, TAIL=TAIL)
+        for first in range(0, SHARE, BLOCK_N):
+            output = tl.program_id(1) * SHARE + first + tl.arange(0, BLOCK_N)
+            block = project(head, tail, weight_ptr, bias_ptr, output, OUT=3 * C, C=C, HEAD=HEAD, TAIL=TAIL)
+            store_tile(qkv_ptr, row, valid, output, block, WIDTH=3 * C)
 
 
 @triton.jit

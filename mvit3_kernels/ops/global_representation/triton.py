@@ -3,7 +3,7 @@ layer's ops and of the final norm.
 
 Without gradients weights are rounded to the dtype of x for the whole stage at once, and nothing is kept that only a
 backward pass would read. Of few tokens, where tiles of the ops would leave most of a GPU idle, a layer of multi-head
-attention is two launches of spread_kernels.py.
+attention is two launches of spread_kernels.py, and programs of a stage's first launch round its weights.
 
 With gradients a layer is a node of autograd (of separable attention: separable_layer.py).
 
@@ -56,6 +56,7 @@ from .separable_layer import (  # noqa: F401 -- launchers are looked up here
 SPREAD_TOKENS, SPREAD_OUTPUTS, SPREAD_HIDDEN, MOST_SHARES = 16, 64, 64, 8
 # Of those with separable attention: values and hidden channels at a time.
 SPREAD_VALUES, SEPARABLE_HIDDEN = 32, 64
+ROUNDED_VALUES = 8192  # of a weight, by a program
 
 
 def bytes_moved(x: Tensor, layers: int, num_heads: int | None) -> int:
@@ -83,18 +84,46 @@ class _Layer(NamedTuple):
     bias2: Tensor | None
 
 
-def _layers(call: Call, rounded: bool) -> list[_Layer]:
-    """The layers of a call without gradients, with weights as products read them: `rounded` to the dtype of x in one
-    launch for the whole stage."""
-    layers = [
-        _Layer._make(tensors) for tensors in zip(*[iter(contiguous(*call.layers))] * len(_Layer._fields), strict=True)
-    ]
-    if rounded:
-        weights = tuple(weight for layer in layers for weight in weights_of_layer(layer))
-        made = zip(*[iter(_unpack(_pack(call.x, weights), weights))] * 4, strict=True)
-        names = ("qkv_weight", "out_weight", "weight1", "weight2")
-        layers = [layer._replace(**dict(zip(names, own, strict=True))) for layer, own in zip(layers, made, strict=True)]
-    return layers
+def _layers(call: Call) -> list[_Layer]:
+    """The layers of a call without gradients."""
+    tensors = contiguous(*call.layers)
+    return [_Layer._make(own) for own in zip(*[iter(tensors)] * len(_Layer._fields), strict=True)]
+
+
+def _weights(layers: list[_Layer]) -> tuple[Tensor, ...]:
+    return tuple(weight for layer in layers for weight in weights_of_layer(layer))
+
+
+def _with_weights(layers: list[_Layer], weights: tuple[Tensor, ...]) -> list[_Layer]:
+    """The layers with these in the places of their weights."""
+    names = ("qkv_weight", "out_weight", "weight1", "weight2")
+    each = zip(*[iter(weights)] * len(names), strict=True)
+    return [layer._replace(**dict(zip(names, own, strict=True))) for layer, own in zip(layers, each, strict=True)]
+
+
+class Rounding(NamedTuple):
+    """Weights that programs of a stage's first launch round, none where they have the dtype of x: the tensors, where
+    they are then, the number of programs, and the constants of the kernel."""
+
+    weights: tuple[Tensor, ...]
+    packed: Tensor | None
+    programs: int
+    constants: dict[str, int | tuple[int, ...]]
+
+    @staticmethod
+    def of(x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Rounding, tuple[Tensor, ...]]:
+        """Also the rounded weights, which the launch writes; those of several dtypes a launch of their own."""
+        sizes = packed_sizes(x, weights)
+        if not any(sizes) or len({weight.dtype for weight in weights}) > 1:
+            return _NOTHING_ROUNDED, _unpack(_pack(x, weights), weights)
+        numels = tuple(weight.numel() for weight in weights)
+        programs = sum(cdiv(numel, ROUNDED_VALUES) for numel in numels)
+        packed = x.new_empty(sum(sizes))
+        constants = {"SIZES": numels, "BLOCK": ROUNDED_VALUES}
+        return Rounding(weights, packed, programs, constants), _unpack(packed, weights)
+
+
+_NOTHING_ROUNDED = Rounding((), None, 0, {"SIZES": (), "BLOCK": ROUNDED_VALUES})
 
 
 def global_representation_inference(call: Call) -> Tensor:
@@ -102,8 +131,11 @@ def global_representation_inference(call: Call) -> Tensor:
     x, kind, patch = call.x.contiguous(), (call.eps, call.per_sample), (call.patch_height, call.patch_width)
     if x.numel() == 0:
         return torch.empty_like(x)
-    # of few rows a launch takes longer than it saves
-    for layer in _layers(call, rounded=not Rows.of(x).few()):
+    layers = _layers(call)
+    if not Rows.of(x).few():  # of few rows a launch takes longer than it saves
+        weights = _weights(layers)
+        layers = _with_weights(layers, _unpack(_pack(x, weights), weights))
+    for layer in layers:
         norm, qkv, out = layer[:2], layer[2:4], layer[4:6]
         if call.num_heads is None:
             attention = FORMS["separable_attention_inference"].call(x, *norm, *kind, *qkv, *out, *patch)
@@ -191,7 +223,10 @@ def global_representation_spread_inference(call: Call) -> Tensor:
     pixels, patch = height * width, {"PATCH_H": call.patch_height, "PATCH_W": call.patch_width}
     groups = batch * call.patch_height * call.patch_width
     rows, tokens, dim = batch * pixels, batch * pixels // groups, channels // call.num_heads
-    layers = _layers(call, rounded=True)
+    layers = _layers(call)
+    first_qkv, *later = _weights(layers)  # the first launch reads its own weight as it is
+    rounding, rounded = Rounding.of(x, tuple(later))
+    layers = _with_weights(layers, (first_qkv, *rounded))
     hidden = layers[0].weight1.shape[0]
     plan = spread(x, tokens, groups, hidden)
     parts = cdiv(hidden, plan.hidden)
@@ -203,14 +238,17 @@ def global_representation_spread_inference(call: Call) -> Tensor:
     part = x.new_empty(parts, rows, channels, dtype=torch.float32)
     programs = groups * plan.blocks
     counter = x.new_empty(programs, dtype=torch.int32)
+    tiles_of_rows, shares = cdiv(rows, plan.block), cdiv(3 * channels, plan.outputs)
     of_qkv = {**patch, **tiles, "PARTS": parts, "PROGRAMS": next_power_of_2(programs)}
     last, final = (x, None, None), contiguous(call.norm_weight, call.norm_bias)
     with on_device(x):
         for layer in layers:
             norm1, to_qkv, out, norm2, fc1, fc2 = zip(*[iter(layer)] * 2, strict=True)
-            spread_kernels.qkv_fwd_kernel[(cdiv(rows, plan.block), cdiv(3 * channels, plan.outputs))](
-                *last, *norm1, *to_qkv, before, qkv, counter if layer is layers[0] else None,
-                rows, tokens, pixels, width, programs, call.eps,
+            is_first = layer is layers[0]
+            own = rounding if is_first else _NOTHING_ROUNDED
+            spread_kernels.qkv_fwd_kernel[(tiles_of_rows + cdiv(own.programs, shares), shares)](
+                *last, *norm1, *to_qkv, before, qkv, counter if is_first else None, own.weights, own.packed,
+                rows, tokens, pixels, width, programs, tiles_of_rows, call.eps, **own.constants,
                 SHARE=plan.outputs, BLOCK_M=plan.block, BLOCK_N=SPREAD_OUTPUTS, **of_qkv, num_warps=8, num_stages=2,
             )  # fmt: skip
             spread_kernels.layer_fwd_kernel[(programs, parts)](
@@ -232,7 +270,9 @@ def _launch_spread_separable(call: Call, x: Tensor, y: Tensor) -> None:
     rows = batch * pixels
     block = SPREAD_TOKENS if rows <= MOST_SPREAD else 2 * SPREAD_TOKENS
     blocks = cdiv(tokens, block)
-    layers = _layers(call, rounded=True)
+    layers = _layers(call)
+    rounding, rounded = Rounding.of(x, _weights(layers))
+    layers = _with_weights(layers, rounded)
     hidden = layers[0].weight1.shape[0]
     programs = groups * blocks
     values = _share(x, channels, programs, SPREAD_VALUES, MOST_SHARES)
@@ -250,9 +290,10 @@ def _launch_spread_separable(call: Call, x: Tensor, y: Tensor) -> None:
     counter = x.new_empty(programs, dtype=torch.int32)
     part = x.new_empty(max(attend_shares, feed_shares), rows, channels, dtype=torch.float32)
     with on_device(x):
-        separable_kernels.enter_fwd_kernel[(programs,)](
-            x, t, moments, counter, tokens, pixels, width, blocks, **patch, **tiles, num_warps=4
-        )
+        separable_kernels.enter_fwd_kernel[(programs + rounding.programs,)](
+            x, t, moments, counter, rounding.weights, rounding.packed, tokens, pixels, width, blocks, programs,
+            **rounding.constants, **patch, **tiles, num_warps=4,
+        )  # fmt: skip
         for of_layer in layers:
             norm1, qkv, out, norm2, fc1, fc2 = zip(*[iter(of_layer)] * 2, strict=True)
             separable_kernels.attend_fwd_kernel[(programs, attend_shares)](

@@ -15,7 +15,14 @@ from ..rounded_weights import find_rounded
 from ..sizes import values_per_channel
 from ..types import ACTIVATIONS, ConvNorm, Linear, Moments
 from . import reference
-from .cost import MOST_INPUTS_IN_BACKWARD, evaluation_why_not, few_pixels_why_not, storing_is_cheaper
+from .cost import (
+    MOST_INPUTS_IN_BACKWARD,
+    evaluation_why_not,
+    few_pixels_why_not,
+    local_why_not,
+    one_launch_why_not,
+    storing_is_cheaper,
+)
 
 __all__ = ["inverted_residual"]
 
@@ -106,29 +113,51 @@ def _triton_training_why_not(
     return None
 
 
+def _small_tiles_why_not(x: Tensor, parts: tuple[ConvNorm, ...], *others: Tensor) -> str | None:
+    """Why no Triton kernel of small tiles can evaluate a call."""
+    reason = _triton_why_not(x, parts[0]) or dispatch.hopper_why_not(x)
+    if reason is not None:
+        return reason
+    if x.dtype is torch.float32:
+        return "small tiles evaluate maps of 16 bits"
+    if any(part.norm.training for part in parts):
+        return "small tiles are of evaluation"
+    parameters = [t for part in parts for t in (part.weight, part.norm.weight, part.norm.bias)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *others)):
+        return "small tiles have no gradients"
+    return None
+
+
+def _one_launch_why_not(
+    x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, dilation: int
+) -> str | None:
+    """Why evaluation is not one launch of Triton."""
+    expanded, outputs = expand.weight.shape[0], project.weight.shape[0]
+    reason = _small_tiles_why_not(x, (expand, depthwise, project))
+    return reason or one_launch_why_not(x, expanded, outputs, stride, dilation)
+
+
 def _few_pixels_why_not(
     x: Tensor, expand: ConvNorm, depthwise: ConvNorm, project: ConvNorm, stride: int, *_: object
 ) -> str | None:
     """Why evaluation is not two launches, of which the second filters and projects."""
-    reason = _triton_why_not(x, expand) or dispatch.hopper_why_not(x)
-    if reason is not None:
-        return reason
-    if x.dtype is torch.float32:
-        return "two launches evaluate maps of 16 bits"
-    parts = (expand, depthwise, project)
-    if any(part.norm.training for part in parts):
-        return "two launches are of evaluation"
-    parameters = [t for part in parts for t in (part.weight, part.norm.weight, part.norm.bias)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)):
-        return "two launches have no gradients"
-    return few_pixels_why_not(x, expand.weight.shape[0], stride)
+    reason = _small_tiles_why_not(x, (expand, depthwise, project))
+    return reason or few_pixels_why_not(x, expand.weight.shape[0], stride)
 
 
-# The expansion, and all that follows, in Triton; the three convolutions as ops of their own, each in Triton.
+def _local_why_not(x: Tensor, depthwise: ConvNorm, project: Tensor) -> str | None:
+    """Why a depth-wise convolution and a 1x1 one behind it are not one launch."""
+    return _small_tiles_why_not(x, (depthwise,), project) or local_why_not(x, project.shape[0])
+
+
+# In Triton: all of the block; the expansion, and all that follows; the three convolutions as ops of their own.
+ONE_LAUNCH = dispatch.Kernel("triton", _one_launch_why_not)
 FEW_PIXELS = dispatch.Kernel("triton", _few_pixels_why_not)
+LOCAL = dispatch.Kernel("triton", _local_why_not)  # of `filter_and_project`
 SEPARATE = dispatch.Kernel("triton", _triton_why_not)
 KERNELS = (
     dispatch.Kernel("cpu", _cpu_why_not),
+    ONE_LAUNCH,
     dispatch.Kernel("cuda", _cuda_why_not),
     FEW_PIXELS,
     dispatch.Kernel("triton", _triton_training_why_not),
@@ -218,7 +247,9 @@ def inverted_residual(
         fixed = [
             value for weight, n in parts for value in (weight, n.weight, n.bias, n.running_mean, n.running_var, n.eps)
         ]
-        y = registry.run_without_gradient(torch.ops.mvit3.inverted_residual_inference, x, *fixed, *geometry)
+        ops = torch.ops.mvit3
+        op = ops.inverted_residual_tile_inference if kernel is ONE_LAUNCH else ops.inverted_residual_inference
+        y = registry.run_without_gradient(op, x, *fixed, *geometry)
         return y, (None, None, None)
     learned = [value for weight, n in parts for value in (weight, n.weight, n.bias, n.eps)]
     store = _stores(x, expanded, stride) if kernel.backend == "cpu" else kernel.backend == "triton"
@@ -232,19 +263,41 @@ def inverted_residual(
     return y, (Moments(mean0, var0), Moments(mean1, var1), Moments(mean2, var2))
 
 
+def filter_and_project(
+    x: Tensor, depthwise: ConvNorm, project: Tensor, dilation: int = 1, act: str = "silu"
+) -> Tensor | None:
+    """The local representation of a MobileViT block in evaluation, by the kernel of what follows an expansion:
+    act(norm(depth-wise 3x3(x))) @ project^T of a map (B, H, W, C) for a weight (O, C) or (O, C, 1, 1). None where the
+    two ops are cheaper, or the kernel cannot take the call."""
+    check_map("x", x)
+    cast = dispatch.as_autocast(x)
+    if dispatch.forced_backend() not in (None, "triton") or dispatch.writes_aten() or dispatch.transform() is not None:
+        return None
+    if LOCAL.why_not(cast, depthwise, project) is not None:
+        return None
+    rows = check_depthwise("depthwise.weight", depthwise.weight, cast, 1, dilation, cast.shape[-1])
+    check_batch_norm("depthwise.norm", depthwise.norm, rows, cast.shape[-1], cast)
+    check_weight("project", project, cast.shape[-1], None, cast)
+    check_activation(act)
+    dispatch.select("filter_and_project", (LOCAL,), cast, depthwise, project)
+    (weight, norm), op = depthwise, torch.ops.mvit3.inverted_residual_project_inference
+    rest = (project, None, None, None, None, 0.0, 1, dilation, ACTIVATIONS.index(act), None)
+    return registry.run_without_gradient(op, dispatch.autocast(x), weight, *norm[:4], norm.eps, *rest)
+
+
 # The flat arguments of the three convolutions and their norms: with all that a batch norm has, without running
 # statistics (training), and with the statistics to use.
 _PARTS = ("expand", "depthwise", "project")
 _GEOMETRY = "int stride, int dilation, int act"
 _NORMED = ", ".join(f"Tensor {part}, {batch_norm_schema(f'{part}_')}" for part in _PARTS)
 _LEARNED = ", ".join(f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, float {part}_eps" for part in _PARTS)
-_FIXED, _FOLLOWING, _FILTERING = (
+_FIXED, _FIXED_DEPTHWISE, _FILTERING = (
     ", ".join(
         f"Tensor {part}, Tensor {part}_weight, Tensor {part}_bias, Tensor {part}_mean, Tensor {part}_var, "
         f"float {part}_eps"
         for part in parts
     )
-    for parts in (_PARTS, _PARTS[1:], _PARTS[:2])
+    for parts in (_PARTS, _PARTS[1:2], _PARTS[:2])
 )
 _MOMENTS = ", ".join(f"Tensor {part}_mean, Tensor {part}_var" for part in _PARTS)
 _GRADIENTS, _GRADIENTS_TO_FILTER = (
@@ -265,13 +318,16 @@ def _empty_map(x: Tensor, stride: int, channels: int) -> Tensor:
 
 
 @registry.kernel("inverted_residual_inference", f"(Tensor x, {_FIXED}, {_GEOMETRY}) -> Tensor y")
+@registry.kernel("inverted_residual_tile_inference", f"(Tensor x, {_FIXED}, {_GEOMETRY}) -> Tensor y", triton=__name__)
 def _inference_fake(call: Call) -> Tensor:
     return _empty_map(call.x, call.stride, call.project.shape[0])
 
 
 @registry.kernel(
     "inverted_residual_project_inference",
-    f"(Tensor e, {_FOLLOWING}, {_GEOMETRY}, Tensor? residual) -> Tensor y",
+    f"(Tensor e, {_FIXED_DEPTHWISE}, Tensor project, Tensor? project_weight, Tensor? project_bias, "
+    "Tensor? project_mean, Tensor? project_var, float project_eps, "
+    f"{_GEOMETRY}, Tensor? residual) -> Tensor y",
     triton=__name__,
 )
 def _project_inference_fake(call: Call) -> Tensor:

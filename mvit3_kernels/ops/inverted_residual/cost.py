@@ -23,6 +23,13 @@ LEAST_TILES = 32
 # Of up to so many tiles two launches of small tiles take less time, where they filter no more channels than these one
 # after the other: at 64x64x64 and 256 channels 13 us instead of 16 at batch 2.
 MOST_TILES, MOST_FILTERED = 64, 256
+# One launch of Triton takes less than either for as many programs as run at once, of 16 warps on a multiprocessor each,
+# and for widths whose tiles fit a program: at batch 1 6 us for 9 with 16 inputs at 128x128, 8 for 9 with 64 at 64x64.
+MOST_PROGRAMS, MOST_OUTPUTS = 128, 256
+# A depth-wise convolution and a 1x1 one behind it are one launch for so many tiles of 16 pixels, and MOST_FILTERED
+# channels: at batch 1 2.4 us for 4.3 of 128 to 144 at 32x32, 3.7 for 4.4 of 256 to 192 at 16x16. With fewer tiles each
+# program filters more than the two launches take: 5.4 us for 4.6 of 320 to 240 at 8x8.
+LEAST_LOCAL_TILES, MOST_LOCAL_TILES = 16, 64
 
 # With more, the fused kernel of backward writes the gradient of the expanded map instead of multiplying it on chip.
 MOST_INPUTS_IN_BACKWARD = 64
@@ -100,7 +107,40 @@ def few_pixels_why_not(x: Tensor, expanded: int, stride: int) -> str | None:
     return f"{tiles} tiles of its CUDA kernel fill a GPU, two launches are for fewer" if tiles > MOST_TILES else None
 
 
+def tile_of(x: Tensor, expanded: int, stride: int) -> tuple[int, int, int]:
+    """Rows and columns of the outputs of a program that evaluates the whole block, and its warps: few expanded
+    channels take larger tiles, of which two share a multiprocessor, and few outputs smaller ones."""
+    if expanded <= 64:
+        return 8, 8, 8
+    return (4, 8, 16) if _tiles_of(x, stride, 4, 8) > MOST_PROGRAMS // 2 else (4, 4, 16)
+
+
+def one_launch_why_not(x: Tensor, expanded: int, outputs: int, stride: int, dilation: int) -> str | None:
+    """Why evaluation had better not be one launch of Triton."""
+    inputs, (rows, columns, warps) = x.shape[-1], tile_of(x, expanded, stride)
+    if inputs > MOST_INPUTS or expanded > MOST_FILTERED or outputs > MOST_OUTPUTS:
+        most = f"{MOST_INPUTS}, {MOST_FILTERED} and {MOST_OUTPUTS}"
+        return f"one launch evaluates up to {most} channels, these are {inputs}, {expanded} and {outputs}"
+    if dilation > 1:
+        return f"one launch evaluates undilated convolutions, got {dilation}"
+    programs, most = _tiles_of(x, stride, rows, columns), MOST_PROGRAMS * 16 // warps
+    return f"one launch evaluates maps of at most {most} tiles, x has {programs}" if programs > most else None
+
+
+def local_why_not(x: Tensor, outputs: int) -> str | None:
+    """Why a depth-wise convolution, of stride 1, and a 1x1 one had better be two launches."""
+    if max(x.shape[-1], outputs) > MOST_FILTERED:
+        return f"one launch takes up to {MOST_FILTERED} channels, these are {x.shape[-1]} and {outputs}"
+    tiles = -(-x.shape[:-1].numel() // 16)
+    if LEAST_LOCAL_TILES <= tiles <= MOST_LOCAL_TILES:
+        return None
+    return f"one launch takes {LEAST_LOCAL_TILES} to {MOST_LOCAL_TILES} tiles of 16 pixels, x has {tiles}"
+
+
 def _tiles(x: Tensor, stride: int) -> int:
     """Of the CUDA kernel of evaluation."""
-    rows, columns = (8, 16) if stride == 1 else (4, 8)
+    return _tiles_of(x, stride, *((8, 16) if stride == 1 else (4, 8)))
+
+
+def _tiles_of(x: Tensor, stride: int, rows: int, columns: int) -> int:
     return x.shape[0] * -(-x.shape[1] // (stride * rows)) * -(-x.shape[2] // (stride * columns))

@@ -14,9 +14,9 @@ backward needs it, it is the product of the inputs again. The depth-wise convolu
 of z; norm and activation of z happen in the kernels that read it. Gradients of parameters are sums over parts of the
 rows in a float32 workspace, which one launch adds up in a fixed order.
 
-Evaluation of a map of few pixels is two launches: pointwise_conv's for the expansion, and one for all that follows,
-which filters what it needs anew for each block of outputs. Of other maps each of the three convolutions is one launch
-of its own op.
+Evaluation of a map of few pixels is one launch, in which a program expands the pixels that its tile of outputs sees; of
+some more of them two: pointwise_conv's for the expansion, and one for all that follows, which filters what it needs
+anew for each block of outputs. Of other maps each of the three convolutions is one launch of its own op.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ..triton_common import (
 )
 from ..types import BatchNorm
 from . import backward_kernels, correction_kernels, evaluation_kernels, kernels
-from .cost import fits_a_program, values_moved
+from .cost import MOST_LOCAL_TILES, fits_a_program, tile_of, values_moved
 
 MOST_FEW = 72  # parts up to which a program adds up one after the other
 
@@ -443,7 +443,7 @@ inverted_residual_backward_rounded = inverted_residual_backward
 
 
 def inverted_residual_project_inference(call: Call) -> Tensor:
-    """Launches all that follows the expansion, in evaluation."""
+    """Launches all that follows the expansion, in evaluation; also without a norm behind the projection."""
     e, outputs, expanded = call.e.contiguous(), call.project.shape[0], call.e.shape[-1]
     batch, height, width, _ = e.shape
     out_height, out_width = -(-height // call.stride), -(-width // call.stride)
@@ -453,7 +453,11 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
         return y
     norms = [getattr(call, f"{part}_{name}") for part in _FOLLOWING for name in ("weight", "bias", "mean", "var")]
     config = {"BLOCK_M": 16, "BLOCK_N": min(max(next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
-    if expanded % 128 == 0:  # taps, which a warp loads one by one, for twice as many pixels
+    tiles = cdiv(pixels, 16)
+    if call.project_weight is None:  # as many programs as a GPU has multiprocessors, of 16 warps
+        config["BLOCK_N"] = max(next_power_of_2(outputs), 32) if tiles > MOST_LOCAL_TILES // 2 else 64
+        config["BLOCK_K"] = min(max(next_power_of_2(expanded), 16), 128)
+    elif expanded % 128 == 0:  # taps, which a warp loads one by one, for twice as many pixels
         config |= {"BLOCK_M": 32, "BLOCK_K": 128}
     grid = cdiv(pixels, config["BLOCK_M"]), cdiv(outputs, config["BLOCK_N"])
     with on_device(e):
@@ -461,9 +465,42 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
             e, *contiguous(call.depthwise, call.project, *norms, call.residual), y,
             pixels, height, width, out_height, out_width, call.depthwise_eps, call.project_eps,
             STRIDE=call.stride, DILATION=call.dilation, ACT=call.act, E=expanded, OUT=outputs, **config,
-            num_warps=config["BLOCK_M"] // 2, num_stages=2,
+            num_warps=16 if call.project_weight is None else config["BLOCK_M"] // 2, num_stages=2,
         )  # fmt: skip
     return y
 
 
-_FOLLOWING = ("depthwise", "project")
+def inverted_residual_tile_inference(call: Call) -> Tensor:
+    """Launches the whole block, in evaluation."""
+    x, (outputs, expanded), stride = call.x.contiguous(), call.project.shape[:2], call.stride
+    batch, height, width, inputs = x.shape
+    out_height, out_width = -(-height // stride), -(-width // stride)
+    y = x.new_empty(batch, out_height, out_width, outputs)
+    if y.numel() == 0:
+        return y
+    rows, columns, warps = tile_of(x, expanded, stride)
+    places = ((rows - 1) * stride + 3) * ((columns - 1) * stride + 3)
+    tiles = batch * cdiv(out_height, rows) * cdiv(out_width, columns)
+    norms = [getattr(call, f"{part}_{name}") for part in _PARTS for name in ("weight", "bias", "mean", "var")]
+    config = {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "BLOCK_P": 64 if rows * columns == 32 else 128,  # 4 x 8 pixels see 60, with stride 2 153
+        "BLOCK_C": max(next_power_of_2(inputs), 16),
+        "BLOCK_N": max(next_power_of_2(outputs), 32),
+        "BLOCK_K": min(max(next_power_of_2(expanded), 16), 8 * warps),
+        "num_warps": warps,
+    }
+    residual = x if stride == 1 and inputs == outputs else None
+    with on_device(x):
+        evaluation_kernels.expand_filter_project_kernel[(tiles,)](
+            x, *contiguous(call.expand, call.depthwise, call.project, *norms), residual,
+            x.new_empty(tiles, places, expanded), y,
+            height, width, out_height, out_width, call.expand_eps, call.depthwise_eps, call.project_eps,
+            STRIDE=stride, ACT=call.act, C=inputs, E=expanded, OUT=outputs, PLACES=places, **config, num_stages=2,
+        )  # fmt: skip
+    return y
+
+
+_PARTS = ("expand", "depthwise", "project")
+_FOLLOWING = _PARTS[1:]
