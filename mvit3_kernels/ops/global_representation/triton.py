@@ -333,7 +333,7 @@ def _unpack(packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(rounded)
 
 
-def _weights(call: Call, packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _multiplying(call: Call, packed: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Those of a layer as products read them: rounded beforehand, for a whole network, or `packed` in forward."""
     return _unpack(packed if call.rounded is None else call.rounded, weights)
 
@@ -359,7 +359,7 @@ def global_representation_layer_forward(call: Call) -> tuple[Tensor, ...]:
     """Launches the forward pass of a layer: y, and what backward needs."""
     x, weights = call.x.contiguous(), contiguous(*weights_of_layer(call))
     packed = _pack(x, weights) if call.rounded is None else x.new_empty(0)
-    qkv_weight, out_weight, weight1, weight2 = _weights(call, packed, weights)
+    qkv_weight, out_weight, weight1, weight2 = _multiplying(call, packed, weights)
     seed, output_seed, ffn_seed = _seeds(call)
     kind = (call.eps, call.per_sample)
     norm = (call.norm1_weight, call.norm1_bias, *kind)
@@ -381,7 +381,7 @@ def global_representation_layer_backward(call: Call) -> tuple[Tensor, ...]:
     """Launches the backward pass of a layer: the gradients of x and of its parameters (empty where there is none)."""
     dy, x, out, packed = contiguous(call.dy, call.x, call.out, call.packed)
     weights = contiguous(*weights_of_layer(call))
-    qkv_weight, out_weight, weight1, weight2 = _weights(call, packed, weights)
+    qkv_weight, out_weight, weight1, weight2 = _multiplying(call, packed, weights)
     seed, output_seed, ffn_seed = _seeds(call)
     rows, channels = Rows.of(x), x.shape[-1]
 
