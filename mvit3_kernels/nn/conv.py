@@ -94,7 +94,8 @@ class ConvNormAct(Block):
 def conv_of_concat(conv: nn.Module, a: Tensor, b: Tensor, residual: Tensor | None = None) -> Tensor:
     """conv(concat(a, b)) + residual on maps (B, C, H, W). The concatenation is not built where `conv` is a 1x1
     ConvNormAct with a norm."""
-    if type(conv) is ConvNormAct and conv.why_called() is None and conv.plan().fuses_concat():
+    if type(conv) is ConvNormAct and conv.why_called(ahead=True) is None and conv.plan().fuses_concat():
+        conv.why_modules()  # for `explain`, here as below: it runs
         a, b, residual = (None if t is None else to_nhwc(t) for t in (a, b, residual))
         return to_nchw(conv.plan().run_concat(a, b, residual))
     y = conv(torch.cat((a, b), 1))
@@ -111,13 +112,14 @@ def run_for_two(layers: nn.Sequential, x: Tensor, *readers: nn.Module) -> tuple[
         or type(last) is not ConvNormAct
         or not all(isinstance(module, Block) for module in readers)
         or tampered(layers) is not None
-        or any(module.why_called() is not None for module in (last, *readers))
+        or any(module.why_called(ahead=True) is not None for module in (last, *readers))
         or not last.plan().serves_two()
     ):
         y = local_representation(layers, x)
         return y, y
     for layer in layers[:-1]:
         x = layer(x)
+    last.why_modules()
     return tuple(map(to_nchw, last.plan().run_for_two(to_nhwc(x))))
 
 
@@ -131,6 +133,8 @@ def local_representation(convs: nn.Sequential, x: Tensor) -> Tensor:
             part = ConvNorm(depthwise.weight, batch_norm(norm))
             y = filter_and_project(to_nhwc(x), part, project, depthwise.dilation[0], act)
             if y is not None:
+                for conv in convs:
+                    conv.why_modules()
                 return to_nchw(y)
     return convs(x)
 
@@ -139,7 +143,7 @@ def _plans(convs: nn.Sequential) -> tuple[ConvPlan, ConvPlan] | None:
     """Those of a depth-wise convolution of stride 1 and a 1x1 one, which nothing else follows or watches."""
     if type(convs) is not nn.Sequential or tampered(convs) is not None or len(convs) != 2:
         return None
-    if any(type(conv) is not ConvNormAct or conv.why_called() is not None for conv in convs):
+    if any(type(conv) is not ConvNormAct or conv.why_called(ahead=True) is not None for conv in convs):
         return None
     first, second = (conv.plan() for conv in convs)
     fits = first.is_depthwise() and first.norm is not None and first.conv.stride == (1, 1)

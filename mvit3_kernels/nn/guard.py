@@ -196,8 +196,9 @@ class Block(nn.Module):
         """This block, under the name "", and the modules below it that the fused op stands in for."""
         return self.named_modules()
 
-    def why_modules(self) -> str | None:
-        """Why this block calls its modules one by one; None where one op stands in for them."""
+    def why_modules(self, ahead: bool = False) -> str | None:
+        """Why this block calls its modules one by one; None where one op stands in for them. `explain` does not hear
+        who asks `ahead` of the call."""
         if torch.compiler.is_compiling():
             return _constant_why_modules(self)
         guard = self._guard
@@ -205,16 +206,16 @@ class Block(nn.Module):
             guard = self._guard = Guard()
         known = guard.answer
         reason = known[1] if known is not None and unchanged(self, known[0]) else guard.ask(self, examine)
-        if observed is not None:
+        if observed is not None and not ahead:
             observed.append((self, reason))
         return reason
 
-    def why_called(self) -> str | None:
+    def why_called(self, ahead: bool = False) -> str | None:
         """The same for a caller who stands in for the call of this block itself: its class, forward and hooks count
         too."""
         if torch.compiler.is_compiling():
-            return _constant_tampered(self) or self.why_modules()
-        reason = hooked(self) or self.why_modules()  # hooks of its own are not in the snapshot
+            return _constant_tampered(self) or self.why_modules(ahead)
+        reason = hooked(self) or self.why_modules(ahead)  # hooks of its own are not in the snapshot
         return reason or self._guard.altered
 
 

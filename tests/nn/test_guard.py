@@ -455,3 +455,12 @@ def test_a_model_without_users_is_freed_at_once(fused):
 def test_no_images_for_the_modules(name):
     model = network(name, num_classes=5)
     assert by_modules(model, images(0, 3, 64, 64)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_explain_counts_a_block_once(training):
+    """Blocks that another asks ahead of their call are not counted for it."""
+    network = create_model("mobilevitv3_050", num_classes=4).train(training)
+    rows = [row for row in explain(network, torch.randn(2, 3, 64, 64)) if row.kind == "block"]
+    assert len(rows) > 10
+    assert [row.what for row in rows if row.count != 1] == []

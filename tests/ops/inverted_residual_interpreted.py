@@ -126,6 +126,9 @@ class TestInvertedResidual(TritonResults):
         assert one and not two
         assert_bound(found, reference, truth, half_a_rounding(torch.bfloat16), least=0)
         assert not result("triton", grad=True)[1] and not result("triton", copy.deepcopy(convs).float(), x.float())[1]
+        frozen, leaf = copy.deepcopy(convs).float().requires_grad_(False), x.float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):  # the gradient is of the map before it is rounded
+            assert nn_conv.local_representation(frozen, leaf).requires_grad
         called = []
         for module in (convs, convs[1], local, local.norm):
             with module.register_forward_hook(lambda module, *_: called.append(module)):

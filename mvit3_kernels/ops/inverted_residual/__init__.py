@@ -270,9 +270,11 @@ def filter_and_project(
     act(norm(depth-wise 3x3(x))) @ project^T of a map (B, H, W, C) for a weight (O, C) or (O, C, 1, 1). None where the
     two ops are cheaper, or the kernel cannot take the call."""
     check_map("x", x)
-    cast = dispatch.as_autocast(x)
     if dispatch.forced_backend() not in (None, "triton") or dispatch.writes_aten() or dispatch.transform() is not None:
         return None
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    cast = dispatch.as_autocast(x)  # which knows of no gradient
     if LOCAL.why_not(cast, depthwise, project) is not None:
         return None
     rows = check_depthwise("depthwise.weight", depthwise.weight, cast, 1, dilation, cast.shape[-1])
