@@ -50,6 +50,17 @@ class TestInvertedResidual(TritonResults):
         """Several blocks of inputs and outputs, all of which are full."""
         self.test_bound((1, 6, 6, 64, 40, 64), "skip", torch.float32)
 
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+    def test_few_rows(self, half, monkeypatch):
+        """The projection of maps that leave most of a GPU idle."""
+        launchers, chosen = importlib.import_module(f"{OP.__name__}.triton"), []
+        configuration = launchers.configuration
+        monkeypatch.setattr(launchers, "multiprocessors", lambda x: 132)
+        monkeypatch.setattr(launchers, "multiplies_from_shared_memory", lambda x: True)
+        monkeypatch.setattr(launchers, "configuration", lambda *of: chosen.append(of[0]) or configuration(*of))
+        self.test_bound((2, 9, 7, 33, 66, 40), "stride-mean", half)
+        assert "project_few" in chosen
+
     def test_dilation(self):
         self.options = {"dilated": {"dilation": 2, "act": "identity"}}
         self.test_bound(self.shapes[0], "dilated", torch.float32)
