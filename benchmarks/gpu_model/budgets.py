@@ -206,6 +206,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("pipeline", "feed_forward.*"): _ONE_STAGE,
     ("pipeline", "cuda.Depthwise*"): "loads rows of the map into registers two rows ahead of their use",
     ("pipeline", "cuda.Finish*"): _PARTS,
+    ("pipeline", "cuda.PackBackward"): _PARTS,
     ("pipeline", "cuda.Filter"): (
         "loads the numbers of a map whose pixels are not whole, aligned 16 bytes one by one; others are copied ahead"
     ),
@@ -221,6 +222,8 @@ REASONS: dict[tuple[str, str], str] = {
     ("floor", "inverted_residual.project_sums_bwd"): _WIDE_AGAIN,
     ("floor", "inverted_residual.project_fwd"): _FEW_BLOCKS,
     ("floor", "inverted_residual.correction_bwd"): _OF_PARAMETERS,
+    ("floor", "inverted_residual.correct_bwd"): _FEW_BLOCKS,
+    ("floor", "inverted_residual.prepare_project"): _OF_PARAMETERS,
     ("floor", "inverted_residual.expand_gradient"): _OF_PARAMETERS,
     ("floor", "inverted_residual.expanded_moments"): _OF_PARAMETERS,
     ("floor", "patch_attention.*"): _SOFTMAX,
@@ -228,6 +231,10 @@ REASONS: dict[tuple[str, str], str] = {
     ("floor", "batch_norm_act.*"): _FEW_BLOCKS,
     ("floor", "depthwise_conv.*"): _FEW_BLOCKS,
     ("floor", "pointwise_conv.*"): _FEW_BLOCKS,
+    ("floor", "conv3x3.image_fwd"): (
+        "gathers nine times three numbers of an image for each output pixel, one by one with their conditions: three"
+        " channels are no whole load"
+    ),
     ("floor", "row_gradients.*"): _FEW_BLOCKS,
     ("floor", "separable_attention.*"): _FEW_BLOCKS,
     ("floor", "global_representation.*_gradient"): _OF_PARAMETERS,

@@ -73,6 +73,8 @@ def _linear_why_not(classifier: nn.Module) -> str | None:
 def _casts_weights(x: Tensor, layer: nn.Linear) -> bool:
     """Whether PyTorch would round a layer's weights for a map x of few samples, where a Triton kernel reads them as
     they are."""
+    if torch.compiler.is_compiling() or dispatch.writes_aten() or dispatch.transform() is not None:
+        return False  # an exported program must not remember how many samples it was traced with
     if x.shape[0] > MOST_FEW_SAMPLES or dispatch.forced_backend() not in (None, "triton"):
         return False
     cast = dispatch.as_autocast(x)
@@ -80,8 +82,7 @@ def _casts_weights(x: Tensor, layer: nn.Linear) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
         return False
-    plain = torch.compiler.is_compiling() or dispatch.writes_aten() or dispatch.transform() is not None
-    return not plain and dispatch.triton_32_bit_why_not(cast) is None
+    return dispatch.triton_32_bit_why_not(cast) is None
 
 
 def _why_one_by_one(network: nn.Module) -> str | None:
@@ -326,6 +327,8 @@ class MobileViT(Savable, nn.Module):
 
     def _few(self, x: Tensor) -> bool:
         """Whether the last layer is one launch of few samples' own, where PyTorch's has two more for its casts."""
+        if not isinstance(x, Tensor):  # torch.fx traces with something in its place
+            return False
         if x.device.type == "cpu" and not dispatch.INTERPRETED:
             return False
         layer = self.get_classifier()

@@ -95,11 +95,12 @@ class TestInvertedResidual(TritonResults):
         assert_bound({"y": y}, {"y": reference}, {"y": truth}, half_a_rounding(torch.bfloat16), least=0)
 
     @pytest.mark.parametrize("options", [{}, {"stride": 2, "act": "relu"}, {"act": "identity"}], ids=str)
-    @pytest.mark.parametrize(("sizes", "most"), [((2, 9, 11, 5, 40, 5), 128), ((2, 9, 7, 33, 130, 40), 8)], ids=str)
+    @pytest.mark.parametrize(("sizes", "most"), [((2, 9, 11, 5, 40, 5), 16), ((2, 9, 7, 33, 130, 40), 8)], ids=str)
     def test_evaluation_in_one_launch(self, sizes, most, options, monkeypatch):
         """Tiles of 8x8, 4x8 and 4x4 outputs, some of which reach beyond the map, and whose inputs are read in several
         steps; channels that fill no block."""
         monkeypatch.setattr(sys.modules[f"{OP.__name__}.cost"], "MOST_PROGRAMS", most)
+        monkeypatch.setattr(sys.modules[f"{OP.__name__}.cost"], "LEAST_PROGRAMS", 1)
         given = self.arguments(Draw(), *sizes, training=False, **options)
         given = mapped(given, lambda _, t: t.bfloat16())
         truth, _ = ops.inverted_residual(**mapped(given, lambda _, t: t.double()))

@@ -30,7 +30,7 @@ def compiled(channels: int, dtype: torch.dtype, training: bool, residual: bool, 
 
     f32, rows, parts, per_part, eps = torch.float32, 1000, 3, 400, 1e-5
     flags = {"ACT": SILU, "TRAINING": training, "C": channels}
-    most = {"MOST": 16 if few else None}
+    most = {"MOST": 16 if few and training else None}
     norm = (f32, f32, f32, f32)
     if training:
         yield kernels.moments_fwd_kernel.warmup(

@@ -77,6 +77,7 @@ class TestGlobalRepresentationTriton(TritonKernel):
         Case(80, BF16, (40, 16, 16, 192, 384), V1),
         Case(86, F16, (40, 8, 8, 256, 512), V2),
         Case("gfx942", BF16, (40, 16, 16, 192, 384), V1),
+        Case("gfx942", F32, (4, 8, 8, 192, 384), V1),
     )
     larger = (50, 14, 14, 192, 384)
 

@@ -40,7 +40,7 @@ class TestPointwiseConvTriton(TritonKernel):
         Case(86, BF16, (2, 8, 8, 320, 1280), {"act": "silu"}, 128),
         Case("gfx942", F16, (2, 8, 8, 64, 64), {"act": "silu"}),
     )
-    larger = (3, 7, 7, 144, 144)  # as few rows: of more, backward takes larger tiles
+    larger = (1, 9, 13, 144, 144)  # as few rows: of more, both passes take larger tiles
 
     @pytest.mark.parametrize("sizes", [(4, 16, 16, 128, 144), (4, 8, 8, 320, 240), (2, 8, 8, 256, 512)], ids=str)
     @pytest.mark.parametrize("dtype", [BF16, F16])

@@ -196,11 +196,12 @@ def normalize_backward(dy: Tensor, x: Tensor, norm: BatchNorm, act: int) -> tupl
     rows, config = x.numel() // channels, configuration("bwd", x, 2)
     columns = cdiv(channels, config["BLOCK_C"])
     programs, rows_per_program = split_rows(rows, PROGRAMS_PER_SM * multiprocessors(x) // columns, config["BLOCK_M"])
+    most = most_parts(parts)
     if not norm.training:
-        programs = 1  # the second launch only adds up
+        programs, most = 1, None  # the second launch only adds up
     with on_device(x):
         kernels.input_bwd_kernel[(columns, programs)](
             dy, x, *parameters, part, dx, dweight, dbias, rows, parts, rows_per_program, norm.eps,
-            ACT=act, TRAINING=norm.training, C=channels, DY_STRIDE=dy_stride, MOST=most_parts(parts), **config,
+            ACT=act, TRAINING=norm.training, C=channels, DY_STRIDE=dy_stride, MOST=most, **config,
         )  # fmt: skip
     return dx, dweight, dbias

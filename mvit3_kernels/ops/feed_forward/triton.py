@@ -353,11 +353,12 @@ def feed(
         (mean, rstd), most = (rows.float32(rows.samples()) for _ in range(2)), moments[0].shape[2]
         (measured, parts), programs = moments, rows.programs_of_samples(config["BLOCK_M"])
     found = rows.moments() if wanted else None
+    made = None if projected is None else tuple(projected)  # as launches know it
     if rows.rows:
         norm_weight, norm_bias, bias1, bias2 = contiguous(call.norm_weight, call.norm_bias, call.bias1, call.bias2)
         with on_device(rows.x):
             _feed_forward_fwd_kernel[(programs,)](
-                projected, rows.x, norm_weight, norm_bias, weights[0], bias1, weights[1], bias2, *seeds,
+                made, rows.x, norm_weight, norm_bias, weights[0], bias1, weights[1], bias2, *seeds,
                 y, mean, rstd, measured, found, rows.rows, rows.rows_per_sample, rows.samples(), parts, most,
                 call.eps, *dropouts, PER_SAMPLE=call.per_sample, F=hidden, **rows.tiles, **config,
             )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..sizes import cdiv
-from ..triton_common import multiprocessors, on_device, split_rows
+from ..triton_common import OLD_TRITON, multiprocessors, on_device, split_rows
 from ..triton_rows import Parts, Rows, gradient_like
 from ..types import LayerNorm, Linear
 from . import gradient_kernels
@@ -33,7 +33,7 @@ def products_configuration(rows: Rows) -> dict[str, int]:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
     short = rows.width() <= 256
     if short and rows.from_shared_memory:
-        block = 128 if rows.width() < 160 and not rows.few() else 64
+        block = 128 if rows.width() < 160 and not rows.few() and not OLD_TRITON else 64
         return {"BLOCK_M": 32, "BLOCK_N": block, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
     return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1 if short else 2}
 

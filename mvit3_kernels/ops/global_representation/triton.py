@@ -31,6 +31,7 @@ from ..sizes import cdiv, next_power_of_2
 from ..triton_common import (
     IDENTITY,
     contiguous,
+    multiplies_from_shared_memory,
     multiprocessors,
     on_device,
     split_rows,
@@ -162,7 +163,9 @@ def _project_and_feed(ffn: Call, attended: Tensor, out: Linear, residual: Tensor
     norm between them is of tokens and nothing is dropped: what is between them, y, mean and rstd. `ffn.x` is ignored;
     weights are as they are multiplied."""
     weights = ffn.weight1, ffn.weight2
-    if ffn.per_sample or ffn.hidden_dropout or ffn.output_dropout:
+    # Tiles of both products in float32 are more than an AMD GPU's shared memory.
+    large = residual.dtype is torch.float32 and not multiplies_from_shared_memory(residual)
+    if large or ffn.per_sample or ffn.hidden_dropout or ffn.output_dropout:
         middle = convolve(Convolution(attended, None, *out, None, IDENTITY.value, residual))
         return middle, *feed(ffn._replace(x=middle), weights)[:3]
     middle = torch.empty_like(residual)

@@ -25,7 +25,8 @@ LEAST_TILES = 32
 MOST_TILES, MOST_FILTERED = 64, 256
 # One launch of Triton takes less than either for as many programs as run at once, of 16 warps on a multiprocessor each,
 # and for widths whose tiles fit a program: at batch 1 6 us for 9 with 16 inputs at 128x128, 8 for 9 with 64 at 64x64.
-MOST_PROGRAMS, MOST_OUTPUTS = 128, 256
+# Of four programs, 80 to 128 at 8x8, it takes 9 us, the three convolutions 6.
+LEAST_PROGRAMS, MOST_PROGRAMS, MOST_OUTPUTS = 16, 128, 256
 # A depth-wise convolution and a 1x1 one behind it are one launch for so many tiles of 16 pixels, and MOST_FILTERED
 # channels: at batch 1 2.4 us for 4.3 of 128 to 144 at 32x32, 3.7 for 4.4 of 256 to 192 at 16x16. With fewer tiles each
 # program filters more than the two launches take: 5.4 us for 4.6 of 320 to 240 at 8x8.
@@ -110,7 +111,7 @@ def few_pixels_why_not(x: Tensor, expanded: int, stride: int) -> str | None:
 def tile_of(x: Tensor, expanded: int, stride: int) -> tuple[int, int, int]:
     """Rows and columns of the outputs of a program that evaluates the whole block, and its warps: few expanded
     channels take larger tiles, of which two share a multiprocessor, and few outputs smaller ones."""
-    if expanded <= 64:
+    if expanded <= 64 and _tiles_of(x, stride, 8, 8) >= MOST_PROGRAMS // 4:
         return 8, 8, 8
     return (4, 8, 16) if _tiles_of(x, stride, 4, 8) > MOST_PROGRAMS // 2 else (4, 4, 16)
 
@@ -124,7 +125,9 @@ def one_launch_why_not(x: Tensor, expanded: int, outputs: int, stride: int, dila
     if dilation > 1:
         return f"one launch evaluates undilated convolutions, got {dilation}"
     programs, most = _tiles_of(x, stride, rows, columns), MOST_PROGRAMS * 16 // warps
-    return f"one launch evaluates maps of at most {most} tiles, x has {programs}" if programs > most else None
+    if LEAST_PROGRAMS <= programs <= most:
+        return None
+    return f"one launch evaluates maps of {LEAST_PROGRAMS} to {most} tiles, x has {programs}"
 
 
 def local_why_not(x: Tensor, outputs: int) -> str | None:

@@ -14,9 +14,8 @@ backward needs it, it is the product of the inputs again. The depth-wise convolu
 of z; norm and activation of z happen in the kernels that read it. Gradients of parameters are sums over parts of the
 rows in a float32 workspace, which one launch adds up in a fixed order.
 
-Evaluation of a map of few pixels is one launch, in which a program expands the pixels that its tile of outputs sees; of
-some more of them two: pointwise_conv's for the expansion, and one for all that follows, which filters what it needs
-anew for each block of outputs. Of other maps each of the three convolutions is one launch of its own op.
+Evaluation of a map of few pixels is one launch of evaluation_kernels.py, of some more of them two, pointwise_conv's for
+the expansion and one for all that follows; of other maps each convolution is one launch of its own op.
 """
 
 from __future__ import annotations
@@ -201,7 +200,7 @@ def _expansion_moments(x: Tensor, weight: Tensor, norm: BatchNorm) -> tuple[Tens
     kernels.expanded_moments_kernel[(cdiv(expanded, 16),)](
         x, weight, *norm[:2], _add_parts(part), pivot, mean, covariance, expanded_mean, expanded_var, folded,
         rows, norm.eps, C=inputs, E=expanded, BLOCK_E=16, BLOCK_C=block,
-        num_warps=4 if block <= 32 else 8 if inputs <= 64 else 16, num_stages=2,
+        num_warps=4 if block <= 32 else 8 if inputs <= 64 or OLD_TRITON else 16, num_stages=2,
     )  # fmt: skip
     return mean, covariance, expanded_mean, expanded_var, folded
 
@@ -377,10 +376,8 @@ def _correct(dx: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor, cor
     """Completes dx in place: what the first norm's statistics contribute, and a residual's gradient."""
     rows, inputs, expanded = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     config = configuration("correct_bwd", x, inputs, inputs)
-    columns, sizes = (
-        cdiv(inputs, config["BLOCK_N"]),
-        {"C": inputs, "E": expanded, "BLOCK_E": 64 if inputs <= 64 else 128},
-    )
+    columns = cdiv(inputs, config["BLOCK_N"])
+    sizes = {"C": inputs, "E": expanded, "BLOCK_E": 64 if inputs <= 64 else 128}
     matrix = shift = None
     if x.dtype is torch.float32 or inputs > min(config["BLOCK_N"], config["BLOCK_K"], 64):  # else each program has it
         # K is of the order of 1 / rows, which float16 may not hold.
@@ -431,8 +428,7 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
         if sums is not None:
             dfirst, correction = _expand_gradient(sums, x, expand, first, mean, call.covariance)
         _correct(dx, x, residual, expand, correction, mean)
-    ddepthwise = ddepthwise.view(depthwise_weight.shape)
-    of_parameters = (*dfirst, ddepthwise, *dmiddle, dproject)
+    of_parameters = (*dfirst, ddepthwise.view(depthwise_weight.shape), *dmiddle, dproject)
     parameters = (expand, *first[:2], depthwise_weight, *middle[:2], project)
     return dx, *(d.to(t.dtype) for d, t in zip(of_parameters, parameters, strict=True)), *dlast
 
@@ -440,6 +436,10 @@ def inverted_residual_backward(call: Call) -> tuple[Tensor, ...]:
 # With weights rounded beforehand.
 inverted_residual_forward_rounded = inverted_residual_forward
 inverted_residual_backward_rounded = inverted_residual_backward
+
+
+def _norms(call: Call, *parts: str) -> list[Tensor | None]:
+    return [getattr(call, f"{part}_{name}") for part in parts for name in ("weight", "bias", "mean", "var")]
 
 
 def inverted_residual_project_inference(call: Call) -> Tensor:
@@ -451,7 +451,7 @@ def inverted_residual_project_inference(call: Call) -> Tensor:
     pixels = y.numel() // outputs if y.numel() else 0
     if pixels == 0:
         return y
-    norms = [getattr(call, f"{part}_{name}") for part in _FOLLOWING for name in ("weight", "bias", "mean", "var")]
+    norms = _norms(call, "depthwise", "project")
     config = {"BLOCK_M": 16, "BLOCK_N": min(max(next_power_of_2(outputs), 32), 128), "BLOCK_K": 64}
     tiles = cdiv(pixels, 16)
     if call.project_weight is None:  # as many programs as a GPU has multiprocessors, of 16 warps
@@ -481,15 +481,13 @@ def inverted_residual_tile_inference(call: Call) -> Tensor:
     rows, columns, warps = tile_of(x, expanded, stride)
     places = ((rows - 1) * stride + 3) * ((columns - 1) * stride + 3)
     tiles = batch * cdiv(out_height, rows) * cdiv(out_width, columns)
-    norms = [getattr(call, f"{part}_{name}") for part in _PARTS for name in ("weight", "bias", "mean", "var")]
-    config = {
-        "ROWS": rows,
-        "COLUMNS": columns,
+    norms = _norms(call, "expand", "depthwise", "project")
+    config = {"ROWS": rows, "COLUMNS": columns, "num_warps": warps}
+    config |= {
         "BLOCK_P": 64 if rows * columns == 32 else 128,  # 4 x 8 pixels see 60, with stride 2 153
         "BLOCK_C": max(next_power_of_2(inputs), 16),
         "BLOCK_N": max(next_power_of_2(outputs), 32),
         "BLOCK_K": min(max(next_power_of_2(expanded), 16), 8 * warps),
-        "num_warps": warps,
     }
     residual = x if stride == 1 and inputs == outputs else None
     with on_device(x):
@@ -500,7 +498,3 @@ def inverted_residual_tile_inference(call: Call) -> Tensor:
             STRIDE=stride, ACT=call.act, C=inputs, E=expanded, OUT=outputs, PLACES=places, **config, num_stages=2,
         )  # fmt: skip
     return y
-
-
-_PARTS = ("expand", "depthwise", "project")
-_FOLLOWING = _PARTS[1:]

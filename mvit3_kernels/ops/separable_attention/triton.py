@@ -31,7 +31,15 @@ from torch import Tensor
 from .. import tuning
 from ..registry import Call
 from ..sizes import cdiv, most_sample_parts, next_power_of_2
-from ..triton_common import contiguous, dropout_threshold, multiplied, multiprocessors, on_device, split_rows
+from ..triton_common import (
+    OLD_TRITON,
+    contiguous,
+    dropout_threshold,
+    multiplied,
+    multiprocessors,
+    on_device,
+    split_rows,
+)
 from ..triton_rows import Rows
 from ..types import Linear
 from . import backward_kernels, kernels
@@ -45,7 +53,7 @@ def configurations(kernel: str, rows: Rows, drops: bool) -> list[dict[str, int]]
     width, tall = rows.width(), _tall(rows)
     if rows.small() and not drops:
         # with 16 warps more channels spill: float32 weights forward, float16 backward
-        return rows.small_tiles("BLOCK_F", shared=kernel != "values_bwd" and width > 192)
+        return rows.small_tiles("BLOCK_F", shared=kernel != "values_bwd" and (width > 192 or OLD_TRITON))
     if rows.x.dtype is torch.float32:
         return [{"BLOCK_M": 16, "BLOCK_F": 16, "num_warps": 8, "num_stages": 2}]
     if not rows.from_shared_memory or width > 256:
