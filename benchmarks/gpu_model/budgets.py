@@ -165,7 +165,6 @@ REASONS: dict[tuple[str, str], str] = {
     ),
     ("pipeline", "batch_norm_act.*"): _NO_PRODUCT,
     ("pipeline", "depthwise_conv.depthwise_*"): _NO_PRODUCT,
-    ("pipeline", "depthwise_conv.moments_fwd"): _PARTS,
     ("pipeline", "depthwise_conv.taps_bwd"): _PARTS,
     ("pipeline", "inverted_residual.add_parts"): _PARTS,
     ("pipeline", "inverted_residual.prepare_project"): _PREPARES,
@@ -178,9 +177,6 @@ REASONS: dict[tuple[str, str], str] = {
         " instructions"
     ),
     ("pipeline", "inverted_residual.project_gradient"): _PARTS,
-    ("pipeline", "inverted_residual.expand_gradient"): (
-        "adds up a row of the weight's gradient, which the kernel before it left in the second-level cache"
-    ),
     ("pipeline", "inverted_residual.correct_bwd"): (
         "reads the correction's matrix, or makes it, once in front of its walk over rows, whose loads are copied ahead"
     ),
@@ -220,7 +216,6 @@ REASONS: dict[tuple[str, str], str] = {
     ("floor", "inverted_residual.inference"): _AGAIN,
     ("floor", "inverted_residual.filtered_bwd"): _WIDE_AGAIN,
     ("floor", "inverted_residual.project_sums_bwd"): _WIDE_AGAIN,
-    ("floor", "inverted_residual.project_fwd"): _FEW_BLOCKS,
     ("floor", "inverted_residual.correction_bwd"): _OF_PARAMETERS,
     ("floor", "inverted_residual.correct_bwd"): _FEW_BLOCKS,
     ("floor", "inverted_residual.prepare_project"): _OF_PARAMETERS,
@@ -228,9 +223,7 @@ REASONS: dict[tuple[str, str], str] = {
     ("floor", "inverted_residual.expanded_moments"): _OF_PARAMETERS,
     ("floor", "patch_attention.*"): _SOFTMAX,
     ("floor", "feed_forward.*"): _SILU,
-    ("floor", "batch_norm_act.*"): _FEW_BLOCKS,
     ("floor", "depthwise_conv.*"): _FEW_BLOCKS,
-    ("floor", "pointwise_conv.*"): _FEW_BLOCKS,
     ("floor", "conv3x3.image_fwd"): (
         "gathers nine times three numbers of an image for each output pixel, one by one with their conditions: three"
         " channels are no whole load"
@@ -256,10 +249,9 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "global_representation.layer_fwd"): (
         "has a block for 16 tokens and 64 hidden channels: at 8x8 and batch 1 there are 32 of them"
     ),
-    ("blocks", "batch_norm_act.*"): _SMALL_MAP,
     ("blocks", "feed_forward.*"): _SMALL_MAP,
     ("blocks", "inverted_residual.project_*"): _SMALL_MAP,
-    ("blocks", "inverted_residual.prepare_project"): _PREPARES,
+    ("blocks", "inverted_residual.filter_project"): _SMALL_MAP,
     ("blocks", "inverted_residual.correct_bwd"): _SMALL_MAP,
     ("blocks", "inverted_residual.expanded_bwd"): _SMALL_MAP,
     ("blocks", "patch_attention.*"): _SMALL_MAP,
@@ -270,6 +262,5 @@ REASONS: dict[tuple[str, str], str] = {
     ("blocks", "row_gradients.normalised_products"): (
         "divides the rows of a map of batch 1 among few parts: the launch that adds them up would have more to read"
     ),
-    ("blocks", "inverted_residual.correction_bwd"): _PARAMETERS,
     ("blocks", "inverted_residual.expanded_moments"): _PARAMETERS,
 }
