@@ -199,10 +199,10 @@ def test_evaluation_in_one_launch_fits(side, widths, stride, dtype, tmp_path, mo
     ("batch", "side", "inputs", "expanded", "stride", "said"),
     [
         (1, 128, 16, 64, 1, None),
-        (2, 128, 16, 64, 1, "at most 256 tiles"),  # more than run at once
+        (2, 128, 16, 64, 1, "to 256 tiles"),  # more than run at once
         (1, 64, 64, 256, 1, None),
         (1, 64, 64, 256, 2, None),
-        (2, 64, 64, 256, 1, "at most 128 tiles"),
+        (2, 64, 64, 256, 1, "to 128 tiles"),
         (1, 32, 128, 512, 2, "one launch evaluates up to"),
     ],
 )
